@@ -1,1 +1,1 @@
-"""Asking a model: prompts by its template, answers from the base, with the adapter, and from the merged model."""
+"""Generate answers to prompts, by the chat template, from the base, the adapter and the merged model."""

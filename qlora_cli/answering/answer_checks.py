@@ -1,4 +1,4 @@
-"""A merged model that was named to be compared with: what shows to be wrong before torch is imported."""
+"""Check a merged model that was named for a comparison, before torch is imported."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from qlora_cli.settings.models import ModelSettings
 
 
 def check_merged(directory: Path) -> QloraError | None:
-    """Return what is wrong with a merged model that was named, as far as that shows at once."""
+    """Return what is wrong with a named merged model, as far as can be checked at once."""
     if not directory.is_dir() or not looks_local(str(directory)):
         return ModelError(f"{directory} is no directory", hint="Merge first: qlora merge RUN")
     if RunDirectory(directory).is_run or (directory / ADAPTER_CONFIG).is_file():

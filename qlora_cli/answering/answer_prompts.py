@@ -1,4 +1,4 @@
-"""Answer prompts: by one model, or by the base, the adapter and the merged model in turn."""
+"""Answer prompts with one model, or with the base, the adapter and the merged model in turn."""
 
 import gc
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from qlora_cli.settings.settle import resolved_in_code
 def generate(
     asked: Resolved[LoadSettings], request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
 ) -> GenerationReport:
-    """Load the model and answer each prompt; to compare, answer as base, adapter and merged model.
+    """Load the model and answer each prompt; for a comparison with base, adapter and merged model.
 
-    The merged model is loaded once the first is let go, so that there is never more than one in memory.
+    The merged model is loaded after the first was freed, so that only one is in memory at a time.
 
     Raises:
         QloraError: what `open_model` raises.
@@ -35,7 +35,7 @@ def generate(
     if merged is not None:
         of_merged = settings_of_merged(merged, opened.loaded.settings.model, opened.loaded.dtype)
         del opened
-        _let_go()
+        _free_memory()
         opened = open_model(resolved_in_code(of_merged), request, reporter, prompts=prompts, is_merged=True)
         more = answer_all(opened, request, prompts, reporter)
         answers = [before + after for before, after in zip(answers, more, strict=True)]
@@ -75,7 +75,7 @@ def answer_prompt(
     return [opened.answer(source, ids, listener) for source in opened.sources]
 
 
-def _let_go() -> None:
-    """Free the memory of a model that nothing names any more: parts of it name each other."""
+def _free_memory() -> None:
+    """Free the memory of an unreferenced model, whose parts refer to each other."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""One answer of a model: tokens in, text out, as it was sampled, and why it ended."""
+"""Generate one answer: tokens in, text out, and why it ended."""
 
 import time
 import warnings
@@ -16,7 +16,7 @@ from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.settings.models import AnswerSettings
 from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
-HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
+INCOMPLETE_CHARACTER = "\ufffd"  # incomplete bytes of a character decode to this
 
 GREEDY = AnswerSettings()
 
@@ -25,7 +25,7 @@ Model: TypeAlias = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model wrote after a prompt, without special tokens; the token that ended it counts."""
+    """The text of a model after a prompt, without special tokens; `num_new_tokens` includes the end token."""
 
     text: str
     num_new_tokens: int
@@ -34,7 +34,7 @@ class Completion:
 
 
 class Watch(StoppingCriteria):
-    """Looks at an answer after each token: hands new text to `on_text`, and ends it once `stops` says so."""
+    """Watches an answer after each token: passes new text to `on_text`, and ends it when `stops` returns true."""
 
     def __init__(self, on_text: Callable[[str], None], stops: Callable[[], bool]) -> None:
         self.has_stopped = False
@@ -44,19 +44,19 @@ class Watch(StoppingCriteria):
         self._text_of: Callable[[torch.Tensor], str] = lambda _: ""
 
     def begin(self, text_of: Callable[[torch.Tensor], str]) -> None:
-        """Take what makes text of all ids so far, `(seq,)`."""
+        """Set the function that decodes all ids so far, `(seq,)`."""
         self._text_of = text_of
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:  # noqa: ARG002 - the signature is that of transformers
         """Return for each row of `input_ids`, `(batch, seq)`, whether it ends here."""
         text = self._text_of(input_ids[0])
-        if not text.endswith(HALF_A_CHARACTER):
+        if not text.endswith(INCOMPLETE_CHARACTER):
             self.write(text)
         self.has_stopped = self.has_stopped or self._stops()
         return torch.full((len(input_ids),), self.has_stopped, device=input_ids.device)  # type: ignore[return-value]
 
     def write(self, text: str) -> None:
-        """Hand on what is new in `text`, all of the answer so far."""
+        """Pass on what is new in `text`, the answer so far."""
         if new := text[len(self._written) :]:
             self._written = text
             self._on_text(new)
@@ -64,10 +64,10 @@ class Watch(StoppingCriteria):
 
 @dataclass(frozen=True, kw_only=True)
 class Answerer:
-    """Answers a prompt: by the chat template, if the tokenizer has one. Stops at each of `end_ids`.
+    """Answers a prompt, with the chat template if the tokenizer has one. Stops at each of `end_ids`.
 
-    Products are in `dtype`; an answer has at most `max_tokens`. What is drawn at random is drawn by the seed of
-    `sampling` and `turn`, so that a question which is asked again in a conversation has another answer.
+    Computes in `dtype`; an answer has at most `max_tokens`. Random draws use the seed of
+    `sampling` and `turn`, so that a repeated question in a conversation gets another answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ class Answerer:
 
     @torch.no_grad()
     def complete(self, model: Model, ids: Sequence[int], watch: Watch | None = None) -> Completion:
-        """Return what the model writes after `ids`."""
+        """Return the completion of `ids` by the model."""
         start = time.monotonic()
         inputs = torch.tensor([ids], device=_device_of(model))
         if watch is not None:
@@ -95,14 +95,14 @@ class Answerer:
         if (seed := self.sampling.drawn_seed) is not None:
             torch.manual_seed((seed + self.turn) % 2**32)
         with _evaluating(model), self._computing(inputs.device):
-            output = cast(Any, model).generate(  # which transformers gives to each class that can
+            output = cast(Any, model).generate(  # defined by transformers for each generating class
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=self.max_tokens,
                 eos_token_id=sorted(self.end_ids) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=None if watch is None else [watch],
-                **self._choices(),
+                **self._sampling_arguments(),
             )
         new = output[0, len(ids) :]
         text = self._text_of(new)
@@ -111,7 +111,7 @@ class Answerer:
         return Completion(
             text=text,
             num_new_tokens=len(new),
-            finish_reason=self._why_ended(new, watch),
+            finish_reason=self._finish_reason(new, watch),
             seconds=time.monotonic() - start,
         )
 
@@ -119,15 +119,15 @@ class Answerer:
         with explain_tokenizer_errors(self.tokenizer.name_or_path):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _choices(self) -> dict[str, Any]:
-        """Return how tokens are chosen, in place of what the model's generation config would say of that."""
+    def _sampling_arguments(self) -> dict[str, Any]:
+        """Return the sampling arguments, which override the model's generation config."""
         if self.sampling.is_greedy:
             return {"do_sample": False}
         return {
             "do_sample": True,
             "temperature": self.sampling.temperature,
             "top_p": 1.0 if self.sampling.top_p is None else self.sampling.top_p,
-            "top_k": self.sampling.top_k or 0,  # unless told otherwise transformers takes the likeliest 50
+            "top_k": self.sampling.top_k or 0,  # transformers' default is 50
             "min_p": None,
         }
 
@@ -135,14 +135,14 @@ class Answerer:
         lower = self.dtype != torch.float32
         return torch.autocast(device.type, dtype=self.dtype) if lower else nullcontext()
 
-    def _why_ended(self, new: torch.Tensor, watch: Watch | None) -> FinishReason:
+    def _finish_reason(self, new: torch.Tensor, watch: Watch | None) -> FinishReason:
         if len(new) and int(new[-1]) in self.end_ids:
             return "stop"
         return "interrupted" if watch is not None and watch.has_stopped else "length"
 
 
 def _device_of(model: Model) -> torch.device:
-    """Return where the model computes: that of its head, since the embedding may be kept in host memory."""
+    """Return the device of the model: that of its head, since the embedding may be in host memory."""
     head = model.get_output_embeddings()
     device: torch.device = model.device if head is None else head.weight.device
     return device
@@ -154,7 +154,7 @@ def _evaluating(model: Model) -> Iterator[None]:
     model.eval()
     try:
         with warnings.catch_warnings():
-            # It looks at the first weight, which is an embedding in host memory if that was asked for.
+            # It checks the first weight, which may be an embedding in host memory.
             warnings.filterwarnings("ignore", "You are calling .generate.. with the `input_ids` being on a device")
             yield
     finally:

@@ -1,4 +1,4 @@
-"""What was answered, by what and how fast. Imports no torch."""
+"""Answers, with their source and speed. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from qlora_cli.units import counted
 
 Source = Literal["base", "adapter", "merged"]
-# The model ended the answer; it had as many tokens as it may have; somebody stopped it.
+# Ended by the model; by the limit of tokens; by the user.
 FinishReason = Literal["stop", "length", "interrupted"]
 
 
@@ -30,7 +30,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAnswers:
-    """A prompt and its answers, of the base first. `differ` is None where there is only one."""
+    """A prompt and its answers, that of the base first. `differ` is None if there is only one."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -39,9 +39,9 @@ class PromptAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationReport:
-    """What `qlora generate` answered. `adapter` and `merged` are None where there was none.
+    """The result of `qlora generate`. `adapter` and `merged` are None if there was none.
 
-    Of a run, `adapter_step` is the step of its weights, and `run_is_done` whether it was trained to its end.
+    For a run, `adapter_step` is the step of its weights, and `run_is_done` whether it was trained to its end.
     """
 
     model: str
@@ -55,7 +55,7 @@ class GenerationReport:
 
 
 class Listener(Protocol):
-    """Hears an answer while it is given."""
+    """Receives an answer while it is generated."""
 
     def begin(self, source: Source) -> None:
         """An answer begins."""
@@ -64,14 +64,14 @@ class Listener(Protocol):
         """The answer continues with `piece`."""
 
     def stops(self) -> bool:
-        """Whether it shall end here; asked after each token."""
+        """Return whether to end here; called after each token."""
 
     def end(self, answer: Answer) -> None:
-        """It is complete."""
+        """The answer is complete."""
 
 
 def collect(prompt: str, answers: list[Answer]) -> PromptAnswers:
-    """Return the answers to a prompt, compared if there are several."""
+    """Return the answers to a prompt, and whether they differ if there are several."""
     differ = len({answer.text for answer in answers}) > 1 if len(answers) > 1 else None
     return PromptAnswers(prompt=prompt, answers=tuple(answers), differ=differ)
 
@@ -89,5 +89,5 @@ def cut_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | Non
 
 
 def prompt_name(number: int, num_prompts: int) -> str:
-    """Return what a prompt is called, by its number from 1; nothing where it is the only one."""
+    """Return the name of a prompt, by its number from 1; empty if it is the only one."""
     return f"prompt {number} of {num_prompts}" if num_prompts > 1 else ""

@@ -1,4 +1,4 @@
-"""A conversation: each turn is answered with the turns before it."""
+"""A conversation: each turn is answered in the context of the turns before it."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from qlora_cli.settings.models import AnswerSettings
 
 
 class Chat:
-    """The turns so far. Where base and adapter both answer, the conversation continues with the adapter's answer."""
+    """The turns so far. If base and adapter both answer, the conversation continues with the adapter's answer."""
 
     def __init__(self, opened: OpenModel, request: AnswerSettings) -> None:
         self._opened = opened
@@ -19,17 +19,17 @@ class Chat:
         self._num_asked = 0
 
     def ask(self, text: str, listener: Listener) -> tuple[Answer, ...]:
-        """Return the answers to the next turn, the last of which is kept; also a part, if it was stopped.
+        """Return the answers to the next turn, and append the last to the conversation, even a stopped one.
 
         Raises:
             ModelError: the conversation has grown beyond the model's positions, or the chat template refuses it.
-                Nothing of the turn is kept.
-            OutOfMemoryError: the GPU has no room for the answer.
+                The turn is discarded.
+            OutOfMemoryError: the GPU has too little memory for the answer.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = encode(self._opened.loaded.tokenizer, [*system_messages(self._system), *messages])
-        room = self._room(len(ids))
-        answerer = dataclasses.replace(self._opened.answerer, max_tokens=room, turn=self._num_asked)
+        max_tokens = self._max_tokens(len(ids))
+        answerer = dataclasses.replace(self._opened.answerer, max_tokens=max_tokens, turn=self._num_asked)
         answers = tuple(
             self._opened.answer(source, ids, listener, answerer=answerer) for source in self._opened.sources
         )
@@ -38,11 +38,11 @@ class Chat:
         return answers
 
     def reset(self) -> None:
-        """Forget what was said; the system prompt stays."""
+        """Clear the conversation; the system prompt stays."""
         self._messages = []
 
     def set_system(self, system: str | None) -> None:
-        """Take another system prompt, or none, from here on.
+        """Set another system prompt, or none, from here on.
 
         Raises:
             ModelError: the chat template does not write it.
@@ -51,8 +51,8 @@ class Chat:
             check_system(self._opened.loaded.tokenizer, system)
         self._system = system
 
-    def _room(self, num_tokens: int) -> int:
-        """Return how long an answer may be after a conversation of `num_tokens`."""
+    def _max_tokens(self, num_tokens: int) -> int:
+        """Return the largest length of an answer after a conversation of `num_tokens`."""
         positions, most = self._opened.num_positions, self._opened.answerer.max_tokens
         if positions is None:
             return most

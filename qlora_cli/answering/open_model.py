@@ -1,4 +1,4 @@
-"""A model that is loaded to be asked: itself, or the base and the adapter that is on it."""
+"""A model that is loaded for answering: by itself, or as base and adapter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ NO_TEMPLATE = "the tokenizer has no chat template: a prompt is continued as plai
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
-    """A loaded model with what answers prompts. `num_positions` is None if it has no limit."""
+    """A loaded model with its answerer. `num_positions` is None if it has no limit."""
 
     loaded: LoadedModel
     answerer: Answerer
@@ -40,10 +40,10 @@ class OpenModel:
         listener: Listener | None = None,
         answerer: Answerer | None = None,
     ) -> Answer:
-        """Return the answer of `source` to a prompt of `ids`, by another `answerer` if it is given.
+        """Return the answer of `source` to a prompt of `ids`, by another `answerer` if given.
 
         Raises:
-            OutOfMemoryError: the GPU has no room for it.
+            OutOfMemoryError: the GPU has too little memory for it.
         """
         watch = None if listener is None else Watch(listener.text, listener.stops)
         if listener is not None:
@@ -80,13 +80,13 @@ def open_model(
     is_chat: bool = False,
     is_merged: bool = False,
 ) -> OpenModel:
-    """Load a model for `prompts`, or for a chat, which needs a chat template; what can't be done is said before.
+    """Load a model for `prompts`, or for a chat, which needs a chat template; checks come before loading.
 
-    `is_merged`: it is a merged model that others are compared with.
+    `is_merged` says that it is the merged model of a comparison.
 
     Raises:
         QloraError: what loading raises.
-        ModelError: a prompt is too long, the system prompt is not written, or there is nothing to compare.
+        ModelError: a prompt is too long, the template omits the system prompt, or there is nothing to compare.
     """
     load_plan = plan_load(asked, reporter)
     tokenizer = load_plan.tokenizer.tokenizer
@@ -145,7 +145,7 @@ def _check_comparable(load_plan: LoadPlan, merged: Path | None) -> None:
 
 
 def _check_base(load_plan: LoadPlan) -> None:
-    """Check that the model is its base while the adapter is off."""
+    """Check that the model with its adapter disabled is its base."""
     reason = base_change(load_plan.adapter.lora) if load_plan.adapter is not None else None
     if reason is not None:
         raise ModelError(
@@ -158,8 +158,8 @@ def _check_base(load_plan: LoadPlan) -> None:
 def _check_positions(prompt: str, num_tokens: int, max_new_tokens: int, positions: int | None) -> None:
     if positions is None or num_tokens + max_new_tokens <= positions:
         return
-    room = positions - num_tokens
-    shorter = f"Use --max-new-tokens {room}, or a shorter prompt." if room > 0 else "Use a shorter prompt."
+    num_left = positions - num_tokens
+    shorter = f"Use --max-new-tokens {num_left}, or a shorter prompt." if num_left > 0 else "Use a shorter prompt."
     raise ModelError(
         f"the prompt {prompt[:30]!r} has {num_tokens:,} tokens, and --max-new-tokens allows {max_new_tokens:,} more: "
         f"together more than the {positions:,} positions of the model",

@@ -1,4 +1,4 @@
-"""From messages to the tokens that ask for an answer: by the chat template, or as plain text without one."""
+"""Encode messages with a generation prompt by the chat template, or as plain text without one."""
 
 from collections.abc import Sequence
 
@@ -19,12 +19,12 @@ def messages_of(prompt: str, system: str | None = None) -> list[Message]:
 
 
 def system_messages(system: str | None) -> list[Message]:
-    """Return the message that a system prompt is, or none."""
+    """Return the system prompt as a list of messages, empty without one."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Return the ids that ask for an answer to `messages`; without a chat template there is one, continued as it is.
+    """Return the ids of `messages` and the generation prompt; without a chat template, of the single message as it is.
 
     Raises:
         ModelError: the chat template refuses the messages.
@@ -38,7 +38,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
 
 
 def written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """Return `messages` as the chat template writes them, and asks for an answer.
+    """Render `messages` with the chat template and the generation prompt.
 
     Raises:
         ModelError: it refuses them, or does not end.
@@ -79,7 +79,7 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ids: list[int] = tokenizer(text)["input_ids"]
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 1 and ids[-1] == end and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]  # some tokenizers end every text, also one that is to be continued
-    if begin is not None and ids[:2] == [begin, begin]:  # the text has one of its own
+        ids = ids[:-1]  # some tokenizers append EOS to every text
+    if begin is not None and ids[:2] == [begin, begin]:  # the text itself begins with one
         ids = ids[1:]
     return ids

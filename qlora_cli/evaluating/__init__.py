@@ -1,1 +1,1 @@
-"""Loss and perplexity on held-out rows of base, adapter and merged model, and tasks handed over to lm-eval."""
+"""Measure loss and perplexity of base, adapter and merged model on held-out rows, and run lm-eval's tasks."""

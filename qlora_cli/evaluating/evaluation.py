@@ -1,4 +1,4 @@
-"""Evaluate: base and adapter from one loaded model, then what was merged from them, on the same tokens."""
+"""Evaluate base and adapter from one loaded model, then the merged model, on the same tokens."""
 
 import gc
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from qlora_cli.evaluating.merged_model import Merged, find_merged
 from qlora_cli.evaluating.rows import (
     HeldOutRows,
     TrainedRows,
-    facts_of_rows,
     has_rows,
+    inferred_from_rows,
     nothing_held_out,
     read_rows,
     trained_rows,
@@ -45,10 +45,10 @@ TITLES: dict[Kind, str] = {
 
 
 def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evaluation:
-    """Measure loss and perplexity of a model, of its base and of what was merged, and run the tasks on each.
+    """Measure loss and perplexity of a model, its base and the merged model, and run the tasks on each.
 
     Raises:
-        QloraError: of the kind that fits what is wrong.
+        QloraError: of the type of the problem.
     """
     check_evaluation(resolved)
     request = resolved.settings.evaluate
@@ -58,10 +58,10 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     check_placement(resolved.settings)
     model = find(resolved.settings.model, reporter)
     run = trained_rows(model.source)
-    settled = settle_load(resolved, model, reporter, facts_of_rows(resolved, run))
+    settled = settle_load(resolved, model, reporter, inferred_from_rows(resolved, run))
     load_plan = plan_outlined(model, settled.settings, reporter)
     check_weights(load_plan, reporter)
-    left_out = _without_base(request, load_plan, reporter)
+    base_note = _check_base(request, load_plan, reporter)
     merged = find_merged(request, load_plan, reporter)
     if has_rows(resolved, run):
         rows = _read_rows(settled.settings, load_plan, run, reporter, are_named=names_rows(resolved))
@@ -71,14 +71,14 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         raise nothing_held_out(resolved.settings.model.name, run)
     if merged is not None and rows is not None:
         merged.check_rows(rows)
-    has_base = left_out is None and request.with_base is not False
+    has_base = base_note is None and request.with_base is not False
     num_known = load_plan.num_own_rows if has_base and load_plan.adapter is not None else None
-    bench = _Bench(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
-    _evaluate_first(bench, load_plan, has_merged=merged is not None, has_base=has_base)
+    benchmark = _Benchmark(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
+    _evaluate_first(benchmark, load_plan, has_merged=merged is not None, has_base=has_base)
     gc.collect()
     torch.cuda.empty_cache()
     if merged is not None:
-        _evaluate_merged(bench, merged)
+        _evaluate_merged(benchmark, merged)
     return Evaluation(
         model=load_plan.source.name,
         base_model=load_plan.source.base_name,
@@ -91,14 +91,14 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         dataset=rows.data.report.name if rows is not None else None,
         fingerprint=rows.data.report.fingerprint if rows is not None else None,
         is_training_data=rows is not None and rows.is_training_data,
-        sources=tuple(bench.sources),
-        tasks=tuple(bench.figures),
-        notes=(*((left_out,) if left_out else ()), *(rows.notes if rows is not None else ()), *bench.notes),
+        sources=tuple(benchmark.sources),
+        tasks=tuple(benchmark.figures),
+        notes=(*((base_note,) if base_note else ()), *(rows.notes if rows is not None else ()), *benchmark.notes),
     )
 
 
-def _without_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Reporter) -> str | None:
-    """Return why the base is left out, which is noted; None if the model is its base while the adapter is off."""
+def _check_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Reporter) -> str | None:
+    """Return the note that the base is not evaluated; None if the model with its adapter disabled is its base."""
     if request.with_base is not None and load_plan.source.adapter is None:
         message = f"has no effect: {load_plan.source.name} has no adapter"
         raise ModelError(message, hint="Leave it out.", setting="evaluate.with_base")
@@ -150,10 +150,10 @@ def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:
 
 
 @dataclass(kw_only=True)
-class _Bench:
-    """What each model is put to, and what came of it so far. `base` is what others are compared with.
+class _Benchmark:
+    """The measurements for each model, and the results so far. `base` is what others are compared with.
 
-    `num_known` are the ids of tokens that are counted, if the base has fewer than the adapter.
+    Only tokens with ids below `num_known` are counted, if the base has fewer than the adapter.
     """
 
     request: EvaluationSettings
@@ -167,7 +167,7 @@ class _Bench:
     figures: list[TaskResult] = field(default_factory=list)
 
     def measure(self, kind: Kind, path: str, loaded: LoadedModel) -> None:
-        """Evaluate a model as it is now: its adapter may be switched off."""
+        """Evaluate a model in its current state: its adapter may be disabled."""
         if self.rows is not None:
             self._measure_rows(kind, path, loaded, self.rows.data)
         if self.tasks is not None:
@@ -195,16 +195,16 @@ class _Bench:
             reporter=self.reporter,
         )
         if kind == "base" and losses.num_left_out:
-            self._note_left_out(losses)
+            self._note_skipped_tokens(losses)
         if bad := int((~np.isfinite(losses.nll)).sum()):
-            message = f"the loss of {TITLES[kind]} is no finite number in {counted(bad, 'row')}"
+            message = f"the loss of {TITLES[kind]} is not finite in {counted(bad, 'row')}"
             self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
         quantization = loaded.settings.quantization.method.value
         self.sources.append(summarize(kind, path, quantization, losses, self.base))
         if kind == "base":
             self.base = losses
 
-    def _note_left_out(self, losses: RowLosses) -> None:
+    def _note_skipped_tokens(self, losses: RowLosses) -> None:
         new = f"{counted(losses.num_left_out, 'token')} to predict"
         if not losses.tokens.any():
             raise DataError(
@@ -216,18 +216,18 @@ class _Bench:
         self.reporter.report(Noted(level="warning", message=note))
 
 
-def _evaluate_first(bench: _Bench, load_plan: LoadPlan, *, has_merged: bool, has_base: bool) -> None:
-    """Load what was named and evaluate it, with its adapter and without; nothing of it is left in memory."""
-    loaded = load_planned(load_plan, bench.reporter)
+def _evaluate_first(benchmark: _Benchmark, load_plan: LoadPlan, *, has_merged: bool, has_base: bool) -> None:
+    """Load the named model and evaluate it, with and without its adapter; it is not kept in memory."""
+    loaded = load_planned(load_plan, benchmark.reporter)
     for kind, path, state in _states(loaded, has_merged=has_merged, has_base=has_base):
         with state:
-            bench.measure(kind, path, loaded)
+            benchmark.measure(kind, path, loaded)
 
 
 def _states(
     loaded: LoadedModel, *, has_merged: bool, has_base: bool
 ) -> Iterator[tuple[Kind, str, AbstractContextManager[None]]]:
-    """Yield what the loaded model is to be evaluated as, with the context in which it is that."""
+    """Yield what to evaluate the loaded model as, with the context that puts it into that state."""
     source, model = loaded.source, loaded.model
     if not isinstance(model, PeftModel):
         yield "base" if has_merged else "model", source.name, nullcontext()
@@ -237,6 +237,6 @@ def _states(
     yield "adapter", str(source.adapter), nullcontext()
 
 
-def _evaluate_merged(bench: _Bench, merged: Merged) -> None:
-    loaded = load_planned(merged.load_plan, bench.reporter)
-    bench.measure("merged", str(merged.path), loaded)
+def _evaluate_merged(benchmark: _Benchmark, merged: Merged) -> None:
+    loaded = load_planned(merged.load_plan, benchmark.reporter)
+    benchmark.measure("merged", str(merged.path), loaded)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with an evaluation before torch is imported: names, files, what has no effect."""
+"""Check an evaluation before torch is imported: names, files, settings without effect."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
     """Check names and files, all at once.
 
     Raises:
-        MissingDependencyError: tasks are asked for, and lm-eval is not installed, and nothing else is wrong.
-        SettingsError: with every problem found.
+        MissingDependencyError: tasks are requested, lm-eval is not installed, and nothing else is wrong.
+        SettingsError: with every problem.
     """
     request, wrong = resolved.settings.evaluate, ErrorCollector(resolved.where_of)
     if request.tasks and importlib.util.find_spec("lm_eval") is None:
@@ -40,7 +40,7 @@ def check_evaluation(resolved: Resolved[EvaluateSettings]) -> None:
 
 
 def names_rows(resolved: Resolved[EvaluateSettings]) -> bool:
-    """Whether the rows to evaluate were named by hand. In a settings file, `data.dataset` is what is trained."""
+    """Return whether the rows to evaluate were named explicitly; in a settings file `data.dataset` is for training."""
     return resolved.origin_of("data.dataset").kind in {"flag", "set"}
 
 
@@ -50,8 +50,8 @@ def _problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
         yield resolved.problem("model.name", wrong)
     if request.merged is not None and (wrong := _check_merged(str(request.merged))):
         yield resolved.problem("evaluate.merged", wrong)
-    yield from _about_data(resolved)
-    yield from _about_tasks(resolved)
+    yield from _data_problems(resolved)
+    yield from _task_problems(resolved)
 
 
 def _check_merged(name: str) -> QloraError | None:
@@ -64,7 +64,7 @@ def _check_merged(name: str) -> QloraError | None:
     return check_model_name(ModelSettings(name=name))
 
 
-def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+def _data_problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     data, request = resolved.settings.data, resolved.settings.evaluate
     if not names_rows(resolved):
         if request.split is not None:
@@ -98,7 +98,7 @@ def _about_data(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
 
 
 def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
-    """Yield what was given for this evaluation and changes nothing in it; a settings file is of training too."""
+    """Yield settings that were given for this evaluation without an effect; settings files are for training, too."""
     unused = (
         ("eval_dataset", "eval_split", "eval_group", "mixing", "split", "streaming") if names_rows(resolved) else ()
     )
@@ -111,13 +111,13 @@ def _without_effect(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
 
 
 def _named(resolved: Resolved[EvaluateSettings]) -> tuple[str, ...]:
-    """Return the names of the rows that are evaluated, as far as they are on the command line or in a file."""
+    """Return the names of the rows to evaluate, as given on the command line or in a file."""
     data = resolved.settings.data
     return (data.dataset if names_rows(resolved) else data.eval_dataset) or ()
 
 
 def _may_hold_out(resolved: Resolved[EvaluateSettings]) -> bool:
-    """Whether the model may be a run, or a part of one, that knows what it held out; what is not there may be any."""
+    """Return whether the model may be a run, or a part of one, with held-out rows; a missing path may be anything."""
     name = resolved.settings.model.name
     path = existing_path(name)
     if path is None:
@@ -129,7 +129,7 @@ def _is_run_or_adapter(path: Path) -> bool:
     return RunDirectory(path).is_run or (path / ADAPTER_CONFIG).is_file()
 
 
-def _about_tasks(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
+def _task_problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
     request = resolved.settings.evaluate
     for key in ("limit", "task_path"):
         if getattr(request, key) is not None and not request.tasks:

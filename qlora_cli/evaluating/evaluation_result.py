@@ -1,4 +1,4 @@
-"""What an evaluation measured, as plain numbers. Imports no torch."""
+"""The result of an evaluation, in plain numbers. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,21 @@ Kind = Literal["model", "base", "adapter", "merged"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceResult:
-    """One model on the rows. Losses are means over all supervised tokens, however the rows were batched.
+    """The figures of one model on the rows. Losses are means over all supervised tokens, independent of batching.
 
     Attributes:
-        source: What it is; `model` is one that has no adapter.
+        source: The kind of model; `model` is one without an adapter.
         path: Its name: a directory, or a hub id.
         quantization: How its linear layers are stored.
         loss: Mean negative log-likelihood of a token, in nats; None if it is not finite.
-        loss_stderr: Standard error of that, over rows; None of a single row.
+        loss_stderr: Standard error of the loss, over rows; None for a single row.
         perplexity: exp(loss); None if it is not finite.
-        token_accuracy: Share of supervised tokens that are the most likely one.
+        token_accuracy: Share of supervised tokens that are the most likely token.
         num_rows, num_tokens: Rows, and supervised tokens in them.
-        seconds: The time that it took, without loading.
-        tokens_per_second: All tokens of the rows in that time, padding left out.
-        difference: The loss less that of the base; None without a base.
-        difference_stderr: Standard error of that, from the differences of each row.
+        seconds: The time of the evaluation, without loading.
+        tokens_per_second: All tokens of the rows per second, without padding.
+        difference: The loss minus that of the base; None without a base.
+        difference_stderr: Standard error of the difference, paired by row.
     """
 
     source: Kind
@@ -43,7 +43,7 @@ class SourceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One figure of one of lm-eval's tasks for one model; `metric` is as lm-eval names it, with its filter."""
+    """One figure of one of lm-eval's tasks for one model; `metric` is lm-eval's name, with its filter."""
 
     source: Kind
     task: str
@@ -55,22 +55,22 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `qlora evaluate` measured.
+    """The result of `qlora evaluate`.
 
     Attributes:
-        model: As it was asked for.
-        base_model: The base it stands for: the same, unless it is an adapter or a run.
+        model: The name that was given.
+        base_model: Its base: the same, unless it is an adapter or a run.
         adapter: The adapter, if it is or has one.
-        adapter_step: Of a run, the step of its weights.
+        adapter_step: For a run, the step of its weights.
         run_is_done: Whether that run was trained to its end.
-        merged: The merged model, if one was compared with.
-        device, compute_dtype: Where, and in which dtype.
+        merged: The merged model, if one was compared.
+        device, compute_dtype: The device and the dtype of the computation.
         dataset: The rows, as they were named; None if only tasks were run.
         fingerprint: A SHA-256 over the tokens and labels of the rows.
         is_training_data: Whether the adapter is known to have been trained on that data.
-        sources: One of each model, the base first.
+        sources: The result of each model, the base first.
         tasks: The figures of lm-eval.
-        notes: What one should know to read the figures.
+        notes: Notes for reading the figures.
     """
 
     model: str

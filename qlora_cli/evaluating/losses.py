@@ -1,4 +1,4 @@
-"""The loss of each row, computed as training computes it, in batches that fit in memory.
+"""Compute the loss of each row as in training, in batches that fit in memory.
 
 The head and the loss are TRL's fused ones: logits exist one tile at a time, on a GPU only where a token is supervised.
 """
@@ -29,16 +29,16 @@ from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
-    """What a model makes of each row, in the order of the data; arrays are `(rows,)`.
+    """The results of a model for each row, in the order of the data; arrays are `(rows,)`.
 
     Attributes:
-        nll: Negative log-likelihood of the row's supervised tokens, summed, float64.
-        correct: How many of them are the most likely token.
-        tokens: How many there are.
-        seconds: The time that it took.
-        num_left_out: Tokens that are supervised and not counted: the base has no such token.
-        num_fed: All tokens of the rows, padding left out.
-        batch_size: Rows that were fed at once in the end.
+        nll: Sum of the negative log-likelihoods of the row's supervised tokens, float64.
+        correct: Number of supervised tokens that are the most likely token.
+        tokens: Number of supervised tokens.
+        seconds: The time of the computation.
+        num_left_out: Supervised tokens that are not counted, since the base lacks them.
+        num_fed: All tokens of the rows, without padding.
+        batch_size: The final batch size.
     """
 
     nll: NDArray[np.float64]
@@ -67,11 +67,11 @@ def measure_losses(
     title: str,
     reporter: Reporter,
 ) -> RowLosses:
-    """Return what `model` makes of the rows of `data`, computed in `dtype`; `title` says whose rows are counted.
+    """Return the losses of `model` on the rows of `data`, computed in `dtype`; `title` names it in progress reports.
 
-    Of tokens from the id `num_known` on none is counted, if it is given: a model that they are compared on lacks them.
-    Rows of one length go together, the longest first. A batch that does not fit in memory is halved, and with it all
-    that follow.
+    Tokens with ids from `num_known` on, if given, are not counted: a model that is compared lacks them.
+    Rows are batched by length, the longest first. If a batch does not fit in memory, it and all later ones are
+    halved.
 
     Raises:
         OutOfMemoryError: one row alone does not fit.
@@ -84,15 +84,15 @@ def measure_losses(
     done = num_left_out = 0
     with _evaluating(model):
         while done < len(order):
-            places = order[done : done + batch_size]
-            batch = collate([data.dataset[int(place)] for place in places])
-            num_new = _leave_out(batch, num_known)
+            indices = order[done : done + batch_size]
+            batch = collate([data.dataset[int(index)] for index in indices])
+            num_new = _mask_new_tokens(batch, num_known)
             figures = _try_batch(model, batch, dtype)
             if figures is None:
-                batch_size = _halved(len(places), batch, reporter)
+                batch_size = _halved(len(indices), batch, reporter)
                 continue
-            figures_of_rows[places] = figures
-            done += len(places)
+            figures_of_rows[indices] = figures
+            done += len(indices)
             num_left_out += num_new
             progress.report(order[:done])
     return RowLosses(
@@ -107,7 +107,7 @@ def measure_losses(
 
 
 class _LossProgress:
-    """Tells how many rows are done, and how long the others will take by their tokens."""
+    """Reports the number of completed rows, and the remaining time by tokens."""
 
     def __init__(self, lengths: Numbers, title: str, reporter: Reporter) -> None:
         self._lengths = lengths
@@ -132,8 +132,8 @@ class _LossProgress:
         )
 
 
-def _leave_out(batch: dict[str, Any], num_known: int | None) -> int:
-    """Take the labels from `num_known` on out of a batch, and return how many there were that count."""
+def _mask_new_tokens(batch: dict[str, Any], num_known: int | None) -> int:
+    """Mask labels from `num_known` on in a batch, and return their number."""
     labels = batch["labels"]
     is_new = labels >= (torch.iinfo(labels.dtype).max if num_known is None else num_known)
     batch["labels"] = labels.masked_fill(is_new, IGNORE_INDEX)
@@ -157,7 +157,7 @@ def _try_batch(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> NDArray
 
 
 def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:
-    """Return half the rows of a batch that did not fit."""
+    """Return half the size of a batch that did not fit."""
     gc.collect()
     torch.cuda.empty_cache()
     length = batch["input_ids"].shape[1]
@@ -179,9 +179,9 @@ def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Give the model TRL's head, without dropout, and leave it as it was."""
+    """Give the model TRL's fused head, without dropout, and restore it afterwards."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.base_model is base:  # where TRL's head would call itself
+    if base.base_model is base:  # TRL's head would call itself recursively
         raise ModelError(
             f"TRL's loss does not find the layers of {type(base).__name__}, and can't evaluate it",
             hint="Its class does not name them by base_model_prefix; choose another model.",

@@ -1,4 +1,4 @@
-"""The merged model that an adapter is compared with: found, and checked to read the same tokens."""
+"""Find the merged model to compare an adapter with, and check that it has the same tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from qlora_cli.tokenizing.positions import check_length
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """A merged model, and the plan to load it: as it is stored, in the dtype of the model it was merged from."""
+    """A merged model, and the plan to load it: as it is stored, in the dtype of the adapter's model."""
 
     path: Path
     load_plan: LoadPlan
 
     def check_rows(self, rows: HeldOutRows) -> None:
-        """Check that it has positions for `rows`.
+        """Check that it has enough positions for `rows`.
 
         Raises:
             ModelError: it has not.
@@ -35,7 +35,7 @@ def find_merged(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
     """Return the merged model that was named, or that is in the run directory; None if there is none.
 
     Raises:
-        ModelError: it can't be used, or its tokenizer is another one, so that the tokens would mean other words.
+        ModelError: it can't be used, or its tokenizer differs.
         OutOfMemoryError: it does not fit on the device.
     """
     path = request.merged or merged_model_of(load_plan.source)
@@ -47,7 +47,7 @@ def find_merged(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
     merged = Merged(path=path, load_plan=plan_load(resolved_in_code(settings), reporter))
     if merged.load_plan.tokenizer.tokenizer.get_vocab() != load_plan.tokenizer.tokenizer.get_vocab():
         raise ModelError(
-            f"the tokenizer of {path} is another one than that of {load_plan.source.name}",
+            f"the tokenizer of {path} differs from that of {load_plan.source.name}",
             hint="Give --merged the directory that was merged from it.",
         )
     check_weights(merged.load_plan, reporter)

@@ -1,4 +1,4 @@
-"""Which rows are evaluated: those that were named, or those that a run held out, read by the code that trained it."""
+"""Choose the rows to evaluate, named ones or those that a run held out, and read them by the code of training."""
 
 import os
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ NAME_THEM = "Name the rows to evaluate with --dataset."
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRows:
-    """What a run says of the rows that it was trained on and evaluated on; data sets are named by where they are."""
+    """The record of a run's training and evaluation rows; data sets are named by their current paths."""
 
     path: Path
     record: RunRecord
@@ -40,7 +40,7 @@ class TrainedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutRows:
-    """Rows to evaluate. `is_training_data`: known to be what the run was trained on; `notes` say what is off."""
+    """Rows to evaluate. `is_training_data` is set if the run is known to be trained on them; `notes` are warnings."""
 
     data: PreparedData
     is_training_data: bool
@@ -48,10 +48,10 @@ class HeldOutRows:
 
 
 def trained_rows(source: ModelSource) -> TrainedRows | None:
-    """Return what the run that was named says of its rows, if one was.
+    """Return the record of the rows of the named run, if any.
 
     Raises:
-        ModelError: it does not say how its data was read.
+        ModelError: the record does not say how its data was read.
     """
     run, record = source.run, source.record
     if run is None or record is None:
@@ -77,17 +77,17 @@ def trained_rows(source: ModelSource) -> TrainedRows | None:
 
 
 def _located(names: JsonValue, record: RunRecord) -> JsonValue:
-    """Return names of data sets as they are found from here: relative ones were given in another directory."""
+    """Return names of data sets as valid in the working directory: relative ones were given in another one."""
     if not isinstance(names, list):
         return names
     return [first_local(map(str, record.candidate_paths(str(name)))) or str(name) for name in names]
 
 
 def _check_there(names: Any, run: TrainedRows) -> None:
-    """Check that the data that a run names is there.
+    """Check that the data that a run names exists.
 
     Raises:
-        DatasetNotFoundError: it is at none of the places that it may be at.
+        DatasetNotFoundError: it is at none of its possible paths.
     """
     for name in names:
         if isinstance(wrong := check_dataset_name(name), DatasetNotFoundError):
@@ -100,14 +100,14 @@ def _check_there(names: Any, run: TrainedRows) -> None:
 
 
 def has_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> bool:
-    """Whether it is known which rows to evaluate: they were named, or held out of training."""
+    """Return whether the rows to evaluate are known: they were named, or held out of training."""
     data = _data_of(asked, run)
     holds_out = data.get("eval_split") is not None and data.get("dataset") is not None
     return names_rows(asked) or data.get("eval_dataset") is not None or holds_out
 
 
-def facts_of_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> list[InferredSettings]:
-    """Return how rows are read, and which, besides what was asked for: as the run was trained; none is packed."""
+def inferred_from_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> list[InferredSettings]:
+    """Return the inferred settings for reading the rows: those of the run, without packing."""
     data = _data_of(asked, run)
     here: dict[str, object] = {"packing": False}
     if names_rows(asked):
@@ -130,7 +130,7 @@ def _data_of(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> dict
 def read_rows(
     settings: DataSettings, run: TrainedRows | None, text: TextTokenizer, *, seed: int, are_named: bool
 ) -> HeldOutRows:
-    """Read and tokenize the rows that `settings`, settled, name or hold out of what they name.
+    """Read and tokenize the rows that the settled `settings` name, or hold out.
 
     Raises:
         DatasetNotFoundError: no such data set.
@@ -161,14 +161,14 @@ def _of_trained(data: PreparedData, run: TrainedRows) -> str:
 
 
 def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
-    """Return the error of an evaluation whose rows are not known."""
+    """Return the error for an evaluation without known rows."""
     if run is not None:
         return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)
-    return DataError(f"{model} is no run, so that its rows to evaluate are not known", hint=NAME_THEM)
+    return DataError(f"{model} is not a run, so the rows to evaluate are not known", hint=NAME_THEM)
 
 
 def _alone(names: Any, split: str | None) -> dict[str, Any]:
-    """Return the settings by which nothing is read but `names`, all of it."""
+    """Return the settings to read all of `names`, and nothing else."""
     whole = {
         "eval_dataset": None,
         "eval_split": None,
@@ -180,7 +180,7 @@ def _alone(names: Any, split: str | None) -> dict[str, Any]:
 
 
 def _shares_files(settings: DataSettings, run: TrainedRows) -> bool:
-    """Whether a file is read that the run was trained on."""
+    """Return whether a file of the run's training data is read."""
     trained: set[Path] = set()
     for name in run.settings.get("dataset") or ():
         try:

@@ -1,6 +1,6 @@
-"""From the losses of rows to a mean with its standard error, and to a difference that is paired by row.
+"""Compute a mean with its standard error from the losses of rows, and a difference that is paired by row.
 
-Rows are drawn, tokens come with them: the mean over tokens is a ratio of two sums over rows, and its standard error
+Rows are sampled, not tokens: the mean over tokens is a ratio of two sums over rows, and its standard error
 that of a ratio estimator (Cochran, Sampling Techniques, 3rd edition, section 2.11).
 """
 
@@ -16,7 +16,7 @@ Values = NDArray[np.float64]
 
 
 def ratio_stderr(values: Values, sizes: NDArray[np.int64]) -> float | None:
-    """Return the standard error of `values.sum() / sizes.sum()` over rows, both `(rows,)`; None of a single row."""
+    """Return the standard error of `values.sum() / sizes.sum()` over rows, both `(rows,)`; None for a single row."""
     num_rows = len(values)
     if num_rows < 2:
         return None
@@ -25,7 +25,7 @@ def ratio_stderr(values: Values, sizes: NDArray[np.int64]) -> float | None:
 
 
 def summarize(source: Kind, path: str, quantization: str, rows: RowLosses, base: RowLosses | None) -> SourceResult:
-    """Return the figures of one model, and how it differs from `base` on the same rows, if that was measured."""
+    """Return the figures of one model, and its difference from `base` on the same rows, if that was measured."""
     num_tokens = int(rows.tokens.sum())
     difference = stderr = None
     if base is not None:
@@ -50,7 +50,7 @@ def summarize(source: Kind, path: str, quantization: str, rows: RowLosses, base:
 
 
 def perplexity_of(loss: float) -> float | None:
-    """Return exp(loss); None where that is no number that can be written."""
+    """Return exp(loss); None if it is not finite."""
     try:
         return finite(math.exp(loss))
     except OverflowError:
@@ -58,5 +58,5 @@ def perplexity_of(loss: float) -> float | None:
 
 
 def finite(value: float | None) -> float | None:
-    """Return `value` if it is a finite number, which JSON can hold."""
+    """Return `value` if it is finite, as JSON requires; otherwise None."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Tasks are lm-eval's business: it gets the model that is loaded, and its figures are handed on as it names them."""
+"""Run lm-eval's tasks on a loaded model, and return its figures under its names."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ STDERR = "_stderr"
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Tasks that lm-eval knows: their names, and the manager that finds them."""
+    """Tasks of lm-eval: their names, and the manager that finds them."""
 
     names: tuple[str, ...]
     manager: Any
@@ -45,10 +45,10 @@ class Tasks:
         title: str,
         reporter: Reporter,
     ) -> tuple[TaskResult, ...]:
-        """Return the figures of `model`, computed in `dtype`; `title` says whose requests are counted.
+        """Return the figures of `model`, computed in `dtype`; `title` names it in progress reports.
 
         Raises:
-            DataError: lm-eval can't get the data of a task, or make use of it.
+            DataError: lm-eval can't load or use the data of a task.
             OutOfMemoryError: a batch does not fit.
         """
         from lm_eval import simple_evaluate
@@ -80,7 +80,7 @@ class Tasks:
 
 
 def find_tasks(request: EvaluationSettings) -> Tasks | None:
-    """Return the tasks that are asked for, if any are.
+    """Return the requested tasks, if any.
 
     Raises:
         DataError: lm-eval has none of that name, or a file does not name its task.
@@ -109,7 +109,7 @@ def _file_of(name: str) -> Path | None:
 
 
 def _task_of(path: Path) -> str:
-    """Return the name that a YAML file gives its task or group; its other values may need lm-eval to be read."""
+    """Return the name of the task or group in a YAML file; only lm-eval can read its other values."""
     try:
         root = yaml.compose(read_small(path), Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -129,7 +129,7 @@ def _unknown(name: str, known: Sequence[str]) -> QloraError:
 
 
 def _figures(source: Kind, results: Mapping[str, Any]) -> Iterator[TaskResult]:
-    """Yield every figure of every task; of a group, that of all its tasks together too."""
+    """Yield every figure of every task; for a group also the combined ones."""
     counts = results.get("n-samples", {})
     for task, values in results["results"].items():
         for name, value in values.items():
@@ -148,7 +148,7 @@ def _figures(source: Kind, results: Mapping[str, Any]) -> Iterator[TaskResult]:
 
 
 def _number(value: object) -> float | None:
-    # Where there is no standard error, lm-eval writes "N/A".
+    # lm-eval writes "N/A" if there is no standard error.
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -168,7 +168,7 @@ def _explained(error: Exception, names: Sequence[str], batch_size: int) -> Excep
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what lm-eval logs of its own workings to itself; what goes wrong is raised."""
+    """Suppress lm-eval's logs; errors are raised."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""The one loader that every command uses: plan, tokenizer, weights, adapter, report."""
+"""Load a model, for every command: plan, tokenizer, weights, adapter, report."""
 
 import logging
 
-# accelerate warns that what is kept on the CPU has a placeholder on no device, as was asked for.
+# accelerate warns about meta placeholders of weights on the CPU, which are intended.
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)

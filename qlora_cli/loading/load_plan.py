@@ -1,4 +1,4 @@
-"""Settle everything about a model before a weight is read: files, config, tokenizer, layout, device, dtype."""
+"""Plan a load before a weight is read: files, config, tokenizer, storage layout, device, dtype."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, lo
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """All that is settled before a weight is read. `shapes` is the model on the meta device.
+    """Everything that is decided before a weight is read. `shapes` is the model on the meta device.
 
-    `num_rows` are the rows of the embedding that tokenizer and adapter need; the base may have more.
+    `num_rows` is the number of embedding rows that tokenizer and adapter need; the base may have more.
     """
 
     settings: LoadSettings
@@ -50,19 +50,19 @@ class LoadPlan:
 
     @property
     def num_own_rows(self) -> int | None:
-        """The rows of the base's own vocabulary, if it is to be given more."""
+        """The rows of the base's own vocabulary, if it is to be extended."""
         rows = embedding_of(self.shapes).num_embeddings
         return rows if rows < self.num_rows else None
 
 
 def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> LoadPlan:
-    """Settle everything that can be known without the weights; downloads the small files that are not here yet.
+    """Decide everything that does not need the weights; download the small files that are not in the cache.
 
     Raises:
         ModelNotFoundError: no such model.
-        ModelError: the files are no causal language model that can be loaded as asked.
-        HardwareError: the device or dtype asked for is not there.
-        MissingDependencyError: the attention kernel asked for is not installed.
+        ModelError: the files are not a causal language model that can be loaded with these settings.
+        HardwareError: the requested device or dtype is not available.
+        MissingDependencyError: the requested attention kernel is not installed.
         OutOfMemoryError: the model does not fit on the device.
     """
     check_placement(asked.settings)
@@ -71,10 +71,10 @@ def plan_load(asked: Resolved[LoadSettings], reporter: Reporter) -> LoadPlan:
 
 
 def check_placement(settings: LoadSettings) -> None:
-    """Check what was asked for against this machine, before a file is looked for.
+    """Check the settings against this machine, before looking for files.
 
     Raises:
-        HardwareError: the device asked for is not there, or can't hold weights that are stored so.
+        HardwareError: the requested device does not exist, or can't hold weights that are stored so.
     """
     quantization, offloads = settings.quantization, settings.model.offload_embedding
     device = choose_device(settings.model.device)
@@ -82,12 +82,12 @@ def check_placement(settings: LoadSettings) -> None:
 
 
 def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter) -> LoadPlan:
-    """Plan the load of a model by settings that are settled. Raises what `plan_load` raises."""
+    """Plan the load of a model with settled settings. Raises what `plan_load` raises."""
     check_placement(settings)
     device = choose_device(settings.model.device)
     dtype = _dtype_on(device, settings, model.base)
     tokenizer = load_tokenizer(model.source, settings.model)
-    stretched = apply_rope_scaling(model.base.config, settings.model.rope_scaling)
+    scaling_note = apply_rope_scaling(model.base.config, settings.model.rope_scaling)
     shapes = build_on_meta(model.base.config, dtype.torch_dtype, trust_remote_code=settings.model.trust_remote_code)
     if settings.model.offload_embedding:
         check_offload(shapes, device)
@@ -98,8 +98,8 @@ def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter)
         raise refusal
     free = free_bytes(device)
     _check_fit(settings, shapes, layout, device, free, num_rows)
-    left_out = notes_on_ignored_keys([model.source.adapter])
-    notes = (*model.base.notes, *left_out, *((stretched,) if stretched else ()), *tokenizer.notes)
+    ignored = notes_on_ignored_keys([model.source.adapter])
+    notes = (*model.base.notes, *ignored, *((scaling_note,) if scaling_note else ()), *tokenizer.notes)
     for note in notes:
         reporter.report(Noted(message=note))
     return LoadPlan(
@@ -120,7 +120,7 @@ def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter)
 
 
 def _dtype_on(device: torch.device, settings: LoadSettings, base: ModelConfig) -> ComputeDtype:
-    """Return the dtype of the model; that of quantized layers may be another, but no other rules hold for it."""
+    """Return the dtype of the model; that of quantized layers may differ, under the same rules."""
     compute = settings.quantization.compute_dtype
     if compute != Dtype.AUTO:
         choose_compute_dtype(compute, device, base.config.model_type)
@@ -134,7 +134,7 @@ def _adapter_for(
     dtype: ComputeDtype,
     settings: ModelSettings,
 ) -> tuple[Adapter | None, int]:
-    """Return the adapter fitted to the base, if one was named, and how many rows the vocabulary needs."""
+    """Return the adapter fitted to the base, if one was named, and the rows that the vocabulary needs."""
     source, base = model.source, model.base
     stored = None if source.adapter is None else open_adapter(source.adapter, allow_pickle=settings.allow_pickle)
     num_rows = max(tokenizer.num_rows, 0 if stored is None else num_vocabulary_rows(stored, shapes, base))
@@ -163,8 +163,8 @@ def _check_fit(
     )
 
 
-def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrainedModel) -> str:
-    """Return the attention implementation for the model `shapes`, by the name that transformers gives it.
+def choose_attention(choice: Attention, device: torch.device, shapes: PreTrainedModel) -> str:
+    """Return the name in transformers of the attention implementation for the model `shapes`.
 
     Raises:
         HardwareError: it needs a GPU, and there is none.
@@ -172,11 +172,11 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
         ModelError: the model has no such implementation.
     """
     name = type(shapes).__name__
-    if wanted == Attention.AUTO:
+    if choice == Attention.AUTO:
         return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
-    if wanted == Attention.SDPA and not shapes._supports_sdpa:
+    if choice == Attention.SDPA and not shapes._supports_sdpa:
         raise ModelError(f"{name} does not compute attention by sdpa", hint="Use --attention eager.")
-    if wanted == Attention.FLASH_ATTENTION_2:
+    if choice == Attention.FLASH_ATTENTION_2:
         if device.type != "cuda":
             raise HardwareError("flash_attention_2 needs an NVIDIA GPU", hint="Use --attention sdpa.")
         if not is_flash_attn_2_available():
@@ -186,7 +186,7 @@ def choose_attention(wanted: Attention, device: torch.device, shapes: PreTrained
             )
         if not shapes._supports_flash_attn:
             raise ModelError(f"{name} does not compute attention by flash-attn", hint="Use --attention eager.")
-    return wanted.value
+    return choice.value
 
 
 def _fitted(
@@ -203,10 +203,10 @@ def _check_new_rows(
 ) -> None:
     num_rows = embedding_of(shapes).num_embeddings
     beyond = {number for number in tokenizer.tokenizer.get_vocab().values() if number >= num_rows}
-    # New tokens bring their rows along, and an adapter's own tokenizer says how far its base was grown.
+    # New tokens add their rows, and an adapter's own tokenizer tells how far its base was extended.
     if source.adapter is None and not beyond <= set(tokenizer.new_token_ids):
         check_vocabulary(tokenizer.tokenizer, num_rows, settings)
     if needed > num_rows and settings.offload_embedding:
         raise ModelError(
-            "an embedding in host memory can't be grown", hint="Leave --offload-embedding or the new tokens out."
+            "an embedding in host memory can't be extended", hint="Leave --offload-embedding or the new tokens out."
         )

@@ -1,6 +1,6 @@
-"""Load a base model: find its files, plan how each weight is stored, check that it fits, read it, count it.
+"""Load a base model: find its files, plan the storage of each weight, check that it fits, read and count the weights.
 
-The one way to a model: `load`, `train` and every other command go through `load_model`.
+Every command loads models with this module.
 """
 
 import time
@@ -54,7 +54,7 @@ _SILENT = SilentReporter()
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A base model, ready for an adapter, with all that is known of how it was loaded.
+    """A base model, ready for an adapter, with how it was loaded.
 
     `model` has an adapter attached if the source was an adapter or a run.
     """
@@ -88,12 +88,12 @@ class LoadedModel:
 
     @property
     def compute_dtype(self) -> ComputeDtype:
-        """The dtype that quantized layers multiply in: that of the model, unless another was asked for."""
+        """The dtype that quantized layers multiply in: that of the model, unless set otherwise."""
         asked = self.settings.quantization.compute_dtype
         return self.dtype if asked == Dtype.AUTO else ComputeDtype(name=asked, reason="as asked")
 
     def report(self) -> LoadReport:
-        """Return the same in plain numbers."""
+        """Return the load in plain numbers."""
         inventory, quantization = self.inventory, self.settings.quantization
         errors = (
             None if self.errors is None else tuple(WeightError(name=n, relative_rms=e) for n, e in self.errors.items())
@@ -138,9 +138,9 @@ class LoadedModel:
 
 
 def load_model(settings: LoadSettings, reporter: Reporter = _SILENT, *, measure_error: bool = False) -> LoadedModel:
-    """Load `settings.model`, quantized as `settings.quantization` says, frozen, with its tokenizer.
+    """Load `settings.model` with its tokenizer, frozen, and quantized by `settings.quantization`.
 
-    `measure_error` measures how far each weight is from its quantized self.
+    With `measure_error` the quantization error of each weight is measured.
 
     Raises:
         QloraError: what `plan_load` and `load_planned` raise.
@@ -162,13 +162,13 @@ def load_planned(
 ) -> LoadedModel:
     """Read the weights of `load_plan`.
 
-    `trains_adapter`: an adapter that was named is to be trained on. `lora` is the new adapter that will be attached,
-    which may begin with what the weights lose while they are read. `started` is the monotonic time from which
-    `load_seconds` counts; now, if it is not given.
+    With `trains_adapter` the named adapter will be trained further. `lora` describes the new adapter that will be
+    attached, which may be initialized from quantization residuals. `started` is the monotonic time from which
+    `load_seconds` counts; by default now.
 
     Raises:
-        ModelError: weights are damaged, missing or left over, or the adapter can't begin as asked.
-        OutOfMemoryError: the device ran out of memory all the same.
+        ModelError: weights are damaged, missing or unexpected, or the adapter can't be initialized.
+        OutOfMemoryError: the device ran out of memory nevertheless.
     """
     start = time.monotonic() if started is None else started
     if measure_error:
@@ -179,11 +179,11 @@ def load_planned(
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({load_plan.layout.describe()})"))
     reset_device_peak(device)
     model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, residuals=residuals)
-    grown = _grow_vocabulary(model, load_plan)
-    _agree_on_the_end(model, load_plan.tokenizer.tokenizer)
-    ahead = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
-    found = [*grown, *([ahead] if ahead else [])]
-    for note in found:
+    vocabulary_notes = _extend_vocabulary(model, load_plan)
+    _align_end_tokens(model, load_plan.tokenizer.tokenizer)
+    prediction_note = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
+    notes = [*vocabulary_notes, *([prediction_note] if prediction_note else [])]
+    for note in notes:
         reporter.report(Noted(message=note))
     inventory = take_inventory(model, load_plan.layout.unquantized)
     adapter = load_plan.adapter
@@ -207,7 +207,7 @@ def load_planned(
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_allocated_bytes(device),
-        notes=(*load_plan.notes, *found),
+        notes=(*load_plan.notes, *notes),
     )
 
 
@@ -240,7 +240,7 @@ def _load(
     if settings.model.offload_embedding:
         undo_dispatch(model)
         if load_plan.layout.settings.method.is_quantized:
-            # accelerate trains no quantized model that is on two devices, and moves an unquantized one that is on one.
+            # accelerate refuses to train quantized models on two devices, and moves an unquantized one that is on one.
             setattr(model, "hf_device_map", {"": device})  # noqa: B010 - an attribute that transformers adds
         keep_on_host(embedding_of(model), device)
     check_materialized(load_plan.source, model)
@@ -248,25 +248,25 @@ def _load(
 
 
 def _read_headers(load_plan: LoadPlan, reporter: Reporter) -> Checkpoint:
-    """Bring the weights' files here, and check that they are whole and of the planned shapes."""
+    """Download the weights, and check that they are complete and have the planned shapes."""
     fetch_weights(load_plan.source, reporter)
-    return _read_here(load_plan)
+    return _read_checkpoint(load_plan)
 
 
 def check_weights(load_plan: LoadPlan, reporter: Reporter) -> None:
-    """Check the weights as far as it can be known without reading or downloading them.
+    """Check the weights as far as possible without reading or downloading them.
 
     Raises:
-        ModelError: they are not whole, or of another shape than the model's.
-        ModelNotFoundError: they are on the hub, which can't be asked or does not hand them out.
-        DiskSpaceError: they are to be downloaded, and do not fit on the disk.
+        ModelError: they are incomplete, or their shapes differ from the model's.
+        ModelNotFoundError: they are on the hub, which can't be reached or denies access.
+        DiskSpaceError: they have to be downloaded, and do not fit on the disk.
     """
     pending = load_plan.source.pending
     if pending is None or not check_download(pending.repository, pending.names, reporter):
-        _read_here(load_plan)
+        _read_checkpoint(load_plan)
 
 
-def _read_here(load_plan: LoadPlan) -> Checkpoint:
+def _read_checkpoint(load_plan: LoadPlan) -> Checkpoint:
     checkpoint = read_checkpoint(load_plan.source.path, allow_pickle=load_plan.settings.model.allow_pickle)
     check_for_transformers(load_plan.source.path, allow_pickle=load_plan.settings.model.allow_pickle)
     if checkpoint.is_pickle:
@@ -284,8 +284,8 @@ def _device_map(load_plan: LoadPlan) -> dict[str, Any] | str:
     return {"": load_plan.device}
 
 
-def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the tokenizer's end token, which a chat template may have chosen, and pad as it does."""
+def _align_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the end and pad tokens of generation to the tokenizer's, which a chat template may have changed."""
     for config in (model.generation_config, model.config):
         known = getattr(config, "eos_token_id", None)
         ends = known if isinstance(known, list) else [] if known is None else [known]
@@ -294,17 +294,17 @@ def _agree_on_the_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _grow_vocabulary(model: PreTrainedModel, load_plan: LoadPlan) -> list[str]:
+def _extend_vocabulary(model: PreTrainedModel, load_plan: LoadPlan) -> list[str]:
     before = load_plan.num_own_rows
     if before is None:
         return []
     needed = load_plan.num_rows
     extend_vocabulary(model, needed)
-    said = f"the embedding was grown from {before:,} to {needed:,} rows"
-    return [said if load_plan.adapter is None else f"{said}; without the adapter, no new token is predicted"]
+    note = f"the embedding was extended from {before:,} to {needed:,} rows"
+    return [note if load_plan.adapter is None else f"{note}; without the adapter, no new token is predicted"]
 
 
 def _check_measurable(layout: StoragePlan) -> None:
     if layout.prequantized is not None or not layout.settings.method.traits.measures_error:
-        what = "is quantized already" if layout.prequantized is not None else "is not quantized to 4 bit"
+        what = "is already quantized" if layout.prequantized is not None else "is not quantized to 4 bit"
         raise ModelError(f"the model {what}, so there is no 4-bit error to measure", hint="Leave --error out.")

@@ -1,4 +1,4 @@
-"""A model before a weight is read: its small files, and the settings of a load as they settle them."""
+"""Read a model's small files, and settle the settings of a load by them, before a weight is read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class FoundModel:
     """The small files of a model, read before its settings are settled.
 
     Attributes:
-        base: The config, its rotary positions as they are.
-        prequantized: How the checkpoint is quantized, by the names of the model that is built; None if it is not.
+        base: The config, without RoPE scaling.
+        prequantized: The quantization of the checkpoint, with the model's names; None if it is not quantized.
     """
 
     source: ModelSource
@@ -49,24 +49,24 @@ class FoundModel:
 
     @property
     def run_file(self) -> str:
-        """The record of the run that was named, if one was."""
+        """The path of the record of the named run, if any."""
         return RUN_FILE if self.source.run is None else str(RunDirectory(self.source.run).run_file)
 
 
 def find(settings: ModelSettings, reporter: Reporter) -> FoundModel:
-    """Find a model and read its small files, which are downloaded if they are not here yet.
+    """Find a model and read its small files, which are downloaded if they are not in the cache.
 
     Raises:
         ModelNotFoundError: no such model.
-        ModelError: the files are no causal language model that can be read.
+        ModelError: the files are not a causal language model that can be read.
     """
-    transformers_logging.disable_progress_bar()  # bytes are reported by us, and stdout is for the result
+    transformers_logging.disable_progress_bar()  # we report the bytes ourselves, and stdout is for the result
     reporter.report(PhaseStarted(title=f"Finding {settings.name}"))
     return read_found(find_model(settings, reporter), trust_remote_code=settings.trust_remote_code)
 
 
 def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
-    """Read the small files of a model that was found.
+    """Read the small files of a model.
 
     Raises:
         ModelError: they can't be read, or are not of a causal language model.
@@ -81,16 +81,16 @@ def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
 def settle_load(
     asked: Resolved[LoadT], model: FoundModel, reporter: Reporter, more: Sequence[InferredSettings] = ()
 ) -> Resolved[LoadT]:
-    """Return the settings of a load, and of what is done with the model, as they are from here on.
+    """Return the settled settings of a load and of what is done with the model.
 
-    What was asked for by name stands; else the base is loaded as the run that was named was trained. How a checkpoint
-    is stored, and an adapter that trains on, can't be otherwise. `more` facts are about what is done with it.
+    Settings that were given apply; otherwise the base is loaded as in the training of the named run. The storage of a
+    checkpoint, and an adapter that is trained further, can't be changed. `more` are inferred settings of the caller.
 
     Raises:
-        ModelError: what was asked for by name contradicts the files, or has no effect on them.
+        ModelError: a given setting contradicts the files, or has no effect on them.
     """
     source = model.source
-    loading = _facts(asked, model)
+    loading = _inferred(asked, model)
     loaded = settle(asked, loading)
     check_effect(asked, loaded, source.name)
     for difference in (*_differences(asked, model), *_other_base(source)):
@@ -102,28 +102,28 @@ def settle_load(
 
 
 def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
-    """Return the settings of a load as `settle_load` does, for who only reads the base: nothing is said.
+    """Return the settings of a load as `settle_load` does, without reporting anything.
 
     Raises:
-        ModelError: what was asked for by name contradicts the files.
+        ModelError: a given setting contradicts the files.
     """
-    return settle(asked, _facts(asked, model))
+    return settle(asked, _inferred(asked, model))
 
 
-def _facts(asked: Resolved[LoadT], model: FoundModel) -> list[InferredSettings]:
-    """Return what the files of a model say of the settings of a load."""
+def _inferred(asked: Resolved[LoadT], model: FoundModel) -> list[InferredSettings]:
+    """Return the settings that are inferred from the files of a model."""
     if model.prequantized is not None:
         check_settings(model.prequantized, asked.given("quantization"), model.source.name)
     return [
-        *_of_the_checkpoint(model),
-        *_of_the_run(model),
-        *_of_the_vocabulary(asked, model),
-        *_of_the_adapter(asked, model),
+        *_inferred_from_checkpoint(model),
+        *_inferred_from_run_record(model),
+        *_inferred_from_vocabulary(asked, model),
+        *_inferred_from_adapter_files(asked, model),
     ]
 
 
 def stored_facts(prequantized: Prequantized, where: object) -> list[InferredSettings]:
-    """Return what the config of a quantized checkpoint says of the settings: what may be changed, and what is so."""
+    """Return the settings of a quantized checkpoint's config: those that may be changed, and fixed ones."""
     free = method_of(prequantized.method).free_settings(prequantized.config)
     origin = inferred_origin(where)
     return [
@@ -133,11 +133,11 @@ def stored_facts(prequantized: Prequantized, where: object) -> list[InferredSett
 
 
 def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) -> None:
-    """Check that the method by which weights are stored makes something of every setting of it that was given.
+    """Check that every given quantization setting has an effect with the settled method.
 
     Raises:
-        ModelError: a checkpoint or a run settled the method, and it does not.
-        SettingsError: it does not, and is the default.
+        ModelError: one has none, and the method is that of a checkpoint or a run.
+        SettingsError: one has none with the default method.
     """
     quantization = settled.settings.quantization
     wrong = [one for one in ineffective_settings("quantization", quantization) if asked.is_given(one[0])]
@@ -151,19 +151,19 @@ def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) ->
         raise SettingsError([Problem(where=asked.where_of(path), message=why, hint=hint) for path, why, hint in wrong])
 
 
-def _of_the_run(model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_run_record(model: FoundModel) -> Iterator[InferredSettings]:
     source = model.source
     if source.run_model is not None and source.run_quantization is not None:
         yield inferred_from_run({"model": source.run_model, "quantization": source.run_quantization}, model.run_file)
 
 
-def _of_the_checkpoint(model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_checkpoint(model: FoundModel) -> Iterator[InferredSettings]:
     if model.prequantized is not None:
         yield from stored_facts(model.prequantized, model.source.path / CONFIG)
 
 
-def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
-    """Yield that no tokens are added to an adapter: those that its run was asked for are its own."""
+def _inferred_from_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
+    """Yield that no tokens are added to an adapter, whose run has already added them."""
     source, tokens = model.source, asked.settings.model.new_tokens
     if source.adapter is None or not tokens:
         return
@@ -176,8 +176,8 @@ def _of_the_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[In
     yield InferredSettings(values={"model.new_tokens": None}, origin=inferred_origin(source.adapter), is_fixed=True)
 
 
-def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
-    """Yield the settings of the adapter that trains on, which are not asked for."""
+def _inferred_from_adapter_files(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
+    """Yield the settings of an adapter that is trained further."""
     directory = model.source.adapter
     if directory is None or "lora" not in type(asked.settings).model_fields:
         return
@@ -188,7 +188,7 @@ def _of_the_adapter(asked: Resolved[LoadT], model: FoundModel) -> Iterator[Infer
 
 
 def _differences(asked: Resolved[LoadT], model: FoundModel) -> Iterator[str]:
-    """Yield in words where what was asked for by name is not what the run that was named was trained with."""
+    """Yield a description of each given setting that differs from the training of the named run."""
     recorded = {"model": model.source.run_model, "quantization": model.source.run_quantization}
     for section, values in recorded.items():
         given, then = asked.given(section), loading_settings(section, values or {})
@@ -198,14 +198,14 @@ def _differences(asked: Resolved[LoadT], model: FoundModel) -> Iterator[str]:
 
 
 def _other_base(source: ModelSource) -> list[str]:
-    """Return in words that the base is not the one that the run was trained on, by samples of its bytes.
+    """Return a warning if the base is not the one that the run was trained on, by samples of its bytes.
 
-    One on the hub is asked for by its commit.
+    A base from the hub is not checked: it is loaded by its commit.
     """
     known = None if source.record is None or source.commit is not None else source.record.base_model_digest
     if known is None or known == base_digest(source.path):
         return []
-    return [f"{source.path} is not the base that {source.name} was trained on: its weights are others"]
+    return [f"{source.path} is not the base that {source.name} was trained on: its weights differ"]
 
 
 def _check_length(settled: Resolved[LoadT], model: FoundModel, reporter: Reporter) -> None:

@@ -1,7 +1,7 @@
-"""Write a quantized checkpoint, about a quarter of its 16-bit base, complete or not at all.
+"""Save a quantized checkpoint, about a quarter of its 16-bit base, complete or not at all.
 
-Plain transformers loads it to the same logits. One with quantized experts needs qlora: transformers has no way to
-read them, and its `quant_method` says so.
+Plain transformers loads it to the same logits. One with quantized experts needs qlora, as its `quant_method` says:
+transformers can't read them.
 """
 
 import json
@@ -23,12 +23,12 @@ from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.writing import fill_directory
 
 NOTE = "qlora.json"
-SHARD_SIZE = "1GB"  # what is copied to host memory at a time from a GPU; from a CPU nothing is copied
+SHARD_SIZE = "1GB"  # copied from a GPU to host memory at a time; from a CPU nothing is copied
 OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, index, headers
 
 
 def check_savable(planned: LoadPlan | LoadedModel, directory: Path) -> None:
-    """Check that there is a quantized base to write, and space for it on the disk of `directory`.
+    """Check that there is a quantized base to save, and disk space for it at `directory`.
 
     Raises:
         ModelError: nothing is quantized, or an adapter is attached.
@@ -47,9 +47,9 @@ def check_savable(planned: LoadPlan | LoadedModel, directory: Path) -> None:
 
 
 def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> int:
-    """Write `loaded` with its tokenizer to `directory`, which must be empty or absent; returns the bytes written.
+    """Write `loaded` with its tokenizer to `directory`, which must be empty or absent; return the bytes written.
 
-    Beside the model stands `qlora.json`: source, commit, settings, versions.
+    Next to the model is `qlora.json`: source, commit, settings, versions.
 
     Raises:
         ModelError: there is nothing to save.
@@ -62,7 +62,7 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
         _save_model(loaded, path)
         loaded.tokenizer.save_pretrained(path)
         for weights in path.glob("*.safetensors"):
-            weights.chmod((path / "config.json").stat().st_mode)  # the writer makes them private
+            weights.chmod((path / "config.json").stat().st_mode)  # safetensors makes them private
         note = json.dumps(as_json(_note(loaded)), indent=2) + "\n"
         (path / NOTE).write_text(note, encoding="utf-8")
 
@@ -71,7 +71,7 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
 
 
 def _save_model(loaded: LoadedModel, path: Path) -> None:
-    # `save_pretrained` would take fused experts apart again, and knows no packed ones.
+    # `save_pretrained` would split fused experts, and does not support packed ones.
     model = loaded.base
     state = model.state_dict()
     for name, tensor in loaded.layout.method.extra_state(model).items():
@@ -87,7 +87,7 @@ def _save_model(loaded: LoadedModel, path: Path) -> None:
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     if isinstance(generation := model.generation_config, GenerationConfig):
-        # `save_pretrained` refuses flags that have no effect together, as many a published model has them.
+        # `save_pretrained` refuses flags without effect, which many published models have.
         generation.to_json_file(path / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 
 

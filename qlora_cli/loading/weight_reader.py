@@ -1,4 +1,4 @@
-"""Read a model's weights into the layout that was planned for them, and refuse what does not match to the last one."""
+"""Read a model's weights into the planned layout, and refuse a checkpoint unless every weight matches."""
 
 import logging
 import re
@@ -33,10 +33,10 @@ from qlora_cli.quantization.refused_weights import OTHER_VERSION
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 
-LOADING_BAR = "Loading weights"  # what transformers calls the loop that it shows a bar for
-LOAD_REPORT = "LOAD REPORT"  # and its table of weights that did not match, which we say in our own words
+LOADING_BAR = "Loading weights"  # transformers' description of its progress bar
+LOAD_REPORT = "LOAD REPORT"  # its table of mismatched weights, which we report ourselves
 MOST_NAMED = 3
-FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes, as safetensors names them, that a weight may be read from
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the dtypes that a weight may be stored in
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 SHORTAGE = re.compile(r"OutOfMemoryError: (.*)")
 FAULT = "CUDA error"
@@ -51,7 +51,7 @@ def quantization_config(
     measure_error: bool = False,
     residuals: QuantizationResiduals | None = None,
 ) -> QuantizationConfigMixin | None:
-    """Return the layout as `from_pretrained` takes it; None to load as stored, or unquantized."""
+    """Return the quantization config for `from_pretrained`; None to load as stored, or unquantized."""
     if layout.prequantized is not None:
         return None
     return layout.method.config(
@@ -65,13 +65,13 @@ def quantization_config(
 
 
 def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedModel, layout: StoragePlan) -> None:
-    """Check that stored tensors have the shapes of `model`, which is on the meta device, where names agree.
+    """Check that stored tensors have the shapes of `model`, which is on the meta device, for names in both.
 
-    Weights that are stored packed have sizes of their own, and constants next to them. Experts that are stored one by
+    Packed weights are checked for their packed sizes and their constants. Experts that are stored one by
     one are compared with each other.
 
     Raises:
-        ModelError: one has not; names file and tensor.
+        ModelError: one does not; names file and tensor.
     """
     packed = layout.inventory.entries if layout.prequantized is not None else ()
     sizes = {entry.name: entry.weight_bytes for entry in packed if entry.is_quantized}
@@ -81,8 +81,8 @@ def check_shapes(source: ModelSource, checkpoint: Checkpoint, model: PreTrainedM
             continue
         if name not in sizes and parameter.is_floating_point() and header.dtype not in FLOATS:
             raise ModelError(
-                f"{source.path / header.file}: {name} is stored as {header.dtype}, which is no weight as it is",
-                hint="It was quantized by something that its config.json does not name; give the 16-bit model.",
+                f"{source.path / header.file}: {name} is stored as {header.dtype}, which can't be a weight",
+                hint="It was quantized by a method that its config.json does not name; give the 16-bit model.",
             )
         if name in sizes:
             _check_packed(source, checkpoint, header, sizes[name], layout.method.constant_names(name))
@@ -110,7 +110,7 @@ def _check_packed(
         raise ModelError(
             f"{source.path / header.file}: {name} is {header.dtype} of {header.num_bytes} bytes, but quantized as "
             f"config.json says it has {num_bytes}",
-            hint="If it is the 16-bit model, take quantization_config out of its config.json.",
+            hint="If it is the 16-bit model, remove quantization_config from its config.json.",
         )
     if absent := [constant for constant in constants if constant not in checkpoint.tensors]:
         raise ModelError(
@@ -134,11 +134,11 @@ def load_weights(
     """Return the model with its weights, frozen.
 
     Raises:
-        ModelError: weights are missing, left over, or of another shape; names them.
-        OutOfMemoryError: the device ran out of memory all the same.
+        ModelError: weights are missing, unexpected, or of another shape; names them.
+        OutOfMemoryError: the device ran out of memory nevertheless.
     """
     kind: Any = "load" if quantization is None else "quantize"
-    with _bytes_reported(checkpoint, kind, reporter), _warnings_collected() as warned:
+    with _report_bytes(checkpoint, kind, reporter), _collect_warnings() as warned:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
@@ -164,7 +164,7 @@ def load_weights(
     check_finite(source, checkpoint, base, model)
     layout.method.finalize(model)
     if source.commit is not None:
-        # The adapter names its base by this: a hub id means the same elsewhere, a path in our cache does not.
+        # The adapter refers to its base by this name: a hub id is valid elsewhere, a path in the cache is not.
         model.name_or_path = model.config.name_or_path = source.base_name
     model.requires_grad_(False)
     return model
@@ -173,16 +173,16 @@ def load_weights(
 def _failure(
     error: Exception, warned: list[str], refused: Mapping[str, ModelError], name: str, files: Mapping[str, str]
 ) -> Exception:
-    """Return what `error`, raised while the model `name` was read, is to the user; `error` itself if it is a bug.
+    """Return the user's error for `error`, raised while the model `name` was read; `error` itself if it is a bug.
 
-    transformers catches what happens while it converts a weight, and reports it as one that did not match: `refused`
-    are those that the quantizer refused itself, by full name.
+    transformers catches errors in the conversion of a weight, and reports it as mismatched: `refused` are those
+    that the quantizer itself refused, by full name.
     """
     report = "\n".join([f"{type(error).__name__}: {error}", *warned])
     if shortage := SHORTAGE.search(report):
         return OutOfMemoryError(
             f"{name} does not fit on the device while loading: {shortage[1]}",
-            hint="Free the GPU (nvidia-smi shows who uses it), or take a smaller model.",
+            hint="Free the GPU (nvidia-smi shows who uses it), or use a smaller model.",
         )
     if refused:
         first = next(iter(refused.values()))
@@ -196,13 +196,13 @@ def _failure(
 
 
 def _failed_conversions(warned: list[str], files: Mapping[str, str]) -> str:
-    """Return which weights could not be put together and why, as transformers says in its table; else nothing."""
-    found = [match for warning in warned for match in FAILED_CONVERSION.findall(warning)]
-    return "; ".join(f"{name}{_in_file(name, files)}: {reason}" for reason, name in found[:MOST_NAMED])
+    """Return the weights that could not be converted and why, from transformers' table; else an empty string."""
+    failures = [match for warning in warned for match in FAILED_CONVERSION.findall(warning)]
+    return "; ".join(f"{name}{_in_file(name, files)}: {reason}" for reason, name in failures[:MOST_NAMED])
 
 
 def _files(checkpoint: Checkpoint, base: ModelConfig) -> dict[str, str]:
-    """Return the file of each weight that is stored as it is, by its name in the model."""
+    """Return the file of each weight that is stored unconverted, by its name in the model."""
     return {base.renamed(name): header.file for name, header in checkpoint.tensors.items()}
 
 
@@ -211,12 +211,12 @@ def _in_file(name: str, files: Mapping[str, str]) -> str:
 
 
 def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig, model: PreTrainedModel) -> None:
-    """Check that all that is held as it was stored are numbers; what is quantized is checked on the way.
+    """Check that unquantized weights are finite; quantized ones are checked while they are quantized.
 
-    Of quantized weights the constants are checked: codes may be kept in a dtype in which they are no numbers.
+    For quantized weights the constants are checked: codes may be stored in a dtype in which they are not finite.
 
     Raises:
-        ModelError: one is none; names tensor and file.
+        ModelError: one is not; names tensor and file.
     """
     for name, module, parameter in unique_parameters(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
@@ -229,7 +229,7 @@ def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig,
 
 
 def _config_to_load(base: ModelConfig, layout: StoragePlan) -> PreTrainedConfig:
-    """Return a copy of the config; a quantized checkpoint is read by our quantizers, which place it as asked."""
+    """Return a copy of the config; a quantized checkpoint is read by our quantizers."""
     config = deepcopy(base.config)
     if layout.prequantized is not None:
         stored = {
@@ -240,10 +240,10 @@ def _config_to_load(base: ModelConfig, layout: StoragePlan) -> PreTrainedConfig:
 
 
 def apply_compute_settings(model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype) -> None:
-    """Make a model that was stored quantized compute as the settings say; it was loaded to compute as it was saved."""
+    """Apply the compute settings to a model that was loaded from a quantized checkpoint."""
     planned = {entry.name: entry.dtype for entry in layout.inventory.entries if not entry.is_quantized}
     for name, parameter in model.named_parameters():
-        if name in planned:  # transformers leaves the dtype that it was stored in
+        if name in planned:  # transformers keeps the stored dtype
             parameter.data = parameter.data.to(getattr(torch, planned[name]))
     layout.method.apply_compute_settings(model, layout.settings, layout.dtype, compute_dtype)
 
@@ -254,11 +254,11 @@ def _check_complete(
     missing = sorted(info.get("missing_keys") or ())
     mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
     headers = checkpoint.tensors
-    ahead = prediction_layers(model.config, headers)
+    mtp_layers = prediction_layers(model.config, headers)
     unexpected = sorted(
         key
         for key in info.get("unexpected_keys") or ()
-        if not may_be_ignored(model, base, key, header_by_name(headers, key), ahead)
+        if not may_be_ignored(model, base, key, header_by_name(headers, key), mtp_layers)
     )
     if missing or mismatched:
         what, keys = ("missing", missing) if missing else ("of another shape", mismatched)
@@ -270,7 +270,7 @@ def _check_complete(
         where = {header.file for key in unexpected if (header := header_by_name(headers, key))}
         files = f" (in {', '.join(sorted(where))})" if where else ""
         raise ModelError(
-            f"{source.base_name} holds weights that its config.json has no place for: {_counted(unexpected)}{files}",
+            f"{source.base_name} holds weights that its config.json does not describe: {_counted(unexpected)}{files}",
             hint=hint_on_unexpected(model.config, unexpected),
         )
 
@@ -281,36 +281,36 @@ def _counted(keys: list[str]) -> str:
 
 
 def check_materialized(source: ModelSource, model: nn.Module) -> None:
-    """Check that every weight was read, but for what accelerate keeps on the CPU with a placeholder in its place.
+    """Check that every weight was read, except those that accelerate holds on the CPU behind a placeholder.
 
     Raises:
         ModelError: one was not; names it.
     """
     offloaded = (module for module in model.modules() if hasattr(module, "_hf_hook"))
-    aside = {id(parameter) for module in offloaded for parameter in module.parameters()}
+    held_elsewhere = {id(parameter) for module in offloaded for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta" and id(parameter) not in aside:
+        if parameter.device.type == "meta" and id(parameter) not in held_elsewhere:
             raise ModelError(
                 f"{source.base_name}: {name} was not read", hint="Download the model again; a file may be damaged."
             )
 
 
 class _Collector(logging.Handler):
-    """Keeps what is logged, each message once."""
+    """Collects log messages, each once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
+        """Collect the message."""
         if (message := record.getMessage()) not in self.messages:
             self.messages.append(message)
 
 
 @contextmanager
-def _warnings_collected() -> Iterator[list[str]]:
-    """Collect what transformers warns of, instead of letting it write between the lines of the display."""
+def _collect_warnings() -> Iterator[list[str]]:
+    """Collect transformers' warnings, which would otherwise be printed into the display."""
     collector = _Collector()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(min(verbosity, logging.WARNING))  # the user's may hide why a weight failed
@@ -325,8 +325,8 @@ def _warnings_collected() -> Iterator[list[str]]:
 
 
 @contextmanager
-def _bytes_reported(checkpoint: Checkpoint, kind: Any, reporter: Reporter) -> Iterator[None]:
-    """Report the bytes of the checkpoint as transformers works through its weights."""
+def _report_bytes(checkpoint: Checkpoint, kind: Any, reporter: Reporter) -> Iterator[None]:
+    """Report the bytes of the checkpoint as transformers processes its weights."""
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("desc") != LOADING_BAR:

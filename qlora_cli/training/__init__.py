@@ -1,1 +1,1 @@
-"""Fine-tuning: plan a run, train it with TRL's `SFTTrainer`, keep it in a run directory."""
+"""Fine-tuning: plan a run, train it with TRL's `SFTTrainer`, record it in a run directory."""

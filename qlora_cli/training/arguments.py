@@ -1,6 +1,6 @@
-"""Settings as TRL's `SFTConfig` takes them.
+"""Convert the settings to TRL's `SFTConfig`.
 
-Every default of theirs that would hurt is set here by name; a test holds the list.
+Every harmful default is set here explicitly; a test has the list.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, Tr
 from qlora_cli.training.callbacks.trackers import PROJECT
 
 CHECKPOINTS_A_RUN = 10
-LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; that of AdamW decays another quantity
+LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; AdamW's beta2 decays another quantity
 
 
 def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Checkpointing:
-    """Return the checkpointing that `auto` stands for; on a CPU memory is plenty and time is not."""
+    """Resolve `auto`: on a GPU, and off on a CPU, where memory is plentiful and time is not."""
     if setting != Checkpointing.AUTO:
         return setting
     return Checkpointing.ON if device.type == "cuda" else Checkpointing.OFF
 
 
 def check_hardware(quantization: QuantizationSettings, training: TrainingSettings, device: torch.device) -> None:
-    """Check that what moves memory off a GPU has one to move it off, and that the base is all on `device`.
+    """Check that settings for a GPU have one, and that the whole base is on `device`.
 
     Raises:
         HardwareError: a paged optimizer, whose state is CUDA unified memory, offloaded activations or kernels in
@@ -59,20 +59,20 @@ def _checkpointing_arguments(chosen: Checkpointing) -> dict[str, Any]:
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     if chosen == Checkpointing.OFF:
         return {name: False, f"{name}_kwargs": None}
-    # The trainer takes `offload` out again before PyTorch sees it: huggingface/transformers#48444, since 5.17.
+    # The trainer removes `offload` before PyTorch sees it: huggingface/transformers#48444, since 5.17.
     offload = {"offload": True} if chosen == Checkpointing.OFFLOAD else {}
     return {name: True, f"{name}_kwargs": {"use_reentrant": False, **offload}}
 
 
 def _warmup_steps(training: TrainingSettings, num_steps: int) -> int:
-    """Return the steps of warm-up: never all, so that the last one has the full learning rate at the latest."""
+    """Return the warm-up steps: never all, so that at least the last step has the full learning rate."""
     if training.schedule == Schedule.CONSTANT:
         return 0
     return min(round(training.warmup_ratio * num_steps), num_steps - 1)
 
 
 def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str, Any]:
-    """Return the schedule with all that shapes it, under the names that transformers gives each."""
+    """Return the schedule and its parameters, by transformers' names."""
     warmup = _warmup_steps(training, num_steps)
     shape: dict[Schedule, dict[str, float]] = {
         Schedule.COSINE_WITH_MIN_LR: {"min_lr_rate": training.min_lr_ratio},
@@ -81,7 +81,7 @@ def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str,
             "lr_end": training.min_lr_ratio * training.learning_rate,
             "power": training.polynomial_power,
         },
-        # Left out, it would be 10,000 steps in a run without warm-up: all but a constant.
+        # The default would be 10,000 steps in a run without warm-up: nearly constant.
         Schedule.INVERSE_SQRT: {"timescale": max(1, warmup)},
         Schedule.WARMUP_STABLE_DECAY: {
             "num_decay_steps": min(max(1, round(training.decay_ratio * num_steps)), num_steps - warmup),
@@ -96,7 +96,7 @@ def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str,
 
 
 def save_interval(training: TrainingSettings, num_steps: int) -> int:
-    """Return the steps between two checkpoints: as asked for, or a tenth of the run."""
+    """Return the steps between two checkpoints: as set, or a tenth of the run."""
     return training.save_steps or -(-num_steps // CHECKPOINTS_A_RUN)
 
 
@@ -117,7 +117,7 @@ def training_arguments(
         # The rows arrive tokenized, truncated and masked by our own data path.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        packing=False,  # the same: packed rows come from there too
+        packing=False,  # packed rows come from there, too
         remove_unused_columns=False,  # there are none
         # The loop. The number of steps is computed once, by the plan.
         max_steps=num_steps,
@@ -152,15 +152,15 @@ def training_arguments(
         # The trainer also saves at the last step, whatever the interval.
         save_strategy="steps",
         save_steps=save_interval(training, num_steps),
-        # Reports: every step to us, nothing to a terminal, NaN shown as NaN.
+        # Reports: every step to our callbacks, nothing to a terminal, NaN shown as NaN.
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",  # trackers are callbacks of ours, which contain their failures
+        report_to="none",  # trackers are our own callbacks, which contain their failures
         run_name=settings.output.directory.name,
         project=PROJECT,
     )
     # With several GPUs visible and no launcher, the trainer would wrap the model in DataParallel, which TRL
-    # refuses. One process uses one GPU; the trainer sets the same attribute for models it finds placed.
+    # refuses. One process uses one GPU; the trainer sets the same attribute for models that are already placed.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -1,4 +1,4 @@
-"""Which rows a micro-batch is made of: to name them when something is wrong, and to find the largest."""
+"""The rows of each micro-batch: to name them when something is wrong, and to find the largest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Batches:
-    """The micro-batches of a run, by step and place in it, in the order that `RowOrder` draws."""
+    """The micro-batches of a run, by step and index in it, in the order of `RowOrder`."""
 
     data: PreparedData
     settings: TrainingSettings
@@ -24,22 +24,22 @@ class Batches:
     is_packed: bool
 
     def name_rows(self, step: int, micro_batch: int) -> tuple[str, ...]:
-        """Return where the rows of a micro-batch are from, by file and number; steps and places count from 0."""
+        """Return file and number of the rows of a micro-batch; steps and indices count from 0."""
         if self.data.stream is not None:
             return (f"micro-batch {micro_batch + 1} of step {step + 1} of the stream",)
-        places = self._places(step, micro_batch)
-        rows = [row for place in places for row in self._rows_at(place)]
+        indices = self._indices(step, micro_batch)
+        rows = [row for index in indices for row in self._rows_at(index)]
         named = [self.data.table.where(int(self.data.selected[row])) for row in rows[:MOST_NAMED]]
         return tuple(named if len(rows) == len(named) else [*named, f"and {len(rows) - len(named)} more"])
 
     def largest(self, num_epochs: float) -> list[Row]:
-        """Return the micro-batch that takes most memory: of all epochs, the one with most tokens, padding included.
+        """Return the micro-batch that needs most memory: of all epochs, the one with most tokens, padding included.
 
-        Of a stream, whose rows are not known, rows of `max_length`.
+        For a stream, whose rows are not known, return rows of `max_length`.
         """
         size = self.settings.micro_batch_size
         if self.data.stream is not None:
-            return [self._stretched(self.data.dataset[0])] * size
+            return [self._repeated(self.data.dataset[0])] * size
         best: Sequence[int] = ()
         most = (0, 0)
         for epoch in range(max(1, int(np.ceil(num_epochs)))):
@@ -48,12 +48,12 @@ class Batches:
             longest = np.maximum.reduceat(self.data.lengths[order], starts)
             counts = np.minimum(size, len(order) - starts)
             largest = int(np.lexsort((longest, longest * counts))[-1])
-            found = (int(longest[largest] * counts[largest]), int(longest[largest]))
-            if found > most:
-                most, best = found, order[starts[largest] :][:size].tolist()
-        return [self.data.dataset[int(place)] for place in best]
+            candidate = (int(longest[largest] * counts[largest]), int(longest[largest]))
+            if candidate > most:
+                most, best = candidate, order[starts[largest] :][:size].tolist()
+        return [self.data.dataset[int(index)] for index in best]
 
-    def _stretched(self, row: Row) -> Row:
+    def _repeated(self, row: Row) -> Row:
         length = self.max_length
         stretched = {name: (list(row[name]) * length)[:length] for name in ("input_ids", "labels")}
         return {**stretched, "seq_lengths": [length]} if self.is_packed else stretched
@@ -61,23 +61,23 @@ class Batches:
     def _order(self, epoch: int) -> RowOrder:
         return RowOrder(self.data.lengths, self.settings, epoch)
 
-    def _places(self, step: int, micro_batch: int) -> list[int]:
+    def _indices(self, step: int, micro_batch: int) -> list[int]:
         size, accumulated = self.settings.micro_batch_size, self.settings.gradient_accumulation_steps
         steps_per_epoch = -(-len(self.data.lengths) // (size * accumulated))
         epoch, step_of_epoch = divmod(step, steps_per_epoch)
         start = step_of_epoch * size * accumulated + micro_batch * size
         return list(self._order(epoch))[start : start + size]
 
-    def _rows_at(self, place: int) -> list[int]:
-        """Return the rows that are fed at one place of the data set: several where they are packed."""
-        found = self.data.dataset.with_format(None)[int(place)]
-        return list(found["rows"]) if "rows" in found else [int(place)]
+    def _rows_at(self, index: int) -> list[int]:
+        """Return the rows at one index of the data set: several if they are packed."""
+        row = self.data.dataset.with_format(None)[int(index)]
+        return list(row["rows"]) if "rows" in row else [int(index)]
 
 
 def largest_held_out(data: PreparedData, size: int) -> list[Row]:
-    """Return the micro-batch of an evaluation, which goes through the rows as they come, that takes most memory."""
+    """Return the micro-batch of an evaluation, in the order of the rows, that needs most memory."""
     starts = range(0, len(data.lengths), size)
     most = max(
         starts, key=lambda start: int(data.lengths[start : start + size].max()) * len(data.lengths[start:][:size])
     )
-    return [data.dataset[place] for place in range(most, min(most + size, len(data.lengths)))]
+    return [data.dataset[index] for index in range(most, min(most + size, len(data.lengths)))]

@@ -1,4 +1,4 @@
-"""The order of rows as PyTorch's data loader asks for it."""
+"""The order of rows, as a sampler for PyTorch's data loader."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,5 +35,5 @@ class RowOrder(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to another epoch; accelerate calls it."""
+        """Switch to another epoch; called by accelerate."""
         self.epoch = epoch

@@ -1,4 +1,4 @@
-"""Reproducible kernels for the length of a run, and the process as it was after it."""
+"""Enable reproducible kernels for the duration of a run, and restore the process afterwards."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ import torch
 
 from qlora_cli.settings.models import TrainingSettings
 
-# What `enable_full_determinism` of transformers sets. cuBLAS looks at the first when its handle is made, so that one
-# has to be there before the trainer is.
+# The variables that transformers' `enable_full_determinism` sets. cuBLAS reads the first when its handle is created,
+# which is before the trainer exists.
 WORKSPACES = ("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 VARIABLES = (
     WORKSPACES[0],
@@ -19,9 +19,9 @@ VARIABLES = (
 
 @contextmanager
 def determinism(training: TrainingSettings) -> Iterator[None]:
-    """Let cuBLAS compute reproducibly within, if `training.full_determinism`; the trainer sees to the rest.
+    """Make cuBLAS reproducible if `training.full_determinism`; the trainer does the rest.
 
-    To be entered before CUDA is initialised. Afterwards all that transformers switches on for it is as before.
+    Must be entered before CUDA is initialized. Everything that transformers changes for it is restored on exit.
     """
     if not training.full_determinism:
         yield

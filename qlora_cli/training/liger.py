@@ -1,11 +1,11 @@
-"""Liger's kernels in the layers of a model. Not its loss: TRL has one of its own, which never builds the logits."""
+"""Use Liger's kernels in a model's layers. Not its loss: TRL's own does not build the logits either."""
 
 from peft import PeftModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from qlora_cli.errors import ModelError
 
-# The trainer's own `use_liger_kernel` is deprecated in TRL 1.16, and says nothing of a model that has no kernels.
+# The trainer's own `use_liger_kernel` is deprecated in TRL 1.16, and silently ignores models without kernels.
 NO_LOSS = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
@@ -25,8 +25,8 @@ def check_liger(model_type: str) -> None:
 
 
 def use_liger_kernels(model: PeftModel) -> None:
-    """Compute norms, rotary embeddings and MLPs of `model`, as far as it has them, by Liger's kernels from now on.
+    """Replace norms, rotary embeddings and MLPs of `model`, as far as it has them, by Liger's kernels.
 
-    They are there, as `check_liger` has found.
+    `check_liger` has checked that it has kernels.
     """
     apply_liger_kernel(model, NO_LOSS)

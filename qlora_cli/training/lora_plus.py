@@ -1,4 +1,4 @@
-"""LoRA+ (arXiv 2402.12354): the B matrices of an adapter learn faster than the rest of it, with any optimizer."""
+"""LoRA+ (arXiv 2402.12354): a higher learning rate for the B matrices of an adapter, with any optimizer."""
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -8,15 +8,15 @@ from torch.optim import Optimizer
 from qlora_cli.memory.replaying.optimizer_step import is_lora_b
 
 
-def let_b_learn_faster(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
-    """Move the B matrices of `model` into groups of their own, with `ratio` times the learning rate of the others.
+def scale_b_learning_rate(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move the B matrices of `model` into their own groups, with `ratio` times the learning rate of the others.
 
-    For an optimizer that has made no step yet. A group keeps all else that it had, its weight decay among it, so that
-    this goes with every optimizer, and a schedule scales all groups alike. PEFT's `create_loraplus_optimizer` does
-    not: it drops weight decay, learns DoRA's magnitudes and biases at the high rate too, and knows the 8-bit
+    The optimizer must not have made a step. New groups inherit everything else, including weight decay, so that
+    this works with every optimizer, and a schedule scales all groups alike. PEFT's `create_loraplus_optimizer` does
+    not: it drops weight decay, trains DoRA's magnitudes and biases at the high rate, too, and supports the 8-bit
     optimizers only by names that they do not have in transformers.
     """
-    assert not optimizer.state, "groups can't change once there is state, which is saved by their order"
+    assert not optimizer.state, "groups can't change once there is state, which is saved in their order"
     faster = {id(parameter) for name, parameter in model.named_parameters() if is_lora_b(name)}
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in faster]
@@ -25,10 +25,10 @@ def let_b_learn_faster(optimizer: Optimizer, model: nn.Module, ratio: float) -> 
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * ratio})
 
 
-def page_again(optimizer: Optimizer) -> None:
-    """Put the states of a paged optimizer back into unified memory, after they were loaded from a checkpoint.
+def restore_paging(optimizer: Optimizer) -> None:
+    """Move the states of a paged optimizer back into unified memory, after they were loaded from a checkpoint.
 
-    bitsandbytes 0.50 loads them into plain tensors of the GPU, which stay there.
+    bitsandbytes 0.50 loads them into ordinary GPU tensors, which are not paged.
     """
     if not isinstance(optimizer, Optimizer8bit) or not optimizer.is_paged:
         return

@@ -1,4 +1,4 @@
-"""Memory and disk that run out while training: errors that say what happened, what is saved and what to do next."""
+"""Explain errors of exhausted memory or disk in training: what happened, what is saved, and what to do next."""
 
 import errno
 import shutil
@@ -11,7 +11,7 @@ from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_
 from qlora_cli.runs.run_result import PeakMemory, TrainPlan
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.rehearsal import RehearsalError
-from qlora_cli.training.resuming.saved_state import file_that_failed_a_step, odd
+from qlora_cli.training.resuming.saved_state import file_that_failed_a_step, invalid_file_error
 from qlora_cli.training.run_plan import PreparedRun
 from qlora_cli.units import format_bytes
 
@@ -20,7 +20,7 @@ NUM_CONSUMERS = 3
 
 
 def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *, step: int) -> Exception:
-    """Return `error` as one with a hint, if its cause is known; `saved` says which training is not lost.
+    """Return `error` as one with a hint, if its cause is known; `saved` says what training is saved.
 
     `phase` names the part of a step that failed, `step` is the last complete one.
     """
@@ -35,7 +35,7 @@ def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *
     resume = prepared.resume
     checkpoint = resume.checkpoint if resume is not None and step == resume.step else None
     if checkpoint is not None and (file := file_that_failed_a_step(error)):
-        return odd(checkpoint / file, str(error).split("\n", maxsplit=1)[0])
+        return invalid_file_error(checkpoint / file, str(error).split("\n", maxsplit=1)[0])
     if "does not have a deterministic implementation" in str(error):
         return TrainingError(
             str(error).split(". ", maxsplit=1)[0], hint=f"Leave training.full_determinism out. {saved}".strip()
@@ -49,16 +49,16 @@ def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *
 
 
 def _with_saved(error: QloraError, saved: str) -> QloraError:
-    """Return an error of ours as one of a run that had started."""
+    """Return one of our errors as an error of a run that had started."""
     hint = f"{error.hint or ''} {saved}".strip()
     return TrainingError(str(error), hint=hint or None)
 
 
 def is_disk_full(error: Exception, directory: Path) -> bool:
-    """Whether an error is that of a full disk."""
+    """Return whether an error is caused by a full disk."""
     if isinstance(error, OSError):
         return error.errno in {errno.ENOSPC, errno.EDQUOT}
-    # safetensors and torch.save write a full disk as errors of their own, without an errno.
+    # safetensors and torch.save report a full disk by their own errors, without an errno.
     return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING_BYTES
 
 
@@ -76,7 +76,7 @@ def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, save
         ]
     if measured := _measured(device):
         lines.append(measured)
-    # There are no suggestions where the run was predicted to fit as it is.
+    # A run that was predicted to fit has no suggestions.
     suggestions = prepared.outlook.suggestions() if prepared.outlook is not None else ""
     hint = f"It would fit with {suggestions}." if suggestions else f"Try {_smaller_settings(prepared)}."
     if saved:
@@ -99,7 +99,7 @@ def _measured(device: torch.device) -> str | None:
 
 
 def _smaller_settings(prepared: PreparedRun) -> str:
-    """Return the flags that take less memory, where nothing was predicted."""
+    """Return flags that need less memory, for a run without a prediction."""
     plan, settings = prepared.plan, prepared.settings
     flags = []
     if plan.micro_batch_size > 1:

@@ -1,6 +1,6 @@
-"""Before the first step: the largest micro-batch forward and backward, and the largest of an evaluation forward.
+"""Try the largest micro-batch, forward and backward, and the largest of an evaluation before the first step.
 
-What does not fit ends the run in its first minute, not after hours at its longest row.
+A run that does not fit in memory ends in its first minute, not after hours at its longest row.
 """
 
 import time
@@ -20,7 +20,7 @@ Batch = dict[str, Any]
 
 
 class RehearsalError(Exception):
-    """The largest micro-batch does not fit in memory; its cause is what PyTorch raised."""
+    """The largest micro-batch does not fit in memory; the cause is PyTorch's error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class RehearsalCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Try them.
+        """Try the micro-batches.
 
         Raises:
             RehearsalError: they do not fit.
@@ -81,8 +81,8 @@ class RehearsalCallback(TrainerCallback):
         rehearsal = self._rehearsal
         has_state = bool(self._trainer.optimizer.state)  # of a resumed run
         num_bytes = 0 if has_state or device.type != "cuda" else rehearsal.state_bytes
-        stand_in = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        placeholder = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._trainer.try_out(rehearsal.collate(rehearsal.rows))
         if rehearsal.eval_rows is not None:
             self._trainer.try_out_evaluation(rehearsal.collate(rehearsal.eval_rows))
-        del stand_in
+        del placeholder

@@ -1,4 +1,4 @@
-"""What a user should know about the data before it is trained, as notes of a run."""
+"""Report notes on the data and on a resume before training."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +17,12 @@ LINE_CHARACTERS = 240
 
 
 def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length: int, reporter: Reporter) -> None:
-    """Say what was recognised, with one row, and what was truncated, dropped or skipped."""
+    """Report what was recognised, with one row, and what was truncated, dropped or skipped."""
     report = data.report
-    say = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
+    summary = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
     trained = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained"
     fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
-    reporter.report(Noted(message=f"{say}; {fed}{trained}"))
+    reporter.report(Noted(message=f"{summary}; {fed}{trained}"))
     for row in preview_rows(data, tokenizer, 1):
         reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.one_line(LINE_CHARACTERS)}"))
     if len(report.mixture) > 1 and data.stream is None:
@@ -34,16 +34,16 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
         reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
     if report.groups is not None:
         reporter.report(Noted(message=f"{report.name}: {counted(report.groups, 'group')} among the rows that are fed"))
-    for message in (*data.notes, *_losses(data, max_length)):
+    for message in (*data.notes, *_data_warnings(data, max_length)):
         reporter.report(Noted(level="warning", message=message))
 
 
-def _losses(data: PreparedData, max_length: int) -> list[str]:
+def _data_warnings(data: PreparedData, max_length: int) -> list[str]:
     report = data.report
     too_long = f"longer than {max_length:,} tokens"
     lost = f"{counted(report.supervised_tokens_lost, 'trained token')} lost (raise --max-length)"
     repeated = "fed once" if report.duplicates_dropped else "fed all the same (--drop-duplicates)"
-    found = [
+    counts = [
         (report.truncated_rows, f"{too_long}, truncated; {lost}"),
         (report.dropped_rows, f"{too_long}, dropped; {lost}"),
         (report.rows_without_supervision, "without a token to train, not fed"),
@@ -54,7 +54,7 @@ def _losses(data: PreparedData, max_length: int) -> list[str]:
             f"that can't be used, skipped; {_listed(report.bad_rows)} in {', '.join(map(str, data.skipped))}",
         ),
     ]
-    return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in found if number]
+    return [f"{report.name}: {counted(number, 'row')} {what}" for number, what in counts if number]
 
 
 def _listed(num_rows: int) -> str:
@@ -62,31 +62,31 @@ def _listed(num_rows: int) -> str:
 
 
 def note_stream(data: PreparedData, reporter: Reporter) -> None:
-    """Say what became of the rows of a stream, which is known only when it was read."""
+    """Report what was done with the rows of a stream, which is known only after it was read."""
     if data.stream is None:
         return
     counts = data.stream.counts
     for message in data.stream.notes:
         if message not in data.notes:
             reporter.report(Noted(level="warning", message=f"of the stream: {message}"))
-    found = [f"{counts[name]:,} {what}" for name, what in OUTCOMES.items() if counts[name]]
+    outcomes = [f"{counts[name]:,} {what}" for name, what in OUTCOMES.items() if counts[name]]
     if counts["near_duplicate"]:
         message = f"{counted(counts['near_duplicate'], 'row')} held out {NEARLY_EQUAL}"
         reporter.report(Noted(level="warning", message=message))
     lost = f"; {counts['supervised_tokens_lost']:,} trained tokens lost" if counts["supervised_tokens_lost"] else ""
-    became = ", ".join(found) or "all of use"
+    summary = ", ".join(outcomes) or "all of use"
     reporter.report(
-        Noted(message=f"{counted(counts['read'], 'row')} of the stream read, ahead of what was fed: {became}{lost}")
+        Noted(message=f"{counted(counts['read'], 'row')} of the stream read, ahead of what was fed: {summary}{lost}")
     )
 
 
 def note_resume(
     resume: Resume, settings: TrainSettings, reporter: Reporter, *, trains_given_adapter: bool, digest: str
 ) -> None:
-    """Say that an earlier run is resumed, from where, and what changed since; `digest` is that of the base's weights.
+    """Report that an earlier run is resumed, and what changed since; `digest` is that of the base's weights.
 
     Raises:
-        SettingsError: what changed would make the result another than the record says.
+        SettingsError: a change would contradict the record.
     """
     for damaged in resume.damaged:
         reporter.report(Noted(level="warning", message=f"a checkpoint is damaged and not used: {damaged}"))

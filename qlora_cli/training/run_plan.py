@@ -1,4 +1,4 @@
-"""Settle everything before the first step: load, attach, prepare the data, do the batch arithmetic."""
+"""Prepare a run up to its first step: settings, data, weights, adapter and batch arithmetic."""
 
 import math
 import time
@@ -31,7 +31,7 @@ from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing
-from qlora_cli.training.checks.predicted_memory import Outlook, check_memory, gpu_at_hand
+from qlora_cli.training.checks.predicted_memory import Outlook, check_memory, current_gpu
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
@@ -46,12 +46,12 @@ from qlora_cli.training.resuming.resume import (
 from qlora_cli.training.run_notes import note_data, note_resume
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
-FITS = inferred_origin("training.auto_micro_batch")  # what it found to fit
+FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettledRun:
-    """A run of which all is known that can be known before its weights are read.
+    """A run with everything that can be decided before its weights are read.
 
     `resume` is the earlier run that it continues; `num_steps` are those of the whole run.
     """
@@ -78,7 +78,7 @@ class SettledRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that is ready for its first step, or the next one if it is resumed. `end_ids` end an answer."""
+    """A run that is ready for its first step, or for the next one if it is resumed. `end_ids` end an answer."""
 
     asked: Resolved[TrainSettings]
     resolved: Resolved[TrainSettings]
@@ -99,19 +99,19 @@ class PreparedRun:
 
 
 def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
-    """Do everything up to the first step; writes nothing. See `settle_run` and `load_run`."""
+    """Prepare a run up to its first step, without writing anything. See `settle_run` and `load_run`."""
     return load_run(settle_run(asked, reporter, force=force), reporter)
 
 
 def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
-    """Settle all that needs no weights.
+    """Decide everything that does not need the weights.
 
-    Cheap checks come first, and their findings are reported together: names and files; then the model, its headers and
+    Cheap checks come first, and their problems are reported together: names and files; then the model, its headers and
     the first rows of the data. Then come the data as a whole and the memory of training.
     `force` continues although training is predicted not to fit.
 
     Raises:
-        QloraError: of the kind that fits what is wrong.
+        QloraError: of the type of the problem.
     """
     started = time.monotonic()
     check_train_inputs(asked)
@@ -146,7 +146,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
 
 @dataclass(frozen=True, kw_only=True)
 class _SettledModel:
-    """The model of a run, the settings as its files settle them, and the earlier run that is resumed."""
+    """The model of a run, the settings settled by its files, and the earlier run that is resumed."""
 
     resolved: Resolved[TrainSettings]
     load_plan: LoadPlan
@@ -158,13 +158,13 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     resume = find_resume(asked.settings.output)
     if resume is not None and resume.checkpoint is not None:
         check_state(resume.checkpoint)
-        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which says if it holds what is no number
+        read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which checks for NaN and infinity
     check_placement(asked.settings)
     model = find(asked.settings.model, reporter)
-    resolved = settle_load(asked, model, reporter, _of_the_earlier_run(asked, resume))
+    resolved = settle_load(asked, model, reporter, _inferred_from_resume(asked, resume))
     settings = resolved.settings
     load_plan = plan_outlined(model, settings, reporter)
-    _check_head_is_whole(load_plan)
+    _check_head_is_unquantized(load_plan)
     if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
     if resume is not None:
@@ -182,7 +182,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     """Read the weights of a settled run and attach its adapter.
 
     Raises:
-        QloraError: of the kind that fits what is wrong.
+        QloraError: of the type of the problem.
     """
     resolved, load_plan, rows = settled.resolved, settled.load_plan, settled.rows
     settings = resolved.settings
@@ -195,7 +195,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     if settings.data.packing:
         check_packing(loaded, model)
     plan = _plan(settled, loaded, model)
-    sizes_of(model, settings.training.optimizer).check_space(settings)  # once more: the tokens may be on that disk too
+    sizes_of(model, settings.training.optimizer).check_space(settings)  # again: the tokens may be on this disk
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         asked=settled.asked,
@@ -213,7 +213,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
 
 
 def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
-    """Return a run with another micro-batch and the same batch: `size` divides it."""
+    """Return a run with a smaller micro-batch and the same batch, which `size` divides."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
     fitting = InferredSettings(
@@ -231,8 +231,8 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     return replace(prepared, resolved=resolved, plan=plan)
 
 
-def _of_the_earlier_run(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
-    """Return the micro-batch that the earlier run found to fit, if it looked for one."""
+def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
+    """Return the micro-batch that fitted in the earlier run, if it was determined there."""
     training = asked.settings.training
     if resume is None or not training.auto_micro_batch:
         return []
@@ -254,17 +254,17 @@ def _check_memory(
     *,
     force: bool,
 ) -> Outlook | None:
-    gpu = gpu_at_hand(load_plan)
+    gpu = current_gpu(load_plan)
     if gpu is None:
         return None
     longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
-    if settings.data.streaming:  # longer rows than the first may come
+    if settings.data.streaming:  # later rows may be longer than the first
         longest = settings.data.max_length
     return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force)
 
 
 def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
-    """Return the model with the adapter to train: the one it came with, or a new one."""
+    """Return the model with the adapter to train: an existing or a new one."""
     if isinstance(loaded.model, PeftModel):
         reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} is trained further"))
         return loaded.model
@@ -274,8 +274,8 @@ def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> 
     return model
 
 
-def _check_head_is_whole(load_plan: LoadPlan) -> None:
-    """Check that the head is not quantized, as a checkpoint's may be: the loss reads its weight as it is stored."""
+def _check_head_is_unquantized(load_plan: LoadPlan) -> None:
+    """Check that the head is not quantized, as in some checkpoints: the loss reads its weight directly."""
     shapes, layout = load_plan.shapes, load_plan.layout
     for name, module in linear_layers(shapes):
         if module is shapes.get_output_embeddings() and name not in layout.unquantized:
@@ -287,7 +287,7 @@ def _check_head_is_whole(load_plan: LoadPlan) -> None:
 
 
 def batch_arithmetic(plan: TrainPlan) -> str:
-    """Return in one line how rows make up a step, and steps the run."""
+    """Describe in one line the rows of a step and the steps of the run."""
     epochs = "" if plan.num_epochs is None else f", {plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
     return (
         f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
@@ -307,14 +307,14 @@ def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Report
 
 
 def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
-    """Return the steps of a run: `max_steps`, or those of `epochs`, as the trainer would count them.
+    """Return the steps of a run: `max_steps`, or those of `epochs`, counted like the trainer does.
 
     `num_rows` is None for a stream, for which `max_steps` is given.
     """
     training = settings.training
     if training.max_steps is not None:
         return training.max_steps
-    assert num_rows is not None, "settings ask for the steps of a stream"
+    assert num_rows is not None, "settings require max_steps for a stream"
     return max(1, math.ceil(training.epochs * _steps_per_epoch(settings, num_rows)))
 
 
@@ -324,7 +324,7 @@ def _steps_per_epoch(settings: TrainSettings, num_rows: int) -> int:
 
 
 def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
-    """Return the share of pad tokens in the first epoch; packed rows follow one another without any."""
+    """Return the share of pad tokens in the first epoch; packed rows have none."""
     if settings.data.packing:
         return 0.0
     order = list(RowOrder(data.lengths, settings.training))

@@ -1,4 +1,4 @@
-"""One attempt at a run: the trainer and the callbacks that watch it, from the first step or the one resumed after."""
+"""One attempt at a run: the trainer and its callbacks, from the first step or from a checkpoint."""
 
 import os
 import time
@@ -46,12 +46,12 @@ from qlora_cli.training.run_plan import PreparedRun
 from qlora_cli.training.trainer import QloraTrainer
 from qlora_cli.writing import move_aside, write_directory
 
-# What libraries refuse settings with; a device that runs out of memory or fails raises a RuntimeError.
+# What libraries raise for invalid settings; a device that fails or runs out of memory raises a RuntimeError.
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 
 
 class Session:
-    """A trainer of a prepared run; `trainer` is what TRL runs."""
+    """One attempt to train a prepared run; `trainer` is TRL's trainer."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Session:
             self.trainer.add_callback(callback)
 
     def _make_trainer(self) -> QloraTrainer:
-        """Return the trainer; TRL looks at settings, tokenizer and model while it is made.
+        """Return the trainer; TRL checks settings, tokenizer and model while it is created.
 
         Raises:
             ModelError: it refuses one of them.
@@ -91,7 +91,8 @@ class Session:
             if is_ours(error):
                 raise
             raise ModelError(
-                f"TRL makes no trainer of {self._prepared.loaded.source.name} and these settings: {reason_of(error)}",
+                f"TRL can't create a trainer for {self._prepared.loaded.source.name} with these settings: "
+                f"{reason_of(error)}",
                 hint="Change the setting that it names; qlora config show lists all, and which are not defaults.",
             ) from error
         trainer.remove_callback(PrinterCallback)
@@ -158,12 +159,12 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of completed steps."""
         return int(self.trainer.state.global_step)
 
     @property
     def progress(self) -> Progress:
-        """The progress that was reported so far."""
+        """The figures that were reported so far."""
         return self._reporting.progress
 
     def train(self) -> TrainResult:
@@ -224,13 +225,13 @@ class Session:
 
     @property
     def _has_ended(self) -> bool:
-        """Whether a resumed run has done its steps, or was stopping early, and was killed before its end."""
+        """Whether a resumed run had completed its steps, or was stopping early, when it was killed."""
         patience = self._prepared.settings.training.early_stopping_patience
         stops_early = patience is not None and self.progress.num_since_best >= patience
         return stops_early or self.step >= self._prepared.plan.num_steps
 
     def _evaluate_at_end(self) -> bool:
-        """Evaluate after the last step, if that was not done; return whether a signal ended it early."""
+        """Evaluate after the last step, unless already done; return whether a signal ended it early."""
         if self._is_evaluated or self._stop.name is not None:
             return False
         try:
@@ -241,9 +242,9 @@ class Session:
 
     def _write_adapter(self, *, is_whole: bool) -> None:
         if is_whole:
-            self._take_best()
+            self._restore_best()
             check_trained(self._prepared.model, self.trainer.never_used)
-        if os.path.lexists(self._directory.adapter):  # nothing of the run is there by now
+        if os.path.lexists(self._directory.adapter):  # the run's own was moved by now
             moved = move_aside(self._directory.adapter, f"{ADAPTER}-kept")
             self._reporter.report(
                 Noted(
@@ -255,8 +256,8 @@ class Session:
             self._reporter.report(PhaseStarted(title="Checking the adapter"))
             check_saved(self._prepared.model, self._directory.adapter, self._prepared.loaded)
 
-    def _take_best(self) -> None:
-        """Give the adapter the weights of the best evaluation, if that is asked for."""
+    def _restore_best(self) -> None:
+        """Restore the weights of the best evaluation, if the settings say so."""
         best = self.progress.best_step
         if not self._prepared.settings.training.load_best_model_at_end or best is None or best == self.step:
             return

@@ -1,4 +1,4 @@
-"""Train: the main job, from resolved settings to a run directory."""
+"""Train an adapter, from resolved settings to a run directory."""
 
 import gc
 import os
@@ -49,22 +49,22 @@ from qlora_cli.training.determinism import determinism
 from qlora_cli.training.out_of_resources import explained, smaller_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.resuming.loop_state import LoopState
-from qlora_cli.training.resuming.resume import asked_in, result_of_done
+from qlora_cli.training.resuming.resume import given_settings, result_of_done
 from qlora_cli.training.run_notes import note_stream
 from qlora_cli.training.run_plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
 from qlora_cli.training.session import Session
 from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
 
-OF_ADAPTER = ("lora", "model")  # sections that say what an adapter is
+ADAPTER_SECTIONS = ("lora", "model")  # sections that define an adapter
 
 
 def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainPlan:
-    """Do everything up to the first step and return what would run; writes nothing.
+    """Prepare a run up to its first step and return its plan, without writing anything.
 
     `force` continues although it is predicted not to fit on the GPU.
 
     Raises:
-        QloraError: of the kind that fits what is wrong.
+        QloraError: of the type of the problem.
     """
     with determinism(resolved.settings.training):
         return prepare_run(resolved, reporter, force=force).plan
@@ -77,7 +77,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     then; the result says so. `force` continues although the run is predicted not to fit on the GPU.
 
     Raises:
-        QloraError: of the kind that fits what is wrong. Before the first step, nothing is left on the disk.
+        QloraError: of the type of the problem. Before the first step, nothing is left on the disk.
     """
     if (result := result_of_done(resolved)) is not None:
         return _already_done(resolved.settings, result, reporter)
@@ -88,7 +88,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
 def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
     if settled.is_done and settled.resume is not None:
         result = TrainResult.of_run(settled.resume.run, settled.resume.record)
-        assert result is not None, "seen when it was settled"
+        assert result is not None, "checked when the run was settled"
         return _already_done(settled.resolved.settings, result, reporter)
     return run(load_run(settled, reporter), reporter)
 
@@ -115,7 +115,7 @@ def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
 
 def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
     _check_unchanged(prepared, directory)
-    _take_over(prepared, directory, reporter)
+    _prepare_resume(prepared, directory, reporter)
     writer = MetricsWriter(directory)
     writer.end_partial_line()
     reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
@@ -136,7 +136,7 @@ def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Report
 
 
 def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: str, reporter: Reporter) -> None:
-    """Write that the run starts or resumes here, and prepare its directory to be written to."""
+    """Record that the run starts or resumes, and prepare its directory for writing."""
     write_record(directory, _opening_record(prepared, directory, started))
     if prepared.resume is not None and prepared.resume.checkpoint is not None:  # which has the same weights
         moved = directory.remove_adapter(
@@ -154,7 +154,7 @@ def _record_beginning(prepared: PreparedRun, directory: RunDirectory, started: s
 
 
 def _record_failure(directory: RunDirectory, error: BaseException) -> None:
-    """Write how the run ended, if this process started it; else its record stays as it was, or there is none."""
+    """Record how the run ended, if this process started it; otherwise leave its record unchanged."""
     record = read_record(directory.path)
     if record.status == "running" and record.pid == os.getpid():
         status = "failed" if isinstance(error, Exception) else "interrupted"
@@ -169,7 +169,7 @@ def _pushed(
     result: TrainResult,
     reporter: Reporter,
 ) -> TrainResult:
-    """Push the adapter of a run that is done, if that is asked for and was not done; return the result that says so.
+    """Push the adapter of a finished run, if requested and not yet done; return the updated result.
 
     Raises:
         PushError: it can't be pushed. The run stays as it is.
@@ -184,7 +184,7 @@ def _pushed(
 def _train(
     prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, started: str
 ) -> tuple[PreparedRun, TrainResult]:
-    """Train, with smaller micro-batches if they do not fit and may be lowered; return what ran in the end."""
+    """Train, with smaller micro-batches if allowed and needed; return the run as it was trained, and its result."""
     if prepared.loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
         reporter.report(
             Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {prepared.loaded.device}")
@@ -192,19 +192,19 @@ def _train(
     with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
         while True:
             session = Session(prepared, directory, reporter, stop, trackers)
-            _record_beginning(prepared, directory, started, reporter)  # only now: TRL may refuse the run
+            _record_beginning(prepared, directory, started, reporter)  # only now, since TRL may refuse the run
             try:
                 return prepared, session.train()
             except RehearsalError as error:
                 session.trainer.abandon()
-                smaller = _smaller(prepared)
+                smaller = _smaller_micro_batch(prepared)
                 if smaller is None:
                     raise _explained(error, prepared, session) from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the last step is saved first
                 _save_last_step(session, error)
                 explanation = _explained(error, prepared, session)
                 raise explanation from (None if explanation is error else error)
-            # The tensors of the failed pass are freed only with its traceback.
+            # The tensors of the failed pass are freed together with its traceback.
             del session
             gc.collect()
             torch.cuda.empty_cache()
@@ -218,8 +218,8 @@ def _train(
             prepared = with_micro_batch(prepared, smaller)
 
 
-def _smaller(prepared: PreparedRun) -> int | None:
-    """Return half the micro-batch, or less, as it divides the batch; None if it is not to be lowered, or can't be."""
+def _smaller_micro_batch(prepared: PreparedRun) -> int | None:
+    """Return at most half the micro-batch, a divisor of the batch; None if it may not or can't be lowered."""
     size, rows = prepared.plan.micro_batch_size, prepared.plan.examples_per_step
     if not prepared.settings.training.auto_micro_batch or size == 1:
         return None
@@ -227,11 +227,11 @@ def _smaller(prepared: PreparedRun) -> int | None:
 
 
 def _save_last_step(session: Session, error: Exception) -> None:
-    """Save the state after the last complete step, from within one that failed."""
+    """Save the state after the last complete step, during a failed one."""
     try:
         session.trainer.save_last_step()
     except Exception as another:  # noqa: BLE001 - the first failure is reported
-        error.add_note(f"nor could the last step be saved: {another}")
+        error.add_note(f"the last step could not be saved either: {another}")
 
 
 def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exception:
@@ -239,7 +239,7 @@ def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exc
 
 
 def _saved_training(session: Session) -> str:
-    """Return in words where the last saved state is; empty if there is none."""
+    """Return a sentence on where the last saved state is; empty if there is none."""
     newest = session.store.all()[-1:]
     if not newest:
         return ""
@@ -262,10 +262,10 @@ def _check_unchanged(prepared: PreparedRun, directory: RunDirectory) -> None:
         )
 
 
-def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> None:
-    """Prepare the directory for the run to resume in, before it says so.
+def _prepare_resume(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> None:
+    """Prepare the directory for a resume, before it is recorded.
 
-    Of a run in another directory, the checkpoint, the best one and the reports are copied. Damaged checkpoints
+    From a run in another directory, the checkpoint, the best one and the metrics are copied. Damaged checkpoints
     are renamed, so that they do not count as newer than those to come.
     """
     resume = prepared.resume
@@ -276,7 +276,7 @@ def _take_over(prepared: PreparedRun, directory: RunDirectory, reporter: Reporte
         for moved in store.move_damaged_aside(resume.step):
             reporter.report(Noted(level="warning", message=f"the damaged checkpoint is now {moved}"))
         return
-    assert resume.checkpoint is not None, "refused when it was found"
+    assert resume.checkpoint is not None, "refused by find_resume"
     directory.create()
     best_step = LoopState.read(resume.checkpoint).progress.best_step
     best = resume.checkpoint if best_step is None else checkpoint_of(resume.checkpoint.parent, best_step)
@@ -296,7 +296,7 @@ def _asked_of_adapter(loaded: LoadedModel) -> dict[str, dict[str, Any]]:
     if record is None:
         return {}
     before, given = record.asked_of_adapter, record.asked
-    return {section: {**before.get(section, {}), **given.get(section, {})} for section in OF_ADAPTER}
+    return {section: {**before.get(section, {}), **given.get(section, {})} for section in ADAPTER_SECTIONS}
 
 
 def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) -> RunRecord:
@@ -313,7 +313,7 @@ def _opening_record(prepared: PreparedRun, directory: RunDirectory, now: str) ->
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "settings": settings.model_dump(mode="json"),
-        "asked": asked_in(prepared.asked),
+        "asked": given_settings(prepared.asked),
         "asked_of_adapter": _asked_of_adapter(loaded),
         "origins": {path: origin.where for path, origin in prepared.resolved.origins.items()},
         "seed": settings.training.seed,

@@ -19,20 +19,20 @@ from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.data_order import RowOrder
-from qlora_cli.training.lora_plus import let_b_learn_faster, page_again
+from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
     generator_states,
-    generators_kept,
     load_generators,
+    preserve_generators,
 )
 from qlora_cli.training.resuming.saved_state import (
     OPTIMIZER,
     RNG_STATE,
     SCALER,
     SCHEDULER,
-    blamed,
+    blame_file,
     check_optimizer,
     check_schedule,
     groups_of,
@@ -60,12 +60,12 @@ class QloraTrainer(TrainerSeam):
         **kwargs: Any,
     ) -> None:
         # TRL rounds the adapter of a quantized model to bf16 by replacing `.data`; the fp32 values, which
-        # small updates need, are put back before an optimizer exists.
+        # small updates need, are restored before an optimizer exists.
         full_precision = {
             name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._order = order  # None for rows that are streamed, which come as they come
+        self._order = order  # None for a stream, whose order is given
         super().__init__(model=model, **kwargs)
         for name, parameter in model.named_parameters():
             if name in full_precision:
@@ -77,10 +77,10 @@ class QloraTrainer(TrainerSeam):
         self._reporter = reporter
         self._reporting = reporting
         self._guard = guard
-        self._kept: tuple[LoopState, Generators] | None = None  # after the last step that is complete
+        self._last_state: tuple[LoopState, Generators] | None = None  # after the last step that is complete
         self._is_failing = False
         self._is_updating = False
-        self._reported: set[Path] = set()  # folders that are not deleted
+        self._reported: set[Path] = set()  # folders that were reported as not deleted
         self._resumed: tuple[LoopState, Path] | None = None
         self.add_callback(_LoopCallback(self))
 
@@ -89,15 +89,15 @@ class QloraTrainer(TrainerSeam):
         return self._order
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer, in which B matrices may learn faster."""
+        """Create the optimizer, with a higher learning rate for B matrices if set."""
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if is_new and self._loraplus_lr_ratio is not None:
-            let_b_learn_faster(optimizer, self.model, self._loraplus_lr_ratio)
+            scale_b_learning_rate(optimizer, self.model, self._loraplus_lr_ratio)
         return optimizer
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss, and say that it is the forward pass."""
+        """Compute the loss, and record the phase."""
         self.phase = "the forward pass"
         loss = super().compute_loss(*args, **kwargs)
         self.phase = "the backward pass"
@@ -112,21 +112,21 @@ class QloraTrainer(TrainerSeam):
         """Skip the step if its gradients are not finite; see `StepGuard`."""
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
         if not self._guard.check_norm(self.state.global_step, norm, is_scaled=is_scaled):
-            assert self._kept is not None, "a step before the loop began"
+            assert self._last_state is not None, "a step before the loop began"
             model.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
-            self.leave_step_out(self._kept[0].summed_loss)
+            self.leave_step_out(self._last_state[0].summed_loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report to callbacks, without the history: it would fill memory and checkpoints; `metrics.jsonl` has it."""
+        """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
         super().log(logs, start_time)
         self.state.log_history.clear()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; training continues as if it had not been, and saves the step if it is the best so far."""
-        if self._kept is not None and self._kept[0].step != self.state.global_step:
-            self._keep()
+        """Evaluate without an effect on training, and save the step if it is the best so far."""
+        if self._last_state is not None and self._last_state[0].step != self.state.global_step:
+            self._record_state()
         self._reporter.report(EvalStarted(step=int(self.state.global_step)))
-        with generators_kept():
+        with preserve_generators():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         self.phase = "training"
         self._note_best()
@@ -146,15 +146,15 @@ class QloraTrainer(TrainerSeam):
         return self._reporting.progress.best_step == int(self.state.global_step)
 
     def _note_best(self) -> None:
-        """Give the trainer's state the best of all evaluations."""
+        """Record the best evaluation in the trainer's state."""
         progress = self._reporting.progress
         if progress.best_step is not None:
             self.state.best_metric = progress.eval_losses[progress.best_step]
             self.state.best_global_step = progress.best_step
 
     def on_step_reported(self) -> None:
-        """Keep the state after the step, in case the next one fails."""
-        self._keep()
+        """Record the state after the step, in case the next one fails."""
+        self._record_state()
 
     # ---- checkpoints ----
 
@@ -170,11 +170,11 @@ class QloraTrainer(TrainerSeam):
         step = self.state.global_step
         with self._store.staging(step) as staged:
             finished = self.write_checkpoint(staged)
-            # The trainer notes where the best one is by a path, which is that of the folder it writes to.
+            # The trainer records the best checkpoint by the path of the temporary folder that it writes to.
             self.state.best_model_checkpoint = None
             self.state.save_to_json(str(finished / TRAINER_STATE))
             self._loop_state().write(finished)
-            # Of a step that failed, the trainer wrote the generators as the failure left them.
+            # For a failed step, the trainer wrote the generators as the failure left them.
             torch.save(dict(self._generators()), finished / RNG_STATE)
             published = self._store.publish(finished, step, self.state.best_global_step)
         self._report_kept(published)
@@ -188,12 +188,12 @@ class QloraTrainer(TrainerSeam):
                 self._reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))
 
     def save_last_step(self) -> int | None:
-        """Save the state after the last step that is complete, from within one that failed; return the step.
+        """Save the state after the last complete step, during a failed one; return the step.
 
-        None if there is no such state: before the first step, or when the failure came in the middle of an update.
+        Return None if there is no such state: before the first step, or if the failure came during an update.
         """
         step = int(self.state.global_step)
-        if self._kept is None or self._kept[0].step != step or self._is_updating or step == 0:
+        if self._last_state is None or self._last_state[0].step != step or self._is_updating or step == 0:
             return None
         if not self._store.path_of(step).exists():
             self._is_failing = True
@@ -203,15 +203,15 @@ class QloraTrainer(TrainerSeam):
                 self._is_failing = False
         return step
 
-    def _keep(self) -> None:
-        self._kept = (self._current_state(), generator_states())
+    def _record_state(self) -> None:
+        self._last_state = (self._current_state(), generator_states())
 
     def _loop_state(self) -> LoopState:
-        return self._kept[0] if self._is_failing and self._kept is not None else self._current_state()
+        return self._last_state[0] if self._is_failing and self._last_state is not None else self._current_state()
 
     def _generators(self) -> Generators:
-        assert self._kept is not None or not self._is_failing
-        return self._kept[1] if self._is_failing and self._kept is not None else generator_states()
+        assert self._last_state is not None or not self._is_failing
+        return self._last_state[1] if self._is_failing and self._last_state is not None else generator_states()
 
     def _current_state(self) -> LoopState:
         return LoopState(
@@ -224,9 +224,9 @@ class QloraTrainer(TrainerSeam):
     # ---- resuming ----
 
     def resume(self, checkpoint: Path) -> None:
-        """Give adapter, trainer state and reports the values of a checkpoint, without training further.
+        """Restore adapter, trainer state and reports from a checkpoint, without training further.
 
-        An evaluation that was due after it, and that a signal prevented, is made up for.
+        An evaluation that was due after it, and that a signal prevented, is done now.
         """
         self.load_weights(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
@@ -237,21 +237,21 @@ class QloraTrainer(TrainerSeam):
             self._resumed = replace(self._resumed[0], progress=self._reporting.progress), checkpoint
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Give the adapter the weights of a checkpoint, and read what the loop is to begin with.
+        """Restore the adapter from a checkpoint, and read the state that the loop starts with.
 
         Raises:
-            OutputDirectoryError: they are not those of this adapter.
+            OutputDirectoryError: the weights are not those of this adapter.
         """
         try:
             restore_adapter(self.model, checkpoint)
         except ModelError as error:
             raise OutputDirectoryError(error.message, hint=error.hint) from error
-        if self._resumed is None:  # else it holds an evaluation that was made up for
+        if self._resumed is None:  # else it includes an evaluation that was done since
             self._resumed = LoopState.read(checkpoint), checkpoint
 
     @contextmanager
     def optimizer_loading(self, checkpoint: Path) -> Iterator[None]:
-        """Check that the states that are loaded are of this optimizer and this schedule.
+        """Check that the loaded states are of this optimizer and this schedule.
 
         Raises:
             OutputDirectoryError: they are not; names the file.
@@ -259,77 +259,77 @@ class QloraTrainer(TrainerSeam):
         optimizer = self.optimizer.optimizer
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         groups, state = groups_of(optimizer), schedule.state_dict()
-        with blamed(checkpoint / OPTIMIZER):
+        with blame_file(checkpoint / OPTIMIZER):
             yield
             check_optimizer(optimizer, groups, checkpoint / OPTIMIZER)
         check_schedule(schedule, state, checkpoint / SCHEDULER)
-        page_again(optimizer)
+        restore_paging(optimizer)
 
     def scaler_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
-        """Name the file of the loss scaler in an error of loading it."""
-        return blamed(checkpoint / SCALER)
+        """Name the file of the loss scaler if loading it fails."""
+        return blame_file(checkpoint / SCALER)
 
     def begin_loop(self) -> None:
-        """Restore what the loop sets to zero when it begins."""
+        """Restore the counters that the loop resets when it begins."""
         if self._resumed is not None:
             state, checkpoint = self._resumed
             self.set_counters(_counters_of(state))
             self.never_used = tuple(state.never_used)
             self._guard.num_skipped = state.progress.num_skipped
             self._reporting.resume_from(state.progress)
-            # What was saved would overrule intervals that were changed since, and knows no evaluation after it.
+            # The saved state would override changed intervals, and lacks an evaluation after it.
             self.state.compute_steps(self.args, self.args.max_steps)
             self._note_best()
             load_generators(checkpoint)
-        self._keep()
+        self._record_state()
 
     def _is_evaluation_due(self) -> bool:
-        """Whether the step that training resumes after was to be evaluated, and was not: a signal came first."""
+        """Return whether the evaluation of the step that training resumes after is missing, due to a signal."""
         step, steps = self.state.global_step, self.args.eval_steps
         is_due = self.args.eval_strategy == IntervalStrategy.STEPS and step > 0 and step % int(steps) == 0
         return is_due and step not in self._reporting.progress.eval_losses
 
     def try_out(self, batch: dict[str, Any]) -> None:
-        """Go forward and backward with a micro-batch as in training, and forget all of it but `never_used`."""
-        with self._untouched(), _calls_watched(self.model) as never_used:
+        """Run a micro-batch forward and backward as in training, without an effect except on `never_used`."""
+        with self._without_effect(), _watch_calls(self.model) as never_used:
             self.current_gradient_accumulation_steps = 1
             _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
             super().training_step(self.model_wrapped, dict(batch), num_tokens)
-            if self.args.gradient_accumulation_steps > 1:  # from the second on, gradients are there meanwhile
+            if self.args.gradient_accumulation_steps > 1:  # from the second on, gradients are in memory, too
                 super().training_step(self.model_wrapped, dict(batch), num_tokens)
         self.never_used = tuple(sorted(never_used))
 
     def abandon(self) -> None:
-        """Take what training has hung on the model off it again, for another trainer."""
+        """Remove the trainer's hooks from the model, for another trainer."""
         if self.neftune_noise_alpha is not None:
             deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
 
     def try_out_evaluation(self, batch: dict[str, Any]) -> None:
-        """Go forward with a micro-batch as in an evaluation, and forget it."""
-        with self._untouched():
+        """Run a micro-batch forward as in an evaluation, without an effect."""
+        with self._without_effect():
             self.model.eval()
             self.phase = "the evaluation"
             self.prediction_step(self.model_wrapped, batch, prediction_loss_only=True)
 
     @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """Undo every gradient, count and draw of a generator."""
+    def _without_effect(self) -> Iterator[None]:
+        """Undo gradients, token counts and draws of the generators afterwards."""
         try:
-            with generators_kept(), self.tokens_uncounted():
+            with preserve_generators(), self.tokens_uncounted():
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
 
     def begin_step(self) -> None:
-        """Forget what the guard saw of the step before."""
+        """Reset the guard for a new step."""
         self._guard.begin_step()
 
     def begin_update(self) -> None:
-        """Until it is over, the weights are neither those before nor those after the step."""
+        """Mark the update as in progress: the weights are neither those before nor those after the step."""
         self.phase, self._is_updating = "the optimizer's step", True
 
     def end_update(self) -> None:
-        """The weights are those after the step."""
+        """Mark the update as complete."""
         self._is_updating = False
 
 
@@ -338,22 +338,22 @@ def _counters_of(state: LoopState) -> LoopCounters:
 
 
 @contextmanager
-def _calls_watched(model: torch.nn.Module) -> Iterator[set[str]]:
-    """Give the names of the layers with an adapter; those that are called meanwhile are taken out."""
+def _watch_calls(model: torch.nn.Module) -> Iterator[set[str]]:
+    """Yield the names of the layers with an adapter; those that are called meanwhile are removed."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    left = set(layers)
+    unused = set(layers)
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: left.discard(name)) for name, module in layers.items()
+        module.register_forward_pre_hook(lambda *_, name=name: unused.discard(name)) for name, module in layers.items()
     ]
     try:
-        yield left
+        yield unused
     finally:
         for handle in handles:
             handle.remove()
 
 
 class _LoopCallback(TrainerCallback):
-    """Tells the trainer where its loop is."""
+    """Notifies the trainer of the phases of its loop."""
 
     def __init__(self, trainer: QloraTrainer) -> None:
         self._trainer = trainer

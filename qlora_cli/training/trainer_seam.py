@@ -17,13 +17,13 @@ from trl import SFTTrainer
 
 @dataclass(frozen=True, kw_only=True)
 class LoopCounters:
-    """What the trainers count while they train.
+    """The counters of the trainers.
 
     Attributes:
-        summed_loss: Of the steps that were not reported yet, with `logging_steps` above 1.
-        total_loss: Of those that were.
-        reported_step: The last of them.
-        num_tokens: Fed so far, padding left out.
+        summed_loss: The loss of the steps not reported yet, with `logging_steps` above 1.
+        total_loss: The loss of the steps that were reported.
+        reported_step: The last reported step.
+        num_tokens: The tokens trained so far, without padding.
         means: The values that TRL will report the mean of, by name.
     """
 
@@ -39,7 +39,7 @@ class TrainerSeam(SFTTrainer, ABC):
 
     @abstractmethod
     def train_sampler(self) -> Sampler[int] | None:
-        """Return what draws the order of rows, None to take them as they come."""
+        """Return the sampler of rows; None to use them in order."""
 
     @abstractmethod
     def on_grad_norm(self, model: torch.nn.Module, norm: float) -> None:

@@ -146,7 +146,7 @@ def test_the_error_of_a_checkpoint_that_was_saved_quantized_can_not_be_measured(
     assert loaded(tmp_path / "saved")["prequantized"] is True
     done = qlora_load(tmp_path / "saved", *CPU, "--error")
     assert done.exit_code == 2
-    assert "the model is quantized already" in done.stderr
+    assert "the model is already quantized" in done.stderr
     again = qlora_load(base_model, *CPU, "--save", tmp_path / "saved")
     assert again.exit_code == 2
     assert "contains other files" in again.stderr

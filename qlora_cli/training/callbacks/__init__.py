@@ -1,1 +1,1 @@
-"""What watches a training loop and acts between its steps, as callbacks of transformers' trainer."""
+"""Callbacks of transformers' trainer that watch a training loop and act between its steps."""

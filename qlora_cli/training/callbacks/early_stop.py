@@ -10,7 +10,7 @@ from qlora_cli.units import counted
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Ends training after `patience` evaluations in a row that were not the best so far; resumed or not."""
+    """Ends training after `patience` evaluations in a row without a new best, counted across resumes."""
 
     def __init__(self, reporting: ReportingCallback, patience: int, reporter: Reporter) -> None:
         self._reporting = reporting
@@ -24,7 +24,7 @@ class EarlyStopCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Ask the trainer to save and stop, if it is time."""
+        """Ask the trainer to save and stop if patience is exhausted."""
         since_best = self._reporting.progress.num_since_best
         if since_best < self._patience or state.global_step >= state.max_steps:
             return

@@ -1,4 +1,4 @@
-"""Translate what the trainer logs into events."""
+"""Convert the trainer's logs to events."""
 
 import math
 import time
@@ -15,13 +15,13 @@ from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.training.resuming.loop_state import Progress
 
-MOST_OFTEN = 100  # times of drawing a page between two of them
+MIN_PAUSE_FACTOR = 100  # the pause between two pages, in drawing times
 
 
 class ReportingCallback(TrainerCallback):
-    """Reports each logged step and evaluation, and keeps what the result needs in `progress`.
+    """Reports each logged step and evaluation, and records what the result needs in `progress`.
 
-    Evaluation time is left out of `tokens_per_second`. `earlier` is the progress of earlier processes.
+    `tokens_per_second` excludes evaluation time. `earlier` is the progress of earlier processes.
     """
 
     def __init__(self, reporter: Reporter, device: torch.device, *, loading_seconds: float) -> None:
@@ -33,7 +33,7 @@ class ReportingCallback(TrainerCallback):
         self.progress = replace(self.earlier, loading_seconds=loading_seconds)
 
     def resume_from(self, progress: Progress) -> None:
-        """Continue from the progress that an earlier process had reported."""
+        """Continue from the progress that an earlier process reported."""
         self.earlier = progress
         self.progress = replace(progress, loading_seconds=progress.loading_seconds + self._loading_seconds)
         self._start = time.monotonic() - progress.elapsed_seconds
@@ -104,9 +104,9 @@ class ReportingCallback(TrainerCallback):
 
 
 class ReportWriter:
-    """A reporter that draws `report.html` again after checkpoints and evaluations.
+    """A reporter that redraws `report.html` after checkpoints and evaluations.
 
-    Drawing reads the whole run, which takes longer and longer; so a page is left out where drawing would take more
+    Drawing reads the whole run, which takes longer and longer, so pages are skipped where drawing would take more
     than a hundredth of the time.
     """
 
@@ -121,11 +121,11 @@ class ReportWriter:
         if isinstance(event, CheckpointSaved | EvalDone) and start >= self._not_before:
             draw_report(self._directory, self._reporter)
             now = time.monotonic()
-            self._not_before = now + MOST_OFTEN * (now - start)
+            self._not_before = now + MIN_PAUSE_FACTOR * (now - start)
 
 
 def draw_report(directory: Path, reporter: Reporter) -> None:
-    """Draw `report.html` of a run; a page that can't be written is said, and costs no run its training."""
+    """Draw `report.html` of a run; a failure to write it is reported and does not stop the training."""
     try:
         write_report(directory)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Fixed prompts, answered before training and at each evaluation, so that one sees what the model learns."""
+"""Generate answers to fixed prompts before training and at each evaluation, to show what the model learns."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.answering.answerer import Answerer
 from qlora_cli.events import Reporter, SampleDone
-from qlora_cli.training.resuming.loop_state import generators_kept
+from qlora_cli.training.resuming.loop_state import preserve_generators
 
 
 class SampleCallback(TrainerCallback):
@@ -24,7 +24,7 @@ class SampleCallback(TrainerCallback):
         if self._last_step == step:
             return
         self._last_step = step
-        with generators_kept():
+        with preserve_generators():
             for prompt in self._prompts:
                 answer = self._answerer.answer(model, prompt)
                 self._reporter.report(SampleDone(step=step, prompt=prompt, answer=answer))
@@ -36,7 +36,7 @@ class SampleCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
-        """Answer as the base does."""
+        """Answer with the base."""
         if state.global_step == 0:
             self._report(kwargs["model"], 0)
 
@@ -47,7 +47,7 @@ class SampleCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
-        """Answer as the model does now."""
+        """Answer with the current model."""
         self._report(kwargs["model"], state.global_step)
 
     def on_train_end(
@@ -57,10 +57,10 @@ class SampleCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,
     ) -> None:
-        """Answer as the trained model does."""
+        """Answer with the trained model."""
         if state.global_step >= state.max_steps:
             self.answer_last(kwargs["model"], state.global_step)
 
     def answer_last(self, model: PeftModel, step: int) -> None:
-        """Answer after the last step, unless that was done."""
+        """Answer after the last step, unless already done."""
         self._report(model, step)

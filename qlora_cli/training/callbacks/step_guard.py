@@ -1,4 +1,4 @@
-"""A step whose loss or gradient norm is not a finite number changes nothing: the run stops before it, or skips it."""
+"""Stop a run before, or skip, a step whose loss or gradient norm is not finite, so that no weight is changed."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from qlora_cli.settings.choices import OnNan
 from qlora_cli.settings.models import TrainingSettings
 
 NameRows = Callable[[int, int], tuple[str, ...]]
-# A gradient scaler begins far too high, and halves until the gradients of fp16 are finite: 2**16 takes 17 halvings.
+# A gradient scaler starts far too high, and halves until fp16 gradients are finite: 2**16 takes 17 halvings.
 MOST_SCALER_SKIPS = 24
 
 
 class StepGuard:
-    """Watches the micro-batches of a step; a bad one spoils the whole step.
+    """Watches the micro-batches of a step; one that is not finite invalidates the whole step.
 
-    `name_rows` takes a step and a place in it, both from 0. `num_skipped` counts over the whole run, resumed or not.
+    `name_rows` takes a step and the index of a micro-batch, both from 0. `num_skipped` counts across resumes.
     """
 
     def __init__(self, settings: TrainingSettings, name_rows: NameRows, reporter: Reporter) -> None:
@@ -31,7 +31,7 @@ class StepGuard:
         self.num_skipped = 0
 
     def begin_step(self) -> None:
-        """Forget the step before."""
+        """Reset the state of the previous step."""
         self._micro_batch = 0
         self._fault = None
 
@@ -44,19 +44,19 @@ class StepGuard:
         """Return the loss of the next micro-batch of `step`, which counts from 0; 0 if it is not finite.
 
         Raises:
-            TrainingError: it is not finite, and that is to stop the run.
+            TrainingError: it is not finite, and the run is to stop.
         """
-        place, self._micro_batch = self._micro_batch, self._micro_batch + 1
+        index, self._micro_batch = self._micro_batch, self._micro_batch + 1
         if bool(torch.isfinite(loss)):
             return loss
-        self._stop_or_skip(step, f"the loss is {float(loss)}", self._name_rows(step, place))
+        self._stop_or_skip(step, f"the loss is {float(loss)}", self._name_rows(step, index))
         return torch.zeros_like(loss)
 
     def check_norm(self, step: int, norm: float, *, is_scaled: bool) -> bool:
-        """Return whether the update may be made. `is_scaled`: by fp16's scaler, which begins too high.
+        """Return whether the update may be made; `is_scaled` if fp16's scaler is used, which starts too high.
 
         Raises:
-            TrainingError: the norm is not finite, and that is to stop the run.
+            TrainingError: the norm is not finite, and the run is to stop.
         """
         if self.is_skipping:
             return False
@@ -68,7 +68,7 @@ class StepGuard:
             self._fault = ("fp16 gradients overflowed, and their scale is lowered", ())
             self._reporter.report(StepSkipped(step=step + 1, reason=self._fault[0], rows=()))
             return False
-        rows = tuple(row for place in range(self._micro_batch) for row in self._name_rows(step, place))
+        rows = tuple(row for index in range(self._micro_batch) for row in self._name_rows(step, index))
         self._stop_or_skip(step, f"the gradient norm is {norm}", rows)
         return False
 
@@ -76,7 +76,7 @@ class StepGuard:
         if self._settings.on_nan == OnNan.STOP:
             raise TrainingError(
                 f"step {step + 1}: {reason}; nothing was updated. The rows: {', '.join(rows)}",
-                hint="Look at them with qlora inspect-data. Then --on-nan skip continues without such steps; or "
+                hint="Inspect them with qlora inspect-data. Then --on-nan skip continues without such steps; or "
                 "restart with a lower --learning-rate, or with --dtype bf16 or fp32 instead of fp16.",
             )
         if self._fault is not None:

@@ -1,4 +1,4 @@
-"""Requests to a running job: to stop, by Ctrl-C, SIGTERM or SIGHUP, or to write a checkpoint, by a file."""
+"""Requests to a running job: to stop, by Ctrl-C, SIGTERM or SIGHUP, or to save a checkpoint, by a file."""
 
 import signal
 import sys
@@ -11,17 +11,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.events import Noted, Reporter
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed, or the connection lost
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed, or the connection lost
 
 
 class StoppedError(Exception):
-    """A signal came during an evaluation, which is not worth its end."""
+    """A signal came during an evaluation, which is not completed."""
 
 
 class StopSignal:
-    """While entered, remembers the first stop signal instead of dying of it; restores the handlers after.
+    """A context that records the first stop signal instead of ending the process, and restores the handlers.
 
-    What a signal will do is said at once: a step may take minutes, and a second signal is not as kind, but for SIGHUP.
+    The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -32,9 +32,9 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # Python delivers signals to the main thread only, and only there may handlers be set.
         if threading.current_thread() is threading.main_thread():
-            # A signal that is ignored stays so: under nohup a run outlives its terminal.
-            taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, self._handle) for number in taken}
+            # A signal that is ignored stays ignored: under nohup a run outlives its terminal.
+            handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(
@@ -45,9 +45,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
         if self.name is not None:
-            if number == signal.SIGHUP:  # of one terminal that is closed, shell and kernel send one each
+            if number == signal.SIGHUP:  # for a closed terminal, shell and kernel send one each
                 return
-            sys.exit(128 + number)  # asked twice: at once
+            sys.exit(128 + number)  # a second request: exit at once
         self.name = signal.Signals(number).name
         again = "SIGTERM" if number == signal.SIGHUP else "again"
         message = (
@@ -59,7 +59,7 @@ class StopSignal:
 class StopCallback(TrainerCallback):
     """Saves a checkpoint and leaves the loop at the end of the step in which a signal came.
 
-    Saves one, and continues, if the file `request` exists; deletes it when the checkpoint is complete.
+    If the file `request` exists, saves a checkpoint, continues, and deletes the file when it is complete.
     """
 
     def __init__(self, stop: StopSignal, request: Path) -> None:
@@ -88,7 +88,7 @@ class StopCallback(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """The checkpoint that was asked for is complete."""
+        """Delete the request: the checkpoint is complete."""
         if self._request.is_file():
             self._request.unlink()
 

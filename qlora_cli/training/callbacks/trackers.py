@@ -1,4 +1,4 @@
-"""Trackers that a run is also reported to, which never stop it.
+"""Report a run to experiment trackers, which never stop it.
 
 They write into the run directory and print to stderr. A missing login or network neither blocks nor prompts, and the
 run continues without a tracker that fails.
@@ -24,17 +24,17 @@ from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.writing import private_file, private_folder
 
-PROJECT = "qlora"  # what runs are grouped by, unless the user has named it
+PROJECT = "qlora"  # the project of runs, unless the user has set one
 WANDB_ADDRESS = "https://api.wandb.ai"
 REACH_SECONDS = 3.0
-PATIENCE_SECONDS = "60"  # for what is left to send, at the beginning and at the end
+PATIENCE_SECONDS = "60"  # for pending uploads, at the beginning and at the end
 
 
 class Tracker(TrainerCallback):
-    """The callback of a tracker, whose failures are reported and end it, not the run.
+    """Wraps the callback of a tracker: its failures are reported and end the tracker, not the run.
 
-    It sees the run begin, what is reported, and, by `close`, the end: the trainer is done before the last evaluation.
-    Checkpoints are not its affair: transformers' callbacks would look for them where ours are not.
+    It passes on the beginning, the logs, and by `close` the end, since the trainer ends before the last evaluation.
+    Checkpoints are not passed on: transformers' callbacks would look for them in the wrong directory.
     """
 
     def __init__(self, name: ReportTo, inner: TrainerCallback, reporter: Reporter) -> None:
@@ -44,57 +44,57 @@ class Tracker(TrainerCallback):
         self._end: Callable[[], None] | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to track."""
-        self._tell("on_train_begin", args, state, control, others)
+        """Start tracking."""
+        self._forward("on_train_begin", args, state, control, kwargs)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Hand on what is reported."""
-        self._tell("on_log", args, state, control, others)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass on the logs."""
+        self._forward("on_log", args, state, control, kwargs)
 
     def close(self) -> None:
-        """End what was tracked, once."""
+        """End tracking, once."""
         end, self._end = self._end, None
         if end is not None:
             end()
 
-    def _tell(
+    def _forward(
         self,
         event: str,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        others: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
     ) -> None:
-        self._try(event, args, state, control, others)
+        self._try(event, args, state, control, kwargs)
         if self._inner is not None:
-            self._end = lambda: self._try("on_train_end", args, state, control, others)
+            self._end = lambda: self._try("on_train_end", args, state, control, kwargs)
 
-    def _try(self, event: str, args: Any, state: Any, control: Any, others: Mapping[str, Any]) -> None:
+    def _try(self, event: str, args: Any, state: Any, control: Any, kwargs: Mapping[str, Any]) -> None:
         if self._inner is None:
             return
         try:
-            getattr(self._inner, event)(args, state, control, **others)
+            getattr(self._inner, event)(args, state, control, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the run
             self._inner = self._end = None
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            message = f"{self._name} failed and is reported to no more; the run continues: {reason}"
+            message = f"{self._name} failed and is no longer used; the run continues: {reason}"
             self._reporter.report(Noted(level="warning", message=message))
 
 
 @contextmanager
 def tracking(output: OutputSettings, directory: Path, reporter: Reporter) -> Iterator[tuple[TrainerCallback, ...]]:
-    """Give the callbacks of the tracker that a run is reported to; `directory` is that of the run, and exists.
+    """Yield the callbacks of the tracker of a run; `directory` is the run directory, which exists.
 
-    Within, stdout goes to stderr. Afterwards the tracker is closed and the environment as before.
+    Meanwhile stdout goes to stderr. Afterwards the tracker is closed and the environment is restored.
     """
     name = output.report_to
     if name == ReportTo.NONE:
         yield ()
         return
     before = dict(os.environ)
-    with _stdout_aside():
+    with _stdout_to_stderr():
         os.environ.update(_variables(name, directory.absolute(), reporter))
         try:
             (kind,) = get_reporting_integration_callbacks([name.value])
@@ -103,15 +103,15 @@ def tracking(output: OutputSettings, directory: Path, reporter: Reporter) -> Ite
                 yield (tracker,)
             finally:
                 tracker.close()
-                _let_go(name)
+                _shut_down(name)
         finally:
-            # Its own too: MLflow hands the number of an experiment on, which in another run's database is another's.
+            # MLflow passes on the id of an experiment, which in another run's database is that of another one.
             _restore(before, f"{name.value.upper()}_")
 
 
 @contextmanager
-def _stdout_aside() -> Iterator[None]:
-    """Let go to stderr what is written to stdout, by processes that are started here too."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, also for child processes."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -124,65 +124,65 @@ def _stdout_aside() -> Iterator[None]:
 
 
 def _restore(before: Mapping[str, str], prefix: str) -> None:
-    """Set the variables of the environment that begin with `prefix` as they were."""
+    """Restore the environment variables that begin with `prefix`."""
     for key in [key for key in os.environ if key.startswith(prefix) and key not in before]:
         del os.environ[key]
     os.environ.update({key: value for key, value in before.items() if key.startswith(prefix)})
 
 
 def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str, str]:
-    """Return the variables that keep a tracker in the run directory; the user's own are left as they are."""
-    wanted: dict[str, str] = {}
+    """Return the variables that make a tracker write into the run directory; those of the user have precedence."""
+    defaults: dict[str, str] = {}
     if name == ReportTo.TENSORBOARD:
-        wanted = {"TENSORBOARD_LOGGING_DIR": str(directory / "tensorboard")}
+        defaults = {"TENSORBOARD_LOGGING_DIR": str(directory / "tensorboard")}
     elif name == ReportTo.TRACKIO:
-        wanted = {"TRACKIO_DIR": str(directory / "trackio")}
+        defaults = {"TRACKIO_DIR": str(directory / "trackio")}
     elif name == ReportTo.MLFLOW:
-        wanted = {
+        defaults = {
             "MLFLOW_TRACKING_URI": f"sqlite:///{directory / TRACKED_FILE}",
             "MLFLOW_EXPERIMENT_NAME": PROJECT,
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
     elif name == ReportTo.WANDB:
-        wanted = {
+        defaults = {
             "WANDB_DIR": str(directory),
             "WANDB_CACHE_DIR": str(directory / "wandb" / "cache"),
             "WANDB_DATA_DIR": str(directory / "wandb" / "data"),
             "WANDB_PROJECT": PROJECT,
             "WANDB_ERROR_REPORTING": "false",
-            "WANDB_CONSOLE": "off",  # it would keep every frame of a progress bar
+            "WANDB_CONSOLE": "off",  # it would record every frame of a progress bar
             "WANDB_INIT_TIMEOUT": PATIENCE_SECONDS,
             "WANDB_FINISH_TIMEOUT": PATIENCE_SECONDS,
         }
-    found = {key: value for key, value in wanted.items() if key not in os.environ}
-    if "MLFLOW_TRACKING_URI" in found:
-        private_file(directory / TRACKED_FILE)  # an empty one is a new database
-    if found and name in (ReportTo.TENSORBOARD, ReportTo.TRACKIO, ReportTo.WANDB):
-        private_folder(directory / name.value)  # it holds what the run's own metrics do
-    if name == ReportTo.TRACKIO and (kept := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):
-        message = f"trackio writes to {kept} for as long as this process lives, where its first run was"
+    variables = {key: value for key, value in defaults.items() if key not in os.environ}
+    if "MLFLOW_TRACKING_URI" in variables:
+        private_file(directory / TRACKED_FILE)  # an empty file is a new database
+    if variables and name in (ReportTo.TENSORBOARD, ReportTo.TRACKIO, ReportTo.WANDB):
+        private_folder(directory / name.value)  # it holds the same data as the run's own metrics
+    if name == ReportTo.TRACKIO and (folder := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):
+        message = f"trackio writes to {folder}, that of its first run, as long as this process lives"
         reporter.report(Noted(level="warning", message=message))
-    if name == ReportTo.WANDB and (reason := _why_offline()):
-        found["WANDB_MODE"] = "offline"
+    if name == ReportTo.WANDB and (reason := _offline_reason()):
+        variables["WANDB_MODE"] = "offline"
         folder = Path(os.environ.get("WANDB_DIR", directory)) / "wandb"
         message = f"Weights & Biases is recorded offline: {reason}. Send it later: wandb sync {folder}/offline-run-*"
         reporter.report(Noted(message=message))
-    return found
+    return variables
 
 
-def _why_offline() -> str | None:
-    """Return why Weights & Biases can't be sent to; None if it can, or if the user has chosen another mode."""
+def _offline_reason() -> str | None:
+    """Return why Weights & Biases can't be reached; None if it can, or if the user has set a mode."""
     if os.environ.get("WANDB_MODE") not in {None, "", "online"}:
         return None
     address = os.environ.get("WANDB_BASE_URL") or WANDB_ADDRESS
     host = urlsplit(address).netloc
     if not _has_login(host):
         return f"there is no login for {host} (wandb login, or WANDB_API_KEY)"
-    return None if _is_reached(address) else f"{host} can't be reached"
+    return None if _is_reachable(address) else f"{host} can't be reached"
 
 
 def _has_login(host: str) -> bool:
-    """Whether a key is set, or stored where `wandb login` stores it."""
+    """Return whether a key is set, or stored by `wandb login`."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     stored = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
@@ -193,8 +193,8 @@ def _has_login(host: str) -> bool:
         return False
 
 
-def _is_reached(address: str) -> bool:
-    """Whether a server answers at all, or is behind a proxy, so that it can't be known."""
+def _is_reachable(address: str) -> bool:
+    """Return whether a server answers, or is behind a proxy, which prevents the check."""
     parts = urlsplit(address)
     if parts.scheme in getproxies():
         return True
@@ -206,13 +206,13 @@ def _is_reached(address: str) -> bool:
         return False
 
 
-def _let_go(name: ReportTo) -> None:
-    """End what a tracker would only end with the process, so that a next run begins another."""
+def _shut_down(name: ReportTo) -> None:
+    """Shut down a tracker that would otherwise end with the process, so that the next run starts anew."""
     module = sys.modules.get(name.value)
     if name == ReportTo.WANDB and module is not None:
         if module.run is not None:
             module.finish()
-        with suppress(SystemExit):  # as it ends where its own process failed
-            module.teardown()  # else it would keep the directory of its first run
+        with suppress(SystemExit):  # which it raises if its own process failed
+            module.teardown()  # else it would keep using the directory of its first run
     elif name == ReportTo.MLFLOW and module is not None:
         module.end_run()

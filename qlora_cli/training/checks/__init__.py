@@ -1,1 +1,1 @@
-"""What is checked before a run trains, from the cheapest to the dearest, and of its adapter after it."""
+"""Checks before a run trains, from the cheapest to the most expensive, and of its adapter afterwards."""

@@ -1,4 +1,4 @@
-"""After training: whether the adapter is not empty, and whether its files give the logits of the trained model."""
+"""Check after training that the adapter is not empty, and that its files give the logits of the trained model."""
 
 import re
 from collections.abc import Collection
@@ -24,22 +24,22 @@ from qlora_cli.quantization.embedding import vocabulary_weights
 from qlora_cli.quantization.storage_plan import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
-MOST_NORM = 1e6  # of one matrix: far above what trains, far below what overflows
+MOST_NORM = 1e6  # of one matrix: far above trained values, far below an overflow
 NUM_PROBES = 16
 
 
 def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
-    """Check that every target has learnt something, and that its weights are sane.
+    """Check that every target was trained, and that its weights are sane.
 
-    `never_used` are layers that the model did not call, such as experts that no token was sent to.
+    `never_used` are layers that the model did not call, such as experts without a token.
 
     Raises:
-        TrainingError: the adapter is empty, in whole or in part, or holds what is no weight.
+        TrainingError: the adapter is entirely or partly empty, or holds values that can't be weights.
     """
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         norm = float(parameter.float().norm())
-        if not norm < MOST_NORM:  # nor is NaN
+        if not norm < MOST_NORM:  # also true for NaN
             raise TrainingError(
                 f"the adapter is broken: the norm of {name} is {norm}",
                 hint="Lower --learning-rate. The checkpoints remain.",
@@ -57,9 +57,9 @@ def check_trained(model: PeftModel, never_used: Collection[str]) -> None:
 
 @torch.no_grad()
 def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
-    """Check that the adapter that was saved, on the base's own files, gives the logits of the one in memory.
+    """Check that the saved adapter, on the base's files, gives the logits of the one in memory.
 
-    It is read as every command reads it, and takes the place of the one in memory meanwhile: there is no second base.
+    It is read like by every command, and replaces the values in memory: a second base would not fit.
 
     Raises:
         TrainingError: it does not.
@@ -84,7 +84,7 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
     model.eval()
     num_tokens = len(loaded.tokenizer)
     before = _logits(model, num_tokens)
-    noise = _distance(before, _logits(model, num_tokens))  # of kernels that add in no fixed order
+    noise = _distance(before, _logits(model, num_tokens))  # from kernels without a fixed order of summation
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.zero_()
@@ -102,15 +102,15 @@ def check_saved(model: PeftModel, directory: Path, loaded: LoadedModel) -> None:
 
 
 def _shapes(model: PeftModel, loaded: LoadedModel) -> PreTrainedModel:
-    """Return the base of `model`, with the rows that it has, on the meta device."""
+    """Return the base of `model`, with its number of rows, on the meta device."""
     config, trust = deepcopy(model.get_base_model().config), loaded.settings.model.trust_remote_code
     return build_on_meta(config, loaded.dtype.torch_dtype, trust_remote_code=trust)
 
 
 def _changed_base(model: PeftModel, vocabulary: Collection[str], loaded: LoadedModel) -> str | None:
-    """Return which parameter of the base is not as in its files: an adapter was put into it.
+    """Describe a parameter of the base that differs from its file, since an adapter was written into it.
 
-    Those that an adapter's file may hold are looked at: `vocabulary`, embedding and head, and all biases and norms.
+    Only those that an adapter's file may hold are compared: `vocabulary` (embedding and head), biases and norms.
     """
     checkpoint = read_checkpoint(loaded.source.path, allow_pickle=loaded.settings.model.allow_pickle)
     if checkpoint.is_pickle or is_pissa(model.peft_config[ADAPTER]):
@@ -130,7 +130,7 @@ def _changed_base(model: PeftModel, vocabulary: Collection[str], loaded: LoadedM
 
 
 def _other_scales(model: PeftModel, written: PeftModel) -> str | None:
-    """Return which layer the written config gives another scale, or no adapter."""
+    """Describe a layer to which the written config gives another scale, or no adapter."""
     scales, others = _scales(model), _scales(written)
     differing = sorted(path for path in scales.keys() | others.keys() if scales.get(path) != others.get(path))
     return f"its config gives another scale to {differing[0]}" if differing else None
@@ -141,7 +141,7 @@ def _scales(model: PeftModel) -> dict[str, float]:
 
 
 def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Return how far logits are apart; infinite ones that are equal are not."""
+    """Return the largest difference of logits; equal infinite ones do not differ."""
     return float(torch.where(logits == others, 0.0, (logits - others).abs()).max())
 
 

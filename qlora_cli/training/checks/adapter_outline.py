@@ -1,6 +1,6 @@
-"""The adapter of a run before a weight is read: whether the model takes it, and what the files of the run take.
+"""Check a run's adapter before a weight is read: whether the model accepts it, and the sizes of the run's files.
 
-It is attached on the meta device, to the model as it will be stored, by the code that attaches it to the real one.
+It is attached on the meta device, to the model as it will be stored, by the same code as to the real one.
 """
 
 from copy import deepcopy
@@ -30,29 +30,29 @@ SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
 
 @dataclass(frozen=True, kw_only=True)
 class FileSizes:
-    """The sizes of the files that a run writes: its adapter, and in a checkpoint the state of the optimizer too."""
+    """The sizes of the files of a run: its adapter, and in a checkpoint also the optimizer's state."""
 
     adapter_bytes: int
     optimizer_bytes: int
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What one checkpoint takes."""
+        """The size of one checkpoint."""
         return self.adapter_bytes + self.optimizer_bytes + SMALL_FILES_BYTES
 
     def disk_bytes(self, settings: TrainSettings) -> int:
-        """Return the most that a run directory takes.
+        """Return the largest size of a run directory.
 
-        The newest checkpoint is complete before the oldest is deleted; the best one stays as well.
+        The newest checkpoint is complete before the oldest is deleted; the best one is kept, too.
         """
         most_checkpoints = settings.output.max_checkpoints + 1 + int(settings.training.eval_steps is not None)
         return self.adapter_bytes + SMALL_FILES_BYTES + most_checkpoints * self.checkpoint_bytes
 
     def check_space(self, settings: TrainSettings) -> None:
-        """Check that the disk has space for the run directory; files that are there already count.
+        """Check that the disk has space for the run directory, in addition to its existing files.
 
         Raises:
-            DiskSpaceError: it has not.
+            DiskSpaceError: it has not enough.
         """
         directory = settings.output.directory
         check_disk_space(
@@ -65,9 +65,10 @@ class FileSizes:
 def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
     """Return the sizes of the files of `model`, which may be on the meta device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = switched_parameters_in(model)
+    switched = switched_parameters_in(model)
     return FileSizes(
-        adapter_bytes=4 * sum(parameter.numel() for parameter in trained) + (0 if kept is None else kept.frozen_bytes),
+        adapter_bytes=4 * sum(parameter.numel() for parameter in trained)
+        + (0 if switched is None else switched.frozen_bytes),
         optimizer_bytes=optimizer_steps(
             optimizer, [trained], clips=False, embeddings=embedding_ids(model)
         ).state_bytes,
@@ -75,19 +76,19 @@ def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
 
 
 def outline(load_plan: LoadPlan, lora: LoraSettings) -> PeftModel:
-    """Return the model of a run on the meta device, with the adapter that will be trained.
+    """Return the model of a run on the meta device, with the adapter to train.
 
     Raises:
-        ModelError: the model does not take the adapter.
+        ModelError: the model does not accept the adapter.
     """
     model = _as_stored(load_plan)
     if load_plan.adapter is not None:
-        return _trained_on(model, load_plan.adapter)
+        return _attach_existing(model, load_plan.adapter)
     if lora.init_lora_weights == LoraInit.LOFTQ:
         plan_residuals(load_plan.shapes, load_plan.layout, lora)
     else:
         check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
-    # There are no values here that it could begin with.
+    # Meta tensors have no values to initialize from.
     without_values = with_values(lora, init_lora_weights=LoraInit.DEFAULT)
     attached, _ = attach_adapter(model, without_values, load_plan.tokenizer.new_token_ids)
     return attached
@@ -110,9 +111,9 @@ def _as_stored(load_plan: LoadPlan) -> PreTrainedModel:
     return model
 
 
-def _trained_on(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+def _attach_existing(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     config: LoraConfig = deepcopy(adapter.lora)
-    config.init_lora_weights = True  # any other beginning would need values, and is replaced by those of the file
-    placed = attach_from_config(model, config, adapter.directory)
-    train_in_fp32(placed)
-    return placed
+    config.init_lora_weights = True  # others need values; the file's values replace it anyway
+    attached = attach_from_config(model, config, adapter.directory)
+    train_in_fp32(attached)
+    return attached

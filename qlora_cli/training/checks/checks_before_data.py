@@ -1,7 +1,7 @@
-"""Faults that can be known before a row is tokenized or a weight is read, all reported together.
+"""Find problems before a row is tokenized or a weight is read, and report them together.
 
-It shows from the config and the tokenizer of the model, the headers of its weights, the first rows of each data set
-and the space on the disk.
+The sources are the config and the tokenizer of the model, the headers of its weights, the first rows of each data set
+and the free disk space.
 """
 
 from functools import partial
@@ -23,38 +23,40 @@ MODEL, TARGETS, OUTPUT, DATASET = "model.name", "lora.target_modules", "output.d
 
 
 def with_data_errors(error: QloraError, asked: Resolved[TrainSettings]) -> QloraError:
-    """Return `error`, a fault of the model, together with the faults of the data.
+    """Return `error`, a problem of the model, together with the problems of the data.
 
-    That the model does not fit in memory is reported after the faults of the data.
+    That the model does not fit in memory is reported only if the data has none.
     """
-    wrong = ErrorCollector(asked.where_of)
+    collector = ErrorCollector(asked.where_of)
     if error.exit_code == INPUT_IS_WRONG:
-        wrong.add(MODEL, error)
-    wrong.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, include=on_this_disk))
-    return wrong.error or error
+        collector.add(MODEL, error)
+    collector.extend(first_rows_errors(asked.settings.data, asked.settings.training.seed, include=on_this_disk))
+    return collector.error or error
 
 
 def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, reporter: Reporter) -> None:
     """Check the data on this disk, the adapter, the weights and the space for the files of the run.
 
     Raises:
-        QloraError: of the kind that fits what is wrong; a `SettingsError` if several things are.
+        QloraError: of the type of the problem; a `SettingsError` for several.
     """
-    settings, wrong = resolved.settings, ErrorCollector(resolved.where_of)
+    settings, collector = resolved.settings, ErrorCollector(resolved.where_of)
     text = TextTokenizer(
         tokenizer=load_plan.tokenizer.tokenizer, end_ids=load_plan.tokenizer.end_ids, reporter=reporter
     )
-    look = partial(try_rows, settings=settings.data, text=text)
-    wrong.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk, check_rows=look))
-    with wrong.collecting(TARGETS if load_plan.adapter is None else MODEL):
+    check_rows = partial(try_rows, settings=settings.data, text=text)
+    collector.extend(
+        first_rows_errors(settings.data, settings.training.seed, include=on_this_disk, check_rows=check_rows)
+    )
+    with collector.collecting(TARGETS if load_plan.adapter is None else MODEL):
         adapted = outline(load_plan, settings.lora)
-        with wrong.collecting(OUTPUT):
+        with collector.collecting(OUTPUT):
             sizes_of(adapted, settings.training.optimizer).check_space(settings)
     if settings.training.use_liger_kernel:
-        with wrong.collecting("training.use_liger_kernel"):
+        with collector.collecting("training.use_liger_kernel"):
             check_liger(load_plan.base.config.model_type)
-    with wrong.collecting(MODEL):
+    with collector.collecting(MODEL):
         check_weights(load_plan, reporter)
-    with wrong.collecting(DATASET):
+    with collector.collecting(DATASET):
         check_writable()
-    wrong.raise_collected()
+    collector.raise_collected()

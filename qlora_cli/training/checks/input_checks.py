@@ -1,4 +1,4 @@
-"""What can be known to be wrong before torch is imported: names, files, the output directory."""
+"""Check names, files and the output directory before torch is imported."""
 
 import importlib.util
 
@@ -13,22 +13,22 @@ from qlora_cli.training.resuming.resume import output_problem
 
 
 def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
-    """Check names, files and the output directory of a run, all at once, with the columns of the data if one is wrong.
+    """Check names, files and the output directory of a run, all at once; if one is wrong, also the data's columns.
 
     Raises:
-        SettingsError: with every problem found.
+        SettingsError: with every problem.
     """
     settings = resolved.settings
-    found = {
+    errors = {
         "model.name": check_model_name(settings.model),
         "output.directory": output_problem(settings.output),
         "output.report_to": _check_tracker(settings.output.report_to),
         "output.push_to_hub": push_problem(settings.output),
         "training.use_liger_kernel": _check_liger(settings.training),
     }
-    problems = [resolved.problem(path, error) for path, error in found.items() if error is not None]
+    problems = [resolved.problem(path, error) for path, error in errors.items() if error is not None]
     problems += data_problems(resolved, settings.data)
-    if problems:  # else columns are told together with what is wrong with the model
+    if problems:  # otherwise columns are checked together with the model
         problems += column_problems(resolved, settings.data, settings.training.seed)
         raise SettingsError(problems)
 
@@ -36,7 +36,7 @@ def check_train_inputs(resolved: Resolved[TrainSettings]) -> None:
 def _check_tracker(report_to: ReportTo) -> QloraError | None:
     if report_to == ReportTo.NONE:
         return None
-    # mlflow-skinny lacks what a database takes, the one place on the disk that MLflow still writes to.
+    # mlflow-skinny lacks database support, and MLflow no longer writes to plain files.
     needed = ("mlflow", "sqlalchemy", "alembic") if report_to == ReportTo.MLFLOW else (report_to.value,)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:

@@ -1,4 +1,4 @@
-"""Prove, on the model that is about to be trained, that packed rows do not see each other."""
+"""Check on the model to train that packed rows do not attend to each other."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from qlora_cli.errors import ModelError
 from qlora_cli.loading.loader import LoadedModel
 
 LENGTHS = (6, 9, 5)
-# How far logits may move, relative to the largest, before it is no rounding: by dtype of the computation. Those of a
-# row that sees another move by some tenths.
+# The largest difference of logits from rounding, relative to the largest logit, by compute dtype. The logits of a
+# row that attends to another differ by some tenths.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
 
 
 def check_packing(loaded: LoadedModel, model: PeftModel) -> None:
-    """Check that packed rows come out as they do alone.
+    """Check that packed rows give the same logits as alone.
 
     Raises:
         ModelError: they do not, so this model can't be trained on packed rows with this attention kernel.
@@ -33,7 +33,7 @@ def check_packing(loaded: LoadedModel, model: PeftModel) -> None:
 
 @torch.no_grad()
 def packing_fault(model: torch.nn.Module, *, num_tokens: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why rows can't be packed for `model`; None if neither of three random ones sees another."""
+    """Return why rows can't be packed for `model`; None if none of three random ones attends to another."""
     was_training = model.training
     model.eval()
     try:
@@ -41,16 +41,16 @@ def packing_fault(model: torch.nn.Module, *, num_tokens: int, device: torch.devi
         together = _logits(model, rows, device, dtype)
         after_another = _logits(model, [others[0], *rows[1:]], device, dtype)
         alone = torch.cat([_logits(model, [row], device, dtype) for row in rows])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # of models that know no packed rows
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # from models without support for packing
         return f"it fails on them ({type(error).__name__}: {error})"
     finally:
         model.train(was_training)
     tolerance = TOLERANCE[dtype] * float(alone.abs().max())
     first = LENGTHS[0]
     if (moved := _distance(together[first:], after_another[first:])) > tolerance:
-        return f"a row sees the one that is packed before it (its logits move by {moved:.2g})"
+        return f"a row attends to the one packed before it (its logits differ by {moved:.2g})"
     if (moved := _distance(together, alone)) > tolerance:
-        return f"a row comes out otherwise than alone (its logits move by {moved:.2g})"
+        return f"a packed row gives other logits than alone (they differ by {moved:.2g})"
     return None
 
 
@@ -62,7 +62,7 @@ def _random_rows(num_tokens: int, seed: int) -> list[list[int]]:
 def _logits(
     model: torch.nn.Module, rows: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the logits of rows that are packed together, `(tokens, vocabulary)`, by the collator of training."""
+    """Return the logits of packed rows, `(tokens, vocabulary)`, with the collator of training."""
     ids = [token for row in rows for token in row]
     batch = make_collator(0, packing=True)(
         [{"input_ids": ids, "labels": ids, "seq_lengths": [len(row) for row in rows]}]

@@ -1,4 +1,4 @@
-"""What a run will take on the GPU at hand, by the code of `qlora inspect-memory`, before its weights are read."""
+"""Predict a run's memory on its GPU, by the code of `qlora inspect-memory`, before its weights are read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,18 +20,18 @@ from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, Tr
 from qlora_cli.units import format_bytes
 
 
-def gpu_at_hand(load_plan: LoadPlan) -> Gpu | None:
-    """Return the GPU of a run with what is free on it now; None for a run on the CPU."""
+def current_gpu(load_plan: LoadPlan) -> Gpu | None:
+    """Return the GPU of a run with its current free memory; None for a run on the CPU."""
     if load_plan.device.type != "cuda":
         return None
     gpu = find_gpu("auto")
-    # Free memory is what our own CUDA context, which exists by now, leaves.
+    # Free memory excludes our own CUDA context, which exists by now.
     return replace(gpu, total_bytes=min(gpu.total_bytes, load_plan.free_bytes + gpu.context_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """The memory that a run was predicted to take on its GPU, and how to ask for less.
+    """The predicted memory of a run on its GPU, and how to reduce it.
 
     `estimate_of` predicts other settings; `asked` are those of the run.
     """
@@ -43,7 +43,7 @@ class Outlook:
     estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
 
     def suggestions(self) -> str:
-        """Return the changes of flags that are predicted to fit, with what they take; empty if there are none."""
+        """Return the changes of flags that are predicted to fit, with their memory; empty if there are none."""
         suggested = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
         return "; ".join(f"{one.flags} ({format_bytes(one.process_bytes)})" for one in suggested if one.fits != NO)
 
@@ -57,10 +57,10 @@ def check_memory(
     longest_row_tokens: int,
     force: bool,
 ) -> Outlook | None:
-    """Return what a run takes on `gpu`, whose longest row has `longest_row_tokens`; None if it can't be predicted.
+    """Predict the memory on `gpu` of a run whose longest row has `longest_row_tokens`; None if that is impossible.
 
     Raises:
-        OutOfMemoryError: it can't fit, and is not forced to; names what would.
+        OutOfMemoryError: it does not fit, without `force`; names changes that would.
     """
     asked = _as_asked(settings, load_plan, longest_row_tokens)
     model = settings.model.name
@@ -76,7 +76,7 @@ def check_memory(
     try:
         estimate = estimator.estimate(asked, gpu)
     except QloraError as error:
-        reporter.report(Noted(level="warning", message=f"how much memory it will take is not known: {error}"))
+        reporter.report(Noted(level="warning", message=f"its memory can't be predicted: {error}"))
         return None
     for sentence in untraced(settings.training):
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
@@ -87,15 +87,15 @@ def check_memory(
         suggestions = outlook.suggestions()
         what = (
             f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
-            f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are there"
+            f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are usable"
         )
         if fit.fits == NO and not force and not settings.training.auto_micro_batch:
             hint = (
                 f"It would fit with {suggestions}."
                 if suggestions
-                else "No change of flags makes it fit: take a larger GPU."
+                else "No change of flags makes it fit: use a larger GPU."
             )
-            raise OutOfMemoryError(what, hint=f"{hint} --force tries all the same.")
+            raise OutOfMemoryError(what, hint=f"{hint} --force tries nevertheless.")
         more = f"; more headroom with {suggestions}" if suggestions else ""
         verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
         reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
@@ -103,7 +103,7 @@ def check_memory(
 
 
 def _as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: int) -> EstimateSettings:
-    """Return the settings that the run is loaded and trained with, for rows as long as the longest there is."""
+    """Return the settings of the run for the estimator, with the length of the longest row."""
     return EstimateSettings(
         model=load_plan.settings.model,
         quantization=load_plan.settings.quantization,
@@ -114,7 +114,7 @@ def _as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: 
 
 
 def _as_predicted(estimate: Estimate, fits: str) -> PredictedMemory:
-    """Return the figures that a run is measured by: its peaks count from after loading."""
+    """Return the figures to compare with measurements, whose peaks count from after loading."""
     training = [phase.allocated_bytes for phase in estimate.phases if phase.name != "load"]
     return PredictedMemory(
         gpu=estimate.gpu,

@@ -1,1 +1,1 @@
-"""Resume a run: from which checkpoint, with which settings changed, and with which state."""
+"""Resume a run: choose its checkpoint, check changed settings, restore the state."""

@@ -25,11 +25,11 @@ from qlora_cli.training.resuming.saved_state import (
     RNG_STATE,
     SCALER,
     SCHEDULER,
-    odd,
-    why_no_generators,
-    why_no_optimizer,
-    why_no_scaler,
-    why_no_schedule,
+    generators_problem,
+    invalid_file_error,
+    optimizer_problem,
+    scaler_problem,
+    schedule_problem,
 )
 from qlora_cli.units import MIB
 
@@ -53,7 +53,7 @@ def generator_states() -> Generators:
 
 
 def set_generators(states: Generators) -> None:
-    """Put the random generators back into `states`."""
+    """Restore the random generators to `states`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.random.set_rng_state(states["cpu"])
@@ -62,15 +62,15 @@ def set_generators(states: Generators) -> None:
 
 
 def load_generators(checkpoint: Path) -> None:
-    """Give the random generators the states that a checkpoint holds."""
+    """Restore the random generators from a checkpoint."""
     file = checkpoint / RNG_STATE
     if file.exists():
         set_generators(_values_of(file))
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Restore the generators afterwards, so that draws made meanwhile do not change training."""
+def preserve_generators() -> Iterator[None]:
+    """Restore the generators afterwards, so that draws in between do not change training."""
     states = generator_states()
     try:
         yield
@@ -80,10 +80,10 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run has reported so far, as its result will need it. `eval_losses` by step.
+    """The figures that a run has reported so far, for its result. `eval_losses` are by step.
 
-    `stepping_seconds` are those of steps alone, `elapsed_seconds` those of the loop with its evaluations and
-    checkpoints, `loading_seconds` those before it, of all processes that led to this step.
+    `stepping_seconds` counts the steps alone, `elapsed_seconds` the loop with evaluations and checkpoints,
+    `loading_seconds` the time before it, each over all processes that led to this step.
     """
 
     loss_sum: float = 0.0
@@ -98,13 +98,13 @@ class Progress:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest held-out loss that is a number; the first of equals."""
+        """The step of the lowest finite held-out loss; the first of equals."""
         losses = {step: loss for step, loss in self.eval_losses.items() if math.isfinite(loss)}
         return min(losses, key=lambda step: losses[step]) if losses else None
 
     @property
     def num_since_best(self) -> int:
-        """The evaluations after the best one."""
+        """The number of evaluations after the best one."""
         steps = list(self.eval_losses)
         return len(steps) if self.best_step is None else len(steps) - 1 - steps.index(self.best_step)
 
@@ -114,14 +114,14 @@ class LoopState:
     """The loop after a step.
 
     Attributes:
-        step: That step.
-        summed_loss: Of the steps that were not reported yet, with `logging_steps` above 1.
-        total_loss: Of those that were.
-        reported_step: The last of them.
-        num_tokens: Fed so far, padding left out.
-        means: What TRL will report the mean of, by name.
-        never_used: Layers with an adapter that were not called when they were tried.
-        progress: What was reported.
+        step: The step.
+        summed_loss: The loss of the steps not reported yet, with `logging_steps` above 1.
+        total_loss: The loss of the steps that were reported.
+        reported_step: The last reported step.
+        num_tokens: The tokens trained so far, without padding.
+        means: The values that TRL will report the mean of, by name.
+        never_used: Layers with an adapter that were not called in the rehearsal.
+        progress: The reported figures.
     """
 
     step: int
@@ -134,21 +134,21 @@ class LoopState:
     progress: Progress
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint."""
+        """Write the state into a checkpoint."""
         (folder / LOOP_STATE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "LoopState":
-        """Read it from a checkpoint, whose files were checked.
+        """Read the state from a checkpoint whose files were checked.
 
         Raises:
-            OutputDirectoryError: it is none; names the file.
+            OutputDirectoryError: the file is invalid; names it.
         """
-        return _as(_LOOP_STATES, folder / LOOP_STATE)
+        return _parse(_LOOP_STATES, folder / LOOP_STATE)
 
 
 class _TrainerState(BaseModel):
-    """The trainer state that transformers resumes by, with the types that it writes."""
+    """The trainer state that transformers resumes from, with the types that it writes."""
 
     global_step: int
     max_steps: int
@@ -163,40 +163,40 @@ class _TrainerState(BaseModel):
 
 _LOOP_STATES = TypeAdapter(LoopState)
 _TRAINER_STATES = TypeAdapter(_TrainerState)
-# The pickles of a checkpoint: what each holds by name, and what says why it does not.
+# The pickles of a checkpoint: the keys that each must have, and the function that validates it.
 PICKLES: Mapping[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], str | None]]] = {
-    OPTIMIZER: (("state", "param_groups"), why_no_optimizer),
-    SCHEDULER: (("last_epoch",), why_no_schedule),
-    RNG_STATE: (("python", "numpy", "cpu"), why_no_generators),
-    SCALER: ((), why_no_scaler),
+    OPTIMIZER: (("state", "param_groups"), optimizer_problem),
+    SCHEDULER: (("last_epoch",), schedule_problem),
+    RNG_STATE: (("python", "numpy", "cpu"), generators_problem),
+    SCALER: ((), scaler_problem),
 }
 
 
 def check_state(checkpoint: Path) -> None:
-    """Check that a run can resume from a checkpoint whose files are sealed, before anything is written or loaded.
+    """Check that a run can resume from a checkpoint with valid checksums, before anything is written or loaded.
 
-    Whoever writes a checkpoint can seal it. No code of its pickles runs.
+    Checksums don't prove who wrote it. No code in its pickles is run.
 
     Raises:
-        OutputDirectoryError: it holds something else than a run saves; names the file.
+        OutputDirectoryError: it holds something that a run does not save; names the file.
     """
     step = LoopState.read(checkpoint).step
     file = checkpoint / TRAINER_STATE
-    state = _as(_TRAINER_STATES, file)
+    state = _parse(_TRAINER_STATES, file)
     if not state.global_step == step == step_of(checkpoint):
-        raise odd(file, f"it is of step {state.global_step}, and {LOOP_STATE} of step {step}")
-    for name, (keys, why_not) in PICKLES.items():
+        raise invalid_file_error(file, f"it is of step {state.global_step}, and {LOOP_STATE} of step {step}")
+    for name, (keys, problem_of) in PICKLES.items():
         if (checkpoint / name).exists():
-            found = _read_pickle(checkpoint / name, keys)
-            if reason := why_not(found):
-                raise odd(checkpoint / name, reason)
+            content = _read_pickle(checkpoint / name, keys)
+            if reason := problem_of(content):
+                raise invalid_file_error(checkpoint / name, reason)
 
 
 def _read_pickle(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
-        found = within_bytes(partial(_values_of, file), MOST_BYTES + 2 * file.stat().st_size)
+        content = within_bytes(partial(_values_of, file), MOST_BYTES + 2 * file.stat().st_size)
     except MemoryError as error:
-        raise odd(file, "it takes far more memory than it is large") from error
+        raise invalid_file_error(file, "it takes far more memory than it is large") from error
     except (
         OSError,
         ValueError,
@@ -206,24 +206,24 @@ def _read_pickle(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise odd(file, "it holds more than values, or is damaged") from error
-    if not isinstance(found, dict) or not all(key in found for key in keys):
-        raise odd(file, f"it does not hold {', '.join(keys) or 'values by name'}")
-    return found
+        raise invalid_file_error(file, "it holds more than values, or is damaged") from error
+    if not isinstance(content, dict) or not all(key in content for key in keys):
+        raise invalid_file_error(file, f"it does not hold {', '.join(keys) or 'values by name'}")
+    return content
 
 
 def _values_of(file: Path) -> Any:
-    device = "cpu" if file.name == RNG_STATE else "meta"  # which is small, and tried
+    device = "cpu" if file.name == RNG_STATE else "meta"  # small, and its states are tried
     with safe_globals():
         return torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def _as(kind: TypeAdapter[Value], file: Path) -> Value:
+def _parse(kind: TypeAdapter[Value], file: Path) -> Value:
     try:
         return kind.validate_python(json.loads(read_small(file)))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise odd(file, f"{place}: {first['msg']}" if place else first["msg"]) from error
+        location = ".".join(map(str, first["loc"]))
+        raise invalid_file_error(file, f"{location}: {first['msg']}" if location else first["msg"]) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise odd(file, str(error)) from error
+        raise invalid_file_error(file, str(error)) from error

@@ -1,7 +1,7 @@
-"""Whether a run resumes an earlier one: from which checkpoint, and with which settings changed. Imports no torch.
+"""Find the run to resume, its checkpoint, and the settings that changed since. Imports no torch.
 
 A run may resume only if the result is the one that its record describes. So settings that shape the adapter must be
-those of before; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may have
+unchanged; others may change, and are listed. The marks of a setting (`OnResume`) say which. The data may have
 another name as long as the rows are the same, by their digest, and the dtype as long as it resolves to the same.
 """
 
@@ -34,8 +34,8 @@ class Resume:
     """An earlier run that is resumed.
 
     Attributes:
-        run: Its directory.
-        record: What it recorded of itself.
+        run: The directory of the run.
+        record: The record of the run.
         checkpoint: The last good checkpoint; None if there is none yet, so that training restarts.
         damaged: Newer checkpoints that can't be used, each with the reason.
     """
@@ -52,24 +52,24 @@ class Resume:
 
     @property
     def is_done(self) -> bool:
-        """Whether the earlier run has done all it was to do."""
+        """Whether the earlier run was trained to its end."""
         return self.record.is_done
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has, and the adapter that it ended with is there."""
+        """Whether it was, and its final adapter exists."""
         return is_complete(self.run, self.record)
 
 
 def output_problem(output: OutputSettings) -> QloraError | None:
-    """Return why a run can't be written to its directory, or why there is none to resume."""
+    """Return why a run can't be written to its directory, or can't be resumed."""
     if (problem := path_problem(output.directory)) is not None:
         return problem
     directory = RunDirectory(output.directory)
-    if (found := directory.unwritable) is not None:
+    if (unwritable := directory.unwritable) is not None:
         return OutputDirectoryError(
-            f"{found[0]} {found[1]}: a run writes into no such thing",
-            hint="Put a copy of what it stands for in its place, or choose another --output.",
+            f"{unwritable[0]} {unwritable[1]}: a run can't write into it",
+            hint="Replace it by a copy of its target, or choose another --output.",
         )
     try:
         record = _record_in(directory)
@@ -81,7 +81,7 @@ def output_problem(output: OutputSettings) -> QloraError | None:
             hint="Leave --resume never out to resume it, choose another --output, or delete the run.",
         )
     asked = _path_of(output)
-    if asked is not None and not _came_from(record, asked) and (wrong := _path_problem(asked, directory)):
+    if asked is not None and not _was_resumed_from(record, asked) and (wrong := _path_problem(asked, directory)):
         return wrong
     if record is not None:
         return _is_busy(directory)
@@ -95,7 +95,7 @@ def _path_of(output: OutputSettings) -> Path | None:
 
 
 def _record_in(directory: RunDirectory) -> RunRecord | None:
-    """Return what the run in a directory recorded; None if there is no run.
+    """Return the record of the run in a directory; None if there is no run.
 
     Raises:
         OutputDirectoryError: it can't be read.
@@ -108,8 +108,8 @@ def _record_in(directory: RunDirectory) -> RunRecord | None:
         raise OutputDirectoryError(str(error), hint=f"{error.hint}, or choose another --output.") from error
 
 
-def _may_be_there(path: Path) -> bool:
-    """Whether a path can be looked at: it is none that is too long, or a link to itself."""
+def _is_accessible(path: Path) -> bool:
+    """Return whether a path can be checked for existence: it is not too long, or a link to itself."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -119,12 +119,12 @@ def _may_be_there(path: Path) -> bool:
     return True
 
 
-def _came_from(record: RunRecord | None, asked: Path) -> bool:
-    """Whether a run resumed from `asked`, a checkpoint or its run, so that its own checkpoints count."""
-    if record is None or not _may_be_there(asked):
+def _was_resumed_from(record: RunRecord | None, asked: Path) -> bool:
+    """Return whether a run was resumed from `asked`, a checkpoint or its run, so that its own checkpoints apply."""
+    if record is None or not _is_accessible(asked):
         return False
     named = (place for entry in record.resumed for place in record.checkpoint_candidates(entry))
-    places = {place.resolve() for place in named if _may_be_there(place)}
+    places = {place.resolve() for place in named if _is_accessible(place)}
     return asked.resolve() in places | {place.parent.parent for place in places}
 
 
@@ -138,7 +138,7 @@ def _is_busy(directory: RunDirectory) -> QloraError | None:
 
 def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
     hint = f"Name a folder {STEP_PREFIX}N in the checkpoints of a run, or a run directory."
-    run = _run_of(path) if _may_be_there(path) else None
+    run = _run_of(path) if _is_accessible(path) else None
     if run is None or _record_in(run) is None:
         return OutputDirectoryError(f"there is no checkpoint of a run in {path}", hint=hint, setting=RESUME)
     is_same = run.path.resolve() == output.path.resolve()
@@ -148,16 +148,16 @@ def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:
             hint="Choose a new --output, or that of the run to resume.",
         )
     newest = list_checkpoints(run.checkpoints)[-1:]
-    if is_same and _is_checkpoint(path) and [path.resolve()] != [found.resolve() for found in newest]:
+    if is_same and _is_checkpoint(path) and [path.resolve()] != [checkpoint.resolve() for checkpoint in newest]:
         return OutputDirectoryError(
-            f"{output.path} has checkpoints after {path.name}, which the run would write over",
+            f"{output.path} has checkpoints after {path.name}, which the run would overwrite",
             hint="Resume from there in a new --output.",
         )
     return None
 
 
 def _run_of(path: Path) -> RunDirectory | None:
-    """Return the run that `path` is, or is a checkpoint of."""
+    """Return the run that `path` is, or that it is a checkpoint of."""
     if _is_checkpoint(path):
         return RunDirectory(path.absolute().parent.parent)
     return RunDirectory(path) if RunDirectory(path).is_run else None
@@ -168,14 +168,14 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def find_resume(output: OutputSettings) -> Resume | None:
-    """Return the run to resume; None for a new one. Every file of the checkpoint is read once, and checked.
+    """Return the run to resume; None for a new one. Every file of the checkpoint is read and checked.
 
     Raises:
-        OutputDirectoryError: there are checkpoints, and none is good; or there is none, and the run is another's, or
-            a restart would delete the adapter; or a run that is done has lost its weights.
+        OutputDirectoryError: all checkpoints are damaged; or there is none, and the run is in another directory, or
+            a restart would delete the adapter; or a finished run has lost its weights.
     """
     asked, own = _path_of(output), RunDirectory(output.directory)
-    if asked is not None and _came_from(_record_in(own), asked):
+    if asked is not None and _was_resumed_from(_record_in(own), asked):
         asked = None
     run = own if asked is None else _run_of(asked)
     record = None if run is None else _record_in(run)
@@ -192,7 +192,7 @@ def find_resume(output: OutputSettings) -> Resume | None:
     is_own = run.path.resolve() == own.path.resolve()
     if damaged and not (is_own and is_complete(run, record)):
         raise OutputDirectoryError(
-            f"no checkpoint of {run.path} is as it was written: {'; '.join(damaged)}",
+            f"all checkpoints of {run.path} are damaged: {'; '.join(damaged)}",
             hint="Restart with another --output.",
         )
     if not is_own:
@@ -203,8 +203,8 @@ def find_resume(output: OutputSettings) -> Resume | None:
         )
     if record.is_done and not is_complete(run, record):
         raise OutputDirectoryError(
-            f"the run in {run.path} is done, and neither its adapter nor a checkpoint is there any more",
-            hint="Put one of them back, or restart with another --output.",
+            f"the run in {run.path} is done, and neither its adapter nor a checkpoint exists any more",
+            hint="Restore one of them, or restart with another --output.",
         )
     resume = Resume(run=run, record=record, checkpoint=None, damaged=tuple(damaged))
     if not record.is_done:
@@ -213,10 +213,10 @@ def find_resume(output: OutputSettings) -> Resume | None:
 
 
 def check_adapter_is_safe(resume: Resume, output: OutputSettings) -> None:
-    """Check that a run which is to train in `output` does not delete the only weights that it has.
+    """Check that training in `output` does not delete the only weights of the run.
 
     Raises:
-        OutputDirectoryError: it has an adapter, and no checkpoint to resume from.
+        OutputDirectoryError: the run has an adapter, and no checkpoint to resume from.
     """
     run = resume.run
     is_own = run.path.resolve() == output.directory.resolve()
@@ -228,25 +228,25 @@ def check_adapter_is_safe(resume: Resume, output: OutputSettings) -> None:
 
 
 def changed_settings(resume: Resume, settings: TrainSettings) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ, by `section.key`: their values in the earlier run, and now."""
+    """Return the settings that differ, by `section.key`: their values in the earlier run and now."""
     changed = {}
     for section, values in as_json(settings.model_dump(mode="json")).items():
         known = resume.record.settings.get(section, {})
         for key, value in values.items():
-            # An older version's run did without a setting as its default does now.
+            # In a run of an older version, a missing setting had the effect of today's default.
             default = as_json(SECTIONS[section].model_fields[key].get_default(call_default_factory=True))
-            if (was := known.get(key, default)) != value:
-                changed[f"{section}.{key}"] = (was, value)
+            if (before := known.get(key, default)) != value:
+                changed[f"{section}.{key}"] = (before, value)
     return changed
 
 
-def asked_in(asked: Resolved[TrainSettings]) -> dict[str, dict[str, Any]]:
-    """Return the settings that were given, as a record holds them."""
+def given_settings(asked: Resolved[TrainSettings]) -> dict[str, dict[str, Any]]:
+    """Return the settings that were given, in the form of a record."""
     return {section: as_json(asked.given(section)) for section in type(asked.settings).model_fields}
 
 
 def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
-    """Return the result of the run in the output directory, if it is done and is the one that is asked for."""
+    """Return the result of the run in the output directory, if it is done and has these settings."""
     settings = asked.settings
     run = RunDirectory(settings.output.directory)
     record = read_record(run.path)
@@ -254,7 +254,9 @@ def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
         return None
     resume = Resume(run=run, record=record, checkpoint=None, damaged=())
     is_same_command = bool(record.asked) and all(
-        values == record.asked.get(section, {}) for section, values in asked_in(asked).items() if section != "output"
+        values == record.asked.get(section, {})
+        for section, values in given_settings(asked).items()
+        if section != "output"
     )
     if not is_same_command and any(not path.startswith("output.") for path in changed_settings(resume, settings)):
         return None
@@ -264,12 +266,12 @@ def result_of_done(asked: Resolved[TrainSettings]) -> TrainResult | None:
 def check_changes(
     resume: Resume, settings: TrainSettings, *, trains_given_adapter: bool, digest: str | None = None
 ) -> list[str]:
-    """Return the settings that changed since, in words. `trains_given_adapter`: the adapter's settings are its own.
+    """Return descriptions of the changed settings; with `trains_given_adapter` the LoRA settings are the adapter's.
 
-    The base may have another name as long as it is the same, by the `digest` of its weights.
+    The base may have another name if the `digest` of its weights is the same.
 
     Raises:
-        SettingsError: with every change that would make the result another than the record says.
+        SettingsError: with every change that would contradict the record.
     """
     changed = changed_settings(resume, settings)
     if resume.checkpoint is None and not resume.is_done:  # it restarts
@@ -292,7 +294,7 @@ def check_changes(
 
 
 def _is_trained_on(resume: Resume, digest: str | None) -> bool:
-    """Whether the run trained a new adapter on the base with this digest."""
+    """Return whether the run trained a new adapter on the base with this digest."""
     loaded = resume.record.base_model
     began_with_new_adapter = loaded is not None and loaded.adapter is None
     return began_with_new_adapter and digest is not None and digest == resume.record.base_model_digest
@@ -321,11 +323,11 @@ def _batch_problems(
 
 
 def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> None:
-    """Check that a run that is to be longer or shorter than it was has the learning rates it would have had.
+    """Check that a run whose length changes keeps the learning rates of its past steps.
 
     Raises:
         SettingsError: it does not.
-        ModelError: how long it was to be can't be read.
+        ModelError: its planned length can't be read.
     """
     if any(problem.startswith("plan.num_steps:") for problem in resume.record.problems):
         raise resume.record.missing_error("how many steps there were to be", "plan.num_steps")
@@ -351,7 +353,7 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
 
 
 def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
-    """Check that the rows, by the digests of what is trained (`train`) and held out (`eval`), are those of before.
+    """Check that the rows, by the digests of the `train` and `eval` data, are unchanged.
 
     Raises:
         SettingsError: they are not.
@@ -374,7 +376,7 @@ def check_rows(resume: Resume, fingerprints: Mapping[str, str | None]) -> None:
 
 
 def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
-    """Check that the base is the one that was trained on, and computed in the same dtype.
+    """Check that the base is the one of the run, in the same compute dtype.
 
     Raises:
         ModelError: it is not.
@@ -397,7 +399,7 @@ def check_base(resume: Resume, digest: str, compute_dtype: str) -> None:
 
 
 def changed_versions(resume: Resume, versions: Mapping[str, str]) -> list[str]:
-    """Return the libraries that are not those of before, in words."""
+    """Return descriptions of libraries whose versions changed."""
     before = resume.record.versions
     return [
         f"{name}: {before[name]} before, {version} now"

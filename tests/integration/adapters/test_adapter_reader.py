@@ -211,7 +211,7 @@ def logits_of(model: PeftModel) -> torch.Tensor:
 def test_a_grown_vocabulary_is_grown_without_a_tokenizer_too_and_said(llama: Path, tmp_path: Path) -> None:
     adapter, _ = written_with_ends(llama, tmp_path / "adapter", "grown to a multiple of 64")
     loaded = ours(adapter)
-    grown = f"the embedding was grown from {ROWS:,} to {ROWS + 64:,} rows"
+    grown = f"the embedding was extended from {ROWS:,} to {ROWS + 64:,} rows"
     assert loaded.notes == (f"{grown}; without the adapter, no new token is predicted",)
 
 

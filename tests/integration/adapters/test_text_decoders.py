@@ -137,7 +137,7 @@ def test_wherever_a_checkpoint_has_the_decoder_it_is_the_same_model(
 def test_a_weight_that_belongs_to_no_tower_is_an_error(family: str, tmp_path: Path) -> None:
     damaged = rewrite(save_full(tmp_path, family), lambda weights: {**weights, "model.extra.weight": torch.ones(2)})
     said = refused(damaged, ModelError)
-    assert "holds weights that its config.json has no place for: model.extra.weight (in model.safetensors)" in said
+    assert "holds weights that its config.json does not describe: model.extra.weight (in model.safetensors)" in said
 
 
 def test_a_weight_of_the_decoder_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_missing_weight_is_named(model: Path) -> None:
 def test_weights_that_are_left_over_are_named_with_their_file(model: Path) -> None:
     change_weights(model, lambda weights: weights.update({"model.layers.1.mlp.bias_proj.weight": torch.zeros(2)}))
     message = message_of_the_command(model)
-    assert "holds weights that its config.json has no place for: model.layers.1.mlp.bias_proj.weight" in message
+    assert "holds weights that its config.json does not describe: model.layers.1.mlp.bias_proj.weight" in message
     assert f"(in {WEIGHTS})" in message
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_said_to_be_quantized_that_is_not_is_refused(model: Path) -
         in message
     )
     assert f"says it has {num_weights // 2}\n" in message
-    assert "hint: If it is the 16-bit model, take quantization_config out of its config.json." in message
+    assert "hint: If it is the 16-bit model, remove quantization_config from its config.json." in message
 
 
 def test_half_a_quantized_checkpoint_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_merge_says_how_many_rows_it_adds(adapter: Path, tmp_path: Path) -> No
     read_inputs(request_of(adapter), recorder)
     assert "the merged model's embedding has 3,074 rows, the base's 3,072" in said(recorder)
     assert stored(merge(adapter, output=tmp_path / "merged").directory)["model.embed_tokens.weight"].shape[0] == 3074
-    assert any(note.startswith("the embedding was grown from 3,072 to 3,074 rows") for note in load(adapter).notes)
+    assert any(note.startswith("the embedding was extended from 3,072 to 3,074 rows") for note in load(adapter).notes)
 
 
 def test_the_template_of_a_second_adapter_that_is_left_out_is_said(adapter: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_with_json_the_refusal_is_an_object(enormous: Path, run_qlora: RunQlora)
     error = done.json["error"]
     assert (error["type"], error["exit_code"]) == ("OutOfMemoryError", 3)
     assert len(sizes_in(error["message"])) == 2
-    assert "Take a smaller model or a machine with more memory." in error["hint"]
+    assert "Use a smaller model or a machine with more memory." in error["hint"]
 
 
 def test_train_refuses_it_before_the_data_are_read_or_anything_is_written(

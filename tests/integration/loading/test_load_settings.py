@@ -115,7 +115,7 @@ def test_new_tokens_are_one_token_each_and_get_rows_where_there_are_none_to_spar
     full = save_model(tmp_path / "full", tie_word_embeddings=False)
     plain, loaded = load(full), load(full, model__new_tokens="<tool>,</tool>")
     assert loaded.new_token_ids == (3072, 3073)
-    assert "the embedding was grown from 3,072 to 3,074 rows" in loaded.report().notes
+    assert "the embedding was extended from 3,072 to 3,074 rows" in loaded.report().notes
     for one, ids in ((loaded, [3072]), (plain, None)):
         found = one.tokenizer("<tool>", add_special_tokens=False)["input_ids"]
         assert found == ids or (ids is None and len(found) > 1)

@@ -14,7 +14,7 @@ from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.settle import resolved_in_code
-from qlora_cli.training.checks.predicted_memory import check_memory, gpu_at_hand
+from qlora_cli.training.checks.predicted_memory import check_memory, current_gpu
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.units import MIB
 from tests.conftest import Recorder, train_settings
@@ -54,7 +54,7 @@ def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(
     with pytest.raises(OutOfMemoryError) as caught:
         check_memory(settings, load_plan, card(MIB), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert caught.value.exit_code == 3
-    assert "1.00 MiB are there" in str(caught.value)
+    assert "1.00 MiB are usable" in str(caught.value)
     assert "--force" in str(caught.value.hint)
 
 
@@ -107,7 +107,7 @@ def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
 def test_without_a_gpu_nothing_is_predicted(base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan) -> None:
     if load_plan.device.type == "cuda":
         pytest.skip("a GPU is here")
-    assert gpu_at_hand(load_plan) is None
+    assert current_gpu(load_plan) is None
     plan = prepare_run(train_settings(base_model, rows, tmp_path / "other"), Recorder()).plan
     assert plan.predicted_memory is None
     assert "GPU memory" not in dict(plan_rows(plan))

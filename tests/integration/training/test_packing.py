@@ -161,7 +161,9 @@ def test_a_model_that_would_mix_packed_rows_is_refused(base_model: Path, rows: P
         (model / path.name).write_bytes(path.read_bytes())
     (model / "chat_template.jinja").write_bytes((base_model / "chat_template.jinja").read_bytes())
     settings = train_settings(model, rows, tmp_path / "run", data__packing=True, quantization__method="none")
-    with pytest.raises(ModelError, match="can't be trained on packed rows with eager attention: a row sees") as caught:
+    with pytest.raises(
+        ModelError, match="can't be trained on packed rows with eager attention: a row attends to"
+    ) as caught:
         train(settings, Recorder())
     assert "--sampling group_by_length" in (caught.value.hint or "")
     assert not (tmp_path / "run").exists()

@@ -119,25 +119,25 @@ def test_wandb_is_offline_without_a_login_or_a_server_and_only_then(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: str
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", answering)
-    assert "no login" in str(trackers._why_offline())
+    assert "no login" in str(trackers._offline_reason())
     (tmp_path / "netrc").write_text(f"machine {answering.removeprefix('http://')} login user password {'a' * 40}\n")
-    assert trackers._why_offline() is None
+    assert trackers._offline_reason() is None
     (tmp_path / "netrc").write_text(f"machine other.example login user password {'a' * 40}\n")
-    assert "no login" in str(trackers._why_offline())
+    assert "no login" in str(trackers._offline_reason())
     (tmp_path / "netrc").write_text("no netrc at all")
-    assert "no login" in str(trackers._why_offline())
+    assert "no login" in str(trackers._offline_reason())
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    assert trackers._why_offline() is None
+    assert trackers._offline_reason() is None
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert trackers._why_offline() == "127.0.0.1:9 can't be reached"
+    assert trackers._offline_reason() == "127.0.0.1:9 can't be reached"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert trackers._why_offline() is None  # behind a proxy it can't be told
+    assert trackers._offline_reason() is None  # behind a proxy it can't be told
     monkeypatch.delenv("WANDB_API_KEY")
     for mode in ("offline", "disabled", "shared"):
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert trackers._why_offline() is None  # the user's choice
+        assert trackers._offline_reason() is None  # the user's choice
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert "no login" in str(trackers._why_offline())  # it would ask for one
+    assert "no login" in str(trackers._offline_reason())  # it would ask for one
 
 
 @pytest.mark.usefixtures("_no_wandb_settings")
@@ -255,7 +255,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_behind(fails_in: str | No
     tracker.close()
     assert inner.told == told
     warnings = [event.message for event in recorder.events if isinstance(event, Noted)]
-    expected = ["wandb failed and is reported to no more; the run continues: the network is gone"]
+    expected = ["wandb failed and is no longer used; the run continues: the network is gone"]
     assert warnings == ([] if fails_in is None else expected)
 
 

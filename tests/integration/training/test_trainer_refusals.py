@@ -21,7 +21,9 @@ def test_what_trl_refuses_is_said_in_one_message(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trl.SFTTrainer, "__init__", refuse)
-    with pytest.raises(ModelError, match=r"TRL makes no trainer of .*: the pad token is none of the vocab") as caught:
+    with pytest.raises(
+        ModelError, match=r"TRL can't create a trainer for .*: the pad token is none of the vocab"
+    ) as caught:
         train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     assert "qlora config show" in str(caught.value.hint)
     assert not (tmp_path / "run").exists()  # so that nothing is left behind
@@ -39,7 +41,7 @@ def test_a_run_that_would_go_on_is_as_it_was_when_trl_refuses(
             train_settings(base_model, rows, run),
             train_settings(base_model, rows, tmp_path / "a" / "other", output__resume=str(run)),
         ):
-            with pytest.raises(ModelError, match="TRL makes no trainer"):
+            with pytest.raises(ModelError, match="TRL can't create a trainer"):
                 train(settings, Recorder())
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "a").exists()

@@ -22,7 +22,7 @@ from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.determinism import VARIABLES
-from qlora_cli.training.lora_plus import let_b_learn_faster
+from qlora_cli.training.lora_plus import scale_b_learning_rate
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.loading import load, save_model
@@ -96,7 +96,7 @@ def test_groups_keep_what_they_had_and_only_the_b_matrices_of_layers_move() -> N
         ],
         lr=0.5,
     )
-    let_b_learn_faster(optimizer, model, 4.0)
+    scale_b_learning_rate(optimizer, model, 4.0)
     first, second, third = optimizer.param_groups
     assert [id(one) for one in third["params"]] == [id(parameters["lora_B"])]
     assert (third["lr"], third["weight_decay"], third["eps"]) == (2.0, 0.25, 1e-3)
@@ -105,7 +105,7 @@ def test_groups_keep_what_they_had_and_only_the_b_matrices_of_layers_move() -> N
     assert len(second["params"]) == 2
     optimizer.state[parameters["lora_A"]] = {"step": torch.ones(())}
     with pytest.raises(AssertionError):
-        let_b_learn_faster(optimizer, model, 4.0)
+        scale_b_learning_rate(optimizer, model, 4.0)
 
 
 @pytest.mark.parametrize("optimizer", [optimizer for optimizer in Optimizer if optimizer.is_paged])

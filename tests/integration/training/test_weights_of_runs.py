@@ -114,7 +114,7 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
     assert (result.steps, result.interrupted_by) == (2, None)
     for folder in ("adapter", "checkpoints"):
         shutil.rmtree(run / folder)
-    with pytest.raises(OutputDirectoryError, match="is done, and neither its adapter nor a checkpoint is there"):
+    with pytest.raises(OutputDirectoryError, match="is done, and neither its adapter nor a checkpoint exists"):
         train(settings, Recorder())
 
 

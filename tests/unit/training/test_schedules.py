@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.settings.choices import Dtype, Schedule
 from qlora_cli.training.arguments import training_arguments
-from qlora_cli.training.lora_plus import let_b_learn_faster
+from qlora_cli.training.lora_plus import scale_b_learning_rate
 from tests.conftest import train_settings
 
 PEAK = 0.5
@@ -43,7 +43,7 @@ def rates(tmp_path: Path, schedule: str, num_steps: int = 20, ratio: float | Non
     model = Adapter()
     optimizer = torch.optim.SGD(model.parameters(), lr=arguments.learning_rate)
     if ratio is not None:
-        let_b_learn_faster(optimizer, model, ratio)
+        scale_b_learning_rate(optimizer, model, ratio)
     # As `Trainer.create_scheduler` calls it.
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
