@@ -154,7 +154,9 @@ def test_the_card_says_what_it_is_made_of_and_how_it_was_verified(
     fingerprint = read(run / "run.json")["data"]["train"]["fingerprint"]
     assert rows["adapter"] == "`run`: LoRA of rank 16"
     assert fingerprint in rows["trained on"]
-    assert rows["merged into"].startswith("the dequantized weights of the base (the mean KL divergence from the trained model")
+    assert rows["merged into"].startswith(
+        "the dequantized weights of the base (the mean KL divergence from the trained model"
+    )
     found = result["verification"]["divergence"]
     assert f"over {found['num_tokens']} tokens: mean KL divergence {found['mean_kl']:.2g} nats" in rows["verified"]
 
