@@ -179,7 +179,7 @@ def test_its_bounds_and_what_it_needs_are_checked(derived: dict[str, Any]) -> No
     assert "Leave it out, or use --schedule linear." in derived["refused"]
 
 
-def test_an_answer_is_kept_by_every_value_that_memory_depends_on_and_by_no_other(derived: dict[str, Any]) -> None:
+def test_the_prediction_cache_key_has_exactly_the_values_that_memory_depends_on(derived: dict[str, Any]) -> None:
     sized = [f"{section}.surprise_size" for section in FIELDS]
     assert derived["memory"] == [*sized, "training.surprise_ratio", "quantization.int8_surprise"]
 
@@ -194,6 +194,6 @@ def test_a_setting_of_quantization_goes_with_the_methods_that_its_field_names(de
     assert derived["of a run"] == {"int8_surprise": True}
 
 
-def test_a_run_that_goes_on_knows_what_may_change(derived: dict[str, Any]) -> None:
+def test_a_resumed_run_knows_what_may_change(derived: dict[str, Any]) -> None:
     assert derived["free"] == ["training.surprise_ratio: 0.25 before, 0.5 now"]
     assert derived["same"] == "refused: training.plain_surprise"

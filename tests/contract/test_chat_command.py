@@ -53,7 +53,7 @@ def test_a_system_prompt_is_set_by_flag_and_by_command_and_taken_away(base_model
     assert "the system prompt holds from here on" in by_command.stderr
 
 
-def test_a_command_that_there_is_not_is_told_and_not_sent(base_model: Path) -> None:
+def test_an_unknown_command_is_reported_and_not_sent(base_model: Path) -> None:
     done = qlora_chat(base_model, "/restart", "/reset now")
     assert (done.exit_code, done.stdout) == (0, "")
     assert "error: no command /restart" in done.stderr
@@ -69,7 +69,7 @@ def test_base_and_adapter_answer_each_turn_one_below_the_other(adapter: Path) ->
     assert base["text"] != changed["text"]
 
 
-def test_a_conversation_that_is_full_asks_for_a_reset_and_goes_on(base_model: Path) -> None:
+def test_a_full_conversation_asks_for_a_reset_and_continues(base_model: Path) -> None:
     done = qlora_chat(base_model, "word " * 600, "/reset", "hello")
     assert done.exit_code == 0, done.output
     assert "the model has 512 positions" in done.stderr

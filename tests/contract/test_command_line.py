@@ -191,7 +191,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert errors == ""
 
 
-def test_config_show_tells_the_origin_of_each_value(run_qlora: RunQlora, tmp_path: Path) -> None:
+def test_config_show_prints_the_origin_of_each_value(run_qlora: RunQlora, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("lora:\n  rank: 8\n")
     shown = run_qlora("config", "show", "--config", config, "--alpha", "4", "--json").json

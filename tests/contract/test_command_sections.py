@@ -190,7 +190,7 @@ def test_config_show_shows_the_settings_as_the_command_reads_them(run_qlora: Run
         (["merge", "a", "--rank", "4"], "no such option: --rank"),
     ],
 )
-def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: list[str], expected: str) -> None:
+def test_config_show_refuses_what_it_cannot_take(run_qlora: RunQlora, arguments: list[str], expected: str) -> None:
     done = run_qlora("config", "show", *arguments)
     assert (done.code, done.stdout) == (2, "")
     assert f"error: {expected}" in done.stderr
@@ -226,7 +226,7 @@ def test_what_config_show_cannot_take_is_said(run_qlora: RunQlora, arguments: li
         ("load", "merge: {dtype: bf17}", "all.yaml:1 merge.dtype: 'bf17' is not one of keep, bf16, fp16, fp32"),
     ],
 )
-def test_a_mistake_in_a_section_is_told_with_file_line_and_name(
+def test_a_mistake_in_a_section_is_reported_with_file_line_and_name(
     command: str, text: str, expected: str, tmp_path: Path, base_model: Path
 ) -> None:
     path = tmp_path / "all.yaml"

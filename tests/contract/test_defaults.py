@@ -83,7 +83,7 @@ def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: d
         ("quantization.quant_storage", "bf16", "UINT8", {"quantization.method": "int8"}),
     ],
 )
-def test_what_is_idle_is_refused_unless_it_is_the_default(
+def test_a_setting_without_effect_is_refused_unless_it_is_the_default(
     path: str, value: object, default: object, beside: dict[str, Any]
 ) -> None:
     assert refused(TrainSettings, {path: default, **beside}) == []

@@ -221,7 +221,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Answer
     server.server_close()
 
 
-def test_the_hub_at_hf_endpoint_is_asked_and_its_password_is_not_told(
+def test_the_hub_at_hf_endpoint_is_asked_and_no_password_is_printed(
     hub: type[Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = os.environ["HF_ENDPOINT"]
@@ -285,7 +285,7 @@ def test_a_token_is_found_where_the_client_finds_it_and_accepted(
 
 
 @pytest.mark.parametrize("token", ["hf_" + "wrong" * 6, "hf_tök" + "e" * 20, "hf_two\nlines" + "e" * 20])
-def test_a_token_that_is_rejected_or_cannot_be_sent_is_not_told(
+def test_a_rejected_or_unsendable_token_is_not_printed(
     hub: type[Answers], monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
@@ -308,7 +308,9 @@ def test_no_token_is_a_warning_and_a_token_is_not_sent_where_the_hub_is_not(
     assert hub.asked == []
 
 
-def test_neither_the_token_nor_what_quotes_it_is_told(hub: type[Answers], run_qlora: RunQlora, tmp_path: Path) -> None:
+def test_neither_the_token_nor_what_quotes_it_is_printed(
+    hub: type[Answers], run_qlora: RunQlora, tmp_path: Path
+) -> None:
     environment = {
         # An error that quotes the token, as a careless library might.
         **break_import(tmp_path, "torch", 'raise ImportError("bad header: " + os.environ["HF_TOKEN"])'),

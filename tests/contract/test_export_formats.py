@@ -143,7 +143,7 @@ def test_what_it_refuses_is_refused_before_anything_is_merged(asked: dict[str, A
     assert "steps are not written in fp16" in output
 
 
-def test_the_terminal_tells_of_it(asked: dict[str, Any]) -> None:
+def test_the_terminal_shows_it(asked: dict[str, Any]) -> None:
     assert re.search(r" steps \S+/both/steps ", asked["shown"])
     assert "Quantized again to steps of 1/64, against the merged model KL divergence" in asked["shown"]
     assert "for steps" in asked["plan"]

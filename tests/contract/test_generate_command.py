@@ -175,7 +175,7 @@ def test_seed_top_p_and_top_k_shape_what_is_drawn(base_model: Path) -> None:
         (["--prompt", "a", "--new-tokens", "<a>"], ["no such option: --new-tokens"]),
     ],
 )
-def test_a_mistake_is_told_on_stderr_and_as_one_object_on_stdout(
+def test_a_mistake_is_reported_on_stderr_and_as_one_object_on_stdout(
     base_model: Path, arguments: list[str], expected: list[str]
 ) -> None:
     done = qlora_generate(base_model, "--device", "cpu", *arguments, "--json")

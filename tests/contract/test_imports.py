@@ -106,7 +106,7 @@ def circles(package: Path) -> list[str]:
     return found
 
 
-def test_no_two_files_or_folders_beside_each_other_import_each_other(tmp_path: Path) -> None:
+def test_no_two_files_or_folders_in_one_folder_import_each_other(tmp_path: Path) -> None:
     assert circles(PACKAGE) == []
     package = tmp_path / "qlora_cli"
     for name, source in {

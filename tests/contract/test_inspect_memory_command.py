@@ -129,7 +129,7 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
     assert settings.training.optimizer.is_paged
 
 
-def test_flags_without_a_meaning_for_memory_are_not_there() -> None:
+def test_flags_without_a_meaning_for_memory_do_not_exist() -> None:
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
     missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
@@ -193,7 +193,7 @@ def test_ranges_double_and_lists_are_sorted(text: str, expected: tuple[int, ...]
     assert read_values(text) == expected
 
 
-def test_all_that_is_wrong_with_sweeps_is_told() -> None:
+def test_all_problems_of_sweeps_are_reported() -> None:
     found, problems = read_sweeps(["rank=8 rank=9", "alpha=3", "max_length=512", "max-length=4..8", "512"])
     assert found["rank"] == (8,)
     assert [f"{problem} | {problem.hint}".split("For example")[0] for problem in problems] == [
@@ -235,12 +235,12 @@ def test_all_that_is_wrong_with_sweeps_is_told() -> None:
         (["base", "--quant", "none", "--set", "quantization.compute_dtype=bf16"], "no effect with --quant none"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_asked(core: Core, arguments: list[str], expected: str) -> None:
+def test_bad_input_is_reported_before_anything_is_asked(core: Core, arguments: list[str], expected: str) -> None:
     assert expected in refused(*arguments)
     assert core.requests == []
 
 
-def test_all_problems_are_told_at_once(core: Core) -> None:
+def test_all_problems_are_reported_at_once(core: Core) -> None:
     shown = refused(
         *(
             "base",
@@ -365,7 +365,7 @@ def test_the_lengths_of_a_picture_rise_to_the_longest(longest: int) -> None:
     assert lengths[0] >= 8
 
 
-def test_where_no_picture_can_be_written_is_told_first(
+def test_a_plot_that_cannot_be_written_is_reported_first(
     core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "unknown kind of picture '.jpg'" in refused("base", "--plot", tmp_path / "memory.jpg")

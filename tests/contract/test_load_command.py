@@ -189,7 +189,7 @@ def test_the_error_of_a_checkpoint_that_was_saved_quantized_can_not_be_measured(
         (["--device", "cpu", "--set", "quantization.skip_modules=layers"], ["can be stored in nf4"]),
     ],
 )
-def test_a_mistake_is_told_on_stderr_and_as_one_object_on_stdout(
+def test_a_mistake_is_reported_on_stderr_and_as_one_object_on_stdout(
     base_model: Path, arguments: list[str], expected: list[str]
 ) -> None:
     done = qlora_load(base_model, *arguments, "--json")

@@ -176,7 +176,7 @@ def test_several_adapters_are_added_together(run: Path, tmp_path: Path) -> None:
 # ---- where the result goes
 
 
-def test_of_a_run_the_result_goes_into_its_directory_and_of_an_adapter_beside_it(
+def test_the_result_of_a_run_goes_into_its_directory_and_that_of_an_adapter_next_to_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = copy_run(run, tmp_path / "own")
@@ -283,7 +283,7 @@ def test_an_error_with_json_is_one_object(run: Path) -> None:
 # ---- streams
 
 
-def test_whoever_reads_may_leave_and_the_model_is_there(run: Path, tmp_path: Path) -> None:
+def test_the_reader_of_stdout_may_leave_and_the_model_exists(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora_cli", "merge", str(run), "--output", str(tmp_path / "out"), "--no-verify"]
     process = subprocess.Popen([*command, "--base", "original"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -294,7 +294,7 @@ def test_whoever_reads_may_leave_and_the_model_is_there(run: Path, tmp_path: Pat
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_stdout_that_is_full_ends_with_1_and_the_model_is_there(run: Path, tmp_path: Path) -> None:
+def test_a_full_stdout_ends_with_1_and_the_model_exists(run: Path, tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("there is no /dev/full here")

@@ -155,7 +155,7 @@ def test_the_page_is_written_only_where_it_is_asked_for(folder: Path) -> None:
         (["--jsno"], "Did you mean --json?"),
     ],
 )
-def test_what_is_wrong_is_told_with_a_hint(arguments: list[str], expected: str) -> None:
+def test_a_mistake_is_reported_with_a_hint(arguments: list[str], expected: str) -> None:
     done = qlora(*arguments)
     assert done.exit_code == 2
     assert expected in done.stderr
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_told_with_a_hint(arguments: list[str], expected: str) 
     assert done.stdout == ""
 
 
-def test_the_default_directory_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_default_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = qlora()
     assert done.exit_code == 2

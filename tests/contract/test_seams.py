@@ -28,7 +28,7 @@ def used() -> dict[str, list[Place]]:
 
 
 @pytest.mark.parametrize("seam", [*SEAMS, *PHRASES], ids=lambda seam: f"{seam.owner}.{seam.name}")
-def test_a_private_name_is_there_and_is_called_as_it_was_read(seam: Seam) -> None:
+def test_a_private_name_exists_and_has_the_expected_signature(seam: Seam) -> None:
     fault = seam.fault()
     library, _, version = seam.read_at.partition(" ")
     places = "".join(f"\n  {place}" for place in used().get(seam.name, ()))
@@ -59,7 +59,7 @@ def test_the_trainers_private_side_is_touched_in_one_module() -> None:
     assert {place.file for name in of_trainers for place in used()[name]} == {TRAINER_SEAM}
 
 
-def test_a_name_that_is_gone_or_called_otherwise_is_said_in_words() -> None:
+def test_a_name_that_is_gone_or_has_another_signature_is_described() -> None:
     real = next(seam for seam in SEAMS if seam.name == "_get_grad_norm")
     gone = replace(real, name="_get_gradient_norm").fault()
     assert gone is not None

@@ -80,7 +80,7 @@ def test_what_was_given_is_what_has_an_origin() -> None:
     assert {path for path in all_settings() if in_code.is_given(path)} == given
 
 
-def test_what_is_known_stands_unless_something_else_was_given() -> None:
+def test_inferred_values_hold_unless_others_were_given() -> None:
     asked = resolved(lora__rank="8")
     values: Mapping[str, object] = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0, "generate.seed": 1}
     settled = settle(asked, [InferredSettings(values=values, origin=FILE)])
@@ -93,7 +93,7 @@ def test_what_is_known_stands_unless_something_else_was_given() -> None:
     assert asked.settings.lora.alpha == 32
 
 
-def test_what_is_fixed_stands_over_all_and_later_facts_over_earlier() -> None:
+def test_fixed_values_override_all_and_later_ones_override_earlier() -> None:
     asked = resolved(training__micro_batch_size="8")
     fixed = InferredSettings(values={"training.micro_batch_size": 2}, origin=FILE, is_fixed=True)
     facts = [
@@ -109,7 +109,7 @@ def test_what_is_fixed_stands_over_all_and_later_facts_over_earlier() -> None:
     )
 
 
-def test_values_of_a_file_are_read_as_everybodys_but_those_of_an_adapter_of_others_are_its_own() -> None:
+def test_values_of_a_file_are_validated_but_those_of_a_foreign_adapter_are_not() -> None:
     asked = resolved()
     assert settle(asked, [InferredSettings(values={"lora.newer": 1}, origin=FILE)]) == asked  # of another version
     for values in ({"lora.rank": "many"}, {"lora.rank": 0}):

@@ -62,7 +62,7 @@ def test_text_of_all_languages_and_its_lines_stay() -> None:
     assert printed(Text(text)) == printed(text)
 
 
-def test_styles_stay_beside_what_is_shown_as_its_number() -> None:
+def test_styles_stay_next_to_escaped_characters() -> None:
     file = io.StringIO()
     console = TextConsole(file)
     console.print(Text.assemble("a\x1b", ("red", "red"), "b"))
@@ -94,7 +94,7 @@ def printed(text: str | Text) -> str:
         ("hf_abcdefghijklmnop", "hf_***"),
     ],
 )
-def test_logins_in_addresses_are_not_told(text: str, expected: str) -> None:
+def test_logins_in_addresses_are_not_printed(text: str, expected: str) -> None:
     assert redact(text) == sanitize(text) == expected
 
 
@@ -135,7 +135,7 @@ warnings.warn("nobody reads this")  # which is lost, and no error
 """
 
 
-def test_what_libraries_log_and_warn_of_is_told_as_our_own_lines_are() -> None:
+def test_logs_and_warnings_of_libraries_are_sanitized_like_our_own_lines() -> None:
     ended = subprocess.run([sys.executable, "-c", OF_LIBRARIES], capture_output=True, text=True, check=True)
     assert STEERS.findall(ended.stdout + ended.stderr) == []
     for line in ("bold of [U+001B]]52;c;ZQ==[U+0007] at https://***@host", "failed[U+202E]"):

@@ -38,7 +38,7 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(find: Find, hub: Hub, hu
     assert {request.has_token for request in hub.requests if request.path.startswith("/cdn/")} == {False}
 
 
-def test_a_busy_hub_is_asked_again_and_that_is_said(find: Find, hub: Hub) -> None:
+def test_a_busy_hub_is_asked_again_and_that_is_reported(find: Find, hub: Hub) -> None:
     hub.statuses = {"/api/models/owner/tiny": [503], f"/cdn/owner/tiny/{COMMIT}/{WEIGHTS}": [502, 429]}
     found = find("owner/tiny", 0, 0)
     assert (Path(found.result["path"]) / WEIGHTS).is_file()
@@ -79,7 +79,7 @@ def test_a_connection_that_breaks_is_made_again_from_the_last_chunk_on(find: Fin
     assert found.stderr == ""
 
 
-def test_a_connection_that_is_reset_begins_the_file_anew(find: Find, hub: Hub, large: bytes) -> None:
+def test_after_a_reset_connection_the_file_starts_over(find: Find, hub: Hub, large: bytes) -> None:
     hub.resets[WEIGHTS] = [20 * MIB]
     found = find("owner/tiny", 0)
     assert hub.sent_from(WEIGHTS) == [0, 0]
@@ -88,7 +88,7 @@ def test_a_connection_that_is_reset_begins_the_file_anew(find: Find, hub: Hub, l
     assert found.downloads[-1] == (found.downloads[-1][1], found.downloads[-1][1])
 
 
-def test_a_server_without_ranges_sends_the_file_anew(find: Find, hub: Hub, large: bytes) -> None:
+def test_a_server_without_ranges_sends_the_file_again(find: Find, hub: Hub, large: bytes) -> None:
     hub.cuts[WEIGHTS] = [15 * MIB]
     hub.ignores_ranges = True
     found = find("owner/tiny", 0)

@@ -109,7 +109,7 @@ def test_an_unreachable_hub_is_an_error_without_a_traceback(run_qlora: RunQlora,
     assert "Traceback" not in done.stderr
 
 
-def test_a_page_that_is_no_hub_is_said_to_be_none(find: Find, hub: Hub) -> None:
+def test_a_page_that_is_not_a_hub_is_reported(find: Find, hub: Hub) -> None:
     hub.statuses["/api/models/owner/tiny"] = [200]
     error = find("owner/tiny").result
     assert "is not from a hub" in error["message"]

@@ -70,7 +70,7 @@ def test_the_adapter_is_pushed_to_a_repository_that_is_made_for_it(writable: Hub
     assert any(isinstance(event, Noted) and address in event.message for event in recorder.events)
 
 
-def test_a_repository_that_is_there_is_pushed_to_and_a_new_one_may_be_public(writable: Hub, adapter: Path) -> None:
+def test_an_existing_repository_is_pushed_to_and_a_new_one_may_be_public(writable: Hub, adapter: Path) -> None:
     writable.repos["team/there"] = Repo({COMMIT: {"other.txt": b"stays"}})
     push_adapter(output("team/there"), adapter, Recorder())
     assert {"other.txt", "adapter_model.safetensors"} <= set(writable.repos["team/there"].commits[COMMIT])

@@ -30,7 +30,7 @@ def test_into_a_pipe_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_on_a_terminal_words_stay_whole_and_under_each_other(
+def test_on_a_terminal_words_are_not_broken_and_values_stay_in_their_column(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a_terminal(monkeypatch, width)
@@ -43,7 +43,7 @@ def test_on_a_terminal_words_stay_whole_and_under_each_other(
     assert path.endswith(ROWS[2][1])  # in one piece, to be copied
 
 
-def test_a_terminal_too_narrow_for_words_gets_whole_lines(
+def test_a_terminal_too_narrow_for_words_gets_unbroken_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a_terminal(monkeypatch, 24)
@@ -53,7 +53,7 @@ def test_a_terminal_too_narrow_for_words_gets_whole_lines(
 LINES = ["  a setting  and a long note of the run, which goes on for more than a line", "", "    short"]
 
 
-def test_lines_are_whole_in_a_pipe_and_on_a_terminal_wrapped_at_words_further_in(
+def test_lines_are_unbroken_in_a_pipe_and_wrapped_and_indented_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_lines(LINES)

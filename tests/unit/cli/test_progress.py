@@ -235,7 +235,7 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps() -> None:
     assert state.seconds_left == 2.0
 
 
-def test_the_state_follows_what_goes_on() -> None:
+def test_the_state_follows_the_events() -> None:
     state = RunState()
     state.update(TrainingStarted(num_steps=10, output=Path("run")), 0.0)
     state.update(EvalStarted(step=1), 0.0)
@@ -254,7 +254,7 @@ def test_the_state_follows_what_goes_on() -> None:
     ("seconds", "age"),
     [(0.9, "0s ago"), (59.9, "59s ago"), (200, "3m ago"), (7500, "2h 5m ago"), (100_000, "1d 3h ago")],
 )
-def test_ages_are_told_in_whole_units(seconds: float, age: str) -> None:
+def test_ages_are_shown_in_whole_units(seconds: float, age: str) -> None:
     assert describe_age(seconds) == age
 
 

@@ -272,7 +272,7 @@ def test_a_transfer_fits_a_narrow_terminal() -> None:
     assert download.split()[:3] == ["Downloading", "100.0/140.0", "GiB"]
 
 
-def test_parts_flow_onto_the_next_line_whole() -> None:
+def test_parts_flow_onto_the_next_line_unbroken() -> None:
     assert [line.plain for line in flow(["aaa", "bb", "cccc"], 7)] == ["aaa  bb", "cccc"]
     assert flow([], 7) == []
 

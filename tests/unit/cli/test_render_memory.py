@@ -72,7 +72,7 @@ def test_it_says_what_was_asked_and_the_three_peaks_with_their_bands(capsys: pyt
     assert "  - Nothing else runs on the GPU" in text
 
 
-def test_what_is_kept_elsewhere_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
+def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("paged", "on the host"):
         assert f"  {word}" not in shown(REPORT, capsys)
         assert f"  {word}" in shown(FULL, capsys)

@@ -120,7 +120,7 @@ def shown(result: MergeResult | MergeReport, capsys: pytest.CaptureFixture[str])
     return text, {name: value.strip() for name, value in rows}
 
 
-def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_is_shown_with_its_base_and_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
     text, rows = shown(RESULT, capsys)
     assert text.startswith("runs/demo/merged\n")
     assert rows["base"] == "owner/base at 0123abc"
@@ -141,7 +141,7 @@ def test_a_merge_is_told_with_its_base_and_how_near_it_is(capsys: pytest.Capture
     assert "on the hub" not in rows
 
 
-def test_a_sum_that_was_not_verified_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sum_that_was_not_verified_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
     found = replace(RESULT.verification, ran_adapters=False, modules=None)
     render_merge(replace(RESULT, verification=found))
@@ -151,7 +151,7 @@ def test_a_sum_that_was_not_verified_is_told(capsys: pytest.CaptureFixture[str])
     assert "before rounding" not in text
 
 
-def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
     less = Rounding(dtype="fp16", mean_kl=1.3e-6, num_bytes=7 << 20)
     found = replace(RESULT.verification, max_divergence=1e-3, less_rounded=less)
@@ -172,7 +172,7 @@ def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) 
     assert rows["over"] == "479 tokens of 4 prompts"
 
 
-def test_each_format_is_told_with_its_place_and_nf4_with_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_format_is_shown_with_its_path_and_nf4_with_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
     outputs = {"hf": Path("out/hf"), "nf4": Path("out/nf4"), "gguf": Path("out/gguf")}
     again = {
         "nf4": Requantized(to="NF4 with double quantization", divergence=FAR),
@@ -187,7 +187,7 @@ def test_each_format_is_told_with_its_place_and_nf4_with_its_distance(capsys: py
     assert rows["format"] == "gguf"
 
 
-def test_a_weight_is_told_if_it_is_not_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_is_shown_if_it_is_not_1(capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = shown(REPORT, capsys)
     assert "runs/demo, LoRA of rank 16\n" in text
     assert "other, LoRA of rank 16, counting 0.5\n" in text

@@ -53,7 +53,7 @@ def test_losses_are_drawn_with_their_range_in_the_width_given() -> None:
     assert describe_losses([1.0, NAN, 2.0], 40) == "losses ▁x█  1 to 2"
 
 
-def test_a_curve_of_any_length_is_kept_in_few_means() -> None:
+def test_a_curve_of_any_length_is_stored_in_few_means() -> None:
     curve, most_kept = SparklineCurve(8), 0
     for value in range(10_000):
         curve.add(float(value))
@@ -69,7 +69,7 @@ def test_a_curve_of_any_length_is_kept_in_few_means() -> None:
     assert 256 <= len(million.means()) <= 512
 
 
-def test_a_short_curve_is_kept_as_it_is() -> None:
+def test_a_short_curve_is_stored_unchanged() -> None:
     curve = SparklineCurve()
     assert curve.means() == []
     for value in (3.0, 2.0, 1.0):
@@ -77,7 +77,7 @@ def test_a_short_curve_is_kept_as_it_is() -> None:
     assert curve.means() == [3.0, 2.0, 1.0]
 
 
-def test_values_that_are_not_finite_are_kept_as_gaps_unless_beside_finite_ones() -> None:
+def test_values_that_are_not_finite_are_gaps_unless_averaged_with_finite_ones() -> None:
     curve = SparklineCurve(4)
     for value in (NAN, INF, 1.0, NAN, 5.0, 7.0):
         curve.add(value)

@@ -49,7 +49,7 @@ def test_a_cache_whose_name_is_no_utf_8_is_an_error_that_names_the_variable(
     assert "\udcff" not in str(caught.value)
 
 
-def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(
+def test_predictions_beyond_the_limit_are_deleted_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
@@ -67,7 +67,7 @@ def test_answers_beyond_the_number_that_is_kept_go_and_no_other_file(
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
-def test_an_answer_that_is_no_file_of_ours_is_computed_anew_and_not_waited_for(
+def test_a_cached_prediction_that_is_no_file_of_ours_is_computed_again_without_blocking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
@@ -114,7 +114,7 @@ def place_of(module: str) -> Path | None:
     ],
     ids=["predictions", "tokens"],
 )
-def test_what_decides_a_kept_result_is_in_its_name(module: str, parts: tuple[str, ...]) -> None:
+def test_everything_that_determines_a_cached_result_is_in_its_name(module: str, parts: tuple[str, ...]) -> None:
     """A move must not take code out of the keys, or a result of the code before it would be taken for a new one."""
     named = {file for part in parts for file in cache.code_files(part)}
     carriers = {path for path in cache.PACKAGE.rglob("*.py") if part_of_path(path) in CARRIERS}
@@ -128,6 +128,6 @@ def part_of_path(path: Path) -> str:
 
 
 @pytest.mark.parametrize("parts", [prediction_cache.PARTS, encode.CODE_PARTS])
-def test_every_part_that_is_named_is_there(parts: tuple[str, ...]) -> None:
+def test_every_named_part_exists(parts: tuple[str, ...]) -> None:
     for part in parts:
         assert cache.code_files(part), part

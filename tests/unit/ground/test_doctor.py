@@ -217,7 +217,7 @@ def test_every_package_of_pyproject_is_compared() -> None:
         ("12.8", (12, 4), "0", "reaches no GPU through CUDA 12.8", "nvidia-smi"),
     ],
 )
-def test_why_pytorch_reaches_no_gpu_is_told(
+def test_the_reason_why_pytorch_reaches_no_gpu_is_reported(
     built_for: str | None, driver: tuple[int, int], visible: str | None, finding: str, advice: str
 ) -> None:
     explained = checks_hardware.explain_no_cuda(built_for, driver, visible)
@@ -225,7 +225,7 @@ def test_why_pytorch_reaches_no_gpu_is_told(
     assert advice in explained[1]
 
 
-def test_a_gpu_is_told_in_one_line_and_is_crowded_when_half_of_it_is_taken() -> None:
+def test_a_gpu_is_described_in_one_line_and_is_crowded_when_half_of_it_is_used() -> None:
     assert str(GPU) == "0: NVIDIA L4 (8.9, bf16), 20.00 GiB of 24.00 GiB free"
     assert not GPU.crowded
     assert replace(GPU, free_bytes=11 * GIB).crowded
@@ -257,7 +257,7 @@ def test_a_disk_too_full_for_a_model_or_for_checkpoints_is_a_warning(
     assert outcome.details["cache_free_bytes"] == cache * GIB
 
 
-def test_free_room_is_told_of_a_cache_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_space_is_reported_for_a_missing_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     outcome = in_child(checks_hub.check_disk)
     assert outcome.details["cache"] == str(tmp_path / "not" / "yet")
@@ -292,7 +292,7 @@ def test_without_a_terminal_a_finding_is_one_plain_line(capsys: pytest.CaptureFi
     assert "\x1b" not in "".join(lines)
 
 
-def test_on_a_terminal_lines_fit_into_80_columns_beside_the_names(
+def test_on_a_terminal_lines_fit_into_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -34,7 +34,7 @@ def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "a" * 5000 + ".jsonl"])
-def test_a_data_set_that_can_be_no_file_is_not_there(name: str) -> None:
+def test_a_data_set_with_an_invalid_path_does_not_exist(name: str) -> None:
     assert "no such file" in str(check_dataset_name(name))
 
 
@@ -80,7 +80,7 @@ def test_a_directory_that_can_not_be_made_is_known_before_it_is(
 
 
 @pytest.mark.parametrize("name", [*IMPOSSIBLE, "loop", "none"])
-def test_a_checkpoint_by_a_path_that_can_be_none_is_not_there(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_with_an_invalid_path_does_not_exist(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     asked = OutputSettings(directory=tmp_path / "run", resume=f"{tmp_path}/{name}")
     assert "there is no checkpoint of a run in" in str(output_problem(asked))

@@ -44,7 +44,7 @@ def test_what_can_be_seen_stays(text: str) -> None:
     assert visible(text) == text
 
 
-def test_a_sign_is_told_from_the_same_character() -> None:
+def test_a_sign_is_distinguished_from_the_same_character() -> None:
     assert list(parts("→\t· ")) == [
         TextPart("→", False),
         TextPart("→", True),
@@ -53,7 +53,7 @@ def test_a_sign_is_told_from_the_same_character() -> None:
     ]
 
 
-def test_spaces_are_no_end_where_the_line_goes_on() -> None:
+def test_spaces_are_not_at_an_end_if_the_line_continues() -> None:
     assert visible("a ", is_end=False) == "a "
     assert visible("a \nb ", is_end=False) == "a·⏎\nb "
 

@@ -127,7 +127,7 @@ def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_pa
     assert (target / "a.txt").read_text() == "half"
 
 
-def test_a_folder_by_the_name_of_what_is_left_over_is_kept_unless_it_is_ours(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_leftover_is_kept_unless_it_is_ours(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / MARK).touch()
@@ -147,7 +147,7 @@ def test_a_folder_by_the_name_of_what_is_left_over_is_kept_unless_it_is_ours(tmp
     assert (elsewhere / MARK).exists()
 
 
-def test_left_overs_beside_are_cleared_when_they_are_ours_and_their_writer_is_gone(tmp_path: Path) -> None:
+def test_leftovers_next_to_the_target_are_cleared_if_they_are_ours_and_their_writer_is_gone(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     gone = int(dead.stdout)
     writers = (("a", gone), ("b", os.getpid()), ("c", gone))
@@ -232,7 +232,7 @@ def test_nothing_is_appended_through_a_link(tmp_path: Path, precious: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["another name", "no file"])
-def test_nothing_is_appended_to_what_is_something_else_too(tmp_path: Path, precious: Path, kind: str) -> None:
+def test_nothing_is_appended_to_a_link_or_a_hard_link(tmp_path: Path, precious: Path, kind: str) -> None:
     file = tmp_path / "metrics.jsonl"
     if kind == "no file":
         os.mkfifo(file)
@@ -316,7 +316,7 @@ def test_what_takes_the_place_of_a_file_while_it_is_opened_is_not_written_to(
 
 
 @pytest.mark.parametrize("came", ["a folder with something in it", "a file", "a name in an empty folder"])
-def test_what_came_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> None:
+def test_what_was_written_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> None:
     target = tmp_path / "out"
     if came == "a name in an empty folder":
         target.mkdir()

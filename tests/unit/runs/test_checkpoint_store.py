@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_that_was_set_aside_is_not_lost_to_the_next(store: 
         (CHECKSUMS_FILE, "it has no checksums.json that can be read"),
     ],
 )
-def test_an_old_checkpoint_with_something_of_the_users_in_it_stays_and_is_said(
+def test_an_old_checkpoint_with_a_file_of_the_user_stays_and_is_reported(
     store: CheckpointStore, name: str, reason: str
 ) -> None:
     save(store, 1)
@@ -100,7 +100,7 @@ def test_an_old_checkpoint_with_something_of_the_users_in_it_stays_and_is_said(
 
 
 @pytest.mark.parametrize("content", ["my notes", "weights 7", ""], ids=["longer", "as long", "empty"])
-def test_an_old_checkpoint_of_which_a_file_was_edited_stays_and_is_said(store: CheckpointStore, content: str) -> None:
+def test_an_old_checkpoint_with_an_edited_file_stays_and_is_reported(store: CheckpointStore, content: str) -> None:
     save(store, 1)
     edited = store.path_of(1) / "folder" / "weights"
     edited.write_text(content)
@@ -134,7 +134,7 @@ def test_a_folder_or_a_link_by_the_name_of_a_checkpoint_stays(store: CheckpointS
     assert names(store) == ["step-1", "step-2", "step-3", "step-5", "step-6"]
 
 
-def test_what_is_in_the_place_of_a_new_checkpoint_is_moved_aside_unless_a_run_wrote_it(store: CheckpointStore) -> None:
+def test_what_is_at_the_path_of_a_new_checkpoint_is_moved_aside_unless_a_run_wrote_it(store: CheckpointStore) -> None:
     (store.folder / "step-1").mkdir()
     (store.folder / "step-1" / "thesis").touch()
     assert save(store, 1) == {store.folder / ".kept-step-1": "it has no checksums.json that can be read"}

@@ -141,7 +141,7 @@ def test_a_resumed_run_reads_as_if_it_was_never_interrupted(tmp_path: Path, last
     assert history.end is None
 
 
-def test_the_evaluation_of_the_step_behind_which_it_goes_on_stays_or_is_done_again(tmp_path: Path) -> None:
+def test_the_evaluation_of_the_step_after_which_it_resumes_stays_or_is_repeated(tmp_path: Path) -> None:
     history = read(tmp_path, [STARTED, *between(1, 10), resumed(8), eval_done(8, 1.0), *between(9, 9)])
     assert [(done.step, done.loss) for done in history.evaluations] == [(4, 2.6), (8, 1.0)]
     assert history.steps.step[-1] == 9
@@ -158,14 +158,14 @@ def test_a_run_resumed_twice_further_back_forgets_the_first_resumption(tmp_path:
 
 
 @pytest.mark.parametrize("again", [[STARTED], [STARTED, resumed(0)]])
-def test_a_run_that_began_anew_without_a_checkpoint_counts_once(tmp_path: Path, again: list[Event]) -> None:
+def test_a_run_that_restarted_without_a_checkpoint_counts_once(tmp_path: Path, again: list[Event]) -> None:
     before: list[Event] = [STARTED, sample_done(0), *between(1, 3), eval_done(3, 0.1)]
     history = read(tmp_path / "anew", [*before, *again, sample_done(0), *between(1, 10)])
     assert of_a_run(history) == of_a_run(read(tmp_path / "whole", [STARTED, sample_done(0), *between(1, 10)]))
     assert history.resumes == ()
 
 
-def test_a_run_that_goes_on_in_another_directory_starts_at_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_resumes_in_another_directory_starts_at_its_checkpoint(tmp_path: Path) -> None:
     history = read(tmp_path, [STARTED, resumed(6)])
     assert (history.last_step, len(history.steps)) == (6, 0)
 

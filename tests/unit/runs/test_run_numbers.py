@@ -57,7 +57,7 @@ def show(run: Run, *, on_page: bool) -> None:
 
 
 @pytest.mark.parametrize("place", places(CONTENT), ids=".".join)
-def test_a_number_anywhere_in_a_record_is_shown_or_left_out_and_said(tmp_path: Path, place: tuple[str, ...]) -> None:
+def test_a_number_in_a_record_is_shown_or_left_out_and_reported(tmp_path: Path, place: tuple[str, ...]) -> None:
     for value in NUMBERS:
         write_run(tmp_path / "run", record=changed(CONTENT, place, value))
         is_drawn = value in HUGE[:1]  # the curves do not depend on the record, and drawing them takes half a second
@@ -92,7 +92,7 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert [run.name for run in runs if not run.problems] == ["good"]
 
 
-def test_what_is_nested_beyond_any_record_is_left_out_and_said(tmp_path: Path) -> None:
+def test_what_is_nested_too_deeply_is_left_out_and_reported(tmp_path: Path) -> None:
     for depth in (60, 400, 900, 5_000):
         write_run(tmp_path / "run")
         nested = "[" * depth + "]" * depth

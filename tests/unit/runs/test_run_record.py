@@ -213,7 +213,7 @@ def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
     assert record.base().places == (project / "models" / "base", moved / "models" / "base")
 
 
-def test_a_record_of_version_0_tells_by_its_own_name_where_others_were_given(tmp_path: Path) -> None:
+def test_a_record_of_version_0_shows_by_its_own_name_where_others_were_given(tmp_path: Path) -> None:
     run = Path(shutil.copytree(VERSION_0, tmp_path / "project" / "runs" / "old"))
     for output, found in (
         ("runs/old", (tmp_path / "project" / "rows.jsonl",)),

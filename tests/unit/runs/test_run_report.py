@@ -147,7 +147,7 @@ def test_settings_come_with_their_origin_those_that_were_set_first(root: Element
     assert root.all("summary")[0].text == f"{len(default.all('tr')) - 1} settings at their default"
 
 
-def test_memory_stands_predicted_beside_measured_and_data_trained_beside_held_out(root: Element) -> None:
+def test_predicted_memory_is_next_to_measured_and_trained_data_next_to_held_out(root: Element) -> None:
     memory, data = root.all("table", "figures")
     assert [[cell.text for cell in row.all() if cell.tag in {"th", "td"}] for row in memory.all("tr")[1:]] == [
         ["Allocated by tensors", "9.00 GiB", "6.00 GiB", "+50.0 %"],
@@ -158,7 +158,7 @@ def test_memory_stands_predicted_beside_measured_and_data_trained_beside_held_ou
     assert [cell.text for cell in data.all("td")] == ["1,500", "20", "70,000", "900"]
 
 
-def test_plan_machine_versions_and_notes_are_told(root: Element) -> None:
+def test_plan_machine_versions_and_notes_are_on_the_page(root: Element) -> None:
     text = words(root.all("main")[0])
     for expected in (
         *("Padding share25.0 %", "Memory64.00 GiB", "CPUs16", "torch2.11.0", f"lowered {SCRIPT}"),
@@ -194,7 +194,7 @@ def test_a_run_that_crashed_before_its_first_step_has_a_page(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 7, True, [1, "a", None], {"a": [1]}, 1e400, -0.5])
 @pytest.mark.parametrize("key", ["settings", "origins", "versions", "hardware", "data", "plan", "result", "error"])
-def test_whatever_stands_in_the_record_there_is_a_page(tmp_path: Path, key: str, value: object) -> None:
+def test_there_is_a_page_whatever_the_record_contains(tmp_path: Path, key: str, value: object) -> None:
     for record in (a_record("failed", **{key: value}), a_record("failed", **{key: {"train": value, "x": value}})):
         parse(page_of(tmp_path, [step_done(1)], record))
 

@@ -37,12 +37,12 @@ def test_a_run_that_ended_is_what_it_says(tmp_path: Path, status: str) -> None:
     assert summary_of(tmp_path, [*STEPS], a_record(status, error="E: it broke")).state == status
 
 
-def test_the_error_of_a_run_that_failed_is_told(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_run_is_shown(tmp_path: Path) -> None:
     assert summary_of(tmp_path, [], a_record("failed", error="E: it broke")).error == "E: it broke"
     assert summary_of(tmp_path, [], a_record("done")).error is None
 
 
-def test_running_is_believed_while_the_process_is_there(tmp_path: Path) -> None:
+def test_a_run_is_running_while_its_process_exists(tmp_path: Path) -> None:
     alive = a_record("running", pid=os.getpid(), **HERE)
     assert summary_of(tmp_path, [*STEPS], alive, minutes=600).state == "running"
     dead = a_record("running", pid=ended_pid(), **HERE)
@@ -88,7 +88,7 @@ def test_without_a_record_the_events_tell_how_it_ended(tmp_path: Path, signal: s
     "content",
     [b"", b"{", b"[]", b"\xff\xfe", b'{"status": 7, "settings": [1], "plan": "x", "origins": null}', b"[" * 100_000],
 )
-def test_a_broken_record_is_told_and_the_events_are_read(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_record_is_reported_and_the_events_are_read(tmp_path: Path, content: bytes) -> None:
     write_run(tmp_path, [*STEPS, eval_done(10, 1.5)])
     (tmp_path / "run.json").write_bytes(content)
     run = read_run(tmp_path)
@@ -97,7 +97,7 @@ def test_a_broken_record_is_told_and_the_events_are_read(tmp_path: Path, content
     assert run.summary.problems
 
 
-def test_a_history_that_can_not_be_read_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_history_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(a_record()))
     (tmp_path / "metrics.jsonl").mkdir()
     summary = read_run(tmp_path).summary

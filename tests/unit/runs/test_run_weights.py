@@ -64,7 +64,7 @@ def found(run: RunDirectory) -> RunWeights:
     return weights_of(run, load_record(run.path))
 
 
-def test_a_run_that_came_to_its_end_is_its_adapter(tmp_path: Path) -> None:
+def test_the_weights_of_a_run_that_ended_are_its_adapter(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="done", steps=10, adapter=True, good=(8, 10))
     weights = found(run)
     assert (weights.path, weights.step, weights.num_steps) == (run.adapter, 10, 10)
@@ -142,7 +142,7 @@ def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("left", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE, ".DS_Store"])
-def test_a_folder_that_holds_no_whole_adapter_is_none(tmp_path: Path, left: str) -> None:
+def test_a_folder_without_a_complete_adapter_is_not_an_adapter(tmp_path: Path, left: str) -> None:
     run = make_run(tmp_path, status="done", steps=10, adapter=False, good=(10,))
     run.adapter.mkdir()
     (run.adapter / left).touch()
@@ -211,7 +211,7 @@ def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -
     assert "the run ended with others" in found(lost).sentence
 
 
-def test_whatever_is_there_the_newest_good_state_is_taken(tmp_path: Path) -> None:
+def test_the_newest_good_state_is_used_in_any_combination(tmp_path: Path) -> None:
     """Over every combination: nothing older than a good checkpoint, unless it is what the run ended with."""
     states = product(
         ("running", "failed", "interrupted", "done"), (False, True), ((), (4,), (4, 8)), ((), (9,)), (None, 4, 8)
@@ -237,7 +237,7 @@ def test_whatever_is_there_the_newest_good_state_is_taken(tmp_path: Path) -> Non
     assert num_cases > 100
 
 
-def test_a_folder_beside_the_checkpoints_is_of_no_known_step(tmp_path: Path) -> None:
+def test_a_folder_next_to_the_checkpoints_is_of_an_unknown_step(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="running", steps=None, adapter=False, good=(2,))
     other = run.checkpoints / ".damaged-step-1"
     assert weights_of_part(other, run, load_record(run.path)).step is None
@@ -305,7 +305,7 @@ def test_pipes_in_a_run_are_no_files_and_hang_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pipe", "link to itself", "link to nothing", "endless"])
-def test_what_is_no_file_in_a_checkpoint_is_damage_whether_it_has_a_sum_or_not(tmp_path: Path, name: str) -> None:
+def test_what_is_not_a_file_in_a_checkpoint_is_damage_with_or_without_a_checksum(tmp_path: Path, name: str) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
     seal(tmp_path)
     assert damage_of(tmp_path) is None

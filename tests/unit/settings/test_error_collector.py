@@ -6,7 +6,7 @@ from qlora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem, S
 from qlora_cli.settings.error_collector import ErrorCollector
 
 
-def test_nothing_found_is_no_error() -> None:
+def test_nothing_collected_is_no_error() -> None:
     wrong = ErrorCollector()
     with wrong.collecting("model.name"):
         pass
@@ -34,7 +34,7 @@ def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
     )
 
 
-def test_what_does_not_fit_in_memory_comes_after_what_is_wrong_with_the_input() -> None:
+def test_what_does_not_fit_in_memory_is_reported_after_errors_in_the_input() -> None:
     wrong = ErrorCollector()
     with pytest.raises(OutOfMemoryError), wrong.collecting("model.name"):
         raise OutOfMemoryError("too large")

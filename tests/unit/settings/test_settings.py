@@ -49,7 +49,7 @@ def test_flag_beats_set_beats_file_beats_default(tmp_path: Path) -> None:
     assert resolved.origin_of("lora.target_modules").kind == "default"
 
 
-def test_all_problems_are_told_at_once_with_file_line_and_flag(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_with_file_line_and_flag(tmp_path: Path) -> None:
     config = write(
         tmp_path / "run.yaml",
         "model:\n  dtpe: bf16\ntraning:\n  seed: 1\ntraining:\n  optimizer: adamw_toch\n  seed: -1\n",
@@ -398,7 +398,7 @@ def test_checkpointing_can_be_offloaded() -> None:
 
 
 @pytest.mark.parametrize("value", ["!!bool x", '!!int ""', "!!int _", '!!float ""', "!!timestamp x"])
-def test_a_value_that_is_not_what_its_tag_says_is_an_error(tmp_path: Path, value: str) -> None:
+def test_a_value_that_does_not_match_its_tag_is_an_error(tmp_path: Path, value: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"lora:\n  rank: {value}\n")
     for sources, where in (
