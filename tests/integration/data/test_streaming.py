@@ -28,9 +28,9 @@ TEXT = make_tokenizer("chatml")
 
 def stream(*names: str | Path, **settings: Any) -> TokenStream:
     data = DataSettings(dataset=tuple(map(str, names)), streaming=True, **settings)
-    found = prepare_data(data, TEXT, seed=0).train
-    assert found.stream is not None
-    return found.stream
+    prepared = prepare_data(data, TEXT, seed=0).train
+    assert prepared.stream is not None
+    return prepared.stream
 
 
 def rows_of(path: Path, count: int, word: str = "row") -> Path:
@@ -41,8 +41,8 @@ def decoded(rows: list[dict[str, list[int]]]) -> list[str]:
     return [str(TEXT.tokenizer.decode(row["input_ids"])) for row in rows]
 
 
-def take(found: TokenStream, count: int) -> list[dict[str, list[int]]]:
-    return list(itertools.islice(found, count))
+def take(token_stream: TokenStream, count: int) -> list[dict[str, list[int]]]:
+    return list(itertools.islice(token_stream, count))
 
 
 def test_a_stream_has_the_rows_of_prepared_data_and_restarts(tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_outcomes_of_streamed_rows_are_counted(tmp_path: Path) -> None:
         ("truncate", {"truncated": 1000, "without_supervision": 500}),
         ("drop", {"dropped": 1000}),
     ):
-        found = stream(path, max_length=24, on_long=on_long, on_bad_row="skip", accept_lost=True)
-        take(found, 500 if on_long == "drop" else 1000)
-        read = found.counts["read"]
-        assert found.counts["bad"] == pytest.approx(read / 4, rel=0.01)
+        token_stream = stream(path, max_length=24, on_long=on_long, on_bad_row="skip", accept_lost=True)
+        take(token_stream, 500 if on_long == "drop" else 1000)
+        read = token_stream.counts["read"]
+        assert token_stream.counts["bad"] == pytest.approx(read / 4, rel=0.01)
         for name, count in expected.items():
-            assert found.counts[name] == pytest.approx(read * count / 2000, rel=0.01)
-        assert found.counts["supervised_tokens_lost"] > 0
+            assert token_stream.counts[name] == pytest.approx(read * count / 2000, rel=0.01)
+        assert token_stream.counts["supervised_tokens_lost"] > 0
 
 
 def test_a_late_bad_row_ends_a_stream_and_is_named(tmp_path: Path) -> None:
@@ -135,21 +135,21 @@ def test_a_late_bad_row_ends_a_stream_and_is_named(tmp_path: Path) -> None:
 def test_held_out_rows_are_not_streamed(tmp_path: Path) -> None:
     path = rows_of(tmp_path / "d.jsonl", 40)
     held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(line) for line in path.read_text().splitlines()[:5]])
-    found = stream(path, eval_dataset=(str(held_out),))
-    rows = decoded(take(found, 400))
+    token_stream = stream(path, eval_dataset=(str(held_out),))
+    rows = decoded(take(token_stream, 400))
     assert len(set(rows)) == 35
     assert not any(row.startswith(f"row {i}:") for i in range(5) for row in rows)
-    assert found.counts["held_out"] > 0
+    assert token_stream.counts["held_out"] > 0
 
 
 def test_held_out_groups_are_not_streamed(tmp_path: Path) -> None:
     rows = [{"prompt": f"row {i}: ", "completion": f"it is {i}", "user": i % 4} for i in range(40)]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     held_out = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "a ", "completion": "b", "user": 3}])
-    found = stream(path, eval_dataset=(str(held_out),), eval_group="user")
-    numbers = {int(row.split("row ")[1].split(":")[0]) for row in decoded(take(found, 400))}
+    token_stream = stream(path, eval_dataset=(str(held_out),), eval_group="user")
+    numbers = {int(row.split("row ")[1].split(":")[0]) for row in decoded(take(token_stream, 400))}
     assert numbers == {i for i in range(40) if i % 4 != 3}
-    assert found.counts["held_out"] == pytest.approx(found.counts["read"] / 4, rel=0.02)
+    assert token_stream.counts["held_out"] == pytest.approx(token_stream.counts["read"] / 4, rel=0.02)
     rows_by_users = write_jsonl(tmp_path / "e.jsonl", [{**row, "users": 1} for row in rows])
     with pytest.raises(DataError, match=r"held.jsonl has no column 'users'"):
         stream(rows_by_users, eval_dataset=(str(held_out),), eval_group="users")
@@ -160,13 +160,13 @@ def test_near_duplicates_of_held_out_rows_are_counted_once(tmp_path: Path) -> No
     near = [{"prompt": f"ROW {i}: ", "completion": f"It is {i}."} for i in (3, 3, 1400)]
     held_out = write_jsonl(tmp_path / "held.jsonl", [*near, {"prompt": "other ", "completion": "row"}])
     data = DataSettings(dataset=(str(path),), eval_dataset=(str(held_out),), streaming=True)
-    found = prepare_data(data, TEXT, seed=0)
-    assert found.evaluation is not None
-    assert found.evaluation.report.near_duplicate_rows == 2  # of the first 1,000 rows
-    assert found.train.stream is not None
+    prepared = prepare_data(data, TEXT, seed=0)
+    assert prepared.evaluation is not None
+    assert prepared.evaluation.report.near_duplicate_rows == 2  # of the first 1,000 rows
+    assert prepared.train.stream is not None
     for _ in range(2):
-        take(found.train.stream, 4000)
-        assert found.train.stream.counts["near_duplicate"] == 3
+        take(prepared.train.stream, 4000)
+        assert prepared.train.stream.counts["near_duplicate"] == 3
 
 
 def test_a_group_that_is_not_a_single_value_ends_a_stream_or_is_skipped(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_a_group_that_is_not_a_single_value_ends_a_stream_or_is_skipped(tmp_path
     groups: dict[str, Any] = {"eval_dataset": (str(held_out),), "eval_group": "user"}
     with pytest.raises(DataError, match=r"row 1201 .*: 'user' must be a single value"):
         take(stream(path, **groups), 1)
-    found = stream(path, **groups, on_bad_row="skip")
-    take(found, 1)
-    assert found.counts["bad"] >= 1
+    token_stream = stream(path, **groups, on_bad_row="skip")
+    take(token_stream, 1)
+    assert token_stream.counts["bad"] >= 1
 
 
 def test_losing_too_many_tokens_late_in_a_stream_ends_it(tmp_path: Path) -> None:

@@ -56,16 +56,16 @@ def refused(*names: str | Path, **settings: Any) -> DataError:
 def test_groups_are_not_divided_and_about_as_many_rows_as_requested_are_held_out(tmp_path: Path, seed: int) -> None:
     sizes = {f"user{number}": number for number in range(1, 21)}
     path = write_jsonl(tmp_path / "d.jsonl", of_users(sizes))
-    found = prepare(path, eval_split="20%", eval_group="user", seed=seed)
-    trained, held = users_of(found.train), users_of(found.evaluation)
-    assert found.evaluation is not None
+    prepared = prepare(path, eval_split="20%", eval_group="user", seed=seed)
+    trained, held = users_of(prepared.train), users_of(prepared.evaluation)
+    assert prepared.evaluation is not None
     assert trained | held == set(sizes)
     assert not trained & held
     assert (
-        32 <= len(texts(found.evaluation)) <= 52
+        32 <= len(texts(prepared.evaluation)) <= 52
     )  # of 210 rows 42 are wanted, and a group is half of what is lacking
-    assert found.train.report.held_out_rows == found.evaluation.report.rows_trained
-    assert (found.train.report.groups, found.evaluation.report.groups) == (len(trained), len(held))
+    assert prepared.train.report.held_out_rows == prepared.evaluation.report.rows_trained
+    assert (prepared.train.report.groups, prepared.evaluation.report.groups) == (len(trained), len(held))
     again = prepare(path, eval_split="20%", eval_group="user", seed=seed)
     assert users_of(again.evaluation) == held
 
@@ -83,19 +83,19 @@ def test_groups_are_drawn_by_the_seed(tmp_path: Path) -> None:
 
 def test_a_group_larger_than_requested_is_held_out_whole_with_a_note(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 20, "b": 30, "c": 40}))
-    found = prepare(path, eval_split="2%", eval_group="user")
-    assert users_of(found.evaluation) == {"a"}
+    prepared = prepare(path, eval_split="2%", eval_group="user")
+    assert users_of(prepared.evaluation) == {"a"}
     assert any(
         "20 rows held out, where 2% would be 2: rows of one 'user' are kept together" in note
-        for note in found.train.notes
+        for note in prepared.train.notes
     )
 
 
 def test_rows_are_held_out_even_if_each_is_repeated_many_times(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 3}) * 10)
-    found = prepare(path, eval_split="2")
-    assert (len(texts(found.evaluation)), len(texts(found.train))) == (10, 20)
-    assert "10 rows held out, where 2 would be 2: rows that are equal are kept together" in found.train.notes
+    prepared = prepare(path, eval_split="2")
+    assert (len(texts(prepared.evaluation)), len(texts(prepared.train))) == (10, 20)
+    assert "10 rows held out, where 2 would be 2: rows that are equal are kept together" in prepared.train.notes
 
 
 def test_a_single_group_can_not_be_held_out(tmp_path: Path) -> None:
@@ -107,31 +107,33 @@ def test_rows_without_a_group_are_held_out_individually(tmp_path: Path) -> None:
     rows = [{**row, "user": value} for row, value in zip(of_users({"a": 40}), [None, ""] * 20, strict=True)]
     del rows[0]["user"]
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, *of_users({"b": 1})])
-    found = prepare(path, eval_split="10", eval_group="user")
-    assert len(texts(found.evaluation)) == 10
-    assert "40 rows without a value of 'user', each of which is held out or trained on separately" in found.train.notes
+    prepared = prepare(path, eval_split="10", eval_group="user")
+    assert len(texts(prepared.evaluation)) == 10
+    assert (
+        "40 rows without a value of 'user', each of which is held out or trained on separately" in prepared.train.notes
+    )
 
 
 def test_equal_rows_of_different_groups_are_never_on_both_sides(tmp_path: Path) -> None:
     common = {"prompt": "hello ", "completion": "how can I help?"}
     users = dict.fromkeys("abcdef", 5)
     path = write_jsonl(tmp_path / "d.jsonl", [*of_users(users), *({**common, "user": user} for user in users)])
-    found = prepare(path, eval_split="6", eval_group="user")
-    assert not set(texts(found.train)) & set(texts(found.evaluation))
-    assert len(texts(found.evaluation)) == 6
-    assert len(texts(found.train)) == 25
+    prepared = prepare(path, eval_split="6", eval_group="user")
+    assert not set(texts(prepared.train)) & set(texts(prepared.evaluation))
+    assert len(texts(prepared.evaluation)) == 6
+    assert len(texts(prepared.train)) == 25
     assert any(
         "5 rows neither trained on nor held out: equal to one that is held out with another 'user'" in n
-        for n in found.train.notes
+        for n in prepared.train.notes
     )
 
 
 def test_groups_of_a_separate_held_out_set_are_not_trained(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 5, "b": 6, "c": 7}))
     held = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "b: new ", "completion": "row", "user": "b"}])
-    found = prepare(path, eval_dataset=(str(held),), eval_group="user")
-    assert users_of(found.train) == {"a", "c"}
-    assert found.train.report.held_out_rows == 6
+    prepared = prepare(path, eval_dataset=(str(held),), eval_group="user")
+    assert users_of(prepared.train) == {"a", "c"}
+    assert prepared.train.report.held_out_rows == 6
     assert users_of(prepare(path, eval_dataset=(str(held),)).train) == {"a", "b", "c"}
 
 
@@ -142,9 +144,9 @@ def test_a_group_spans_data_sets_and_files(tmp_path: Path) -> None:
     rows = of_users(dict.fromkeys(("1", "2", "3", "4"), 3))
     table = pa.table({"user": [float(row["user"]) for row in rows], "text": [f"{row['user']}: text" for row in rows]})
     pq.write_table(table, tmp_path / "d.parquet")
-    found = prepare(path, tmp_path / "d.parquet", eval_split="50%", eval_group="user")
-    assert not users_of(found.train) & users_of(found.evaluation)
-    assert len(users_of(found.train)) == 2
+    prepared = prepare(path, tmp_path / "d.parquet", eval_split="50%", eval_group="user")
+    assert not users_of(prepared.train) & users_of(prepared.evaluation)
+    assert len(users_of(prepared.train)) == 2
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -155,10 +157,10 @@ def test_a_column_that_no_format_uses_is_read_for_its_groups(tmp_path: Path, kin
         path.write_text("prompt,completion,user\n" + "".join(f"{','.join(row.values())}\n" for row in rows))
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
-    found = prepare(path, eval_split="4", eval_group="user")
-    assert len(users_of(found.evaluation)) == 1
-    assert not users_of(found.train) & users_of(found.evaluation)
-    assert "not used" not in found.train.report.recognised
+    prepared = prepare(path, eval_split="4", eval_group="user")
+    assert len(users_of(prepared.evaluation)) == 1
+    assert not users_of(prepared.train) & users_of(prepared.evaluation)
+    assert "not used" not in prepared.train.report.recognised
     assert "not used: user" in prepare(path).train.report.recognised
 
 
@@ -170,17 +172,17 @@ def test_conversations_are_grouped_by_another_column(tmp_path: Path) -> None:
         }
         for number in range(30)
     ]
-    found = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="10", eval_group="id")
-    numbers = {int(text.split("user\n")[1].split("?")[0]) % 3 for text in texts(found.evaluation)}
+    prepared = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="10", eval_group="id")
+    numbers = {int(text.split("user\n")[1].split("?")[0]) % 3 for text in texts(prepared.evaluation)}
     assert len(numbers) == 1
-    assert len(texts(found.evaluation)) == 10
+    assert len(texts(prepared.evaluation)) == 10
 
 
 def test_rows_can_be_grouped_by_a_trained_column(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i % 10}: why? ", "completion": f"because {i}"} for i in range(40)]
-    found = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="25%", eval_group="prompt")
-    assert len(users_of(found.evaluation)) == 2
-    assert not users_of(found.train) & users_of(found.evaluation)
+    prepared = prepare(write_jsonl(tmp_path / "d.jsonl", rows), eval_split="25%", eval_group="prompt")
+    assert len(users_of(prepared.evaluation)) == 2
+    assert not users_of(prepared.train) & users_of(prepared.evaluation)
 
 
 def test_a_missing_group_column_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
@@ -239,18 +241,18 @@ def test_held_out_and_trained_rows_share_no_row_and_no_group(tmp_path: Path, see
         "on_long": str(chance.choice(["drop", "truncate"])),
         "mixing": str(chance.choice(["weights", "first_exhausted", "all_exhausted"])),
     }
-    found = prepare(
+    prepared = prepare(
         f"{paths[0]}*0.4", f"{paths[1]}*1.3", eval_group="user", max_length=16, accept_lost=True, seed=seed, **settings
     )
-    assert found.evaluation is not None
+    assert prepared.evaluation is not None
     sides = [
         (set(data.table.truncated_digest[data.selected]), set(data.table.group[data.selected]) - {NO_GROUP})
-        for data in (found.train, found.evaluation)
+        for data in (prepared.train, prepared.evaluation)
     ]
     assert all(rows_of_side for rows_of_side, _ in sides)
     assert not sides[0][0] & sides[1][0]
     assert not sides[0][1] & sides[1][1]
-    assert not set(texts(found.train)) & set(texts(found.evaluation))
+    assert not set(texts(prepared.train)) & set(texts(prepared.evaluation))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -274,9 +276,9 @@ def test_rows_that_differ_only_in_spelling_details_are_counted_and_named(tmp_pat
         {"prompt": "What is 5? ", "completion": "It is six."},
     ]
     held = write_jsonl(tmp_path / "held.jsonl", near)
-    found = prepare(path, eval_dataset=(str(held),))
-    assert found.evaluation is not None
-    assert (found.evaluation.report.near_duplicate_rows, found.train.report.near_duplicate_rows) == (2, None)
+    prepared = prepare(path, eval_dataset=(str(held),))
+    assert prepared.evaluation is not None
+    assert (prepared.evaluation.report.near_duplicate_rows, prepared.train.report.near_duplicate_rows) == (2, None)
     settings = DataSettings(dataset=(str(path),), eval_dataset=(str(held),))
     inspection = inspect_data(settings, TrainingSettings(), TEXT, num_previews=1)
     (trouble,) = [trouble for trouble in inspection.troubles if "held out" in trouble.kind]
@@ -292,9 +294,9 @@ def test_rows_that_are_not_fed_are_not_near_duplicates(tmp_path: Path) -> None:
     for on_long, count in (("truncate", 1), ("drop", 0)):
         if on_long == "drop":
             write_jsonl(held, [{"prompt": "c", "completion": "d"}])
-        found = prepare(path, max_length=32, on_long=on_long, **settings)
-        assert found.evaluation is not None
-        assert found.evaluation.report.near_duplicate_rows == count
+        prepared = prepare(path, max_length=32, on_long=on_long, **settings)
+        assert prepared.evaluation is not None
+        assert prepared.evaluation.report.near_duplicate_rows == count
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ NUM_ROWS = 20
 
 @pytest.fixture(autouse=True)
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a table that was kept, in a cache of its own."""
+    """The folder of a cached table, in a separate cache."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     write_tokens(KEY, fill)
     return tmp_path / "cache" / "data" / KEY
@@ -64,11 +64,11 @@ def row(number: int) -> TokenRow:
 
 
 def replace_tokens(table: Path, content: bytes) -> None:
-    """Put other tokens into a table, with a sum that fits."""
-    told = json.loads((table / ABOUT).read_text())
-    (table / TOKENS).unlink()  # what is open stays what it is
+    """Replace the tokens of a table, with a valid checksum."""
+    about = json.loads((table / ABOUT).read_text())
+    (table / TOKENS).unlink()  # an open file keeps its content
     (table / TOKENS).write_bytes(content)
-    (table / ABOUT).write_text(json.dumps({**told, CHECKSUM: hashlib.sha256(content).hexdigest()}))
+    (table / ABOUT).write_text(json.dumps({**about, CHECKSUM: hashlib.sha256(content).hexdigest()}))
 
 
 def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
@@ -77,9 +77,9 @@ def content_of(stored: StoredTokens | None) -> list[dict[str, object]]:
 
 
 def test_cached_tokens_are_loaded_as_written_and_private(table: Path) -> None:
-    found = content_of(load(KEY))
-    assert len(found) == NUM_ROWS
-    assert found[7]["input_ids"] == list(range(8))
+    rows = content_of(load(KEY))
+    assert len(rows) == NUM_ROWS
+    assert rows[7]["input_ids"] == list(range(8))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (table, table.parent, *table.iterdir())}
     assert modes == {table.name: 0o700, "data": 0o700, TOKENS: 0o600, ABOUT: 0o600, SKIPPED: 0o600}
 
@@ -99,10 +99,10 @@ def test_a_flipped_bit_in_the_tokens_is_detected(table: Path) -> None:
     whole = (table / TOKENS).read_bytes()
     expected = content_of(load(KEY))
     chance = random.Random(0)  # noqa: S311 - no secret
-    for place in chance.sample(range(len(whole)), 40):
+    for position in chance.sample(range(len(whole)), 40):
         changed = bytearray(whole)
-        changed[place] ^= 1 << chance.randrange(8)
-        (table / TOKENS).unlink()  # what is open stays what it is
+        changed[position] ^= 1 << chance.randrange(8)
+        (table / TOKENS).unlink()  # an open file keeps its content
         (table / TOKENS).write_bytes(changed)
         assert load(KEY) is None
     assert content_of(write_tokens(KEY, fill)) == expected
@@ -110,13 +110,13 @@ def test_a_flipped_bit_in_the_tokens_is_detected(table: Path) -> None:
 
 @pytest.mark.slow
 def test_damaged_tokens_with_a_valid_checksum_do_not_crash(table: Path) -> None:
-    """Whoever writes a table can write its sum: no place that the rows name may lie outside of the file."""
+    """A valid checksum proves nothing: no offset may point outside of the file."""
     whole = (table / TOKENS).read_bytes()
     chance = random.Random(0)  # noqa: S311 - no secret
     num_refused = 0
-    for place in chance.sample(range(len(whole)), 300):
+    for position in chance.sample(range(len(whole)), 300):
         changed = bytearray(whole)
-        changed[place] = chance.randrange(256)
+        changed[position] = chance.randrange(256)
         replace_tokens(table, bytes(changed))
         stored = load(KEY)
         num_refused += stored is None
@@ -144,9 +144,9 @@ def test_other_columns_are_rejected(table: Path) -> None:
     assert load(KEY) is None
 
 
-@pytest.mark.parametrize("told", ["", "[]", "{}", "7", "[" * 100_000, '{"sha256": 7}', "\0", '{"files": 7}'])
-def test_an_invalid_description_of_a_table_is_rejected(table: Path, told: str) -> None:
-    (table / ABOUT).write_text(told)
+@pytest.mark.parametrize("about", ["", "[]", "{}", "7", "[" * 100_000, '{"sha256": 7}', "\0", '{"files": 7}'])
+def test_an_invalid_description_of_a_table_is_rejected(table: Path, about: str) -> None:
+    (table / ABOUT).write_text(about)
     assert load(KEY) is None
 
 
