@@ -370,7 +370,7 @@ def test_on_fused_experts_only_what_peft_begins_by_itself_is_taken(tmp_path: Pat
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_what_was_lost_is_let_go_of_once_the_adapter_has_begun(llama: Path) -> None:
+def test_residuals_are_freed_once_the_adapter_is_initialized(llama: Path) -> None:
     lora = settings_of(init_lora_weights="loftq")
     silent = SilentReporter()
     loaded = load_planned(plan_load(asked_load(llama), silent), silent, lora=lora)

@@ -128,7 +128,7 @@ def test_keys_of_other_tools_name_the_same_weights(llama: Path, adapter: Path, k
         assert torch.equal(merged.tensors[name], value)
 
 
-def test_foreign_keys_are_counted_and_told_by_what_they_begin_with(adapter: Path, tmp_path: Path) -> None:
+def test_foreign_keys_are_counted_and_described_by_their_prefix(adapter: Path, tmp_path: Path) -> None:
     def foreign(state: State) -> State:
         return {f"transformer.blocks.{index}.{key}": torch.zeros(1) for key in state for index in range(200)}
 
@@ -208,7 +208,7 @@ def logits_of(model: PeftModel) -> torch.Tensor:
     return logits_of_merged(model)
 
 
-def test_a_grown_vocabulary_is_grown_without_a_tokenizer_too_and_said(llama: Path, tmp_path: Path) -> None:
+def test_an_extended_vocabulary_is_extended_without_a_tokenizer_too_with_a_note(llama: Path, tmp_path: Path) -> None:
     adapter, _ = written_with_ends(llama, tmp_path / "adapter", "grown to a multiple of 64")
     loaded = ours(adapter)
     grown = f"the embedding was extended from {ROWS:,} to {ROWS + 64:,} rows"
@@ -216,7 +216,7 @@ def test_a_grown_vocabulary_is_grown_without_a_tokenizer_too_and_said(llama: Pat
 
 
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
-def test_weights_of_the_base_that_a_tool_wrote_beside_take_their_places(
+def test_base_weights_in_an_adapters_file_replace_those_of_the_base(
     llama: Path, adapter: Path, method: str, tmp_path: Path
 ) -> None:
     """A norm, and a linear layer that may be stored quantized here."""
@@ -428,7 +428,7 @@ BEYOND: dict[str, tuple[object, str]] = {
 
 @pytest.mark.parametrize("key", BEYOND)
 @pytest.mark.parametrize("merges", [False, True])
-def test_what_a_config_names_and_is_not_there_is_told_by_its_key(
+def test_names_in_a_config_that_match_nothing_are_reported_with_the_key(
     adapter: Path, key: str, merges: bool, tmp_path: Path
 ) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -441,7 +441,7 @@ def test_what_a_config_names_and_is_not_there_is_told_by_its_key(
         assert BEYOND[key][1] in message
 
 
-def test_what_a_config_has_peft_import_is_left_out_and_said(
+def test_modules_that_a_config_would_import_are_ignored_with_a_note(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -490,7 +490,7 @@ def test_values_of_a_base_that_are_no_numbers_are_named(llama: Path, name: str, 
     assert "not finite (NaN or infinite)" in message
 
 
-def test_values_that_fp16_does_not_hold_are_said_to_be_so(llama: Path) -> None:
+def test_values_that_overflow_fp16_are_reported_as_such(llama: Path) -> None:
     model = plain(llama, torch.float16)
     model.get_parameter("model.norm.weight").data[3] = 1e5
     source = find_model(ModelSettings(name=str(llama)))

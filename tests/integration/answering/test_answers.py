@@ -238,7 +238,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_prompt_that_is_too_long_for_the_positions_says_how_much_room_there_is(base_model: Path) -> None:
+def test_a_prompt_that_exceeds_the_positions_is_reported_with_the_tokens_left(base_model: Path) -> None:
     with pytest.raises(ModelError, match=r"has 12 tokens, .* allows 501 more: .* the 512 positions") as caught:
         ask(base_model, AnswerSettings(max_new_tokens=501), prompt="hi")
     assert caught.value.hint == "Use --max-new-tokens 500, or a shorter prompt."
@@ -270,7 +270,7 @@ def test_a_chat_without_a_template_is_refused_with_the_way_out(tmp_path: Path) -
     assert "--chat-template chatml" in str(caught.value.hint)
 
 
-def test_without_a_template_the_prompt_is_continued_and_that_is_said(tmp_path: Path) -> None:
+def test_without_a_template_the_prompt_is_continued_with_a_note(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     heard = Recorder()
@@ -281,7 +281,7 @@ def test_without_a_template_the_prompt_is_continued_and_that_is_said(tmp_path: P
     assert [event for event in heard.events if isinstance(event, Noted) and "no chat template" in event.message]
 
 
-def test_a_gpu_without_room_for_an_answer_ends_with_exit_code_3(
+def test_a_gpu_without_memory_for_an_answer_ends_with_exit_code_3(
     base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def runs_out(*_: object, **__: object) -> None:
@@ -330,7 +330,7 @@ def answer_to(model: Path, messages: list[Message], **flags: object) -> str:
     return opened.answer(opened.sources[-1], encode(opened.loaded.tokenizer, messages)).text
 
 
-def test_a_turn_is_answered_with_all_that_was_said_before(ended: Ended) -> None:
+def test_a_turn_is_answered_in_the_context_of_earlier_turns(ended: Ended) -> None:
     chat = chat_with(asked_load(ended.run, **AS_TRAINED))
     (first,) = chat.ask("What is a list?", Ear())
     (second,) = chat.ask("And a tuple?", Ear())

@@ -113,7 +113,7 @@ def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained
         run_evaluation(trained.output, model__base_model=str(base))
 
 
-def test_the_base_beside_an_adapter_is_the_base_by_itself(trained: TrainResult, folder: Path) -> None:
+def test_the_base_of_an_adapter_is_evaluated_like_the_base_alone(trained: TrainResult, folder: Path) -> None:
     held_out = str(folder / "held-out.jsonl")
     beside = by_source(run_evaluation(trained.output))["base"]
     (alone,) = run_evaluation(ASSETS / "base", data__dataset=held_out, model__dtype="fp32").sources
@@ -138,7 +138,7 @@ def test_rows_that_a_run_drew_are_not_drawn_otherwise(merged_run: TrainResult, f
     assert "--dataset" in str(caught.value.hint)
 
 
-def test_held_out_data_that_changed_is_said(trained: TrainResult) -> None:
+def test_changed_held_out_data_is_noted(trained: TrainResult) -> None:
     recorder = Recorder()
     evaluation = run_evaluation(trained.output, recorder, data__loss_on="all")
     assert any("are not those of" in message for message in warnings_of(recorder))
@@ -156,7 +156,7 @@ def test_settings_of_the_run_decide_how_other_rows_are_read(trained: TrainResult
     assert sample.sources[0].num_rows == 5
 
 
-def test_rows_that_were_trained_are_said_to_be(trained: TrainResult, folder: Path) -> None:
+def test_training_rows_are_noted_as_such(trained: TrainResult, folder: Path) -> None:
     recorder = Recorder()
     evaluation = run_evaluation(trained.output, recorder, data__dataset=str(folder / "train.jsonl#3"))
     assert evaluation.is_training_data
@@ -295,7 +295,7 @@ def test_a_model_without_an_adapter_has_no_base(with_base: bool, folder: Path) -
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
-def test_a_base_that_the_adapter_changes_is_left_out_and_that_is_said(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_a_base_that_the_adapter_changes_is_skipped_with_a_note(kind: str, folder: Path, tmp_path: Path) -> None:
     adapter, recorder = save_changing(ASSETS / "base", tmp_path / "adapter", kind), Recorder()
     flags: dict[str, Any] = {"data__dataset": str(folder / "others.jsonl"), "quantization__method": "none"}
     found = run_evaluation(adapter, recorder, **flags)
@@ -315,7 +315,7 @@ def broken(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {**record, "settings": {**record["settings"], "data": {**record["settings"]["data"], "loss_on": "some"}}}
 
 
-def test_a_record_that_does_not_say_how_data_was_read_is_told_by_name(trained: TrainResult) -> None:
+def test_a_record_without_data_settings_is_reported_by_key(trained: TrainResult) -> None:
     run_file = trained.output / "run.json"
     whole = run_file.read_text()
     try:

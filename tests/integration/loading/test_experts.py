@@ -268,7 +268,7 @@ def test_int8_of_experts_is_refused_with_the_bytes_it_would_hide(checkpoint: Pat
     assert "--quant nf4" in said
 
 
-def test_int8_beside_experts_that_are_kept_knowingly(qwen3_moe: Path) -> None:
+def test_int8_with_experts_that_stay_unquantized_on_purpose(qwen3_moe: Path) -> None:
     loaded = load(qwen3_moe, quantization__method="int8", quantization__skip_modules="experts")
     experts = {entry for entry in loaded.inventory.entries if entry.kind == "experts"}
     assert {(entry.why_not, entry.dtype) for entry in experts} == {("as asked", "float32")}

@@ -67,7 +67,7 @@ def test_a_value_that_is_not_finite_is_named_however_quiet_transformers_is(
     assert "of one version" not in message
 
 
-def test_a_value_that_8_bit_has_no_room_for_is_told_from_one_that_is_not_finite(tmp_path: Path) -> None:
+def test_a_value_that_overflows_8_bit_is_distinguished_from_one_that_is_not_finite(tmp_path: Path) -> None:
     tensor = torch.ones(128, 64, dtype=torch.bfloat16)
     tensor[77, 33] = 131072.0
     model = changed(tmp_path / "model", WEIGHT, tensor)
@@ -83,7 +83,7 @@ def test_modules_to_skip_that_match_nothing_are_an_error_that_names_the_layers(t
     assert "down_proj" in message
 
 
-def test_the_compute_dtype_that_is_told_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_reported_compute_dtype_is_the_requested_one(tmp_path: Path) -> None:
     report = load(save_model(tmp_path / "model"), quantization__compute_dtype="bf16").report()
     assert (report.compute_dtype, report.compute_dtype_reason) == ("bf16", "as asked")
 

@@ -124,7 +124,7 @@ def test_a_flag_wins_over_what_the_run_was_trained_with(ended: Ended) -> None:
     assert not torch.equal(logits(nf4.model).float(), ended.logits)
 
 
-def test_a_flag_that_differs_from_the_run_is_said_and_one_that_agrees_is_not(ended: Ended) -> None:
+def test_only_a_flag_that_differs_from_the_run_is_reported(ended: Ended) -> None:
     heard = Recorder()
     plan_load(asked_load(ended.path, quantization__method="nf4", quantization__double_quant=False), heard)
     said = [event.message for event in heard.events if isinstance(event, Noted) and event.level == "warning"]

@@ -201,7 +201,9 @@ def test_it_is_a_quarter_of_the_16_bit_model_where_the_embedding_does_not_domina
     assert 3.5 < weights / quantized < 3.88
 
 
-def test_beside_it_stands_where_it_came_from_and_how(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
+def test_a_note_with_source_and_settings_is_written_next_to_the_model(
+    run_qlora: RunQlora, base_model: Path, tmp_path: Path
+) -> None:
     flags = ("--device", "cpu", "--quant", "fp4", "--no-double-quant", "--dtype", "fp32")
     done = run_qlora("load", base_model, *flags, "--save", tmp_path / "saved")
     assert done.code == 0, done.stderr
@@ -326,7 +328,7 @@ def test_a_link_to_an_empty_directory_stays_one(base_model: Path, tmp_path: Path
     assert base_digest(load(link).model) == base_digest(load(base_model).model)
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load(base_model)

@@ -121,7 +121,7 @@ def test_buffers_of_its_own_in_the_file_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_layers_that_predict_ahead_are_not_loaded_and_it_is_said(family: str, tmp_path: Path) -> None:
+def test_prediction_layers_are_not_loaded_with_a_note(family: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, family, num_nextn_predict_layers=1)
     before = logits(load(model, quantization__method="none").base)
     layer = {

@@ -77,16 +77,16 @@ def test_a_model_with_nothing_to_quantize_is_refused_by_its_config(tmp_path: Pat
     assert caught.value.hint == "Leave nf4 out of --format."
 
 
-def test_experts_that_transformers_can_not_load_are_told(tmp_path: Path) -> None:
+def test_experts_that_transformers_can_not_load_are_noted(tmp_path: Path) -> None:
     [note] = check("mixtral", tmp_path)
     assert "needs qlora" in note
 
 
-def test_layers_that_stay_in_16_bit_are_told_with_the_reason(tmp_path: Path) -> None:
+def test_layers_that_stay_in_16_bit_are_noted_with_the_reason(tmp_path: Path) -> None:
     [note] = check("falcon_h1", tmp_path)
     assert "not all layers" in note
     assert "state-space" in note
 
 
-def test_of_a_plain_model_nothing_is_said(tmp_path: Path) -> None:
+def test_a_plain_model_has_no_notes(tmp_path: Path) -> None:
     assert check("llama", tmp_path) == ()

@@ -120,7 +120,7 @@ def test_a_pickle_is_the_same(adapter: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
 @pytest.mark.parametrize("base", ["llama", "tied"])
-def test_an_embedding_that_was_saved_beside_and_is_that_of_the_base_changes_nothing(
+def test_a_saved_embedding_equal_to_that_of_the_base_changes_nothing(
     base: str, targets: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     checkpoint: Path = request.getfixturevalue(base)
@@ -247,7 +247,7 @@ def test_the_same_twice_at_half_is_the_same(adapter: Path, tmp_path: Path) -> No
     assert_same(halves.tensors, merge(adapter, output=tmp_path / "whole").tensors)
 
 
-def test_of_what_was_trained_whole_there_is_no_half(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_modules_trained_whole_can_not_be_weighted(llama: Path, adapter: Path, tmp_path: Path) -> None:
     whole = save(on_plain(llama, config_of(modules_to_save=["lm_head"])), tmp_path / "whole")
     assert "was trained whole" in refused(whole, weights=(0.5,))
     assert "was trained whole" in refused(whole, whole)

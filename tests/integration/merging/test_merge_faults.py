@@ -335,7 +335,7 @@ def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
 
 # In the weights, written by us, and in the tokenizer, written by a library that has an error of its own.
 @pytest.mark.parametrize("leave_bytes", [1 << 20, 7_130_000])
-def test_a_disk_that_fills_up_is_told_and_left_as_it_was(
+def test_a_disk_that_fills_up_is_reported_and_nothing_is_left(
     run: Path, small_disk: Path, leave_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -39,7 +39,7 @@ def test_an_adapter_and_its_base_come_from_the_hub_at_their_commits(
     assert generation["max_new_tokens"] == 7  # as at that commit only
 
 
-def test_offline_an_adapter_that_was_never_downloaded_is_told_so(tmp_path: Path) -> None:
+def test_offline_an_adapter_that_was_never_downloaded_is_reported(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE=1 keeps the hub from being asked" in refused("owner/lora", "--output", tmp_path / "out")
 
 

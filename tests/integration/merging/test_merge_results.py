@@ -161,7 +161,9 @@ def test_the_card_says_what_it_is_made_of_and_how_it_was_verified(
     assert f"over {found['num_tokens']} tokens: mean KL divergence {found['mean_kl']:.2g} nats" in rows["verified"]
 
 
-def test_the_record_holds_what_the_command_said_and_no_path(run: Path, model: Path, result: dict[str, Any]) -> None:
+def test_the_record_holds_the_result_of_the_command_without_paths(
+    run: Path, model: Path, result: dict[str, Any]
+) -> None:
     record = read(model / "merge.json")
     for key in ("verification", "base", "base_choice", "num_tensors", "num_merged_tensors", "dtype", "commit"):
         assert record[key] == result[key]
@@ -286,7 +288,7 @@ def test_a_converter_that_fails_ends_with_1_and_leaves_the_model_under_a_name_th
     assert AutoModelForCausalLM.from_pretrained(kept).num_parameters() > 3_000_000
 
 
-def test_what_is_missing_for_a_format_is_said_before_anything_is_merged(
+def test_missing_dependencies_of_a_format_are_reported_before_anything_is_merged(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
@@ -323,7 +325,7 @@ def test_a_model_that_can_not_be_compared_for_want_of_memory_is_kept(
     assert not (other / "merged").exists()
 
 
-def test_too_little_memory_for_one_layer_is_told_before_anything_is_written(
+def test_too_little_memory_for_one_layer_is_reported_before_anything_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = copy_run(run, tmp_path / "copy")

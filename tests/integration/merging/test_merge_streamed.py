@@ -122,7 +122,7 @@ def test_a_sum_that_peft_cannot_run_is_not_called_verified(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["layers", "whole", "experts"])
-def test_several_adapters_beside_a_base_are_the_sum_of_what_they_do(kind: str, tmp_path: Path) -> None:
+def test_several_adapters_on_a_base_are_the_sum_of_their_effects(kind: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "qwen3_moe", vocab_size=3072)
     adapters = adapters_of(kind, base, tmp_path)
     weights = (0.5, 1.0) if kind == "whole" else (0.5, -1.25)

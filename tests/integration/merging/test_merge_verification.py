@@ -42,7 +42,7 @@ def failed(run: Path, *arguments: str) -> str:
     return message
 
 
-def test_a_right_merge_of_it_passes_with_room_to_spare(gentle: Path, tmp_path: Path) -> None:
+def test_a_right_merge_passes_by_a_wide_margin(gentle: Path, tmp_path: Path) -> None:
     found = merged(copy_run(gentle, tmp_path / "copy"))["verification"]
     assert found["passed"]
     assert 0 <= found["unrounded"]["mean_kl"] < found["max_unexplained"] / 100
@@ -178,7 +178,7 @@ def coarse(run: Path) -> Path:
     return adapter
 
 
-def test_a_right_merge_that_rounding_moves_far_passes_and_the_dtype_that_rounds_less_is_told(
+def test_a_right_merge_with_large_rounding_passes_and_a_more_precise_dtype_is_suggested(
     gentle: Path, tmp_path: Path
 ) -> None:
     adapter = coarse(copy_run(gentle, tmp_path / "copy"))
@@ -203,7 +203,7 @@ def scaled(tensors: Tensors, ends: tuple[str, ...], factor: float) -> Tensors:
     return {name: value * factor if any(end in name for end in ends) else value for name, value in tensors.items()}
 
 
-def test_where_the_range_of_fp16_is_too_small_fp32_is_told(gentle: Path, tmp_path: Path) -> None:
+def test_fp32_is_suggested_if_the_range_of_fp16_is_too_small(gentle: Path, tmp_path: Path) -> None:
     """A weight beyond the range, and others smaller for it: the model computes the same."""
     adapter = coarse(copy_run(gentle, tmp_path / "copy"))
     file = adapter.parent / "base" / "model.safetensors"
@@ -231,7 +231,7 @@ def told_by(*command: str | Path) -> str:
     return done.stderr
 
 
-def test_a_merged_model_of_another_adapter_is_told(gentle: Path, tmp_path: Path) -> None:
+def test_a_merged_model_of_another_adapter_is_reported(gentle: Path, tmp_path: Path) -> None:
     run = copy_run(gentle, tmp_path / "copy")
     merged(run, "--base", "original", "--no-verify")
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "What is a list?", "completion": "A sequence."}] * 2)

@@ -120,7 +120,7 @@ def test_an_adapter_that_can_not_begin_as_asked_is_found_before_work(
     assert "principal components" in str(refused(train_settings(model, rows, tmp_path / "run", **asked), cache))
 
 
-def test_all_that_is_wrong_is_told_together(
+def test_all_problems_are_reported_together(
     model: Path, rows: Path, others: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -137,7 +137,7 @@ def test_all_that_is_wrong_is_told_together(
 @pytest.mark.parametrize(
     "setting", ["lora.target_modules", "lora.target_parameters", "lora.modules_to_save", "lora.rank_pattern"]
 )
-def test_a_name_that_matches_nothing_is_told_with_the_columns_and_by_its_setting(
+def test_a_name_that_matches_nothing_is_reported_with_the_columns_and_its_setting(
     model: Path, rows: Path, cache: Path, tmp_path: Path, setting: str
 ) -> None:
     value = "no=3" if setting.endswith("pattern") else "no"
@@ -147,7 +147,7 @@ def test_a_name_that_matches_nothing_is_told_with_the_columns_and_by_its_setting
     assert [problem.where for problem in error.problems] == ["data.columns", setting]
 
 
-def test_what_is_wrong_with_the_model_is_told_with_what_is_wrong_with_the_data(
+def test_problems_of_the_model_are_reported_with_those_of_the_data(
     model: Path, others: Path, cache: Path, tmp_path: Path
 ) -> None:
     (model / "tokenizer.json").write_text("{}")
@@ -164,7 +164,7 @@ def test_what_is_wrong_with_the_model_is_told_with_what_is_wrong_with_the_data(
         (["--output", "{others}"], ["--output", "--dataset"]),
     ],
 )
-def test_a_name_that_is_wrong_is_told_with_the_columns_that_are(
+def test_a_wrong_name_is_reported_with_wrong_columns(
     model: Path, others: Path, tmp_path: Path, flags: list[str], wrong: list[str]
 ) -> None:
     usual = {"--model": str(model), "--dataset": str(others), "--output": str(tmp_path / "run")}
@@ -202,7 +202,7 @@ def test_weights_that_are_cut_short_are_found_by_their_header(
     assert isinstance(refused(train_settings(model, rows, tmp_path / "run"), cache), ModelError)
 
 
-def test_room_for_the_checkpoints_is_known_before_work(
+def test_space_for_the_checkpoints_is_checked_before_work(
     model: Path, rows: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -219,7 +219,7 @@ def test_a_cache_that_can_not_be_made_is_found_before_work(
     assert "QLORA_CACHE" in str(error.hint)
 
 
-def test_a_download_that_does_not_fit_is_told_with_what_else_is_wrong_before_work(
+def test_a_download_that_does_not_fit_is_reported_with_other_problems_before_work(
     run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], rows: Path, cache: Path, tmp_path: Path
 ) -> None:
     hub.claimed_bytes[WEIGHTS] = shutil.disk_usage(tmp_path).free + 1024**3

@@ -13,7 +13,7 @@ from tests.conftest import Recorder, train_settings, write_jsonl
 from tests.integration.training.test_training_faults import messages
 
 
-def test_a_held_out_loss_that_is_no_number_is_said_and_never_the_best(
+def test_a_held_out_loss_that_is_not_finite_is_reported_and_never_the_best(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [messages(f"What is {n}?", "bad " * 80) for n in range(3)])

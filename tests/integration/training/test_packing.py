@@ -91,7 +91,7 @@ def test_what_may_be_packed_is_trained_as_if_alone(family: str, kernel: str) -> 
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), capacity=st.integers(100, 150))
-def test_every_row_is_in_one_packed_row_that_has_room_for_it(lengths: list[int], capacity: int) -> None:
+def test_every_row_is_in_one_packed_row_that_it_fits_into(lengths: list[int], capacity: int) -> None:
     bins = best_fit(np.array(lengths), capacity)
     assert sorted(row for places in bins for row in places) == list(range(len(lengths)))
     sums = [sum(lengths[row] for row in places) for places in bins]
@@ -100,7 +100,7 @@ def test_every_row_is_in_one_packed_row_that_has_room_for_it(lengths: list[int],
     assert len(bins) <= 11 / 9 * -(-sum(lengths) // capacity) + 4 + sum(2 * length > capacity for length in lengths)
 
 
-def test_the_fullest_row_with_room_is_taken() -> None:
+def test_the_fullest_row_that_fits_is_chosen() -> None:
     assert best_fit(np.array([6, 5, 4, 3, 2]), 10) == [[0, 2], [1, 3, 4]]
 
 

@@ -200,7 +200,7 @@ def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path) 
     assert entry["step"] == 5
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
@@ -322,9 +322,7 @@ def test_a_checkpoint_can_be_named_and_goes_on_elsewhere(
         train(train_settings(base_model, rows, tmp_path / "new", **EXACT, output__resume=str(tmp_path)), Recorder())
 
 
-def test_a_run_that_never_came_to_a_checkpoint_begins_anew(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
-) -> None:
+def test_a_run_without_a_checkpoint_restarts(base_model: Path, rows: Path, tmp_path: Path, whole: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     for path in ("adapter", "checkpoints"):
         shutil.rmtree(tmp_path / "run" / path)
@@ -497,7 +495,7 @@ def test_without_a_checkpoint_other_settings_may_be_tried(base_model: Path, rows
     assert result.steps == 13
 
 
-def test_a_record_that_cannot_be_read_is_said(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_record_that_can_not_be_read_is_reported(base_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
     stopped_at(settings, 2)
     (tmp_path / "run" / "run.json").write_text('{"status": "run')

@@ -241,7 +241,7 @@ class Inner(TrainerCallback):
         ("end", ["begin", "log", "log", "end"]),
     ],
 )
-def test_a_tracker_that_fails_is_told_of_once_and_left_behind(fails_in: str | None, told: list[str]) -> None:
+def test_a_failing_tracker_is_reported_once_and_dropped(fails_in: str | None, told: list[str]) -> None:
     inner, recorder = Inner(fails_in), Recorder()
     tracker = Tracker(ReportTo.WANDB, inner, recorder)
     args: Any = SimpleNamespace()

@@ -17,7 +17,7 @@ def refuse(*_: object, **__: object) -> None:
     raise ValueError("the pad token is none of the vocabulary")
 
 
-def test_what_trl_refuses_is_said_in_one_message(
+def test_what_trl_refuses_is_reported_in_one_message(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trl.SFTTrainer, "__init__", refuse)

@@ -217,7 +217,7 @@ def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Pa
     assert len([event for event in recorder.events if isinstance(event, CheckpointSaved)]) == 3
 
 
-def test_plan_predicts_the_steps_that_epochs_come_to(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_plan_predicts_the_steps_of_the_epochs(base_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(
         base_model,
         rows,
@@ -268,7 +268,7 @@ def test_checkpointing_changes_memory_not_results(base_model: Path, rows: Path, 
     assert adapter_digest(tmp_path / "on") == adapter_digest(tmp_path / "off")
 
 
-def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None:
+def test_truncated_and_dropped_rows_are_reported(base_model: Path, tmp_path: Path) -> None:
     data = write_jsonl(
         tmp_path / "d.jsonl",
         [
@@ -287,7 +287,7 @@ def test_cut_and_dropped_rows_are_said(base_model: Path, tmp_path: Path) -> None
     assert any("1 row without a token to train" in message for message in warnings)
 
 
-def test_a_disk_that_fills_up_is_said_and_keeps_what_is_complete(
+def test_a_disk_that_fills_up_is_reported_and_complete_files_are_kept(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors import SafetensorError

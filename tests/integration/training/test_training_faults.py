@@ -102,7 +102,7 @@ def test_the_state_that_is_kept_goes_on_exactly(base_model: Path, bad_row: Path,
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_step_is_skipped_whole_and_said(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
+def test_a_step_is_skipped_as_a_whole_and_reported(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     changed = {**ORDERED, "training__on_nan": "skip"}
     prepared = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **changed), recorder)
@@ -376,7 +376,7 @@ def test_an_adapter_that_learnt_nothing_is_a_failed_run(base_model: Path, rows: 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_target_that_the_model_never_calls_is_said_and_no_failure(
+def test_a_target_that_the_model_never_calls_is_reported_and_not_an_error(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
@@ -409,7 +409,7 @@ def test_what_was_saved_is_held_against_what_was_trained(base_model: Path, rows:
         check_saved(prepared.model, adapter, prepared.loaded)
 
 
-def test_memory_that_was_predicted_otherwise_is_told_with_what_it_is_for(
+def test_memory_that_differs_from_the_prediction_is_reported_with_its_consumers(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", training__micro_batch_size=4)

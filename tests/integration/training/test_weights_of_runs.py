@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_its_base_under_another_name(tmp_path: Path, rows: Pa
         train(train_settings(tmp_path / "run" / "adapter", rows, tmp_path / "run", **changed), Recorder())
 
 
-def test_another_base_than_that_of_the_run_is_said(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_base_that_differs_from_that_of_the_run_is_reported(base_model: Path, rows: Path, tmp_path: Path) -> None:
     train(train_settings(base_model, rows, tmp_path / "run", training__max_steps=1), Recorder())
     other = Path(shutil.copytree(base_model, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")

@@ -340,7 +340,7 @@ def test_a_change_that_is_refused_is_skipped_alone_and_in_combinations() -> None
         assert flag not in nearest.flags
 
 
-def test_where_every_change_is_refused_there_is_none() -> None:
+def test_no_suggestion_is_made_if_every_change_is_refused() -> None:
     assert suggestions_for(FULL, card(7 * GIB), Asker(lambda _: True)) == ()
 
 

@@ -127,7 +127,7 @@ def test_labels_keep_their_distance_and_stay_within(heights: list[float]) -> Non
     assert (crowd[0], crowd[-1]) == pytest.approx((0, 1))
 
 
-def test_more_lines_than_colours_are_still_told_apart() -> None:
+def test_more_lines_than_colours_are_still_distinguishable() -> None:
     points = tuple(sweep_point(max_length=512, micro_batch_size=rows) for rows in range(1, 13))
     figure = draw(replace(REPORT, sweep=points), ())
     colors = {line.get_color() for line in figure.axes[0].get_lines() if line.get_marker() == "o"}

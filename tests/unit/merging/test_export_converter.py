@@ -70,7 +70,7 @@ def test_a_name_goes_before_the_environment_and_that_before_the_path(
     assert find_converter(named.parent).script == named
 
 
-def test_a_link_is_followed_because_its_modules_lie_beside_the_script(tmp_path: Path) -> None:
+def test_a_link_is_followed_because_modules_are_next_to_the_script(tmp_path: Path) -> None:
     path = script(tmp_path / "llama.cpp")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / SCRIPT).symlink_to(path)

@@ -134,7 +134,7 @@ def test_without_a_chat_template_prompts_are_passed_on(model: Path, tmp_path: Pa
     assert "no chat template" in notes(recorder)
 
 
-def test_a_template_that_takes_no_system_message_is_told(model: Path, tmp_path: Path) -> None:
+def test_a_template_without_a_system_message_is_noted(model: Path, tmp_path: Path) -> None:
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refuses + template, encoding="utf-8")
@@ -194,7 +194,7 @@ def test_an_architecture_that_ollama_does_not_import_is_warned_about(model: Path
     assert not notes(again)
 
 
-def test_one_that_it_imports_is_noted_for_what_versions_make_of_it(model: Path, tmp_path: Path) -> None:
+def test_an_imported_architecture_is_noted_to_depend_on_the_version(model: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     write_modelfile(model, tmp_path / "Modelfile", source=".", reporter=recorder)
     assert "versions of Ollama import different" in notes(recorder, "info")

@@ -79,7 +79,7 @@ def test_slices_are_converted_alone_as_within_the_whole(
             assert all(torch.equal(value, tensors[key]) for key, value in back.items())
 
 
-def test_what_no_parameter_is_made_of_is_told() -> None:
+def test_unexpected_tensors_are_listed() -> None:
     model = build_on_meta(tiny_config("llama"), torch.float32)
     names = [*dict(model.named_parameters()), "vision_tower.weight"]
     assert read_conversions(model, names).unexpected == ("vision_tower.weight",)

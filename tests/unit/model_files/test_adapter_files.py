@@ -143,7 +143,7 @@ def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
 IGNORED = {"megatron_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}, "from_elsewhere": 5}
 
 
-def test_an_adapter_is_loaded_by_the_keys_on_the_list_alone_and_the_others_are_said(tmp_path: Path) -> None:
+def test_only_listed_keys_of_an_adapter_are_used_and_the_others_are_noted(tmp_path: Path) -> None:
     content = {**GOOD, **IGNORED, "megatron_core": "megatron.core", "auto_mapping": None}
     config = read_adapter_config(write(tmp_path, content))
     assert config.used == GOOD
@@ -152,13 +152,13 @@ def test_an_adapter_is_loaded_by_the_keys_on_the_list_alone_and_the_others_are_s
     assert note.startswith(f"{tmp_path / ADAPTER_CONFIG}: from_elsewhere, megatron_config, runtime_config ignored: ")
 
 
-def test_every_key_of_peft_is_on_the_list_or_left_out_on_purpose() -> None:
+def test_every_key_of_peft_is_listed_or_ignored_on_purpose() -> None:
     of_a_beginning = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
     on_purpose = {"auto_mapping", "megatron_config", "megatron_core", "runtime_config", *of_a_beginning}
     assert {one.name for one in fields(LoraConfig)} - USED_KEYS == on_purpose
 
 
-def test_every_key_that_is_taken_has_a_type_and_a_test_of_it() -> None:
+def test_every_used_key_has_a_type_and_a_test() -> None:
     assert AdapterConfig.model_fields.keys() >= USED_KEYS
     assert USED_KEYS - {"peft_type"} == WRONG_TYPES.keys()
 
@@ -176,17 +176,17 @@ def test_initializations_are_those_that_peft_documents() -> None:
     assert names <= set(INITIALIZATIONS)
 
 
-def test_no_invocation_tokens_are_none(tmp_path: Path) -> None:
+def test_empty_invocation_tokens_are_omitted(tmp_path: Path) -> None:
     config = read_adapter_config(write(tmp_path, {**GOOD, "alora_invocation_tokens": []}))
     assert "alora_invocation_tokens" not in config.used
 
 
-def test_nothing_is_said_of_a_config_as_peft_writes_it(tmp_path: Path) -> None:
+def test_a_config_written_by_peft_has_no_notes(tmp_path: Path) -> None:
     LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="base").save_pretrained(tmp_path)
     assert list(notes_on_ignored_keys([tmp_path])) == []
 
 
-def test_a_base_is_not_repeated_more_often_than_anyone_does(tmp_path: Path) -> None:
+def test_layer_replication_is_limited(tmp_path: Path) -> None:
     size = LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=8)
     with torch.device("meta"):
         base = LlamaForCausalLM(size)

@@ -215,7 +215,7 @@ def test_an_index_that_points_out_of_its_directory_is_refused(tmp_path: Path, fi
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
-def test_an_index_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX).write_text(content)
     assert INDEX in message_of(tmp_path)
 
@@ -255,6 +255,6 @@ def test_a_pickle_index_is_checked_like_any_other(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path, allow_pickle=True).total_bytes == 8
 
 
-def test_other_safetensors_than_a_model_are_said_to_be_others(tmp_path: Path) -> None:
+def test_safetensors_files_that_are_not_a_model_are_reported(tmp_path: Path) -> None:
     save_file({"w": np.zeros(1, np.float32)}, tmp_path / "consolidated.safetensors")
     assert "has consolidated.safetensors, but neither" in message_of(tmp_path)

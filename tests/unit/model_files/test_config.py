@@ -94,7 +94,7 @@ CHOICES: dict[str, object] = {
 
 @pytest.mark.parametrize("key", CHOICES)
 @pytest.mark.parametrize("model_type", ["llama", "gemma3"])
-def test_kernels_files_and_devices_that_a_config_names_are_left_out_and_said(
+def test_kernels_files_and_devices_in_a_config_are_ignored_and_noted(
     tmp_path: Path, model_type: str, key: str
 ) -> None:
     content = {"model_type": model_type, key: CHOICES[key]}
@@ -109,7 +109,7 @@ def test_kernels_files_and_devices_that_a_config_names_are_left_out_and_said(
 
 @pytest.mark.parametrize("value", ["x", "nan", "1.5", "", None, 5, [], {}, "-inf", {"__float__": "NaN"}])
 @pytest.mark.parametrize("nest", [lambda value: value, lambda value: {"a": [1, value]}], ids=["plain", "nested"])
-def test_a_float_by_name_that_is_none_is_named_by_its_key(nest: Callable[[Any], Any], value: object) -> None:
+def test_an_invalid_named_float_is_reported_with_its_key(nest: Callable[[Any], Any], value: object) -> None:
     content = {**tiny_config("llama").to_dict(), "rope_theta": nest({"__float__": value})}
     with pytest.raises(ModelError, match=r"rope_theta is .*__float__ must be one of NaN, Infinity, -Infinity"):
         config_from("tiny", content)

@@ -105,7 +105,7 @@ def test_a_vocabulary_of_sentencepiece_larger_than_any_is_not_read(tmp_path: Pat
     check_tokenizer_files(tmp_path)  # whose library says what is wrong with it
 
 
-def test_other_files_beside_a_model_may_be_of_any_size(tmp_path: Path) -> None:
+def test_other_files_next_to_a_model_may_have_any_size(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     for name in ("rows.json", "trainer_state.json", "README.md"):
         (model / name).touch()

@@ -11,7 +11,7 @@ CASES = [(dtype, bad) for dtype in INFINITE for bad in (NAN, float("inf"), float
 
 
 @pytest.mark.parametrize(("dtype", "bad"), [*CASES, (torch.float8_e4m3fn, NAN)], ids=str)
-def test_one_value_that_is_no_number_is_found(dtype: torch.dtype, bad: float) -> None:
+def test_a_single_value_that_is_not_finite_is_detected(dtype: torch.dtype, bad: float) -> None:
     values = torch.ones(3, 5)
     assert is_finite(values.to(dtype))
     values[1, 2] = bad

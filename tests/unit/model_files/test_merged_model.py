@@ -32,7 +32,7 @@ def source_of(run: RunDirectory, adapter: Path) -> ModelSource:
         ({}, None),
     ],
 )
-def test_of_several_formats_it_is_the_one_that_is_not_quantized_again(
+def test_of_several_formats_the_one_that_is_not_requantized_is_chosen(
     tmp_path: Path, written: dict[str, dict[str, object] | None], found: str | None
 ) -> None:
     run = RunDirectory(tmp_path)

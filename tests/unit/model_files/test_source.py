@@ -73,7 +73,7 @@ def test_a_local_model_is_its_own_base(tmp_path: Path) -> None:
     assert (source.adapter, source.run_quantization, source.commit, source.revision) == (None, None, None, None)
 
 
-def test_what_is_no_model_is_said_at_once(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_reported_at_once(tmp_path: Path) -> None:
     assert "no such directory" in problem_of(tmp_path / "none")
     (tmp_path / "file").write_text("")
     assert "is a file" in problem_of(tmp_path / "file")
@@ -112,7 +112,7 @@ def test_the_base_of_an_adapter_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_model(settings(adapter)).tokenizer_path == adapter
 
 
-def test_a_base_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
+def test_a_missing_base_is_reported_with_the_searched_paths(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base="../gone")
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(settings(adapter))
@@ -181,7 +181,7 @@ def test_a_run_without_an_adapter_or_a_record_is_refused(tmp_path: Path) -> None
     assert "has no weights yet: no adapter, and no undamaged checkpoint" in problem_of(run)
 
 
-def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path) -> None:
+def test_code_from_another_repository_is_not_trusted(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", auto_map={"AutoModelForCausalLM": "other/repo--modeling.Model"})
     assert find_model(settings(model)).path == model  # nothing is run
     with pytest.raises(ModelError, match=r"takes modeling\.Model from another repository, other/repo"):
@@ -196,7 +196,7 @@ def test_code_of_another_repository_is_not_trusted_with_this_one(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "./" + "a/" * 5000, "a\0b"])
-def test_a_name_that_can_be_no_file_is_a_model_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_a_name_that_can_not_be_a_path_is_a_missing_model(tmp_path: Path, name: str) -> None:
     assert "no model at" in problem_of(name)
     adapter = write_adapter(tmp_path / "adapter", base=name)
     with pytest.raises(ModelNotFoundError, match="which does not exist"):
@@ -228,7 +228,7 @@ def test_a_record_of_a_run_that_names_no_base_is_refused(tmp_path: Path) -> None
         find_model(settings(run))
 
 
-def test_code_of_another_repository_in_an_adapter_is_not_trusted_either(tmp_path: Path) -> None:
+def test_code_from_another_repository_in_an_adapter_is_not_trusted_either(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
     (adapter / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "evil/repo--tok.Own"]}}')
     assert find_model(settings(adapter)).adapter == adapter  # nothing is run
@@ -263,7 +263,7 @@ def put_in_place(file: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
-def test_what_is_in_the_place_of_a_base_s_weights_and_no_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_base_whose_weights_are_not_a_regular_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     (base / "model.safetensors").unlink()
     put_in_place(base / name, kind)
@@ -275,7 +275,7 @@ def test_what_is_in_the_place_of_a_base_s_weights_and_no_file_is_named(name: str
 
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "tokenizer.json"])
-def test_what_is_in_the_place_of_an_adapter_s_file_and_no_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_adapter_whose_files_are_not_regular_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
     if name.startswith("adapter_model"):
         (adapter / "adapter_model.safetensors").unlink()
@@ -283,7 +283,7 @@ def test_what_is_in_the_place_of_an_adapter_s_file_and_no_file_is_named(name: st
     assert problem_of(adapter, allow_pickle=True) == f"{adapter / name} can't be read: {NO_FILES[kind]}"
 
 
-def test_a_link_to_nothing_beside_the_weights_that_are_read_is_none_of_our_business(tmp_path: Path) -> None:
+def test_a_dangling_link_next_to_the_weights_is_ignored(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     put_in_place(base / "pytorch_model.bin", "a link to nothing")
     assert check_model_name(settings(base, allow_pickle=True)) is None

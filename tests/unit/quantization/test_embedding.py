@@ -77,7 +77,7 @@ def test_growing_takes_no_more_than_a_second_embedding() -> None:
     torch.testing.assert_close(embedding_of(model).weight[4096:].double(), mean.expand(4, -1))
 
 
-def test_room_to_grow_is_part_of_what_a_model_needs() -> None:
+def test_memory_for_an_extended_vocabulary_is_included() -> None:
     model = build_on_meta(tiny_config("llama", vocab_size=65_536), torch.bfloat16)
     layout = plan_layout(model, QuantizationSettings(), torch.bfloat16, device=torch.device("cpu"))
     assert needed_bytes(layout, grows=True) == layout.inventory.total_bytes + 65_536 * 64 * 2

@@ -347,7 +347,7 @@ def test_codes_are_in_the_dtype_that_holds_them(
 
 
 @pytest.mark.parametrize("method", list(Quantization))
-def test_beside_the_model_there_is_at_most_one_weight_before_it_is_quantized(
+def test_at_most_one_unquantized_weight_is_in_memory_with_the_model(
     llama: PreTrainedModel, method: Quantization
 ) -> None:
     largest = 14336 * 4096
@@ -363,7 +363,7 @@ def test_beside_the_model_there_is_at_most_one_weight_before_it_is_quantized(
 
 
 @pytest.mark.parametrize("method", ["nf4", "none"])
-def test_unquantized_experts_are_put_together_beside_their_parts(method: str) -> None:
+def test_unquantized_experts_are_assembled_while_their_parts_are_in_memory(method: str) -> None:
     largest = 128 * 2 * 768 * 2048
     layout = plan(shapes_of(QWEN_3_30B_A3B), method=method, skip_modules=("experts",) if method == "nf4" else None)
     assert layout.transient_bytes == 2 * largest

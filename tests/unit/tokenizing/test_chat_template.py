@@ -34,7 +34,7 @@ def render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("own", [None, OWN, {"default": OWN, "tool_use": TOOLS}])
-def test_without_a_wish_the_tokenizer_keeps_what_it_has(tokenizer: PreTrainedTokenizerBase, own: Any) -> None:
+def test_without_a_choice_the_tokenizer_keeps_its_template(tokenizer: PreTrainedTokenizerBase, own: Any) -> None:
     tokenizer.chat_template = own
     assert choose_chat_template(tokenizer, None) == []
     assert tokenizer.chat_template == own
@@ -51,7 +51,7 @@ def test_a_template_is_chosen_by_name_from_those_saved_with_the_tokenizer(tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == "documents" + OWN
 
 
-def test_an_unknown_name_lists_those_there_are(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_unknown_name_lists_the_available_ones(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"default": OWN, "rag": OWN}
     with pytest.raises(ModelError, match="no chat template 'tool': the tokenizer has default, rag") as caught:
         choose_chat_template(tokenizer, "tool")
@@ -142,7 +142,7 @@ def test_markers_of_a_file_that_the_tokenizer_would_split_are_named(tmp_path: Pa
     assert not any("splits" in note for note in whole.notes)
 
 
-def test_chatml_renders_as_known_ends_texts_with_its_end_and_is_said(tmp_path: Path) -> None:
+def test_chatml_renders_as_usual_sets_the_eos_token_and_is_noted(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, "<|im_start|>", TURN_END, PAD), pad_token=TURN_END)
     loaded = load(tmp_path, chat_template="chatml")
     tokenizer = loaded.tokenizer

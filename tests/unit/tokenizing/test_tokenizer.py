@@ -206,7 +206,7 @@ def test_new_tokens_are_found_as_they_are_written_whatever_the_tokenizer_normali
         ("<new>,<other>,<new>", "<new> is given twice"),
     ],
 )
-def test_a_new_token_that_is_none_is_named(tmp_path: Path, new_tokens: str, expected: str) -> None:
+def test_an_invalid_new_token_is_named(tmp_path: Path, new_tokens: str, expected: str) -> None:
     write_tokenizer(tmp_path, tokens=(END, TURN))
     with pytest.raises(ModelError, match=expected):
         load(tmp_path, new_tokens=new_tokens)
@@ -307,7 +307,7 @@ def test_a_pipe_called_as_a_vocabulary_is_not_waited_for(tmp_path: Path) -> None
     assert unreadable_vocabulary(tmp_path) is None
 
 
-def test_a_vocabulary_that_is_none_is_told_as_that(tmp_path: Path) -> None:
+def test_an_invalid_vocabulary_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ModelError, match=r"tokenizer\.model is not a vocabulary of SentencePiece or tiktoken"):

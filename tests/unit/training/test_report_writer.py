@@ -40,7 +40,7 @@ def test_a_page_that_takes_long_is_drawn_seldom(tmp_path: Path, monkeypatch: pyt
     assert drawn == [0, 203]  # the first took until 2, and the next may come 200 seconds later
 
 
-def test_a_page_that_cannot_be_written_is_said_and_costs_nothing(
+def test_a_page_that_can_not_be_written_is_reported_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(directory: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_merge_says_how_many_rows_it_adds(adapter: Path, tmp_path: Path) -> No
     assert any(note.startswith("the embedding was extended from 3,072 to 3,074 rows") for note in load(adapter).notes)
 
 
-def test_the_template_of_a_second_adapter_that_is_left_out_is_said(adapter: Path, tmp_path: Path) -> None:
+def test_the_unused_template_of_a_second_adapter_is_noted(adapter: Path, tmp_path: Path) -> None:
     second = save(on_plain(tmp_path / "base", LoraConfig(r=2, target_modules=["v_proj"])), tmp_path / "second")
     template_alone(second)
     recorder = Recorder()
@@ -109,7 +109,7 @@ def test_the_template_of_a_second_adapter_that_is_left_out_is_said(adapter: Path
     assert not [note for note in said(recorder) if "template" in note]
 
 
-def test_layers_that_predict_ahead_are_said_to_be_copied(tmp_path: Path) -> None:
+def test_prediction_layers_are_noted_to_be_copied(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "glm4_moe", num_nextn_predict_layers=1)
     adapter = save(on_plain(base, LoraConfig(r=2, target_modules=["o_proj"])), tmp_path / "adapter")
     tensors = stored(base)

@@ -40,7 +40,7 @@ def run(base_model: Path, rows: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_files_of_the_users_in_a_run_that_goes_on_stay_and_are_said(base_model: Path, rows: Path, run: Path) -> None:
+def test_user_files_in_a_resumed_run_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step-2", run / "adapter", ignore=shutil.ignore_patterns("checksums.json"))
     mine = {
@@ -87,7 +87,7 @@ def test_of_an_adapter_that_a_run_wrote_only_an_edited_one_outlives_that_it_goes
         assert (kept / name).read_text() == "my notes"
 
 
-def test_what_comes_to_a_run_while_it_trains_stays_and_is_said(base_model: Path, rows: Path, run: Path) -> None:
+def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
     places = (run / "adapter", run / "checkpoints" / "step-4", run / "checkpoint-now")
 
     class Busy(Recorder):

@@ -58,7 +58,7 @@ HOW = ["jinja", "json", "named", "config"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_template_beside_a_base_is_used_whichever_file_it_is_in(base: Path, how: str) -> None:
+def test_a_template_next_to_a_base_is_used_from_any_file(base: Path, how: str) -> None:
     put_template(base, OF_BASE, how)
     loaded = load(base)
     assert loaded.tokenizer.chat_template == OF_BASE
@@ -68,7 +68,7 @@ def test_a_template_beside_a_base_is_used_whichever_file_it_is_in(base: Path, ho
 @pytest.mark.parametrize("of_base", [*HOW, None])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("has_tokenizer", [True, False], ids=["with a tokenizer", "alone"])
-def test_a_template_beside_an_adapter_wins_over_the_bases_and_it_is_said(
+def test_a_template_next_to_an_adapter_overrides_that_of_the_base_with_a_note(
     base: Path, adapter: Path, how: str, of_base: str | None, has_tokenizer: bool
 ) -> None:
     if of_base is not None:
@@ -84,7 +84,7 @@ def test_a_template_beside_an_adapter_wins_over_the_bases_and_it_is_said(
 
 
 @pytest.mark.parametrize("of_base", HOW)
-def test_an_adapters_tokenizer_without_template_keeps_the_bases_and_it_is_said(
+def test_an_adapters_tokenizer_without_a_template_uses_that_of_the_base_with_a_note(
     base: Path, adapter: Path, of_base: str
 ) -> None:
     put_template(base, OF_BASE, of_base)
@@ -97,7 +97,7 @@ def test_an_adapters_tokenizer_without_template_keeps_the_bases_and_it_is_said(
 
 
 @pytest.mark.parametrize("how", ["jinja", "config"])
-def test_nothing_is_said_where_adapter_and_base_agree(base: Path, adapter: Path, how: str) -> None:
+def test_no_note_is_reported_if_adapter_and_base_agree(base: Path, adapter: Path, how: str) -> None:
     put_template(base, OF_BASE, "jinja")
     assert load(base, adapter).notes == ()  # no file of a tokenizer beside it
     write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
@@ -105,7 +105,7 @@ def test_nothing_is_said_where_adapter_and_base_agree(base: Path, adapter: Path,
     assert load(base, adapter).notes == ()
 
 
-def test_what_is_asked_for_wins_and_is_what_is_said(base: Path, adapter: Path) -> None:
+def test_a_chosen_template_overrides_others_and_is_noted(base: Path, adapter: Path) -> None:
     put_template(base, OF_BASE, "jinja")
     put_template(adapter, OF_ADAPTER, "jinja")
     (base / "own.jinja").write_text("{{ 'own' }}")
@@ -144,7 +144,7 @@ def test_several_templates_go_together(base: Path, adapter: Path) -> None:
     assert load(base, adapter).tokenizer.chat_template == {"default": OF_ADAPTER, "tool_use": "{{ 'tools' }}"}
 
 
-def test_special_tokens_beside_an_adapter_go_with_the_bases_tokenizer(base: Path, adapter: Path) -> None:
+def test_special_tokens_next_to_an_adapter_extend_the_tokenizer_of_the_base(base: Path, adapter: Path) -> None:
     config = base / "tokenizer_config.json"
     decoder = {"1": {"content": PAD, "special": True, "lstrip": False, "rstrip": False, "normalized": False}}
     config.write_text(json.dumps({**json.loads(config.read_text()), "added_tokens_decoder": decoder}))
@@ -157,7 +157,7 @@ def test_special_tokens_beside_an_adapter_go_with_the_bases_tokenizer(base: Path
     assert load(adapter / "saved").tokenizer.eos_token == PAD
 
 
-def test_a_config_beside_an_adapter_goes_with_the_bases_vocabulary(base: Path, adapter: Path) -> None:
+def test_a_config_next_to_an_adapter_is_used_with_the_vocabulary_of_the_base(base: Path, adapter: Path) -> None:
     values = json.loads((base / "tokenizer_config.json").read_text())
     (adapter / "tokenizer_config.json").write_text(json.dumps({**values, "eos_token": PAD, "pad_token": None}))
     loaded = load(base, adapter)
@@ -165,7 +165,7 @@ def test_a_config_beside_an_adapter_goes_with_the_bases_vocabulary(base: Path, a
     assert loaded.tokenizer.get_vocab() == load(base).tokenizer.get_vocab()
 
 
-def test_a_vocabulary_beside_an_adapter_goes_with_the_bases_config(base: Path, adapter: Path) -> None:
+def test_a_vocabulary_next_to_an_adapter_is_used_with_the_config_of_the_base(base: Path, adapter: Path) -> None:
     write_tokenizer(adapter, tokens=(END, PAD, TURN))
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         (adapter / file).unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def test_added_tokens_are_added_under_their_ids(base: Path, adapter: Path, place
         assert [note.endswith(said) for note in loaded.notes] == [True]
 
 
-def test_added_tokens_that_have_no_place_are_left_out_and_it_is_said(base: Path, adapter: Path) -> None:
+def test_added_tokens_without_a_valid_id_are_skipped_with_a_note(base: Path, adapter: Path) -> None:
     (adapter / "added_tokens.json").write_text(json.dumps({"<far>": 100_000}))
     loaded = load(base, adapter)
     assert "<far>" not in loaded.tokenizer.get_vocab()
@@ -217,7 +217,7 @@ def set_rows(base: Path, rows: int | None) -> int:
 
 @pytest.mark.parametrize("rows", [0, 1, None])
 @pytest.mark.parametrize("has_adapter", [True, False], ids=["with an adapter", "alone"])
-def test_of_a_stale_list_beside_the_base_only_what_has_a_row_is_added(
+def test_of_a_stale_list_next_to_the_base_only_tokens_with_a_row_are_added(
     base: Path, adapter: Path, rows: int | None, has_adapter: bool
 ) -> None:
     size = set_rows(base, rows)
@@ -253,7 +253,7 @@ def test_an_adapters_list_gives_an_id_before_the_bases(base: Path, adapter: Path
     assert any("whose id is given to another token: '<theirs>'" in note for note in loaded.notes)
 
 
-def test_an_adapters_list_may_go_on_where_the_bases_ends(base: Path, adapter: Path) -> None:
+def test_an_adapters_list_may_continue_that_of_the_base(base: Path, adapter: Path) -> None:
     size = set_rows(base, 1)
     list_tokens(base, theirs=size)
     list_tokens(adapter, ours=size + 1)
@@ -280,7 +280,7 @@ def test_no_token_is_added_under_an_id_that_the_library_would_not_give(base: Pat
 
 
 @pytest.mark.parametrize("number", [None, "3", 1.5, True, [7]])
-def test_an_id_that_is_none_is_left_out_and_it_is_said(base: Path, adapter: Path, number: object) -> None:
+def test_an_invalid_id_is_skipped_with_a_note(base: Path, adapter: Path, number: object) -> None:
     list_tokens(adapter, odd=number)
     (note,) = load(base, adapter).notes
     assert note.endswith(f"whose id is not a whole number: '<odd>' (id {json.dumps(number)}); skipped")
@@ -295,7 +295,7 @@ def test_what_the_tokenizer_does_not_take_is_not_called_added(base: Path, adapte
     assert note.endswith(f"names 1 token that can't be added: '' (id {size}); skipped")
 
 
-def test_tokens_gained_lost_and_moved_are_said(base: Path, adapter: Path) -> None:
+def test_tokens_gained_lost_and_moved_are_noted(base: Path, adapter: Path) -> None:
     write_tokenizer(adapter, tokens=(END, TURN, "<new>"), pad_token=TURN)
     notes = load(base, adapter).notes
     assert "the adapter's tokenizer has 2 tokens more than the base: '<turn>' (id 1), '<new>' (id 2)" in notes
@@ -304,7 +304,7 @@ def test_tokens_gained_lost_and_moved_are_said(base: Path, adapter: Path) -> Non
     assert all(len(note) < 200 for note in notes)
 
 
-def test_a_base_without_a_tokenizer_is_said(base: Path, adapter: Path) -> None:
+def test_a_base_without_a_tokenizer_is_noted(base: Path, adapter: Path) -> None:
     write_tokenizer(adapter)
     for path in base.glob("*token*"):
         path.unlink()
@@ -318,14 +318,14 @@ def test_a_template_that_is_no_text_is_named(base: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "added_tokens.json", "special_tokens_map.json"])
-def test_a_damaged_file_beside_an_adapter_is_named(base: Path, adapter: Path, file: str) -> None:
+def test_a_damaged_file_next_to_an_adapter_is_named(base: Path, adapter: Path, file: str) -> None:
     (adapter / file).write_text("{")
     with pytest.raises(ModelError) as caught:
         load(base, adapter)
     assert f"{adapter / file} can't be read as JSON" in caught.value.message
 
 
-def test_nothing_is_left_of_what_was_put_together(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assembled_directory_is_removed(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = adapter.parent / "temporary"
     places.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(places))
@@ -401,9 +401,7 @@ def test_an_error_that_the_files_do_not_make_is_not_blamed_on_one(base: Path, ad
 
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("role", ["pad_token", "eos_token", "bos_token", "unk_token", "mask_token"])
-def test_a_special_token_that_an_adapters_file_changes_is_said(
-    base: Path, adapter: Path, file: str, role: str
-) -> None:
+def test_a_special_token_changed_by_an_adapter_is_noted(base: Path, adapter: Path, file: str, role: str) -> None:
     before = load(base).tokenizer.special_tokens_map.get(role)
     (adapter / file).write_text(json.dumps({role: TURN}))
     loaded = load(base, adapter)
@@ -414,6 +412,6 @@ def test_a_special_token_that_an_adapters_file_changes_is_said(
     ) == 1
 
 
-def test_the_same_special_tokens_again_are_not_said(base: Path, adapter: Path) -> None:
+def test_equal_special_tokens_are_not_noted(base: Path, adapter: Path) -> None:
     (adapter / "special_tokens_map.json").write_text(json.dumps(load(base).tokenizer.special_tokens_map))
     assert not load(base, adapter).notes
