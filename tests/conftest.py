@@ -4,8 +4,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from qlora_cli.events import Event
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from tests.support.forks import end_of, is_forkable, prepare_environment, start_command
+from tests.support.forks import output_of, prepare_environment
 
 ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
 
@@ -88,7 +86,7 @@ def _few_cached_tokens(_private_caches: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_qlora(tmp_path_factory: pytest.TempPathFactory) -> RunQlora:
+def run_qlora() -> RunQlora:
     """Run `qlora` with arguments in a process of its own and wait for it.
 
     It is forked from a process that has imported everything, unless a variable in `env` is read by an import, or
@@ -98,30 +96,10 @@ def run_qlora(tmp_path_factory: pytest.TempPathFactory) -> RunQlora:
     def run(
         *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, is_forked: bool = True
     ) -> Finished:
-        words = [*map(str, arguments)]
         environment = {**os.environ, **(env or {})}
-        if not (is_forked and is_forkable(environment)):
-            return _run_from_the_start(words, environment, cwd)
-        streams = tmp_path_factory.mktemp("streams")
-        code = end_of(start_command(words, environment, cwd or Path.cwd(), streams), seconds=300)
-        return Finished(code, *((streams / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")))
+        return Finished(*output_of([*map(str, arguments)], environment, cwd, is_forked=is_forked))
 
     return run
-
-
-def _run_from_the_start(arguments: list[str], environment: dict[str, str], cwd: Path | None) -> Finished:
-    command = [sys.executable, "-m", "qlora_cli", *arguments]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        cwd=cwd,
-        timeout=300,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")

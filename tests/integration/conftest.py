@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.forks import output_of
 from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 
@@ -62,19 +61,21 @@ def hub_env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def find(hub_env: dict[str, str]) -> Find:
-    """Find a model in a process of its own."""
+    """Find a model in a process of its own, forked but where its imports are what is tested."""
 
-    def run(name: str, *waits: float, env: dict[str, str] = hub_env, **settings: object) -> Found:
-        done = subprocess.run(
-            finding(name, *waits, **settings), env={**os.environ, **env}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        return Found(lines[:-1], lines[-1], done.stderr)
+    def run(
+        name: str, *waits: float, env: dict[str, str] = hub_env, is_forked: bool = True, **settings: object
+    ) -> Found:
+        environment = {**os.environ, **env}
+        module, *arguments = finding(name, *waits, **settings)
+        code, stdout, stderr = output_of(arguments, environment, module=module, is_forked=is_forked)
+        assert code == 0, stderr
+        lines = [json.loads(line) for line in stdout.splitlines()]
+        return Found(lines[:-1], lines[-1], stderr)
 
     return run
 
 
 def finding(name: str, *waits: float, **settings: object) -> list[str]:
-    arguments = [json.dumps({"name": name, **settings}), *map(str, waits)]
-    return [sys.executable, "-m", "tests.support.finding", *arguments]
+    """Return the module that finds a model, and its arguments."""
+    return ["tests.support.finding", json.dumps({"name": name, **settings}), *map(str, waits)]

@@ -8,20 +8,22 @@ below stdout) start Python themselves.
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
-
-from qlora_cli.cli.app import main
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.imported_early"])
 # What variables are called that are read by an import, or by Python as it starts.
 READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
+MOST_SECONDS = 300.0
 GPU_DRIVER = Path("/proc/driver/nvidia")
 READ_WHEN_USED = frozenset({"HF_TOKEN"})
 # Read by the client of the hub when it is imported; a command that is to see others reads them again.
@@ -62,9 +64,43 @@ def is_forkable(environment: Mapping[str, str]) -> bool:
     return not any(name.startswith(READ_BY_IMPORTS) for name in changed)
 
 
-def start_command(arguments: list[str], environment: Mapping[str, str], directory: Path, streams: Path) -> BaseProcess:
-    """Start `qlora` in a directory; it writes to `stdout` and `stderr` in the folder `streams`."""
-    return start_process(_command, arguments, dict(environment), directory, streams)
+def start_command(
+    arguments: list[str], environment: Mapping[str, str], directory: Path, streams: Path, module: str = "qlora_cli"
+) -> BaseProcess:
+    """Start `python -m MODULE`, `qlora` if none is named, in a directory.
+
+    It writes to `stdout` and `stderr` in the folder `streams`.
+    """
+    return start_process(_command, module, arguments, dict(environment), directory, streams)
+
+
+def output_of(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    directory: Path | None = None,
+    *,
+    module: str = "qlora_cli",
+    is_forked: bool = True,
+) -> tuple[int, str, str]:
+    """Run `python -m MODULE` to its end, forked if it can be; return exit code, stdout and stderr."""
+    if not (is_forked and is_forkable(environment)):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            cwd=directory,
+            timeout=MOST_SECONDS,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+    with TemporaryDirectory() as name:
+        streams = Path(name)
+        process = start_command(arguments, environment, directory or Path.cwd(), streams, module)
+        code = end_of(process, MOST_SECONDS)
+        stdout, stderr = ((streams / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr"))
+        return code, stdout, stderr
 
 
 def cpu_seconds_of(process: BaseProcess) -> float:
@@ -99,15 +135,15 @@ def _heeding_hangups(target: Callable[..., None], *arguments: object) -> None:
     target(*arguments)
 
 
-def _command(arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:
+def _command(module: str, arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:
     redirect(streams / "stdout", streams / "stderr")
     of_imports = dict(os.environ)
     _set_environment(environment)
     if any(environment.get(name) != of_imports.get(name) for name in READ_AGAIN):
         _read_environment_again()
     os.chdir(directory)
-    sys.argv = ["qlora", *arguments]
-    main()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _read_environment_again() -> None:

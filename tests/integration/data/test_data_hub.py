@@ -5,7 +5,6 @@ Names are read in separate processes, several in each, because the client reads 
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.reading.readers import read_rows, resolve_hub
 from qlora_cli.errors import QloraError
+from tests.support.forks import output_of
 from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 TOOLS = [{"tools": [{"name": "f", "schema": {"a": 1}}]}, {"tools": [{"name": "g"}]}, {"tools": None}]
@@ -64,20 +64,10 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 def ask(env: dict[str, str], *names: str, streaming: bool = False) -> list[dict[str, Any]]:
     """Return of each name its commit and its rows as `[number, value]`, or the error."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.integration.data.test_data_hub",
-            json.dumps({"names": names, "streaming": streaming}),
-        ],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    asked = json.dumps({"names": names, "streaming": streaming})
+    code, stdout, stderr = output_of([asked], {**os.environ, **env}, module="tests.integration.data.test_data_hub")
+    assert code == 0, stderr
+    return [json.loads(line) for line in stdout.splitlines()]
 
 
 def texts(found: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,9 @@ def test_a_branch_that_moves_on_meanwhile_changes_nothing(find: Find, hub: Hub) 
 
 def started(code: str, env: dict[str, str]) -> "subprocess.Popen[str]":
     """Start finding `owner/tiny` in a process that runs `code` first."""
-    program, _, _, *arguments = finding("owner/tiny")
+    module, *arguments = finding("owner/tiny")
     return subprocess.Popen(
-        [program, "-c", f"{code}\nfrom tests.support.finding import main\nmain()", *arguments],
+        [sys.executable, "-c", f"{code}\nfrom {module} import main\nmain()", *arguments],
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
