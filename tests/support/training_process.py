@@ -1,5 +1,6 @@
 """A run in a process of its own, forked from one that has imported everything, to be killed or sent signals."""
 
+import itertools
 import os
 import signal
 import sys
@@ -29,12 +30,29 @@ class SignalAt(Recorder):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(settings: Resolved[TrainSettings], log: Path) -> None:
+def _train(settings: Resolved[TrainSettings], log: Path, deadly_write: int | None) -> None:
     redirect(log, log)
+    if deadly_write is not None:
+        _die_at_write(deadly_write)
     result = train(settings, Recorder())
     sys.exit(0 if result.interrupted_by is None else INTERRUPTED)
 
 
-def start_training(settings: Resolved[TrainSettings], log: Path) -> BaseProcess:
-    """Start a run; what it prints is appended to `log`. It exits with 0, or `INTERRUPTED` if a signal stopped it."""
-    return start_process(_train, settings, log)
+def _die_at_write(number: int) -> None:
+    """Have this process killed as it does something, for the `number`-th time, to a checkpoint that is not whole."""
+    numbers = itertools.count(1)
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        touches_files = event == "open" or event.startswith(("os.", "shutil."))
+        if touches_files and any(".saving" in str(one) for one in arguments) and next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def start_training(settings: Resolved[TrainSettings], log: Path, deadly_write: int | None = None) -> BaseProcess:
+    """Start a run; what it prints is appended to `log`. It exits with 0, or `INTERRUPTED` if a signal stopped it.
+
+    `deadly_write` kills it from within, the so many-th time that it touches a checkpoint that is being written.
+    """
+    return start_process(_train, settings, log, deadly_write)

@@ -1,11 +1,12 @@
 """A run that is killed, and started again by the same command, ends as if nothing had happened."""
 
 import json
+import math
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,84 +22,40 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
-from tests.conftest import ASSETS, Recorder, train_settings
+from tests.conftest import Recorder, train_settings
+from tests.integration.training.conftest import KillAt
 from tests.support.forks import cpu_seconds_of
+from tests.support.killed_runs import EXACT, Copier, adapter_of, assert_same, metrics_of, place_killed, stopped_at
 from tests.support.training_process import SignalAt, start_training
 
-# Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to go on exactly.
-EXACT: dict[str, object] = {
-    "lora__dropout": 0.1,
-    "data__eval_split": "3",
-    "training__micro_batch_size": 1,
-    "training__gradient_accumulation_steps": 2,
-    "training__max_steps": 13,
-    "training__eval_steps": 4,
-    "training__save_steps": 1,
-    "training__logging_steps": 2,
-    "training__neftune_noise_alpha": 5,
-}
+NUM_KILLS = 10
 
 
-def metrics_of(run: Path) -> list[tuple[Any, ...]]:
-    """Return what a run reported, without times and memory."""
-    history = read_history(run)
-    steps = history.steps
-    return [
-        *zip(steps.step, steps.loss, steps.learning_rate, steps.grad_norm, steps.num_tokens, strict=True),
-        *((found.step, found.loss, found.is_best) for found in history.evaluations),
-    ]
+def kill_and_go_on(
+    settings: Resolved[TrainSettings], chance: random.Random, log: Path, most_kills: int
+) -> tuple[int, int]:
+    """Start a run again and again, killing it at random points until it is done or was killed `most_kills` times.
 
-
-def adapter_of(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    """Return the result in `run.json`, without times, memory and paths."""
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "done"
-    keys = ("steps", "num_steps", "epochs", "final_loss", "train_loss", "eval_loss", "num_tokens", "best_step")
-    return {key: record["result"][key] for key in (*keys, "best_eval_loss", "num_skipped_steps")}
-
-
-@pytest.fixture(scope="module")
-def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted, on the rows that every test has in a file of its own."""
-    directory = tmp_path_factory.mktemp("whole")
-    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
-    rows = directory / "rows.jsonl"
-    rows.write_text("".join(lines), encoding="utf-8")
-    train(train_settings(base_model, rows, directory / "run", **EXACT), Recorder())
-    return directory / "run"
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    assert adapter_of(run) == adapter_of(whole)
-    assert metrics_of(run) == metrics_of(whole)
-    assert result_of(run) == result_of(whole)
-
-
-def kill_until_done(settings: Resolved[TrainSettings], chance: random.Random, log: Path) -> tuple[int, int]:
-    """Start a run again and again, killing it at random points; return the kills, and those inside a write.
-
-    Each start gets some seconds of the CPU, so that it comes as far on a busy machine.
+    Return the kills, and those inside a write. Each start gets some seconds of the CPU, so that it comes as far on a
+    busy machine, or is killed as it touches the files of a checkpoint for the so many-th time.
     """
     checkpoints = settings.settings.output.directory / "checkpoints"
     kills = inside = 0
     while True:
-        process = start_training(settings, log)
-        waits_for_write = chance.random() < 0.4
-        most_seconds = chance.uniform(0.3, 2.5)
+        most_seconds, deadly_write = math.inf, None
+        if kills < most_kills:
+            if chance.random() < 0.5:
+                deadly_write = chance.randint(1, 150)
+            else:
+                most_seconds = chance.uniform(0.3, 3)
+        process = start_training(settings, log, deadly_write)
         while process.is_alive() and cpu_seconds_of(process) < most_seconds:
-            if waits_for_write and any(checkpoints.glob(".step-*.saving")):
-                break
-            time.sleep(0.0005)
-        if not process.is_alive():
-            process.join()
-            assert process.exitcode == 0, log.read_text()
-            return kills, inside
+            time.sleep(0.01)
         process.kill()
         process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0, log.read_text()
+            return kills, inside
         kills += 1
         inside += any(checkpoints.glob(".step-*.saving"))
 
@@ -108,10 +65,13 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_happened(
 ) -> None:
     chance = random.Random(0)  # noqa: S311 - no secret
     kills = inside = round_ = 0
-    while kills < 10 or inside < 1:
+    while kills < NUM_KILLS or inside < 1:
         run = tmp_path / f"killed-{round_}"
-        more, more_inside = kill_until_done(
-            train_settings(base_model, rows, run, **EXACT), chance, tmp_path / f"log-{round_}"
+        more, more_inside = kill_and_go_on(
+            train_settings(base_model, rows, run, **EXACT),
+            chance,
+            tmp_path / f"log-{round_}",
+            most_kills=max(NUM_KILLS - kills, 1),
         )
         kills, inside, round_ = kills + more, inside + more_inside, round_ + 1
         assert_same(run, whole)
@@ -122,25 +82,6 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_happened(
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-12", "step-13"]
 
 
-def stopped_at(settings: Resolved[TrainSettings], step: int) -> None:
-    """Train, and leave as a killed process would have, behind the checkpoint of `step`."""
-
-    class Killer(Recorder):
-        def report(self, event: object) -> None:
-            if isinstance(event, CheckpointSaved) and event.step == step:
-                raise Killed
-
-    with pytest.raises(Killed):
-        train(settings, Killer())
-    record = settings.settings.output.directory / "run.json"
-    content = json.loads(record.read_text(encoding="utf-8"))
-    record.write_text(json.dumps({**content, "status": "running"}), encoding="utf-8")
-
-
-class Killed(BaseException):
-    """Passes every handler, as a signal would."""
-
-
 def notes_of(recorder: Recorder) -> list[str]:
     return [event.message for event in recorder.events if isinstance(event, Noted)]
 
@@ -148,8 +89,8 @@ def notes_of(recorder: Recorder) -> list[str]:
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit"])
 def test_8_bit_states_are_taken_up_again(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
     changed = {**EXACT, "training__optimizer": optimizer, "training__max_steps": 6}
-    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **changed), 3)
+    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Copier(tmp_path / "whole", 3))
+    place_killed(tmp_path / "whole", 3, tmp_path / "run")
     train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     assert_same(tmp_path / "run", tmp_path / "whole")
 
@@ -170,26 +111,26 @@ def test_every_way_to_feed_and_to_adapt_goes_on_exactly(
     base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     settings = {**EXACT, "training__max_steps": 5, **changed}
-    train(train_settings(base_model, rows, tmp_path / "whole", **settings), Recorder())
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **settings), 3)
+    train(train_settings(base_model, rows, tmp_path / "whole", **settings), Copier(tmp_path / "whole", 3))
+    place_killed(tmp_path / "whole", 3, tmp_path / "run")
     train(train_settings(base_model, rows, tmp_path / "run", **settings), Recorder())
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_the_speed_that_is_shown_later_is_that_of_the_result(
-    base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool
+    base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
     if is_resumed:
-        stopped_at(settings, 5)
+        kill_at(5)
     result = train(settings, Recorder())
     assert read_run(tmp_path / "run").summary.tokens_per_second == pytest.approx(result.tokens_per_second)
 
 
-def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 5)
+    kill_at(5)
     recorder = Recorder()
     result = train(settings, recorder)
     (resumed,) = [event for event in recorder.events if isinstance(event, TrainingResumed)]
@@ -201,10 +142,10 @@ def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path) 
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 6)
+    kill_at(6)
     weights = tmp_path / "run" / "checkpoints" / "step-6" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -215,16 +156,20 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     assert_same(tmp_path / "run", whole)
 
 
-def test_no_good_checkpoint_is_an_error_not_a_new_start(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_no_good_checkpoint_is_an_error_not_a_new_start(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 1)
+    kill_at(1)
     (tmp_path / "run" / "checkpoints" / "step-1" / "optimizer.pt").unlink()
     with pytest.raises(OutputDirectoryError, match=r"optimizer\.pt is missing"):
         train(settings, Recorder())
 
 
-def test_settings_that_may_change_are_listed_and_take_effect(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+def test_settings_that_may_change_are_listed_and_take_effect(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
+    kill_at(4)
     recorder = Recorder()
     changed = {**EXACT, "training__save_steps": 4, "training__eval_steps": 6, "training__logging_steps": 1}
     train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
@@ -236,9 +181,9 @@ def test_settings_that_may_change_are_listed_and_take_effect(base_model: Path, r
 
 
 def test_the_micro_batch_may_change_if_the_batch_does_not(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 5)
+    kill_at(5)
     changed = {**EXACT, "training__micro_batch_size": 2, "training__gradient_accumulation_steps": 1}
     train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     steps = [row[0] for row in metrics_of(tmp_path / "run") if len(row) > 3]
@@ -258,9 +203,14 @@ def test_the_micro_batch_may_change_if_the_batch_does_not(
     ],
 )
 def test_settings_that_would_make_the_result_a_lie_are_refused(
-    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object], message: str
+    base_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    changed: dict[str, object],
+    message: str,
+    kill_at: KillAt,
 ) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+    kill_at(4)
     before = sorted((tmp_path / "run").rglob("*"))
     with pytest.raises(SettingsError) as caught:
         train(train_settings(base_model, rows, tmp_path / "run", **{**EXACT, **changed}), Recorder())
@@ -271,9 +221,9 @@ def test_settings_that_would_make_the_result_a_lie_are_refused(
 
 
 def test_other_rows_are_refused_and_the_same_under_another_name_are_not(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 4)
+    kill_at(4)
     moved = rows.rename(tmp_path / "moved.jsonl")
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(moved.read_text().splitlines(keepends=True)[:-1]))
@@ -301,25 +251,12 @@ def test_a_run_that_is_done_is_not_trained_again(base_model: Path, rows: Path, w
     assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
-def test_never_refuses_a_directory_that_holds_a_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 2)
+def test_never_refuses_a_directory_that_holds_a_run(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
+    kill_at(2)
     with pytest.raises(SettingsError, match="already holds a run"):
         train(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__resume="never"), Recorder())
-
-
-def test_a_checkpoint_can_be_named_and_goes_on_elsewhere(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
-) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
-    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(checkpoint))
-    assert train(settings, Recorder()).resumed_from_step == 3
-    assert_same(tmp_path / "other", whole)
-    same = train_settings(base_model, rows, tmp_path / "run", **EXACT, output__resume=str(checkpoint))
-    with pytest.raises(SettingsError, match="has checkpoints after step-3"):
-        train(same, Recorder())
-    with pytest.raises(SettingsError, match="there is no checkpoint of a run"):
-        train(train_settings(base_model, rows, tmp_path / "new", **EXACT, output__resume=str(tmp_path)), Recorder())
 
 
 def test_a_run_without_a_checkpoint_restarts(base_model: Path, rows: Path, tmp_path: Path, whole: Path) -> None:
@@ -337,10 +274,10 @@ def test_a_run_without_a_checkpoint_restarts(base_model: Path, rows: Path, tmp_p
 
 
 def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
-    base_model: Path, rows: Path, tmp_path: Path
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 2)
+    kill_at(2)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
     state = load_file(checkpoint / "adapter_model.safetensors")
     key = next(key for key in state if "lora_B" in key)
@@ -352,9 +289,11 @@ def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
         settle_run(settings, Recorder())
 
 
-def test_two_processes_do_not_train_into_one_directory(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_two_processes_do_not_train_into_one_directory(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 2)
+    kill_at(2)
     with RunLock(RunDirectory(tmp_path / "run")), pytest.raises(QloraError, match="another process is training into"):
         train(settings, Recorder())
 
@@ -370,84 +309,16 @@ def test_checkpoints_hold_no_pickle_of_classes(whole: Path) -> None:
 
 
 def test_damaged_checkpoints_do_not_outlive_good_ones(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     one = {**EXACT, "output__max_checkpoints": 1}
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT), 6)
+    kill_at(6)
     (tmp_path / "run" / "checkpoints" / "step-6" / "optimizer.pt").unlink()
     settings = train_settings(base_model, rows, tmp_path / "run", **one)
     stopped_at(settings, 6)
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-4", "step-6"]
     assert train(settings, Recorder()).resumed_from_step == 6
     assert_same(tmp_path / "run", whole)
-
-
-def test_a_named_checkpoint_goes_on_elsewhere_also_when_that_is_killed(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
-) -> None:
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-5")
-    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=checkpoint)
-
-    with pytest.raises(Killed):
-        train(settings, KilledEarly())  # before the new run has a checkpoint of its own
-    shutil.rmtree(tmp_path / "run")
-    assert train(settings, Recorder()).resumed_from_step == 5  # the same command: from what was copied
-    assert_same(tmp_path / "other", whole)
-
-
-class KilledEarly(Recorder):
-    """Leaves as a killed process would, before the first step of a run that goes on."""
-
-    def report(self, event: object) -> None:
-        if isinstance(event, TrainingResumed):
-            raise Killed
-
-
-def test_a_run_that_is_named_goes_on_elsewhere_by_the_same_command_and_in_a_third_place(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
-) -> None:
-    run, other, third = (tmp_path / name for name in ("run", "other", "third"))
-    stopped_at(train_settings(base_model, rows, run, **EXACT), 3)
-    stopped_at(train_settings(base_model, rows, run, **EXACT), 5)
-    settings = train_settings(base_model, rows, other, **EXACT, output__resume=str(run))
-    with pytest.raises(Killed):
-        train(settings, KilledEarly())
-    stopped_at(settings, 7)
-    shutil.rmtree(run)
-    onward = train_settings(base_model, rows, third, **EXACT, output__resume=str(other))
-    assert train(onward, Recorder()).resumed_from_step == 7
-    assert_same(third, whole)
-    resumed = json.loads((third / "run.json").read_text(encoding="utf-8"))["resumed"]
-    assert [(entry["step"], entry["checkpoint"], entry["from_run"]) for entry in resumed] == [
-        (3, str(run / "checkpoints" / "step-3"), "../run/checkpoints/step-3"),
-        (5, str(run / "checkpoints" / "step-5"), "../run/checkpoints/step-5"),
-        (5, str(other / "checkpoints" / "step-5"), "../other/checkpoints/step-5"),
-        (7, str(other / "checkpoints" / "step-7"), "../other/checkpoints/step-7"),
-    ]
-
-
-def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
-    base_model: Path, rows: Path, tmp_path: Path, whole: Path
-) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    settings = train_settings(base_model, rows, tmp_path / "other", **EXACT, output__resume=str(tmp_path / "run"))
-    with pytest.raises(OutputDirectoryError, match=r"the run of .* has no checkpoint to resume from"):
-        train(settings, Recorder())
-
-
-def test_the_best_checkpoint_comes_along(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    best = {**EXACT, "training__load_best_model_at_end": True, "training__learning_rate": 0.02}
-    stopped_at(train_settings(base_model, rows, tmp_path / "run", **best), 7)
-    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert "step-4" in kept  # that of the first evaluation, beyond the newest two
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-7")
-    settings = train_settings(base_model, rows, tmp_path / "other", **best, output__resume=checkpoint)
-    train(settings, Recorder())
-    train(train_settings(base_model, rows, tmp_path / "whole", **best), Recorder())
-    assert adapter_of(tmp_path / "other") == adapter_of(tmp_path / "whole")
-    assert result_of(tmp_path / "other") == result_of(tmp_path / "whole")
 
 
 EARLY: dict[str, object] = {
@@ -487,25 +358,30 @@ def test_another_base_and_another_dtype_are_refused(base_model: Path, rows: Path
         train(settings, Recorder())
 
 
-def test_without_a_checkpoint_other_settings_may_be_tried(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 1)
+def test_without_a_checkpoint_other_settings_may_be_tried(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
+    kill_at(1)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-1")
     result = train(train_settings(base_model, rows, tmp_path / "run", **EXACT, lora__rank=4), Recorder())
     assert result.steps == 13
 
 
-def test_a_record_that_can_not_be_read_is_reported(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_record_that_can_not_be_read_is_reported(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 2)
+    kill_at(2)
     (tmp_path / "run" / "run.json").write_text('{"status": "run')
     with pytest.raises(SettingsError, match=r"run\.json is damaged"):
         train(settings, Recorder())
 
 
-def test_a_record_of_an_older_version_goes_on(base_model: Path, rows: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_record_of_an_older_version_goes_on(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
+) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    stopped_at(settings, 2)
+    kill_at(2)
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     for key in ("plan", "resumed", "base_model_digest", "versions"):

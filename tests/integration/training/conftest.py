@@ -1,0 +1,30 @@
+"""A run that tests resume, trained once, and what is left of it when it is killed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.training.train_run import train
+from tests.conftest import ASSETS, train_settings
+from tests.support.killed_runs import EXACT, Copier, place_killed
+
+KillAt = Callable[[int], None]
+
+
+@pytest.fixture(scope="session")
+def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, on the rows that every test has in a file of its own."""
+    directory = tmp_path_factory.mktemp("whole")
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
+    rows = directory / "rows.jsonl"
+    rows.write_text("".join(lines), encoding="utf-8")
+    run = directory / "run"
+    train(train_settings(base_model, rows, run, **EXACT), Copier(run, *range(1, 7)))
+    return run
+
+
+@pytest.fixture
+def kill_at(whole: Path, tmp_path: Path) -> KillAt:
+    """Leave `run`, trained with `EXACT` on the test's own rows, as if killed behind the checkpoint of a step."""
+    return lambda step: place_killed(whole, step, tmp_path / "run")

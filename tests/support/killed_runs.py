@@ -1,0 +1,106 @@
+"""Runs that are killed: what is left of one behind a checkpoint, and whether it went on as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_cli.events import CheckpointSaved
+from qlora_cli.runs.history import read_history
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.training.train_run import train
+from tests.conftest import Recorder
+
+# Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to go on exactly.
+EXACT: dict[str, object] = {
+    "lora__dropout": 0.1,
+    "data__eval_split": "3",
+    "training__micro_batch_size": 1,
+    "training__gradient_accumulation_steps": 2,
+    "training__max_steps": 13,
+    "training__eval_steps": 4,
+    "training__save_steps": 1,
+    "training__logging_steps": 2,
+    "training__neftune_noise_alpha": 5,
+}
+
+
+def metrics_of(run: Path) -> list[tuple[Any, ...]]:
+    """Return what a run reported, without times and memory."""
+    history = read_history(run)
+    steps = history.steps
+    return [
+        *zip(steps.step, steps.loss, steps.learning_rate, steps.grad_norm, steps.num_tokens, strict=True),
+        *((found.step, found.loss, found.is_best) for found in history.evaluations),
+    ]
+
+
+def adapter_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """Return the result in `run.json`, without times, memory and paths."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "done"
+    keys = ("steps", "num_steps", "epochs", "final_loss", "train_loss", "eval_loss", "num_tokens", "best_step")
+    return {key: record["result"][key] for key in (*keys, "best_eval_loss", "num_skipped_steps")}
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert adapter_of(run) == adapter_of(whole)
+    assert metrics_of(run) == metrics_of(whole)
+    assert result_of(run) == result_of(whole)
+
+
+class Copier(Recorder):
+    """Copies a run as a process that was killed behind the checkpoint of one of `steps` would leave it."""
+
+    def __init__(self, run: Path, *steps: int) -> None:
+        super().__init__()
+        self._run, self._steps = run, steps
+
+    def report(self, event: object) -> None:
+        if isinstance(event, CheckpointSaved) and event.step in self._steps:
+            shutil.copytree(self._run, copy_at(self._run, event.step))
+
+
+def copy_at(run: Path, step: int) -> Path:
+    return run.with_name(f"{run.name}-killed-at-{step}")
+
+
+def place_killed(run: Path, step: int, target: Path) -> None:
+    """Place what a `Copier` copied where it is the run of a process that trained into `target`.
+
+    What lay in the same directory as the run, such as its rows, is named where it lies next to `target`, if that has
+    the same name as the run.
+    """
+    shutil.copytree(copy_at(run, step), target)
+    before, now = (run.parent, target.parent) if run.name == target.name else (run, target)
+    record = target / "run.json"
+    content = record.read_text(encoding="utf-8")
+    assert f"{before}/" in content or f'{before}"' in content
+    assert json.loads(content)["status"] == "running"
+    record.write_text(content.replace(str(before), str(now)), encoding="utf-8")
+
+
+def stopped_at(settings: Resolved[TrainSettings], step: int) -> None:
+    """Train, and leave as a killed process would have, behind the checkpoint of `step`."""
+
+    class Killer(Recorder):
+        def report(self, event: object) -> None:
+            if isinstance(event, CheckpointSaved) and event.step == step:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train(settings, Killer())
+    record = settings.settings.output.directory / "run.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps({**content, "status": "running"}), encoding="utf-8")
+
+
+class Killed(BaseException):
+    """Passes every handler, as a signal would."""
