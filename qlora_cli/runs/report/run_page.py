@@ -6,10 +6,11 @@ What stands in it is untrusted: jinja escapes it, what can't be seen is made vis
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from qlora_cli import __version__
@@ -105,10 +106,7 @@ def write_page(path: Path, run: Run) -> None:
 
 def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> str:
     """Return the page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"visible": _visible, "lines": _visible_lines, "count": "{:,}".format}
-    template = environment.from_string(resources.files("qlora_cli.runs.report").joinpath(TEMPLATE).read_text("utf-8"))
-    return template.render(
+    return _template().render(
         summary=summary,
         history=history,
         state=summary.sentence,
@@ -126,6 +124,13 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         fingerprint=record.data.train.fingerprint if record.data.train else None,
         version=__version__,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"visible": _visible, "lines": _visible_lines, "count": "{:,}".format}
+    return environment.from_string(resources.files("qlora_cli.runs.report").joinpath(TEMPLATE).read_text("utf-8"))
 
 
 def drawn_charts(charts: Sequence[RunChart]) -> list[tuple[Labels, Markup]]:
