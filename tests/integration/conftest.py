@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_cli.runs.report import run_page
 from tests.support.forks import output_of
 from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
@@ -32,6 +33,17 @@ class Found:
 
 
 Find = Callable[..., Found]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pages_without_charts() -> Iterator[None]:
+    """Leave the charts out of `report.html`: they take two fifths of the time of a run of three steps.
+
+    Commands in processes of their own draw them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_page, "drawn_charts", lambda _: [])
+        yield
 
 
 @pytest.fixture(scope="module")

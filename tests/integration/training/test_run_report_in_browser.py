@@ -46,6 +46,11 @@ FACTS = """<script>addEventListener("load", () => {
 });</script>"""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _pages_without_charts() -> None:
+    """Draw them, unlike the tests of runs."""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
     browser = find_browser(tmp_path_factory.mktemp("browser"))
