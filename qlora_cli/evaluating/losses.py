@@ -163,7 +163,7 @@ def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:
     length = batch["input_ids"].shape[1]
     if num_rows == 1:
         raise OutOfMemoryError(
-            f"a row of {length:,} tokens does not fit in memory beside the model",
+            f"a row of {length:,} tokens does not fit in memory with the model",
             hint=f"Use --max-length {max(8, length // 2)}, or {quant_flag([DEFAULT_METHOD])} if the model is not "
             "quantized.",
         )

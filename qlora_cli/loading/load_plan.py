@@ -12,7 +12,7 @@ from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabular
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
-from qlora_cli.loading.model_outline import FoundModel, find, settle_load
+from qlora_cli.loading.model_outline import ModelOutline, find, settle_load
 from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.source import ModelSource
@@ -81,7 +81,7 @@ def check_placement(settings: LoadSettings) -> None:
     method_of(quantization.method).check_placement(quantization, device, offloads_embedding=offloads)
 
 
-def plan_outlined(model: FoundModel, settings: LoadSettings, reporter: Reporter) -> LoadPlan:
+def plan_outlined(model: ModelOutline, settings: LoadSettings, reporter: Reporter) -> LoadPlan:
     """Plan the load of a model with settled settings. Raises what `plan_load` raises."""
     check_placement(settings)
     device = choose_device(settings.model.device)
@@ -128,7 +128,7 @@ def _dtype_on(device: torch.device, settings: LoadSettings, base: ModelConfig) -
 
 
 def _adapter_for(
-    model: FoundModel,
+    model: ModelOutline,
     shapes: PreTrainedModel,
     tokenizer: LoadedTokenizer,
     dtype: ComputeDtype,

@@ -35,7 +35,7 @@ LoadT = TypeVar("LoadT", bound=LoadSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundModel:
+class ModelOutline:
     """The small files of a model, read before its settings are settled.
 
     Attributes:
@@ -53,7 +53,7 @@ class FoundModel:
         return RUN_FILE if self.source.run is None else str(RunDirectory(self.source.run).run_file)
 
 
-def find(settings: ModelSettings, reporter: Reporter) -> FoundModel:
+def find(settings: ModelSettings, reporter: Reporter) -> ModelOutline:
     """Find a model and read its small files, which are downloaded if they are not in the cache.
 
     Raises:
@@ -62,10 +62,10 @@ def find(settings: ModelSettings, reporter: Reporter) -> FoundModel:
     """
     transformers_logging.disable_progress_bar()  # we report the bytes ourselves, and stdout is for the result
     reporter.report(PhaseStarted(title=f"Finding {settings.name}"))
-    return read_found(find_model(settings, reporter), trust_remote_code=settings.trust_remote_code)
+    return read_model_outline(find_model(settings, reporter), trust_remote_code=settings.trust_remote_code)
 
 
-def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
+def read_model_outline(source: ModelSource, *, trust_remote_code: bool) -> ModelOutline:
     """Read the small files of a model.
 
     Raises:
@@ -75,11 +75,11 @@ def read_found(source: ModelSource, *, trust_remote_code: bool) -> FoundModel:
     prequantized = read_prequantized(read_json(source.path / CONFIG), source.name)
     if prequantized is not None:
         prequantized = prequantized.renamed(base.renamed)
-    return FoundModel(source=source, base=base, prequantized=prequantized)
+    return ModelOutline(source=source, base=base, prequantized=prequantized)
 
 
 def settle_load(
-    asked: Resolved[LoadT], model: FoundModel, reporter: Reporter, more: Sequence[InferredSettings] = ()
+    asked: Resolved[LoadT], model: ModelOutline, reporter: Reporter, more: Sequence[InferredSettings] = ()
 ) -> Resolved[LoadT]:
     """Return the settled settings of a load and of what is done with the model.
 
@@ -101,7 +101,7 @@ def settle_load(
     return settled
 
 
-def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
+def settle_base(asked: Resolved[LoadT], model: ModelOutline) -> Resolved[LoadT]:
     """Return the settings of a load as `settle_load` does, without reporting anything.
 
     Raises:
@@ -110,7 +110,7 @@ def settle_base(asked: Resolved[LoadT], model: FoundModel) -> Resolved[LoadT]:
     return settle(asked, _inferred(asked, model))
 
 
-def _inferred(asked: Resolved[LoadT], model: FoundModel) -> list[InferredSettings]:
+def _inferred(asked: Resolved[LoadT], model: ModelOutline) -> list[InferredSettings]:
     """Return the settings that are inferred from the files of a model."""
     if model.prequantized is not None:
         check_settings(model.prequantized, asked.given("quantization"), model.source.name)
@@ -151,18 +151,18 @@ def check_effect(asked: Resolved[LoadT], settled: Resolved[LoadT], name: str) ->
         raise SettingsError([Problem(where=asked.where_of(path), message=why, hint=hint) for path, why, hint in wrong])
 
 
-def _inferred_from_run_record(model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_run_record(model: ModelOutline) -> Iterator[InferredSettings]:
     source = model.source
     if source.run_model is not None and source.run_quantization is not None:
         yield inferred_from_run({"model": source.run_model, "quantization": source.run_quantization}, model.run_file)
 
 
-def _inferred_from_checkpoint(model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_checkpoint(model: ModelOutline) -> Iterator[InferredSettings]:
     if model.prequantized is not None:
         yield from stored_facts(model.prequantized, model.source.path / CONFIG)
 
 
-def _inferred_from_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_vocabulary(asked: Resolved[LoadT], model: ModelOutline) -> Iterator[InferredSettings]:
     """Yield that no tokens are added to an adapter, whose run has already added them."""
     source, tokens = model.source, asked.settings.model.new_tokens
     if source.adapter is None or not tokens:
@@ -176,7 +176,7 @@ def _inferred_from_vocabulary(asked: Resolved[LoadT], model: FoundModel) -> Iter
     yield InferredSettings(values={"model.new_tokens": None}, origin=inferred_origin(source.adapter), is_fixed=True)
 
 
-def _inferred_from_adapter_files(asked: Resolved[LoadT], model: FoundModel) -> Iterator[InferredSettings]:
+def _inferred_from_adapter_files(asked: Resolved[LoadT], model: ModelOutline) -> Iterator[InferredSettings]:
     """Yield the settings of an adapter that is trained further."""
     directory = model.source.adapter
     if directory is None or "lora" not in type(asked.settings).model_fields:
@@ -187,7 +187,7 @@ def _inferred_from_adapter_files(asked: Resolved[LoadT], model: FoundModel) -> I
     yield inferred_from_adapter(config, directory)
 
 
-def _differences(asked: Resolved[LoadT], model: FoundModel) -> Iterator[str]:
+def _differences(asked: Resolved[LoadT], model: ModelOutline) -> Iterator[str]:
     """Yield a description of each given setting that differs from the training of the named run."""
     recorded = {"model": model.source.run_model, "quantization": model.source.run_quantization}
     for section, values in recorded.items():
@@ -208,7 +208,7 @@ def _other_base(source: ModelSource) -> list[str]:
     return [f"{source.path} is not the base that {source.name} was trained on: its weights differ"]
 
 
-def _check_length(settled: Resolved[LoadT], model: FoundModel, reporter: Reporter) -> None:
+def _check_length(settled: Resolved[LoadT], model: ModelOutline, reporter: Reporter) -> None:
     data: DataSettings | None = getattr(settled.settings, "data", None)
     if data is not None:
         check_length(model.base.config, data.max_length, settled.settings.model.rope_scaling)

@@ -14,7 +14,7 @@ from qlora_cli.adapters.reader import StoredAdapter, num_vocabulary_rows, open_a
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hardware.device import TORCH_DTYPES
-from qlora_cli.loading.model_outline import FoundModel, read_found, settle_base
+from qlora_cli.loading.model_outline import ModelOutline, read_model_outline, settle_base
 from qlora_cli.loading.weight_reader import check_shapes
 from qlora_cli.merging.planning.adapter_changes import AdapterChanges, Read, read_changes
 from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_groups
@@ -89,9 +89,9 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     sources = _find_all(request, reporter)
     source = sources[0]
     record = source.record
-    found = read_found(source, trust_remote_code=request.model.trust_remote_code)
-    _check_trained_alike(request, [replace(found, source=one) for one in sources])
-    settings, config = _trained_as(request, found).model, found.base
+    outline = read_model_outline(source, trust_remote_code=request.model.trust_remote_code)
+    _check_trained_alike(request, [replace(outline, source=one) for one in sources])
+    settings, config = _trained_as(request, outline).model, outline.base
     config_before = config.config.to_dict()
     apply_rope_scaling(config.config, settings.rope_scaling)
     tokenizer = load_tokenizer(source, settings)
@@ -106,7 +106,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         for one in sources
         if one.adapter is not None
     ]
-    base = read_base(found, checkpoint, tokenizer, record, request, opened)
+    base = read_base(outline, checkpoint, tokenizer, record, request, opened)
     config_after = config.config.to_dict()
     for note in (
         *notes_on_ignored_keys(one.adapter for one in sources),
@@ -154,10 +154,10 @@ def _notes_on_rows(base: BaseModel, before: int | None) -> Iterator[str]:
         yield note
 
 
-def _trained_as(request: MergeCommandSettings, found: FoundModel) -> LoadSettings:
+def _trained_as(request: MergeCommandSettings, outline: ModelOutline) -> LoadSettings:
     """Return the settings that training loaded the base with, as far as the run and the checkpoint tell."""
-    settings = LoadSettings(model=_model_settings(request, found.source.name))
-    return settle_base(resolved_in_code(settings), found).settings
+    settings = LoadSettings(model=_model_settings(request, outline.source.name))
+    return settle_base(resolved_in_code(settings), outline).settings
 
 
 def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
@@ -187,11 +187,11 @@ def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSo
     return sources
 
 
-def _check_trained_alike(request: MergeCommandSettings, found: Sequence[FoundModel]) -> None:
+def _check_trained_alike(request: MergeCommandSettings, outlines: Sequence[ModelOutline]) -> None:
     """Check that the runs of several adapters loaded their base with the same effective settings."""
-    first = found[0].source
-    one = _in_effect(_trained_as(request, found[0]))
-    for model in found[1:]:
+    first = outlines[0].source
+    one = _in_effect(_trained_as(request, outlines[0]))
+    for model in outlines[1:]:
         other = model.source
         if first.run_model is None or other.run_model is None:  # an adapter without a run
             continue
@@ -227,7 +227,7 @@ def _check_digest(source: ModelSource, request: MergeCommandSettings, reporter: 
 
 
 def read_base(
-    found: FoundModel,
+    outline: ModelOutline,
     checkpoint: Checkpoint,
     tokenizer: LoadedTokenizer,
     record: RunRecord | None,
@@ -241,11 +241,11 @@ def read_base(
     Raises:
         ModelError: weights disagree with config.json.
     """
-    source, config, prequantized = found.source, found.base, found.prequantized
+    source, config, prequantized = outline.source, outline.base, outline.prequantized
     dtype = _trained_in(config.config, record)
     trust = request.model.trust_remote_code
     model = build_on_meta(config.config, dtype, trust_remote_code=trust)
-    settings = _trained_as(request, found).quantization
+    settings = _trained_as(request, outline).quantization
     device = torch.device("cpu" if _trained_on_cpu(record) else "cuda")
     try:
         layout = plan_layout(model, settings, dtype, prequantized, device=device)

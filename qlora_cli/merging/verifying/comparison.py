@@ -12,7 +12,7 @@ from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.hardware.device import OVERFLOWS_FP16, choose_device
-from qlora_cli.loading.model_outline import read_found
+from qlora_cli.loading.model_outline import read_model_outline
 from qlora_cli.merging.merge_result import Divergence, ModuleCheck
 from qlora_cli.merging.merger import merged
 from qlora_cli.merging.planning.adapter_changes import Read
@@ -186,10 +186,12 @@ class ModelComparer:
     def quantized(self, directory: Path) -> torch.Tensor:
         """Return the logits of a model that was written in 4 bit, with dequantized weights."""
         self._reporter.report(PhaseStarted(title="Running the 4-bit model from its files"))
-        found = read_found(_source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code)
+        outline = read_model_outline(
+            _source(directory), trust_remote_code=self._inputs.request.model.trust_remote_code
+        )
         checkpoint = read_checkpoint(directory, allow_pickle=False)
-        base = read_base(found, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
-        return self._logits(found.base.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
+        base = read_base(outline, checkpoint, self._inputs.tokenizer, None, self._inputs.request)
+        return self._logits(outline.base.config, base_reader(base, Base(base, BaseWeights.DEQUANTIZED)))
 
     def compare(self, reference: torch.Tensor, other: torch.Tensor) -> Divergence:
         """Return the divergence of logits from those of a reference."""

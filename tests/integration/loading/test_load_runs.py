@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.loading.load_plan import plan_load
-from qlora_cli.loading.model_outline import read_found, settle_base
+from qlora_cli.loading.model_outline import read_model_outline, settle_base
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.model_files.source import find_model
 from qlora_cli.quantization.embedding import is_tied
@@ -141,7 +141,7 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
 
 
 def settled(asked: ModelSettings) -> ModelSettings:
-    found = read_found(find_model(asked), trust_remote_code=False)
+    found = read_model_outline(find_model(asked), trust_remote_code=False)
     return settle_base(resolved_in_code(LoadSettings(model=asked)), found).settings.model
 
 
