@@ -57,7 +57,7 @@ def predict_plain_loop(
     config = config_from(settings.model.name, content).config
     layout = plan_layout(build_on_meta(deepcopy(config), dtype), settings.quantization, dtype, device=CUDA)
     adapted = prepare(build_on_meta(config, dtype), layout, settings.lora)
-    assert adapted.stack is not None, f"the layers of {settings.model.name} can't be told apart"
+    assert adapted.stack is not None, f"the layers of {settings.model.name} can't be distinguished"
     step = StepSettings(
         batch_size=settings.training.micro_batch_size,
         length=settings.data.max_length,

@@ -205,7 +205,7 @@ def num_parameters(shape: Shape) -> int:
 def write_model(directory: Path, shape: Shape, *, sparse: bool = False) -> None:
     """Write config, random weights (seed 0) and tokenizer to `directory`.
 
-    `sparse` leaves the weights out: files of the right size that take no room on the disk, all zeros.
+    `sparse` omits the weights: files of the right size, all zeros, that take no disk space.
     """
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n", encoding="utf-8")

@@ -48,8 +48,8 @@ def fuzz(name: str, seed: int, seconds: float, most_rounds: int | None) -> int:
             if outcome.finding:
                 print(f": {outcome.finding}", flush=True)
             counts.update(rounds=1, refused=outcome.is_refused, findings=outcome.finding is not None)
-    told = ", ".join(f"{counts[each]:,} {each}" for each in ("rounds", "refused", "findings"))
-    print(f"\r{name}: {told} in {time.monotonic() - begin:.0f} s", flush=True)
+    counts_text = ", ".join(f"{counts[each]:,} {each}" for each in ("rounds", "refused", "findings"))
+    print(f"\r{name}: {counts_text} in {time.monotonic() - begin:.0f} s", flush=True)
     return int(counts["findings"] > 0)
 
 

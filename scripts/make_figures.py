@@ -91,7 +91,7 @@ def describe(errors: Mapping[str, float]) -> str:
 
 
 def draw(errors: Mapping[str, float]) -> Figure:
-    """Draw the levels of three data types under the normal density, and their errors beside them."""
+    """Draw the levels of three data types under the normal density, and their errors next to them."""
     types = [
         DataType("NF4", functional.get_4bit_type("nf4", device="cpu"), errors["NF4"], "#0b7285"),
         DataType("evenly spaced", torch.linspace(-1, 1, 16), errors["16 evenly spaced levels"], "#5f3dc4"),

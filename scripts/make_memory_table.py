@@ -1,6 +1,6 @@
 """Write docs/reference/memory.md: what models of the catalogue take at common settings, and which cards they fit on.
 
-python scripts/make_memory_table.py           # a test computes some rows anew and fails when they are stale
+python scripts/make_memory_table.py           # a test recomputes some rows and fails when they are stale
 """
 
 import gc

@@ -81,8 +81,8 @@ def _lowest(requirement: Requirement) -> str:
 def constrained(names: Sequence[str]) -> list[str]:
     """Return the lines of constraints.txt for `names`."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = {line.partition("==")[0]: line for line in lines if "==" in line}
-    return [found[name] for name in names]
+    requirements = {line.partition("==")[0]: line for line in lines if "==" in line}
+    return [requirements[name] for name in names]
 
 
 if __name__ == "__main__":
