@@ -1,5 +1,7 @@
 """What choices of the adapter change about a prediction; that real tensors agree, `test_memory_real_tensors` shows."""
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,16 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tuple[Peaks, TracedRun]:
     """Return what is predicted for a model of six layers."""
+    return _estimated(family, json.dumps(lora, sort_keys=True), whole)
+
+
+@cache
+def _estimated(family: str, lora: str, whole: bool) -> tuple[Peaks, TracedRun]:
     facts = ModelFacts(name=family, content=deep_config(family, NUM_LAYERS).to_dict())
     settings = EstimateSettings.model_validate(
         {
             "model": {"name": family},
-            "lora": {"rank": 8, **lora},
+            "lora": {"rank": 8, **json.loads(lora)},
             "data": {"max_length": 16},
             "training": {"gradient_accumulation_steps": 4},
         }
