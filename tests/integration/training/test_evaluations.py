@@ -76,7 +76,7 @@ def test_training_stops_early_and_the_best_adapter_is_kept(base_model: Path, row
 def test_evaluating_does_not_change_what_is_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     for run_name, steps in (("often", 1), ("once", None)):
-        changed = {**EVALUATED, "training__eval_steps": steps, "lora__dropout": 0.2}
+        changed = {**EVALUATED, "training__max_steps": 4, "training__eval_steps": steps, "lora__dropout": 0.2}
         train(train_settings(base_model, rows, tmp_path / run_name, **changed), Recorder())
     assert (tmp_path / "often" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
