@@ -214,7 +214,7 @@ def test_an_adapter_is_trained_on_it_and_merged_into_what_training_saw(asked: di
     [
         ("a setting without effect", "quantization.quant_storage has no effect with --quant fixed8"),
         ("pissa", "PiSSA can't be used on a quantized base"),
-        ("loftq", "with --quant fixed8 there is no such loss"),
+        ("loftq", "and --quant fixed8 has none"),
         ("a save", "a quantized checkpoint is to be saved, and nothing is quantized"),
         ("an unknown method", "fixed8"),
     ],
