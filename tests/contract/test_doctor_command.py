@@ -237,7 +237,7 @@ def test_a_login_page_in_the_way_is_not_the_hub(hub: type[Answers]) -> None:
     hub.html = True
     outcome = asked_in_child(checks_hub.check_hub)
     assert outcome.status == Status.WARNING
-    assert "not as the hub does (HTTP 200)" in outcome.finding
+    assert "not like the hub (HTTP 200)" in outcome.finding
 
 
 def test_a_hub_that_refuses_connections_is_a_warning_that_says_why(
