@@ -223,7 +223,7 @@ def test_a_truncated_shard_is_named_with_its_first_tensor_that_is_cut(model: Pat
     header.pop("__metadata__")
     ends = {entry["data_offsets"][1]: name for name, entry in header.items()}
     first_cut = min(end for end in ends if end > max(ends) - 1000)
-    assert f", {ends[first_cut]} is the first tensor that is not whole" in message
+    assert f" and {ends[first_cut]} is the first incomplete tensor" in message
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def change(file: Path, **values: Any) -> None:
 def test_a_value_that_can_not_be_is_named_with_its_file_and_key(model: Path, file: str, key: str, value: Any) -> None:
     change(model / file, **{key: value})
     said = refused(model, ModelError)
-    assert f"{model / file} makes no " in said
+    assert f"{model / file} is not a valid " in said
     assert f"{key} is {json.dumps(value)}" in said
     assert f"Copy {file} again" in said
 
@@ -96,9 +96,9 @@ def in_file(name: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (without_metadata, "metadata is no object"),
-        (lambda content: {**content, "metadata": None}, "metadata is no object"),
-        (lambda content: {**content, "metadata": "x"}, "metadata is no object"),
+        (without_metadata, "metadata is not an object"),
+        (lambda content: {**content, "metadata": None}, "metadata is not an object"),
+        (lambda content: {**content, "metadata": "x"}, "metadata is not an object"),
         (lambda content: {"metadata": content["metadata"]}, "has no weight_map"),
         (lambda content: {**content, "weight_map": ["a"]}, "has no weight_map"),
         (in_file(5), "the tensor lm_head.weight is in 5, which is no file of that directory"),

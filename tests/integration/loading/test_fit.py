@@ -216,7 +216,7 @@ def test_where_nothing_fits_the_least_that_would_is_named(
     for asked in cases:
         hint = refusal(llama, device, least - 1, **asked).hint
         assert hint is not None
-        assert f"the least is {format_bytes(least)}" in hint
+        assert f"the smallest takes {format_bytes(least)}" in hint
         assert other in hint
 
 

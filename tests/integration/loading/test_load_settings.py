@@ -137,7 +137,7 @@ def test_a_tokenizer_with_more_ids_than_rows_needs_the_flag_that_grows_the_model
     model = save_model(tmp_path / "small", vocab_size=3008)
     message = refused(model, ModelError)
     assert "has ids up to 3071, but the embedding only 3008 rows" in message
-    assert "--resize-vocab grows the embedding" in message
+    assert "--resize-vocab extends the embedding" in message
     loaded = load(model, model__resize_vocab=True)
     assert [tuple(end.shape) for end in ends(loaded.base)] == [(3072, 64)] * 2
     assert loaded.new_token_ids == ()
