@@ -142,14 +142,23 @@ def test_every_flag_and_setting_that_is_named_exists() -> None:
     assert settings_named >= 4
 
 
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_local_links_and_paths_lead_somewhere() -> None:
     links = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#]+)", text):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
             if not target.startswith("http"):
                 links += 1
-                assert (page.parent / target).exists(), f"{page}: {target}"
+                linked = page.parent / target if target else page
+                assert linked.exists(), f"{page}: {target}"
+                assert not anchor or anchor in anchors_of(linked), f"{page}: {target}#{anchor}"
         for path in re.findall(r"`((?:qlora_cli|configs|tests|scripts|benchmarks|docs)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{page}: {path}"
     assert links >= 15
