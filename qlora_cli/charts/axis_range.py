@@ -1,6 +1,7 @@
 """The range of an axis, and its ticks at round values."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,7 @@ EQUAL = 1e-9  # relative difference below which values count as equal
 STEPS = (1, 2, 5, 10)  # distances between ticks, times a power of ten
 SMALLEST_DECIMAL = 1e-3  # smaller ones are written with an exponent: 2e-4
 LARGEST_DECIMAL = 1e7
+LARGEST_EXPONENT = math.log10(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +27,11 @@ class AxisRange:
         return self.low <= value <= self.high
 
     def at(self, share: float) -> float:
-        """Return the value at a share of the axis: 0 is its low end, 1 its high one."""
+        """Return the value at a share of the axis: 0 is its low end, 1 its high one; at most the largest float."""
         if self.is_log:
-            return float(self.low * (self.high / self.low) ** share)
+            low, high = math.log10(self.low), math.log10(self.high)
+            exponent = low + share * (high - low)
+            return float(10**exponent) if exponent < LARGEST_EXPONENT else sys.float_info.max
         return self.low + share * (self.high - self.low)
 
     def ticks(self, max_ticks: int, *, is_whole: bool = False) -> list[tuple[float, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_cli.charts.axis_range import AxisRange, spanning
@@ -57,6 +57,8 @@ def test_what_leaves_the_chart_is_cut_near_it() -> None:
     assert "nan" not in svg
 
 
+@example([5.8e73, 4.4e-67], True, False)
+@example([9e98, 2e-99], True, False)
 @given(
     st.lists(st.one_of(st.floats(), st.floats(0, 10)), min_size=1, max_size=30),
     st.booleans(),
