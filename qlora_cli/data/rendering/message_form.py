@@ -61,6 +61,10 @@ class MessageForm:
             result["role"] = "system"
         return result
 
+    def keeps_text(self, messages: Iterable[Message]) -> bool:
+        """Return whether the contents of plain messages are passed on as they are."""
+        return not self.roles_in_parts or self.roles_in_parts.isdisjoint(message["role"] for message in messages)
+
     @property
     def num_changes(self) -> int:
         """The number of changes that this form makes to rows as they are written."""

@@ -6,7 +6,7 @@ itself is only examined if its contents may make a difference.
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,6 +36,15 @@ WITH_REASONING = Conversation(
     ],
     trained=(),
 )
+SPACE = "\v"  # around marks: a space that no template writes
+Trim = Callable[[str], str]
+# By whether a space before a mark is kept, and one after it.
+TRIMS: Mapping[tuple[bool, bool], Trim] = {
+    (True, True): str,
+    (True, False): str.rstrip,
+    (False, True): str.lstrip,
+    (False, False): str.strip,
+}
 MAX_CACHED_SHAPES = 4096  # sequences of roles, and of roles and keys
 
 
@@ -62,12 +71,35 @@ class FittedConversation(NamedTuple):
 class _Shape:
     """The text that a template writes around the contents of a sequence of roles.
 
-    `literals` are the texts before, between and after the contents. `edges` has, by the index of an answer, the offset
-    at which it begins in the literal before it, and the offset at which its turn ends in the literal after it.
+    `literals` are the texts before, between and after the contents; `trims` have what the template does to the spaces
+    around each content. `edges` have, by the index of an answer, the offset at which it begins in the literal before
+    it, and the offset at which its turn ends in the literal after it.
     """
 
     literals: tuple[str, ...]
+    trims: tuple[Trim, ...]
     edges: dict[int, tuple[int, int]]
+
+    def text(self, contents: Sequence[str]) -> str:
+        """Return the text with contents inserted."""
+        return "".join(self._pieces(contents)) + self.literals[-1]
+
+    def spans(self, contents: Sequence[str], trained: Sequence[int]) -> dict[int, Span]:
+        """Return the spans of the trained answers in the text."""
+        ends = list(itertools.accumulate(map(len, self._pieces(contents))))  # of each literal and the content after it
+        return {
+            index: (
+                ends[2 * index] - len(self.literals[index]) + self.edges[index][0],
+                ends[2 * index + 1] + self.edges[index][1],
+            )
+            for index in trained
+        }
+
+    def _pieces(self, contents: Sequence[str]) -> list[str]:
+        pieces = list[str]()
+        for literal, trim, content in zip(self.literals, self.trims, contents, strict=False):
+            pieces += (literal, trim(content))
+        return pieces
 
 
 class Renderer:
@@ -76,7 +108,7 @@ class Renderer:
     Rendering each prefix of every conversation would cost several times as much as rendering it once. But most
     conversations of a data set share a few sequences of roles, and most templates insert contents unchanged. So the
     text around contents is determined once per sequence, and used for a row if its rendering is exactly that text with
-    its contents inserted.
+    its contents inserted. Where the source of a template proves that it always is, rows are not even rendered once.
 
     Attributes:
         num_dropped: The number of used rows that the template dropped values from, by kind of value.
@@ -134,6 +166,20 @@ class Renderer:
         except RowError:  # of a template that requires the key
             return True
 
+    def insert(self, row: FittedConversation) -> Rendered | None:
+        """Return a conversation rendered without the template; None if the template must render it."""
+        shape = self._shape_for(row) if self._template.only_inserts_contents else None
+        trained = () if self._trains_all else row.original.trained
+        if shape is None or 0 in trained or not row.fit.form.keeps_text(row.original.messages):
+            return None
+        contents = [message["content"] for message in row.original.messages]
+        if not all(map(str.strip, contents)):
+            return None
+        self._template.timer.row_done()
+        text = shape.text(contents)
+        spans = ((0, len(text)),) if self._trains_all else tuple(shape.spans(contents, trained).values())
+        return Rendered(text=text, spans=spans)
+
     def texts(self, rows: Sequence[FittedConversation]) -> list[str] | None:
         """Render plain conversations in one call, which is faster than one by one; None if one is refused.
 
@@ -169,23 +215,23 @@ class Renderer:
             text, spans = self._spans_by_rendering(row, text)
         return Rendered(text=text, spans=((0, len(text)),) if self._trains_all else tuple(spans.values()))
 
-    def _spans_by_shape(self, row: FittedConversation, text: str) -> dict[int, Span] | None:
-        """Return the spans of trained answers if the text is the shape with the contents inserted; None otherwise."""
+    def _shape_for(self, row: FittedConversation) -> _Shape | None:
         if row.roles is None:
             return None
         if row.roles not in self._shapes:
             if len(self._shapes) >= MAX_CACHED_SHAPES:
                 self._shapes.clear()
             self._shapes[row.roles] = self._shape_of(row.roles, row.fit.form)
-        shape = self._shapes[row.roles]
-        if shape is None:
-            return None
+        return self._shapes[row.roles]
+
+    def _spans_by_shape(self, row: FittedConversation, text: str) -> dict[int, Span] | None:
+        """Return the spans of trained answers if the text is the shape with the contents inserted; None otherwise."""
+        shape = self._shape_for(row)
         contents = [message["content"] for message in row.original.messages]
-        trained = () if self._trains_all else row.original.trained
-        spans = _spans_in_shape(shape, contents, trained, text)
-        if spans is None:  # templates of the Llama 3 family and others trim contents
-            spans = _spans_in_shape(shape, [content.strip() for content in contents], trained, text)
-        if spans and not self._template.has_constant_prompt:
+        if shape is None or shape.text(contents) != text:
+            return None
+        spans = shape.spans(contents, () if self._trains_all else row.original.trained)
+        if not self._template.has_constant_prompt:
             for index, (start, _) in spans.items():
                 if text[:start] != self._template.text(
                     first_messages(row.conversation, index), add_generation_prompt=True
@@ -284,15 +330,19 @@ class Renderer:
     def _shape_of(self, roles: tuple[str, ...], form: MessageForm) -> _Shape | None:
         """Return the text around contents; None if they do not all appear in the text, once and in order."""
         marks = [f"Mark{index}Of{len(roles)}" for index in range(len(roles))]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, marks, strict=True)]
+        messages = [
+            {"role": role, "content": f"{SPACE}{mark}{SPACE}"} for role, mark in zip(roles, marks, strict=True)
+        ]
         conversation = form.apply(Conversation(messages=messages, trained=()))
         try:
             text = self._template.text(conversation)
-            literals = _split_at_marks(text, marks)
-            if literals is None:
+            around = _split_at_marks(text, marks)
+            if around is None:
                 return None
+            literals, trims = around
             edges = {}
-            starts = _starts(literals, marks)
+            contents = [trim(message["content"]) for trim, message in zip(trims, messages, strict=True)]
+            starts = _starts(literals, contents)
             for index, role in enumerate(roles):
                 if role != "assistant" or index == 0:
                     continue
@@ -303,7 +353,7 @@ class Renderer:
                 edges[index] = edge
         except RowError:  # reported when the row is rendered by itself
             return None
-        return _Shape(literals=tuple(literals), edges=edges)
+        return _Shape(literals=literals, trims=trims, edges=edges)
 
 
 def _is_bare(message: Mapping[str, Any], trained: str) -> bool:
@@ -323,15 +373,20 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
     return None if any(has_reasoning) else roles
 
 
-def _split_at_marks(text: str, marks: Sequence[str]) -> list[str] | None:
-    """Return the text around the marks; None if a mark is missing, repeated or out of order."""
-    literals = []
+def _split_at_marks(text: str, marks: Sequence[str]) -> tuple[tuple[str, ...], tuple[Trim, ...]] | None:
+    """Return the text around the marks, and which of the spaces around each are gone.
+
+    None if a mark is missing, repeated or out of order.
+    """
+    literals, trims = list[str](), list[Trim]()
     for each in marks:
         before, separator, text = text.partition(each)
         if not separator or each in text:
             return None
-        literals.append(before)
-    return [*literals, text]
+        trims.append(TRIMS[before.endswith(SPACE), text.startswith(SPACE)])
+        literals.append(before.removesuffix(SPACE))
+        text = text.removeprefix(SPACE)
+    return (*literals, text), tuple(trims)
 
 
 def _starts(literals: Sequence[str], contents: Sequence[str]) -> list[int]:
@@ -341,20 +396,3 @@ def _starts(literals: Sequence[str], contents: Sequence[str]) -> list[int]:
         position += len(literal) + len(content)
         starts.append(position)
     return starts
-
-
-def _spans_in_shape(
-    shape: _Shape, contents: Sequence[str], trained: Sequence[int], text: str
-) -> dict[int, Span] | None:
-    """Return the spans of the trained answers if `text` is the shape with these contents; None otherwise."""
-    pieces = [piece for pair in zip(shape.literals, contents, strict=False) for piece in pair]
-    if "".join(pieces) + shape.literals[-1] != text:
-        return None
-    ends = list(itertools.accumulate(map(len, pieces)))  # of each literal, and of the content after it
-    return {
-        index: (
-            ends[2 * index] - len(shape.literals[index]) + shape.edges[index][0],
-            ends[2 * index + 1] + shape.edges[index][1],
-        )
-        for index in trained
-    }

@@ -5,26 +5,23 @@ it, and it ends where the template ends the turn. Both are determined by renderi
 texts must be prefixes of the whole.
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.data.rendering.content_flow import only_inserts_contents
 from qlora_cli.data.rendering.render_timer import RenderTimer
+from qlora_cli.data.rendering.template_source import has_constant_prompt, variables_of
 from qlora_cli.data.rows.examples import Conversation, RowError
 from qlora_cli.events import Reporter, SilentReporter
 from qlora_cli.tokenizing.template_rendering import TemplateRefusalError, render, render_all
 
 Span = tuple[int, int]
 
-GENERATION_PROMPT = "add_generation_prompt"
-# Templates mark what the model writes by these tags, which plain Jinja does not know.
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # Tags that separate the parts of a message, as templates search for them in contents, in their constants.
 TAG = re.compile(r"</?[a-z_:]{1,30}>|\[/?[A-Z_]{1,30}\]|<\|[^|<>\s]{1,30}\|>|/(?:no_)?think\b")
 REASONING_TAGS = ("<think>", "</think>")
@@ -43,6 +40,7 @@ class ChatTemplate:
         timer: Measures the time of the template, and warns `reporter` if it is slow.
         variables: The names that it reads and does not set; None if it can't be parsed.
         has_constant_prompt: Whether the generation prompt does not depend on the messages before it.
+        only_inserts_contents: Whether the text around contents is proven to be the same for all plain messages.
     """
 
     def __init__(
@@ -66,7 +64,9 @@ class ChatTemplate:
         tags = {*REASONING_TAGS, *TAG.findall(self.source)}
         self.tags = re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))))
         self.has_constant_prompt = isinstance(template, str) and has_constant_prompt(template)
-        self.variables = _variables_of(self.source)
+        renders = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        self.only_inserts_contents = renders and isinstance(template, str) and only_inserts_contents(template)
+        self.variables = variables_of(self.source)
 
     def texts(self, conversations: Sequence[Conversation]) -> list[str] | None:
         """Render conversations without tools in one call, which is faster than one by one; None if one is refused.
@@ -187,44 +187,6 @@ class ChatTemplate:
 def first_messages(conversation: Conversation, num_messages: int) -> Conversation:
     """Return the first messages of a conversation."""
     return replace(conversation, messages=conversation.messages[:num_messages])
-
-
-@functools.lru_cache
-def has_constant_prompt(source: str) -> bool:
-    """Return whether the generation prompt of a template does not depend on the messages before it."""
-    tree = _tree_of(source)
-    if tree is None:
-        return False
-    branches = [
-        part for part in tree.body if isinstance(part, nodes.If) and _names_in(part.test) == [GENERATION_PROMPT]
-    ]
-    names = {name for branch in branches for part in branch.body for name in _names_in(part)}
-    return (
-        bool(branches)
-        and _names_in(tree).count(GENERATION_PROMPT) == len(branches)  # it is used nowhere else
-        and not any(branch.else_ or branch.elif_ for branch in branches)
-        and not names & ({"messages"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"})
-    )
-
-
-@functools.lru_cache
-def _variables_of(source: str) -> frozenset[str] | None:
-    """Return the names that a template reads and does not set; None if it can't be parsed."""
-    tree = _tree_of(source)
-    return None if tree is None else frozenset(meta.find_undeclared_variables(tree))
-
-
-def _tree_of(source: str) -> nodes.Template | None:
-    """Return a template as its parts; None if it can't be parsed."""
-    try:
-        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", source))  # noqa: S701 - never rendered
-    except (TemplateSyntaxError, RecursionError):
-        return None
-
-
-def _names_in(node: nodes.Node) -> list[str]:
-    named = [node] if isinstance(node, nodes.Name) else node.find_all(nodes.Name)
-    return [name.name for name in named]
 
 
 def _not_as_served_error(index: int, before: str, text: str, switch: str | None, *, trains_last: bool) -> RowError:

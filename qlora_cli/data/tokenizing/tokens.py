@@ -16,7 +16,7 @@ from tokenizers import Encoding, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.rendering.renderer import FittedConversation, Renderer
+from qlora_cli.data.rendering.renderer import FittedConversation, Rendered, Renderer
 from qlora_cli.data.rendering.template import Span
 from qlora_cli.data.rows.examples import (
     IGNORE_INDEX,
@@ -147,10 +147,18 @@ class RowTokenizer:
     def render(self, examples: Sequence[Example]) -> Rendering:
         """Return each example as text, as tokens if it is pretokenized, or as an error, in order."""
         fitted = [self._fit(example) for example in examples]
-        plain = [each for each in fitted if isinstance(each, FittedConversation) and each.original.is_plain]
+        inserted = [self.renderer.insert(each) if isinstance(each, FittedConversation) else None for each in fitted]
+        plain = [
+            each
+            for each, rendered in zip(fitted, inserted, strict=True)
+            if rendered is None and isinstance(each, FittedConversation) and each.original.is_plain
+        ]
         texts = self.renderer.texts(plain) if plain else None
         text_of = dict(zip(map(id, plain), texts or (), strict=False))
-        return tuple(self._text_or_tokens(example, text_of.get(id(example))) for example in fitted)
+        return tuple(
+            self._text_or_tokens(each, rendered, text_of.get(id(each)))
+            for each, rendered in zip(fitted, inserted, strict=True)
+        )
 
     def encode(self, rendering: Rendering) -> list[EncodedText]:
         """Return the texts as tokens, in order. Uses all cores, and releases the GIL."""
@@ -202,7 +210,10 @@ class RowTokenizer:
             return error
 
     def _text_or_tokens(
-        self, example: FittedConversation | PromptCompletion | Tokenized | RowError, text: str | None
+        self,
+        example: FittedConversation | PromptCompletion | Tokenized | RowError,
+        rendered: Rendered | None,
+        text: str | None,
     ) -> Tokens | RowError | RenderedText:
         try:
             if isinstance(example, RowError):
@@ -210,7 +221,7 @@ class RowTokenizer:
             if isinstance(example, Tokenized):
                 return self._check_tokens(example)
             return (
-                self._render_conversation(example, text)
+                self._render_conversation(example, rendered, text)
                 if isinstance(example, FittedConversation)
                 else self._plain_text(example)
             )
@@ -232,9 +243,12 @@ class RowTokenizer:
             ended = (text for text, _ in texts_with_tokens if text.rstrip().endswith(self._ends))
             self.num_doubled_ends += any(allowed_end is None or not text.endswith(allowed_end) for text in ended)
 
-    def _render_conversation(self, row: FittedConversation, text: str | None) -> RenderedText:
+    def _render_conversation(
+        self, row: FittedConversation, rendered: Rendered | None, text: str | None
+    ) -> RenderedText:
         self._count_control_tokens(message["content"] for message in row.original.messages)
-        rendered = self.renderer.render(row, self.renderer.text(row) if text is None else text)
+        if rendered is None:
+            rendered = self.renderer.render(row, self.renderer.text(row) if text is None else text)
         return RenderedText(text=rendered.text, spans=rendered.spans, is_plain=False)
 
     def _plain_text(self, example: PromptCompletion) -> RenderedText:

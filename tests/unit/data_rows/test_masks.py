@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 
 from qlora_cli.data.rendering.renderer import Renderer
-from qlora_cli.data.rendering.template import ChatTemplate, has_constant_prompt
+from qlora_cli.data.rendering.template import ChatTemplate
+from qlora_cli.data.rendering.template_source import has_constant_prompt
 from qlora_cli.data.rows.examples import IGNORE_INDEX, Conversation, PromptCompletion, RowError, Tokenized
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.tokenizing.tokens import RowTokenizer, Tokens

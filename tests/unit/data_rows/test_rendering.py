@@ -366,7 +366,10 @@ def test_an_interrupt_stops_a_trial_at_once_and_leaves_no_process() -> None:
     assert psutil.Process().children() == before
 
 
-SLOW = "{% for i in range(40000) %}{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+SLOW = (
+    "{% for i in range(40000) %}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.content != '' %}</s>{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
