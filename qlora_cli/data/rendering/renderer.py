@@ -80,26 +80,20 @@ class _Shape:
     trims: tuple[Trim, ...]
     edges: dict[int, tuple[int, int]]
 
-    def text(self, contents: Sequence[str]) -> str:
-        """Return the text with contents inserted."""
-        return "".join(self._pieces(contents)) + self.literals[-1]
-
-    def spans(self, contents: Sequence[str], trained: Sequence[int]) -> dict[int, Span]:
-        """Return the spans of the trained answers in the text."""
-        ends = list(itertools.accumulate(map(len, self._pieces(contents))))  # of each literal and the content after it
-        return {
+    def insert(self, contents: Sequence[str], trained: Sequence[int]) -> tuple[str, dict[int, Span]]:
+        """Return the text with contents inserted, and the spans of the trained answers in it."""
+        pieces = list[str]()
+        for literal, trim, content in zip(self.literals, self.trims, contents, strict=False):
+            pieces += (literal, trim(content))
+        ends = list(itertools.accumulate(map(len, pieces)))  # of each literal, and of the content after it
+        spans = {
             index: (
                 ends[2 * index] - len(self.literals[index]) + self.edges[index][0],
                 ends[2 * index + 1] + self.edges[index][1],
             )
             for index in trained
         }
-
-    def _pieces(self, contents: Sequence[str]) -> list[str]:
-        pieces = list[str]()
-        for literal, trim, content in zip(self.literals, self.trims, contents, strict=False):
-            pieces += (literal, trim(content))
-        return pieces
+        return "".join(pieces) + self.literals[-1], spans
 
 
 class Renderer:
@@ -176,9 +170,8 @@ class Renderer:
         if not all(map(str.strip, contents)):
             return None
         self._template.timer.row_done()
-        text = shape.text(contents)
-        spans = ((0, len(text)),) if self._trains_all else tuple(shape.spans(contents, trained).values())
-        return Rendered(text=text, spans=spans)
+        text, spans = shape.insert(contents, trained)
+        return Rendered(text=text, spans=((0, len(text)),) if self._trains_all else tuple(spans.values()))
 
     def texts(self, rows: Sequence[FittedConversation]) -> list[str] | None:
         """Render plain conversations in one call, which is faster than one by one; None if one is refused.
@@ -228,9 +221,11 @@ class Renderer:
         """Return the spans of trained answers if the text is the shape with the contents inserted; None otherwise."""
         shape = self._shape_for(row)
         contents = [message["content"] for message in row.original.messages]
-        if shape is None or shape.text(contents) != text:
+        if shape is None:
             return None
-        spans = shape.spans(contents, () if self._trains_all else row.original.trained)
+        inserted, spans = shape.insert(contents, () if self._trains_all else row.original.trained)
+        if inserted != text:
+            return None
         if not self._template.has_constant_prompt:
             for index, (start, _) in spans.items():
                 if text[:start] != self._template.text(
