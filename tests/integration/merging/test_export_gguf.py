@@ -14,7 +14,7 @@ from qlora_cli.settings.choices import GgufType
 from tests.conftest import Recorder
 
 STAND_IN = Path(__file__).parents[2] / "support" / "gguf_converter.py"
-# By what is wrong: what is said of it.
+# By what is wrong: the message about it.
 WRONG = {
     "layers": "4 layers, 3 by its metadata, and the model has 4",
     "width": "a hidden size of 257, and the model has 256",
@@ -63,7 +63,7 @@ def test_what_is_not_the_model_is_an_error_and_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_that_would_begin_otherwise_is_warned_about(
+def test_text_that_would_begin_differently_causes_a_warning(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WRONG", "adds no bos")
@@ -74,7 +74,7 @@ def test_text_that_would_begin_otherwise_is_warned_about(
     assert "not begin text with <|bos|>" in note.message
 
 
-def test_a_tokenizer_that_the_converter_does_not_know_is_found_out_before_anything_is_merged(
+def test_a_tokenizer_that_the_converter_does_not_know_is_reported_before_anything_is_merged(
     base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WRONG", "tokenizer")
@@ -84,9 +84,7 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_found_out_before_anythi
     assert "tokenize differently from training" in str(caught.value.hint)
 
 
-def test_a_tokenizer_that_it_knows_passes_with_new_tokens_and_without_weights(
-    base_model: Path, tmp_path: Path
-) -> None:
+def test_a_known_tokenizer_passes_with_new_tokens_and_without_weights(base_model: Path, tmp_path: Path) -> None:
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""NF4: a merged model quantized anew, in the dtype that it was merged in, refused beforehand where that can't be."""
+"""NF4: a merged model quantized again, in the dtype it was merged in, or refused in advance if that is impossible."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def export(model: Path, target: Path, recorder: Recorder | None = None) -> Nf4Ex
 
 
 def dtypes(checkpoint: Path) -> set[str]:
-    """Return the dtypes of the tensors that are not quantized, nor part of what is."""
+    """Return the dtypes of the tensors that are neither quantized nor part of a quantized weight."""
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.endswith(("norm.weight", "embed_tokens.weight"))]  # noqa: SIM118
         return {str(file.get_tensor(name).dtype) for name in names}
@@ -52,15 +52,15 @@ def test_it_is_smaller_in_the_dtype_of_the_merged_model_and_loads_in_transformer
     assert torch.equal(logits(plain), logits(load(base_model, model__dtype="bf16").model))
 
 
-def test_what_is_in_fp16_is_kept_in_16_bit_on_a_cpu_too(tmp_path: Path) -> None:
+def test_a_model_in_fp16_stays_in_16_bit_on_a_cpu_too(tmp_path: Path) -> None:
     model, recorder = save_model(tmp_path / "model", dtype=torch.float16), Recorder()
     assert export(model, tmp_path / "nf4", recorder).dtype == "bf16"
     assert dtypes(tmp_path / "nf4") == {"torch.bfloat16"}
-    said = [event.message for event in recorder.events if isinstance(event, Noted)]
-    assert any("merged model is in fp16" in message for message in said)
+    messages = [event.message for event in recorder.events if isinstance(event, Noted)]
+    assert any("merged model is in fp16" in message for message in messages)
 
 
-def test_what_is_in_fp32_stays_so(tmp_path: Path) -> None:
+def test_a_model_in_fp32_stays_in_fp32(tmp_path: Path) -> None:
     assert export(save_model(tmp_path / "model", dtype=torch.float32), tmp_path / "nf4").dtype == "fp32"
     assert dtypes(tmp_path / "nf4") == {"torch.float32"}
 

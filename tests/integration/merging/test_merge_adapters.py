@@ -1,4 +1,4 @@
-"""Adapters and bases as other tools write them, several at once, and those that can't be merged."""
+"""Adapters and bases as other tools write them, several adapters at once, and adapters that can't be merged."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def config_of(**values: Any) -> LoraConfig:
 
 @pytest.fixture(scope="module")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain adapter. Nothing changes it."""
+    """A plain adapter, which no test changes."""
     return save(on_plain(llama, config_of()), tmp_path_factory.mktemp("adapter"))
 
 
@@ -87,7 +87,7 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_what_else_a_config_says_changes_nothing(llama: Path, adapter: Path, kind: str, tmp_path: Path) -> None:
+def test_other_keys_of_a_config_change_nothing(llama: Path, adapter: Path, kind: str, tmp_path: Path) -> None:
     other = copy_of(adapter, tmp_path / "adapter")
     change_config(other, CONFIGS[kind])
     merged = merge(other, output=tmp_path / "merged")
@@ -126,9 +126,9 @@ def test_a_saved_embedding_equal_to_that_of_the_base_changes_nothing(
     checkpoint: Path = request.getfixturevalue(base)
     model = on_plain(checkpoint, config_of(target_modules=targets))
     alone = save(model, tmp_path / "alone", save_embedding_layers=False)
-    beside = save(model, tmp_path / "beside", save_embedding_layers=True)
-    assert len(load_file(beside / ADAPTER_WEIGHTS)) > len(load_file(alone / ADAPTER_WEIGHTS))
-    one, other = (merge(place, output=tmp_path / f"{place.name}-merged") for place in (alone, beside))
+    with_embedding = save(model, tmp_path / "with-embedding", save_embedding_layers=True)
+    assert len(load_file(with_embedding / ADAPTER_WEIGHTS)) > len(load_file(alone / ADAPTER_WEIGHTS))
+    one, other = (merge(place, output=tmp_path / f"{place.name}-merged") for place in (alone, with_embedding))
     assert_same(one.tensors, other.tensors)
 
 
@@ -139,13 +139,13 @@ def test_a_saved_embedding_equal_to_that_of_the_base_changes_nothing(
         {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [5, ROWS + 3]},
     ],
-    ids=["beside", "adapted", "rows"],
+    ids=["saved only", "adapted", "rows"],
 )
 @pytest.mark.parametrize("base", ["llama", "tied"])
 def test_a_vocabulary_that_was_grown_elsewhere_is_taken_as_it_was_saved(
     base: str, values: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Up to a multiple of 64, and with new rows that are random: those of the tool, not the mean that ours are."""
+    """Up to a multiple of 64, with the tool's random new rows, where ours would be the mean."""
     checkpoint: Path = request.getfixturevalue(base)
     grown = plain(checkpoint)
     grown.resize_token_embeddings(ROWS + 64)
@@ -204,12 +204,12 @@ def test_an_adapter_on_a_model_with_towers_is_merged_if_it_leaves_them_alone(fam
         if any(tower in name for tower in TOWERS) and "lora_B" in name:
             parameter.data.zero_()
     merged = merge(save(model, tmp_path / "adapter"), output=tmp_path / "merged", dtype="fp32")
-    found = plain_logits(load_full(merged.directory, family))
-    torch.testing.assert_close(found, plain_logits(model), rtol=1e-4, atol=1e-4)
+    merged_logits = plain_logits(load_full(merged.directory, family))
+    torch.testing.assert_close(merged_logits, plain_logits(model), rtol=1e-4, atol=1e-4)
     assert verified(merged).is_exact
 
 
-def test_what_the_text_model_has_no_part_in_is_compared_too(tmp_path: Path) -> None:
+def test_weights_outside_the_text_model_are_compared_too(tmp_path: Path) -> None:
     base = save_full(tmp_path / "base", "gemma3")
     config = config_of(target_modules=["down_proj"], base_model_name_or_path=str(base))
     merged = merge(save(adapted(load_full(base, "gemma3"), config), tmp_path / "adapter"), output=tmp_path / "merged")
@@ -228,7 +228,7 @@ def test_what_the_text_model_has_no_part_in_is_compared_too(tmp_path: Path) -> N
 # ---- several
 
 
-def test_several_are_added_each_as_much_as_it_counts(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_several_adapters_are_added_by_their_weights(llama: Path, adapter: Path, tmp_path: Path) -> None:
     model = on_plain(llama, config_of(target_modules=["q_proj", "v_proj"], lora_alpha=2))
     other = save(model, tmp_path / "other")
     exact = merge(adapter, other, output=tmp_path / "merged", weights=(0.25, -1.5), dtype="fp32")
@@ -278,7 +278,9 @@ def test_a_base_in_several_files_or_pickled_gives_the_same(
     assert sorted(path.name for path in merged.directory.glob("*.safetensors")) == (files or ["model.safetensors"])
 
 
-def test_without_an_effect_every_bit_stays_also_negative_zeros(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_an_effect_changes_no_bit_even_of_negative_zeros(
+    llama: Path, adapter: Path, tmp_path: Path
+) -> None:
     base = copy_of(llama, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     for value in tensors.values():
@@ -290,7 +292,7 @@ def test_without_an_effect_every_bit_stays_also_negative_zeros(llama: Path, adap
     assert (merged.directory / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-def test_merged_again_it_is_the_same_to_the_byte(adapter: Path, tmp_path: Path) -> None:
+def test_merging_again_gives_the_same_bytes(adapter: Path, tmp_path: Path) -> None:
     one, other = (merge(adapter, output=tmp_path / name).directory for name in ("one", "other"))
     files = sorted(path.name for path in one.iterdir())
     assert files == sorted(path.name for path in other.iterdir())
@@ -301,7 +303,7 @@ def test_merged_again_it_is_the_same_to_the_byte(adapter: Path, tmp_path: Path) 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "it was initialized by pissa_niter_4, which changed its base"),
-    # PEFT puts the weights that it has quantized in the place of the base's.
+    # PEFT replaces the weights of the base by those that it has quantized.
     "LoftQ": (
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
         "it was initialized by loftq, which changed its",
@@ -321,7 +323,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_can_not_be_merged_exactly_is_refused_with_the_reason(adapter: Path, kind: str, tmp_path: Path) -> None:
+def test_an_adapter_that_can_not_be_merged_exactly_is_refused_with_the_reason(
+    adapter: Path, kind: str, tmp_path: Path
+) -> None:
     other = copy_of(adapter, tmp_path / "adapter")
     values, reason = REFUSED[kind]
     change_config(other, lambda config: {**config, **values})
@@ -348,7 +352,7 @@ def test_values_that_are_no_numbers_are_refused(adapter: Path, value: float, tmp
 def test_a_vocabulary_that_grew_with_modules_that_train_whole_is_merged_as_peft_saves_it_by_default(
     llama: Path, tmp_path: Path
 ) -> None:
-    """PEFT writes such a module thrice: as it trained, once more by another name, and as the base had it."""
+    """PEFT writes such a module three times: as trained, again under another name, and as in the base."""
     model = plain(llama)
     model.resize_token_embeddings(ROWS + 64, mean_resizing=False)
     tuned = adapted(model, config_of(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))

@@ -38,13 +38,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Routers are no linear layers to PEFT, and Mamba reads the weights of these past an adapter.
 NOT_ADAPTED = re.compile(r"(router|gate|(mixer|mamba)\.(out|dt)_proj)$")
-# PEFT puts an adapter on its experts, and the model does not run with it.
+# PEFT puts an adapter on the experts of these, and the model does not run with it.
 WITHOUT_EXPERTS = {"dbrx"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A family: its base, an adapter on it, what a merge wrote, and what it should have."""
+    """A family: its base, an adapter on it, what a merge wrote, and what it should have written."""
 
     base: Path
     adapter: Path
@@ -56,7 +56,7 @@ class Case:
 
 
 def every_target(base: Path, family: str) -> LoraConfig:
-    """Return an adapter on all that can have one, by full names."""
+    """Return the config of an adapter on every module that can have one, by full names."""
     model = plain(base)
     head = model.get_output_embeddings()
     names = [
@@ -108,27 +108,27 @@ def test_plain_transformers_finds_every_weight_and_computes_what_was_trained(cas
     loaded_plain(case.merged.directory)
     exact = merge(case.adapter, output=tmp_path / "exact", dtype="fp32")
     assert {value.dtype for value in exact.tensors.values() if value.is_floating_point()} == {torch.float32}
-    found = plain_logits(loaded_plain(exact.directory, "auto"))
+    merged_logits = plain_logits(loaded_plain(exact.directory, "auto"))
     assert (case.adapted_logits - case.base_logits).abs().max() > 1e-3
-    torch.testing.assert_close(found, case.adapted_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged_logits, case.adapted_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_streamed_it_computes_as_plain_transformers_and_peft_to_the_bit(case: Case) -> None:
-    """What a merge is verified with must be right where PEFT, loading the adapter from its file, is not."""
+def test_streaming_gives_the_logits_of_plain_transformers_and_peft_to_the_bit(case: Case) -> None:
+    """The reference of a merge must be right even where PEFT, loading the adapter from its file, is not."""
     assert torch.equal(streamed_logits(case.merged, beside=False), case.base_logits)
     assert torch.equal(streamed_logits(case.merged, beside=True), case.adapted_logits)
 
 
-def test_verified_each_adapted_module_computes_the_same(case: Case) -> None:
-    found = verified(case.merged)
-    assert found.is_exact, found
-    assert found.modules is not None
+def test_each_adapted_module_is_verified_to_compute_the_same(case: Case) -> None:
+    verification = verified(case.merged)
+    assert verification.is_exact, verification
+    assert verification.modules is not None
     changed = {name.rpartition(".")[0] for name in case.merged.inputs.changes}
-    assert found.modules.num_modules == len(changed)
-    assert found.modules.difference < found.modules.max_difference / 10
+    assert verification.modules.num_modules == len(changed)
+    assert verification.modules.difference < verification.modules.max_difference / 10
 
 
-def test_with_an_adapter_that_is_zero_every_file_of_weights_is_that_of_the_base(case: Case, tmp_path: Path) -> None:
+def test_an_adapter_of_zeros_gives_the_weight_files_of_the_base(case: Case, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for file in case.adapter.iterdir():

@@ -1,4 +1,4 @@
-"""The base that is merged into: as it is stored, or the exact round trip through the storage of training."""
+"""The base of a merge: as it is stored, or its exact round trip through the quantized storage of training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from tests.support.plain import ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ODD = {"intermediate_size": 96}  # rows of down_proj that do not end with a block
+ODD = {"intermediate_size": 96}  # so that rows of down_proj do not end with a block
 STORED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the family, its sizes, and how it is loaded
     "nf4": ("llama", {}, {}),
     "nf4 in bf16": ("llama", {}, {"model__dtype": "bf16"}),
@@ -59,18 +59,18 @@ STORED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the family,
 
 
 def loaded_weight(loaded: LoadedModel, name: str) -> torch.Tensor:
-    """Return a weight of a loaded model as a pass computes with it, the way round that its checkpoint has it."""
+    """Return a weight of a loaded model as a forward pass uses it, oriented as in its checkpoint."""
     path, _, leaf = name.rpartition(".")
     module = loaded.base.get_submodule(path)
     weight: Any = getattr(module, leaf)
     if not isinstance(module, Linear4bit | Linear8bitLt) or leaf != "weight":
-        found: torch.Tensor = weight.detach()  # of experts: dequantized as they are read
-        return found
+        value: torch.Tensor = weight.detach()  # experts are dequantized when they are read
+        return value
     if isinstance(module, Linear4bit):
-        found = functional.dequantize_4bit(weight.data, weight.quant_state)
+        value = functional.dequantize_4bit(weight.data, weight.quant_state)
     else:
-        found = functional.int8_vectorwise_dequant(weight.CB, weight.SCB).to(loaded.layout.dtype)
-    return found.T if issubclass(module.source_cls, Conv1D) else found
+        value = functional.int8_vectorwise_dequant(weight.CB, weight.SCB).to(loaded.layout.dtype)
+    return value.T if issubclass(module.source_cls, Conv1D) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def rounds_products(self) -> bool:
-        """Whether what goes into a product is rounded, in bf16 or by LLM.int8(): training saw other values then."""
+        """Whether inputs of products are rounded, in bf16 or by LLM.int8(), so that training saw other values."""
         return self.how.get("model__dtype") == "bf16" or self.how.get("quantization__method") == "int8"
 
     def inputs(self, **values: Any) -> Inputs:
@@ -111,13 +111,13 @@ def assert_weights_are_those_of(loaded: LoadedModel, inputs: Inputs) -> None:
     groups = parameter_groups(inputs.base.groups)
     assert inputs.base.quantized == {entry.name for entry in loaded.inventory.entries if entry.is_quantized} != set()
     for entry in loaded.inventory.entries:
-        found, expected = base.parameters(groups[entry.name])[entry.name], loaded_weight(loaded, entry.name)
+        weight, expected = base.parameters(groups[entry.name])[entry.name], loaded_weight(loaded, entry.name)
         if entry.is_quantized:
-            assert found.dtype == expected.dtype == loaded.layout.dtype
-        assert torch.equal(found.to(expected.dtype), expected), entry.name
+            assert weight.dtype == expected.dtype == loaded.layout.dtype
+        assert torch.equal(weight.to(expected.dtype), expected), entry.name
 
 
-def test_the_dequantized_base_is_what_is_loaded_to_train_on_to_the_bit(case: Case) -> None:
+def test_the_dequantized_base_is_the_one_loaded_for_training_to_the_bit(case: Case) -> None:
     inputs = case.inputs()
     assert_weights_are_those_of(load(case.base, **case.how), inputs)
     original = Base(inputs.base, BaseWeights.ORIGINAL)
@@ -128,10 +128,10 @@ def test_the_dequantized_base_is_what_is_loaded_to_train_on_to_the_bit(case: Cas
         assert not torch.equal(one, other), name
 
 
-def test_the_base_is_quantized_from_the_dtype_that_training_held_it_in_whichever_it_computed_in(
+def test_the_base_is_quantized_from_its_dtype_in_training_whatever_the_compute_dtype(
     tmp_path: Path,
 ) -> None:
-    """In fp16, other codes come out: here the base is stored so, and was held in what the machine prefers."""
+    """fp16 would give other codes: the base is stored in fp16, and training held it in what the machine prefers."""
     base = save_model(tmp_path / "base", vocab_size=ROWS, dtype=torch.float16)
     how = {"model__dtype": None, "quantization__compute_dtype": "bf16"}
     case = trained(base, tmp_path, **how)
@@ -146,24 +146,26 @@ def test_slices_of_stacked_experts_are_those_of_the_whole(case: Case) -> None:
     for group in inputs.base.groups:
         values = whole.parameters(group)
         for index in range(group.num_slices or 0):
-            found = sliced.parameters(group, index)
-            assert all(torch.equal(found[name], value[index : index + 1]) for name, value in values.items())
+            slices = sliced.parameters(group, index)
+            assert all(torch.equal(slices[name], value[index : index + 1]) for name, value in values.items())
 
 
-def test_merged_into_it_the_model_is_the_one_that_was_trained(case: Case, tmp_path: Path) -> None:
+def test_merging_into_the_dequantized_base_gives_the_model_that_was_trained(case: Case, tmp_path: Path) -> None:
     adapted = plain_logits(case.model).float()
     merged = merge(case.run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
-    found = plain_logits(loaded_plain(merged.directory))
+    merged_logits = plain_logits(loaded_plain(merged.directory))
     original = merge(case.run, output=tmp_path / "original", base="original", dtype="fp32")
-    other = plain_logits(loaded_plain(original.directory))
+    original_logits = plain_logits(loaded_plain(original.directory))
     if not case.rounds_products:
-        torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-4)
-    assert (found - adapted).norm() < (0.8 if case.rounds_products else 1e-3) * (other - adapted).norm()
+        torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (merged_logits - adapted).norm() < (0.8 if case.rounds_products else 1e-3) * (
+        original_logits - adapted
+    ).norm()
     exact = streamed_logits(merged, beside=True, kind=BaseWeights.DEQUANTIZED)
-    torch.testing.assert_close(exact, found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exact, merged_logits, rtol=1e-4, atol=1e-4)
 
 
-# ---- bases that come quantized
+# ---- prequantized bases
 
 
 def by_transformers(base: Path, directory: Path, config: BitsAndBytesConfig) -> Path:
@@ -202,20 +204,20 @@ def prequantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return trained(make(save_model(place / "base", family, vocab_size=ROWS), place / "quantized"), place, **how)
 
 
-def test_what_comes_quantized_is_dequantized_to_the_bit(prequantized: Case) -> None:
+def test_a_prequantized_base_is_dequantized_to_the_bit(prequantized: Case) -> None:
     assert_weights_are_those_of(load(prequantized.base), prequantized.inputs())
 
 
-def test_merged_it_is_a_16_bit_model_that_plain_transformers_loads(prequantized: Case, tmp_path: Path) -> None:
+def test_merging_gives_a_16_bit_model_that_plain_transformers_loads(prequantized: Case, tmp_path: Path) -> None:
     adapted = plain_logits(prequantized.model)
     exact = merge(prequantized.run, output=tmp_path / "exact", dtype="fp32")
-    found = plain_logits(loaded_plain(exact.directory))
+    merged_logits = plain_logits(loaded_plain(exact.directory))
     if prequantized.rounds_products:
-        assert (found - adapted).norm() < 0.1 * adapted.norm()
+        assert (merged_logits - adapted).norm() < 0.1 * adapted.norm()
     else:
-        torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
     streamed = streamed_logits(exact, beside=True, kind=BaseWeights.DEQUANTIZED)
-    torch.testing.assert_close(streamed, found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streamed, merged_logits, rtol=1e-4, atol=1e-4)
     merged = merge(prequantized.run, output=tmp_path / "merged", dtype="bf16")
     assert {value.dtype for value in merged.tensors.values()} == {torch.bfloat16}
     loaded = loaded_plain(merged.directory, "auto")
@@ -223,7 +225,7 @@ def test_merged_it_is_a_16_bit_model_that_plain_transformers_loads(prequantized:
     assert loaded.dtype == torch.bfloat16
 
 
-def test_what_is_there_only_quantized_is_refused_as_original(prequantized: Case) -> None:
+def test_a_base_available_only_quantized_is_refused_as_original(prequantized: Case) -> None:
     with pytest.raises(ModelError, match="is only available quantized") as caught:
         base_choice_without_measuring(prequantized.inputs(base=BaseWeights.ORIGINAL))
     assert "--base-model" in str(caught.value.hint)

@@ -1,4 +1,4 @@
-"""What goes wrong in a merge is said, and costs nothing: no base, no output that was there, no half-written model."""
+"""Faults of a merge are reported and cost nothing: no base, no existing output, no half-written model."""
 
 import gc
 import json
@@ -34,19 +34,19 @@ SOON_SECONDS = 60
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is merged, but never changed."""
+    """A run that tests merge but never change."""
     return trained_run(tmp_path_factory.mktemp("merge"))
 
 
 @pytest.fixture
 def own(run: Path, tmp_path: Path) -> Path:
-    """A copy of it, with its base, that may be damaged."""
+    """A copy of the run, with its base, that may be damaged."""
     return copy_run(run, tmp_path / "own")
 
 
 @pytest.fixture
 def other(own: Path) -> Path:
-    """Its adapter as others would have it: without a run around it."""
+    """The adapter of the copy alone, as other tools write one: without a run around it."""
     return adapter_alone(own)
 
 
@@ -79,8 +79,8 @@ def test_a_damaged_or_missing_shard_is_named(other: Path) -> None:
     second.unlink()
     assert f"lacks {second.name}" in refused(other, "--output", other.parent / "out")
     second.write_bytes(content[:-10])
-    told = refused(other, "--output", other.parent / "out")
-    assert f"{second.name} is damaged: it is truncated" in told
+    message = refused(other, "--output", other.parent / "out")
+    assert f"{second.name} is damaged: it is truncated" in message
     assert not (other.parent / "out").exists()
 
 
@@ -103,8 +103,8 @@ def test_a_base_that_has_a_tensor_twice_is_refused(other: Path) -> None:
 
 def test_a_tensor_that_no_rule_covers_is_an_error(other: Path) -> None:
     change(other.parent / "base" / WEIGHTS, lambda tensors: tensors.update({"model.extra.weight": torch.ones(4)}))
-    told = refused(other, "--output", other.parent / "out")
-    assert "holds model.extra.weight (in model.safetensors), which its config.json does not describe" in told
+    message = refused(other, "--output", other.parent / "out")
+    assert "holds model.extra.weight (in model.safetensors), which its config.json does not describe" in message
 
 
 def test_the_base_of_a_run_must_be_the_one_that_it_was_trained_on(own: Path) -> None:
@@ -114,11 +114,11 @@ def test_the_base_of_a_run_must_be_the_one_that_it_was_trained_on(own: Path) -> 
     assert state_of(own) == before
 
 
-def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
+def test_another_base_may_be_named_at_the_users_own_risk(own: Path) -> None:
     base = own.parent / "base"
     moved = base.rename(base.with_name("moved"))
-    told = refused(own)
-    assert f"is {base}, which does not exist" in told
+    message = refused(own)
+    assert f"is {base}, which does not exist" in message
     assert merged(own, "--base-model", moved)["base_model"] == str(moved)
     shutil.rmtree(own / "merged")
     change(moved / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
@@ -126,26 +126,27 @@ def test_another_base_may_be_named_at_ones_own_risk(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "said"), [("llama", "weights that don't fit the base"), ("gpt_neox", "can't be attached to its base")]
+    ("family", "expected"),
+    [("llama", "weights that don't fit the base"), ("gpt_neox", "can't be attached to its base")],
 )
-def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path, family: str, said: str) -> None:
+def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path, family: str, expected: str) -> None:
     base = save_model(tmp_path / family, family)
-    assert said in refused(other, "--base-model", base, "--output", tmp_path / "out")
+    assert expected in refused(other, "--base-model", base, "--output", tmp_path / "out")
 
 
 def test_a_base_of_other_widths_is_refused_by_its_shapes(other: Path, tmp_path: Path) -> None:
     base = save_model(tmp_path / "wide", num_hidden_layers=4, intermediate_size=256)
-    told = refused(other, "--base-model", base, "--output", tmp_path / "out")
-    assert "and the base needs" in told
+    message = refused(other, "--base-model", base, "--output", tmp_path / "out")
+    assert "and the base needs" in message
 
 
-def test_only_what_is_there_can_be_the_original(other: Path, tmp_path: Path) -> None:
+def test_a_base_available_only_quantized_has_no_original(other: Path, tmp_path: Path) -> None:
     save_quantized(load(other.parent / "base"), tmp_path / "packed", Recorder())
     output = ("--output", tmp_path / "out")
-    told = refused(other, "--base-model", tmp_path / "packed", "--base", "original", *output)
-    assert "is only available quantized" in told
-    found = merged(other, "--base-model", tmp_path / "packed", *output)
-    assert found["base"] == "dequantized"
+    message = refused(other, "--base-model", tmp_path / "packed", "--base", "original", *output)
+    assert "is only available quantized" in message
+    report = merged(other, "--base-model", tmp_path / "packed", *output)
+    assert report["base"] == "dequantized"
 
 
 def test_a_base_is_never_written_to(run: Path, tmp_path: Path) -> None:
@@ -180,10 +181,10 @@ def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> No
     (own / "run.json").write_text(json.dumps({**record, "status": "failed"}))
     checkpoint = list_checkpoints(own / "checkpoints")[-1]
     for name in (own, checkpoint):
-        found = merged(name, "--output", own.parent / "out")
-        assert found["num_merged_tensors"] == 28
-        assert found["verification"]["num_rows"] > 0  # of the run's data
-        (adapter,) = found["adapters"]
+        report = merged(name, "--output", own.parent / "out")
+        assert report["num_merged_tensors"] == 28
+        assert report["verification"]["num_rows"] > 0  # of the run's data
+        (adapter,) = report["adapters"]
         assert (adapter["path"], adapter["step"], adapter["run_is_done"]) == (
             str(checkpoint),
             step_of(checkpoint),
@@ -195,20 +196,20 @@ def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> No
     assert "has no weights yet" in refused(own)
 
 
-def test_a_model_is_no_adapter(own: Path) -> None:
-    told = refused(own.parent / "base", "--output", own.parent / "out")
-    assert "is a model, not an adapter" in told
+def test_a_model_is_not_an_adapter(own: Path) -> None:
+    message = refused(own.parent / "base", "--output", own.parent / "out")
+    assert "is a model, not an adapter" in message
 
 
 def test_adapters_of_different_bases_are_refused(run: Path, own: Path) -> None:
     assert f"{own} belongs to the base" in refused(run, own, "--output", own.parent / "out")
 
 
-def test_what_fp16_can_not_hold_is_an_error_and_leaves_nothing(other: Path) -> None:
+def test_an_overflow_of_fp16_is_an_error_and_leaves_nothing(other: Path) -> None:
     change(other / ADAPTER, lambda tensors: [tensor.mul_(1e5) for tensor in tensors.values()])
-    told = refused(other, "--output", other.parent / "out", "--dtype", "fp16", "--no-verify")
-    assert "overflows fp16" in told
-    assert "--dtype bf16" in told
+    message = refused(other, "--output", other.parent / "out", "--dtype", "fp16", "--no-verify")
+    assert "overflows fp16" in message
+    assert "--dtype bf16" in message
     assert not list(other.parent.glob("*out*"))
 
 
@@ -221,17 +222,17 @@ def test_an_output_that_holds_something_is_left_alone(run: Path, tmp_path: Path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     before = state_of(tmp_path)
-    for name, said in (
+    for name, expected in (
         ("out", "contains other files (thesis.txt)"),
         ("file", "is a file"),
         ("link", "a broken link"),
     ):
-        assert said in refused(run, "--output", tmp_path / name)
+        assert expected in refused(run, "--output", tmp_path / name)
     assert "file is a file" in refused(run, "--output", tmp_path / "file" / "below")
     assert state_of(tmp_path) == before
 
 
-def test_an_empty_output_is_filled_also_by_way_of_a_link(run: Path, tmp_path: Path) -> None:
+def test_an_empty_output_is_filled_also_through_a_link(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     inode = (tmp_path / "out").stat().st_ino
@@ -241,27 +242,27 @@ def test_an_empty_output_is_filled_also_by_way_of_a_link(run: Path, tmp_path: Pa
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_what_fails_to_verify_is_kept_under_a_name_that_says_so(own: Path) -> None:
+def test_a_model_that_fails_verification_is_kept_under_a_name_that_says_so(own: Path) -> None:
     done = qlora_merge(own, "--max-divergence", "0", "--json")
     assert done.exit_code == 1
     error = json.loads(done.stdout)["error"]
     assert error["type"] == "MergeError"
     assert "more than 0" in error["message"]
-    kept = own / "merged-failed-verification"
-    assert str(kept) in error["hint"]
+    failed = own / "merged-failed-verification"
+    assert str(failed) in error["hint"]
     assert not (own / "merged").exists()
-    assert json.loads((kept / "merge.json").read_text())["verification"]["passed"] is False
-    assert "**failed**" in (kept / "README.md").read_text()
+    assert json.loads((failed / "merge.json").read_text())["verification"]["passed"] is False
+    assert "**failed**" in (failed / "README.md").read_text()
     again = qlora_merge(own, "--max-divergence", "0")
     assert again.exit_code == 1
     assert (own / "merged-failed-verification-2" / WEIGHTS).is_file()
-    (own.parent / "there").mkdir()
-    assert qlora_merge(own, "--max-divergence", "0", "--output", own.parent / "there").exit_code == 1
-    assert list((own.parent / "there").iterdir()) == []  # so that the same command can be given again
-    assert (own.parent / "there-failed-verification" / WEIGHTS).is_file()
+    (own.parent / "empty").mkdir()
+    assert qlora_merge(own, "--max-divergence", "0", "--output", own.parent / "empty").exit_code == 1
+    assert list((own.parent / "empty").iterdir()) == []  # so that the same command can be given again
+    assert (own.parent / "empty-failed-verification" / WEIGHTS).is_file()
 
 
-def test_nan_is_no_small_divergence(other: Path) -> None:
+def test_nan_is_not_a_small_divergence(other: Path) -> None:
     change(other / ADAPTER, lambda tensors: [one.fill_(1e30) for key, one in tensors.items() if "lora_B" in key])
     done = qlora_merge(other, "--output", other.parent / "out")
     assert done.exit_code == 1
@@ -279,13 +280,13 @@ FAULTY: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 @pytest.mark.parametrize("kind", FAULTY)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("flags", ["", "--no-verify", "--dtype fp32 --no-verify", "--base dequantized"])
-def test_a_base_that_holds_what_is_no_number_is_named_with_its_file(
+def test_nan_or_infinity_in_a_base_is_reported_with_its_tensor_and_file(
     other: Path, kind: str, value: float, flags: str
 ) -> None:
     name, part = FAULTY[kind]
     change(other.parent / "base" / WEIGHTS, lambda tensors: part(tensors[name]).fill_(value))
-    told = refused(other, *flags.split(), "--output", other.parent / "out")
-    assert f"the base holds NaN or infinite values in {name} (in {WEIGHTS})" in told
+    message = refused(other, *flags.split(), "--output", other.parent / "out")
+    assert f"the base holds NaN or infinite values in {name} (in {WEIGHTS})" in message
     assert not list(other.parent.glob("out*"))
 
 
@@ -310,7 +311,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filler(Recorder):
-    """Fills a disk but for `leave_bytes` when the merge begins to write: between the look at it and the write."""
+    """Fills a disk but for `leave_bytes` when the merge begins to write, after it has checked the free space."""
 
     def __init__(self, disk: Path, leave_bytes: int) -> None:
         super().__init__()
@@ -333,7 +334,7 @@ def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
     patch.setattr(qlora_cli.cli.progress.reporters, "reporting", reporting)
 
 
-# In the weights, written by us, and in the tokenizer, written by a library that has an error of its own.
+# While weights are written, by us, and the tokenizer, by a library that raises an error of its own.
 @pytest.mark.parametrize("leave_bytes", [1 << 20, 7_130_000])
 def test_a_disk_that_fills_up_is_reported_and_nothing_is_left(
     run: Path, small_disk: Path, leave_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -349,19 +350,19 @@ def test_a_disk_that_fills_up_is_reported_and_nothing_is_left(
     merged(run, "--output", small_disk / "out")
 
 
-def test_a_disk_that_is_too_small_is_found_out_before_anything_is_written(run: Path, small_disk: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(run: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(100 << 20))
-    told = refused(run, "--output", small_disk / "out")
-    assert "would be written to" in told
-    assert "--output" in told
+    message = refused(run, "--output", small_disk / "out")
+    assert "would be written to" in message
+    assert "--output" in message
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_run_on_a_read_only_disk_is_merged_elsewhere(run: Path, small_disk: Path, tmp_path: Path) -> None:
-    there = copy_run(run, small_disk / "own")
+def test_a_run_on_a_read_only_disk_is_merged_to_another_place(run: Path, small_disk: Path, tmp_path: Path) -> None:
+    read_only_run = copy_run(run, small_disk / "own")
     subprocess.run([str(shutil.which("mount")), "-o", "remount,ro", str(small_disk)], check=True)
-    assert f"{there} can't be written to" in refused(there)
-    assert merged(there, "--output", tmp_path / "out")["verification"]["passed"]
+    assert f"{read_only_run} can't be written to" in refused(read_only_run)
+    assert merged(read_only_run, "--output", tmp_path / "out")["verification"]["passed"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -370,7 +371,7 @@ def test_an_output_without_permission_is_refused(run: Path, tmp_path: Path) -> N
     assert "can't be written to" in refused(run, "--output", tmp_path / "closed" / "out")
 
 
-def test_what_comes_into_the_output_meanwhile_is_not_replaced(
+def test_a_file_put_into_the_output_meanwhile_is_not_replaced(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Other(Recorder):
@@ -409,7 +410,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_until_writing(process: BaseProcess, output: Path, log: Path) -> None:
-    """Wait until something of the result is on the disk."""
+    """Wait until a part of the merged model is on the disk."""
     deadline = time.monotonic() + SOON_SECONDS
     while not [*output.parent.glob(f".{output.name}.*.saving/whole/*"), *output.glob(".saving/whole/*")]:
         assert process.is_alive(), log.read_text()
@@ -417,12 +418,12 @@ def wait_until_writing(process: BaseProcess, output: Path, log: Path) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("is_there", "num_rounds"), [(False, 6), (True, 3)])
-def test_a_merge_that_is_killed_anywhere_leaves_nothing_that_looks_complete(
-    large: Path, tmp_path: Path, is_there: bool, num_rounds: int
+@pytest.mark.parametrize(("output_exists", "num_rounds"), [(False, 6), (True, 3)])
+def test_a_merge_killed_at_any_time_leaves_nothing_that_looks_complete(
+    large: Path, tmp_path: Path, output_exists: bool, num_rounds: int
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    if is_there:
+    if output_exists:
         output.mkdir()
     command = (large, "--output", output, "--no-verify")
     num_killed = 0
@@ -452,12 +453,12 @@ def test_a_merge_that_is_killed_anywhere_leaves_nothing_that_looks_complete(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("output_exists", [False, True])
 def test_a_signal_ends_a_merge_with_its_code_and_leaves_nothing(
-    large: Path, tmp_path: Path, number: signal.Signals, code: int, is_there: bool
+    large: Path, tmp_path: Path, number: signal.Signals, code: int, output_exists: bool
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    if is_there:
+    if output_exists:
         output.mkdir()
     process = start_merge(large, "--output", output, "--no-verify", "--json", log=log)
     wait_until_writing(process, output, log)
@@ -468,4 +469,4 @@ def test_a_signal_ends_a_merge_with_its_code_and_leaves_nothing(
     assert process.exitcode == code, text
     assert json.loads(text[text.index("{") :])["error"]["exit_code"] == code
     assert "Traceback" not in text
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log"] + (["out"] if is_there else [])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["log"] + (["out"] if output_exists else [])

@@ -1,4 +1,4 @@
-"""A merge and the hub: adapter and base come from it at their commits, and the result is pushed to it."""
+"""Merging with the hub: adapter and base are downloaded at their commits, and the merged model is pushed."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_an_adapter_and_its_base_come_from_the_hub_at_their_commits(
     assert "base_model: owner/tiny" in card
     assert f"at commit `{OLD_COMMIT}`" in card
     generation = json.loads((tmp_path / "lora-merged" / "generation_config.json").read_text())
-    assert generation["max_new_tokens"] == 7  # as at that commit only
+    assert generation["max_new_tokens"] == 7  # only that commit has it
 
 
 def test_offline_an_adapter_that_was_never_downloaded_is_reported(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_offline_an_adapter_that_was_never_downloaded_is_reported(tmp_path: Path
 
 @pytest.fixture
 def writable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The hub, asked by the client of this process with a token that may write."""
+    """The hub, which the client of this process asks with a token that may write."""
     hub.accounts[TOKEN] = {"name": "me", "auth": {"accessToken": {"role": "write"}}}
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.port}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -54,21 +54,21 @@ def writable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_where_nothing_may_be_pushed_nothing_is_merged(writable: Hub, run: Path, tmp_path: Path) -> None:
-    told = refused(run, "--output", tmp_path / "out", "--push-to-hub", "others/x")
-    assert "can't write to repositories of others" in told
+def test_nothing_is_merged_if_it_may_not_be_pushed(writable: Hub, run: Path, tmp_path: Path) -> None:
+    message = refused(run, "--output", tmp_path / "out", "--push-to-hub", "others/x")
+    assert "can't write to repositories of others" in message
     assert "whose repository" in refused(run, "--output", tmp_path / "out", "--push-to-hub", "x")
     assert "names no repository" in refused(run, "--output", tmp_path / "out", "--push-to-hub", "")
     two = ("--format", "ollama", "--format", "hf")
-    told = refused(run, "--output", tmp_path / "out", *two, "--push-to-hub", "me/merged")
-    assert "--push-to-hub: of several formats the first is pushed: ollama, whose files name those of hf" in told
+    message = refused(run, "--output", tmp_path / "out", *two, "--push-to-hub", "me/merged")
+    assert "--push-to-hub: of several formats the first is pushed: ollama, whose files name those of hf" in message
     assert not (tmp_path / "out").exists()
     assert "others/x" not in writable.repos
 
 
-def test_what_was_merged_is_pushed_and_names_no_path_of_this_machine(writable: Hub, run: Path, tmp_path: Path) -> None:
-    found = merged(run, "--output", tmp_path / "out", "--push-to-hub", "me/merged")
-    assert found["pushed_to"] == f"http://127.0.0.1:{writable.port}/me/merged"
+def test_a_merged_model_is_pushed_and_names_no_path_of_this_machine(writable: Hub, run: Path, tmp_path: Path) -> None:
+    report = merged(run, "--output", tmp_path / "out", "--push-to-hub", "me/merged")
+    assert report["pushed_to"] == f"http://127.0.0.1:{writable.port}/me/merged"
     assert writable.repos["me/merged"].is_private
     pushed = writable.repos["me/merged"].commits[COMMIT]
     assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -41,7 +41,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def measure(adapter: Path, output: Path, base: str) -> dict[str, Any]:
-    """Merge in a process of its own, and return what it took."""
+    """Merge in a process of its own, and return the memory and time that it took."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.merge_case", "qlora", adapter, output, "--base", base],
         capture_output=True,
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_two_gigabytes_is_merged_in_a_quarter_of_its_size(
     assert figures["num_merged_tensors"] == 7 * SHAPES["1b-large-vocabulary"].num_layers
     assert figures["num_samples"] > 100, "the peak was not watched"
     assert figures["anonymous_bytes"] <= ALLOWED_BYTES
-    # What the process reports of itself holds the interpreter and its libraries too.
+    # What the process reports includes the interpreter and its libraries.
     assert figures["resident_bytes"] <= figures["imports_host_bytes"] + PROMISED_BYTES
     written = {file.name: file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")}
     assert written == {file.name: file.stat().st_size for file in base_files}

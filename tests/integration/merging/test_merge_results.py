@@ -1,4 +1,4 @@
-"""What stands beside merged weights works elsewhere: configs, tokenizer, template, card, index; and in each format."""
+"""Files next to merged weights work elsewhere: configs, tokenizer, template, card, index; also in each format."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(run: Path) -> dict[str, Any]:
-    """What the command says of a merge of it, into its own directory."""
+    """The command's report on a merge of the run into its own directory."""
     return merged(run)
 
 
@@ -64,21 +64,21 @@ def model(run: Path, result: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def formats(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """All formats at once."""
+    """The directory of a merge into all formats at once, and the command's report on it."""
     output = tmp_path_factory.mktemp("formats") / "all"
     names = [part for name in ("hf", "nf4", "ollama") for part in ("--format", name)]
     return output, merged(run, "--output", output, *names, *GGUF)
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
-# ---- beside the weights
+# ---- files next to the weights
 
 
-def test_a_fresh_process_with_plain_transformers_loads_and_asks_it(model: Path) -> None:
+def test_plain_transformers_loads_and_prompts_it_in_a_fresh_process(model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ANSWER, str(model)], capture_output=True, text=True, timeout=120)
     assert done.stdout == "torch.bfloat16 True []\n", done.stderr
 
@@ -92,42 +92,42 @@ def test_the_config_is_that_of_the_base_and_the_tokenizer_is_that_of_the_run(run
     assert (of_result.eos_token, of_result.pad_token) == (of_run.eos_token, of_run.pad_token)
 
 
-def test_it_ends_as_it_was_trained_to_and_pads_with_what_is_no_end(run: Path, tmp_path: Path) -> None:
-    there = copy_run(run, tmp_path / "own")
-    base = there.parent / "base"
+def test_it_ends_as_trained_and_pads_with_a_token_that_is_no_end(run: Path, tmp_path: Path) -> None:
+    own = copy_run(run, tmp_path / "own")
+    base = own.parent / "base"
     generation = read(base / "generation_config.json") | {"eos_token_id": 2, "temperature": 0.7, "do_sample": True}
     (base / "generation_config.json").write_text(json.dumps({**generation, "pad_token_id": 2}))
-    merged(there)
-    tokenizer = AutoTokenizer.from_pretrained(there / "merged")
-    made = GenerationConfig.from_pretrained(there / "merged")
-    assert made.eos_token_id == [tokenizer.eos_token_id, 2]
-    assert made.pad_token_id == tokenizer.pad_token_id
-    assert made.pad_token_id not in made.eos_token_id
-    assert (made.temperature, made.do_sample) == (0.7, True)
+    merged(own)
+    tokenizer = AutoTokenizer.from_pretrained(own / "merged")
+    generated = GenerationConfig.from_pretrained(own / "merged")
+    assert generated.eos_token_id == [tokenizer.eos_token_id, 2]
+    assert generated.pad_token_id == tokenizer.pad_token_id
+    assert generated.pad_token_id not in generated.eos_token_id
+    assert (generated.temperature, generated.do_sample) == (0.7, True)
 
 
 def test_a_base_without_a_generation_config_gets_one_that_ends(run: Path, tmp_path: Path) -> None:
-    there = copy_run(run, tmp_path / "own")
-    (there.parent / "base" / "generation_config.json").unlink()
-    merged(there)
-    made = read(there / "merged" / "generation_config.json")
+    own = copy_run(run, tmp_path / "own")
+    (own.parent / "base" / "generation_config.json").unlink()
+    merged(own)
+    made = read(own / "merged" / "generation_config.json")
     assert (made["eos_token_id"], made["pad_token_id"]) == (4, 0)
 
 
-def test_licences_come_along(run: Path, tmp_path: Path) -> None:
-    there = copy_run(run, tmp_path / "own")
-    (there.parent / "base" / "LICENSE.txt").write_text("terms")
-    (there.parent / "base" / "notes.txt").write_text("not ours to spread")
-    merged(there)
-    assert (there / "merged" / "LICENSE.txt").read_text() == "terms"
-    assert not (there / "merged" / "notes.txt").exists()
+def test_licences_are_copied(run: Path, tmp_path: Path) -> None:
+    own = copy_run(run, tmp_path / "own")
+    (own.parent / "base" / "LICENSE.txt").write_text("terms")
+    (own.parent / "base" / "notes.txt").write_text("not ours to spread")
+    merged(own)
+    assert (own / "merged" / "LICENSE.txt").read_text() == "terms"
+    assert not (own / "merged" / "notes.txt").exists()
 
 
 def test_shards_keep_their_names_and_the_index_its_exact_size(run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(ASSETS / "base", dtype="auto").save_pretrained(base, max_shard_size="2MB")
     copy_tokenizer(base)
-    found = merged(adapter_alone(run, tmp_path / "alone"), "--base-model", base, "--output", tmp_path / "out")
+    report = merged(adapter_alone(run, tmp_path / "alone"), "--base-model", base, "--output", tmp_path / "out")
     index = read(tmp_path / "out" / "model.safetensors.index.json")
     assert index["weight_map"] == read(base / "model.safetensors.index.json")["weight_map"]
     sizes = 0
@@ -137,10 +137,10 @@ def test_shards_keep_their_names_and_the_index_its_exact_size(run: Path, tmp_pat
             assert {index["weight_map"][name] for name in names} == {file}
             sizes += sum(stored.get_tensor(name).nbytes for name in names)
     assert index["metadata"]["total_size"] == sizes
-    assert found["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert report["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
 
 
-# ---- what is said of it
+# ---- card and record
 
 
 def test_the_card_says_what_it_is_made_of_and_how_it_was_verified(
@@ -157,8 +157,11 @@ def test_the_card_says_what_it_is_made_of_and_how_it_was_verified(
     assert rows["merged into"].startswith(
         "the dequantized weights of the base (the mean KL divergence from the trained model"
     )
-    found = result["verification"]["divergence"]
-    assert f"over {found['num_tokens']} tokens: mean KL divergence {found['mean_kl']:.2g} nats" in rows["verified"]
+    divergence = result["verification"]["divergence"]
+    assert (
+        f"over {divergence['num_tokens']} tokens: mean KL divergence {divergence['mean_kl']:.2g} nats"
+        in rows["verified"]
+    )
 
 
 def test_the_record_holds_the_result_of_the_command_without_paths(
@@ -176,9 +179,9 @@ def test_the_record_holds_the_result_of_the_command_without_paths(
     assert str(run.parent) not in (model / "merge.json").read_text() + (model / "README.md").read_text()
 
 
-def test_without_verification_the_card_says_so(run: Path, tmp_path: Path) -> None:
-    found = merged(run, "--output", tmp_path / "out", "--no-verify", "--base", "original")
-    assert found["verification"] is None
+def test_the_card_says_that_nothing_was_verified(run: Path, tmp_path: Path) -> None:
+    report = merged(run, "--output", tmp_path / "out", "--no-verify", "--base", "original")
+    assert report["verification"] is None
     assert "| verified | no |" in (tmp_path / "out" / "README.md").read_text()
     assert "(as asked)" in (tmp_path / "out" / "README.md").read_text()
 
@@ -186,27 +189,27 @@ def test_without_verification_the_card_says_so(run: Path, tmp_path: Path) -> Non
 # ---- formats
 
 
-def test_together_each_format_has_a_directory(formats: tuple[Path, dict[str, Any]]) -> None:
-    output, found = formats
-    assert list(found["outputs"]) == ["hf", "nf4", "ollama", "gguf"]
-    assert found["outputs"]["nf4"] == str(output / "nf4")
+def test_each_of_several_formats_has_a_directory(formats: tuple[Path, dict[str, Any]]) -> None:
+    output, report = formats
+    assert list(report["outputs"]) == ["hf", "nf4", "ollama", "gguf"]
+    assert report["outputs"]["nf4"] == str(output / "nf4")
     assert sorted(path.name for path in output.iterdir()) == ["gguf", "hf", "nf4", "ollama"]
     assert (output / "hf" / "model.safetensors").is_file()
     assert sorted(path.name for path in (output / "gguf").iterdir()) == ["README.md", "all.gguf", "merge.json"]
     assert (output / "ollama" / "Modelfile").read_text().startswith("FROM ../gguf/all.gguf\n")
-    assert found["bytes_written"] == sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    assert [read(output / name / "merge.json")["format"] for name in found["outputs"]] == list(found["outputs"])
+    assert report["bytes_written"] == sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    assert [read(output / name / "merge.json")["format"] for name in report["outputs"]] == list(report["outputs"])
     assert "library_name: gguf" in (output / "gguf" / "README.md").read_text()
 
 
 def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, dict[str, Any]]) -> None:
-    output, found = formats
-    assert found["requantized"].keys() == {"nf4"}
-    assert found["requantized"]["nf4"]["to"] == "NF4 with double quantization"
-    merged_kl, nf4 = found["verification"]["divergence"]["mean_kl"], found["requantized"]["nf4"]["divergence"]
-    assert merged_kl < nf4["mean_kl"] < 0.5  # quantized anew, it is off, but it is the same model
-    assert nf4["reference_perplexity"] == pytest.approx(found["verification"]["divergence"]["perplexity"])
-    assert read(output / "nf4" / "merge.json")["requantized"] == found["requantized"]["nf4"]
+    output, report = formats
+    assert report["requantized"].keys() == {"nf4"}
+    assert report["requantized"]["nf4"]["to"] == "NF4 with double quantization"
+    merged_kl, nf4 = report["verification"]["divergence"]["mean_kl"], report["requantized"]["nf4"]["divergence"]
+    assert merged_kl < nf4["mean_kl"] < 0.5  # quantized again, it differs, but it is the same model
+    assert nf4["reference_perplexity"] == pytest.approx(report["verification"]["divergence"]["perplexity"])
+    assert read(output / "nf4" / "merge.json")["requantized"] == report["requantized"]["nf4"]
     assert read(output / "hf" / "merge.json")["requantized"] is None
     assert (
         f"from the merged model, mean KL divergence {nf4['mean_kl']:.2g}" in (output / "nf4" / "README.md").read_text()
@@ -219,11 +222,11 @@ def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, di
 
 
 @pytest.mark.parametrize("name", list(ExportFormat))
-def test_all_files_of_the_format_that_was_asked_for_first_are_pushed(
+def test_all_files_of_the_first_format_are_pushed(
     run: Path, formats: tuple[Path, dict[str, Any]], name: ExportFormat
 ) -> None:
-    others = tuple(other for other in ExportFormat if other != name)
-    request = merge_settings(run, formats=(name, *others), llama_cpp=CONVERTER)
+    later_formats = tuple(other for other in ExportFormat if other != name)
+    request = merge_settings(run, formats=(name, *later_formats), llama_cpp=CONVERTER)
     place, patterns = RequestedFormats.of(request).pushed(formats[0])
     assert place == formats[0] / name.value
     left_out = [path.name for path in place.iterdir() if not any(path.match(pattern) for pattern in patterns)]
@@ -231,14 +234,14 @@ def test_all_files_of_the_format_that_was_asked_for_first_are_pushed(
 
 
 def test_a_format_that_is_quantized_again_and_not_compared_says_so(run: Path, tmp_path: Path) -> None:
-    found = merged(
+    report = merged(
         run, "--output", tmp_path / "out", *GGUF, "--gguf-type", "q8_0", "--no-verify", "--base", "original"
     )
-    assert found["requantized"] == {"gguf": {"to": "Q8_0", "divergence": None}}
+    assert report["requantized"] == {"gguf": {"to": "Q8_0", "divergence": None}}
     assert "| requantized | to Q8_0: not compared |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_4_bit_model_does_not_tell_where_it_was_made(formats: tuple[Path, dict[str, Any]]) -> None:
+def test_no_file_of_an_export_names_the_directory_it_was_made_in(formats: tuple[Path, dict[str, Any]]) -> None:
     output, _ = formats
     for path in output.rglob("*"):
         if path.is_file():
@@ -246,18 +249,18 @@ def test_the_4_bit_model_does_not_tell_where_it_was_made(formats: tuple[Path, di
 
 
 @pytest.mark.parametrize("name", ["nf4", "gguf", "ollama"])
-def test_alone_a_format_is_the_output_itself(
+def test_a_single_format_is_the_output_itself(
     run: Path, tmp_path: Path, name: str, formats: tuple[Path, dict[str, Any]]
 ) -> None:
     output = tmp_path / "all"
     options = GGUF if name == "gguf" else ("--format", name)
-    found = merged(run, "--output", output, *options, "--no-verify", "--base", "dequantized")
-    assert found["outputs"] == {name: str(output)}
+    report = merged(run, "--output", output, *options, "--no-verify", "--base", "dequantized")
+    assert report["outputs"] == {name: str(output)}
     alone = {path.name for path in output.iterdir()}
     together = {path.name for path in (formats[0] / name).iterdir()}
     assert not [path for path in output.iterdir() if path.is_dir()]
     assert together <= alone
-    if name == "ollama":  # the model is beside the file then
+    if name == "ollama":  # the model is next to the Modelfile then
         assert {"Modelfile", "model.safetensors", "config.json"} <= alone
         assert (output / "Modelfile").read_text().startswith("FROM .\n")
     else:
@@ -268,10 +271,10 @@ def test_alone_a_format_is_the_output_itself(
         assert sizes[0] == sizes[1]
 
 
-def test_of_a_run_a_gguf_is_called_as_the_run(run: Path, tmp_path: Path) -> None:
-    there = copy_run(run, tmp_path / "own")
-    merged(there, *GGUF, "--no-verify", "--base", "original")
-    assert (there / "merged" / "run-merged.gguf").is_file()
+def test_the_gguf_of_a_run_is_named_after_the_run(run: Path, tmp_path: Path) -> None:
+    own = copy_run(run, tmp_path / "own")
+    merged(own, *GGUF, "--no-verify", "--base", "original")
+    assert (own / "merged" / "run-merged.gguf").is_file()
 
 
 def test_a_converter_that_fails_ends_with_1_and_leaves_the_model_under_a_name_that_says_so(
@@ -282,10 +285,10 @@ def test_a_converter_that_fails_ends_with_1_and_leaves_the_model_under_a_name_th
     assert done.exit_code == 1
     error = json.loads(done.stdout)["error"]
     assert error["type"] == "ExportError"
-    kept = tmp_path / "out-failed-export" / "model"
-    assert error["hint"].endswith(f"The merged 16-bit model is done, and in {kept}.")
-    assert list(tmp_path.iterdir()) == [kept.parent]
-    assert AutoModelForCausalLM.from_pretrained(kept).num_parameters() > 3_000_000
+    model = tmp_path / "out-failed-export" / "model"
+    assert error["hint"].endswith(f"The merged 16-bit model is done, and in {model}.")
+    assert list(tmp_path.iterdir()) == [model.parent]
+    assert AutoModelForCausalLM.from_pretrained(model).num_parameters() > 3_000_000
 
 
 def test_missing_dependencies_of_a_format_are_reported_before_anything_is_merged(
@@ -297,18 +300,18 @@ def test_missing_dependencies_of_a_format_are_reported_before_anything_is_merged
     assert "does not exist" in refused(run, *output, "--format", "gguf", "--llama-cpp", tmp_path / "none")
 
 
-def test_the_class_of_the_tokenizer_is_called_what_the_base_calls_it(run: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_class_has_the_name_that_the_base_gives_it(run: Path, tmp_path: Path) -> None:
     other = copy_run(run, tmp_path / "copy")
     for directory in (other.parent / "base", other / "adapter"):
         path = directory / "tokenizer_config.json"
         name = "PreTrainedTokenizerFast" if directory.name == "base" else "TokenizersBackend"
         path.write_text(json.dumps({**read(path), "tokenizer_class": name}), encoding="utf-8")
-    found = merged(other, "--no-verify", "--base", "original", "--base-model", other.parent / "base")
-    assert read(Path(found["output"]) / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert AutoTokenizer.from_pretrained(found["output"]).eos_token_id == 4
+    report = merged(other, "--no-verify", "--base", "original", "--base-model", other.parent / "base")
+    assert read(Path(report["output"]) / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(report["output"]).eos_token_id == 4
 
 
-def test_a_model_that_can_not_be_compared_for_want_of_memory_is_kept(
+def test_a_model_that_can_not_be_compared_for_lack_of_memory_is_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: Any) -> None:
@@ -319,9 +322,9 @@ def test_a_model_that_can_not_be_compared_for_want_of_memory_is_kept(
     done = qlora_merge(other, "--base", "original", "--device", "cpu", "--json")
     assert done.exit_code == 3
     error = json.loads(done.stdout)["error"]
-    kept = other / "merged-failed-verification"
-    assert str(kept) in error["hint"]
-    assert (kept / "config.json").is_file()
+    failed = other / "merged-failed-verification"
+    assert str(failed) in error["hint"]
+    assert (failed / "config.json").is_file()
     assert not (other / "merged").exists()
 
 
@@ -336,8 +339,8 @@ def test_too_little_memory_for_one_layer_is_reported_before_anything_is_written(
     assert sorted(path.name for path in other.iterdir() if path.name.startswith(("merged", ".merged"))) == []
 
 
-def test_the_sentencepiece_model_of_the_base_is_taken_along(run: Path, tmp_path: Path) -> None:
+def test_the_sentencepiece_model_of_the_base_is_copied(run: Path, tmp_path: Path) -> None:
     other = copy_run(run, tmp_path / "copy")
     (other.parent / "base" / "tokenizer.model").write_bytes(b"pieces")
-    found = merged(other, "--no-verify", "--base", "original")
-    assert (Path(found["output"]) / "tokenizer.model").read_bytes() == b"pieces"
+    report = merged(other, "--no-verify", "--base", "original")
+    assert (Path(report["output"]) / "tokenizer.model").read_bytes() == b"pieces"

@@ -1,4 +1,4 @@
-"""Runs of every kind, trained for two steps by `train` and merged from their directories, as `qlora merge` does."""
+"""Runs of every kind, trained for two steps and merged from their directories, as `qlora merge` does."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "new rows": (model(vocab_size=3072), GROWN),
     "new rows of a tied head": (model(vocab_size=3072, tie_word_embeddings=True), GROWN),
     "rows that were lacking": (model(vocab_size=3008), {"model__resize_vocab": True}),
-    "new rows beside a whole norm": (model(vocab_size=3072), {**GROWN, "lora__modules_to_save": "norm"}),
+    "new rows and a whole norm": (model(vocab_size=3072), {**GROWN, "lora__modules_to_save": "norm"}),
     "stretched positions": (model(), {"model__rope_scaling": "yarn:2"}),
     "Conv1D": (model("gpt2"), {}),
     "experts": (lambda place: save_moe(place, "qwen3_moe"), {"lora__target_parameters": "all-experts"}),
@@ -82,16 +82,16 @@ class Run:
 
     @property
     def ids(self) -> torch.Tensor:
-        """Tokens to compare on, new ones among them if there are any."""
+        """Tokens to compare on, including those that the run added."""
         return NEW_IDS if "new" in self.kind else IDS
 
     def merged(self, output: Path, **values: Any) -> MergeResult:
-        """Merge it as the command does."""
+        """Merge the run as the command does."""
         return merge(merge_settings(self.path, output=output, **{"device": Device.CPU, **values}), SilentReporter())
 
 
 def trained(base: Path, place: Path, kind: str, **how: Any) -> Run:
-    """Train for two steps, far enough that it shows."""
+    """Train for two steps, far enough to make a measurable difference."""
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     rows = write_jsonl(place / "rows.jsonl", [json.loads(line) for line in lines])
     changed = {"training__max_steps": 2, "training__learning_rate": 1e-2, "lora__rank": 4, **how}
@@ -107,7 +107,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return trained(make(place / "base"), place, request.param, **how)
 
 
-def test_a_done_pissa_run_without_its_adapter_merges_once_the_same_command_wrote_it(tmp_path: Path) -> None:
+def test_a_finished_pissa_run_without_its_adapter_merges_after_the_same_command_has_written_it(tmp_path: Path) -> None:
     make, how = KINDS["PiSSA"]
     run = trained(make(tmp_path / "base"), tmp_path, "PiSSA", **how)
     adapter = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
@@ -123,17 +123,17 @@ def test_a_done_pissa_run_without_its_adapter_merges_once_the_same_command_wrote
     assert done.verification.passed
 
 
-def test_merged_it_is_the_model_that_was_trained(run: Run, tmp_path: Path) -> None:
+def test_the_merged_model_is_the_one_that_was_trained(run: Run, tmp_path: Path) -> None:
     done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
     assert done.verification is not None
     assert done.verification.passed
     adapted = plain_logits(load(run.path).model, run.ids)
     loaded = load(done.output, quantization__method="none")
-    found = plain_logits(loaded.base, run.ids)
-    if run.kind == "int8":  # which rounds what goes into a product too
-        assert (found - adapted).norm() < 0.05 * adapted.norm()
+    merged_logits = plain_logits(loaded.base, run.ids)
+    if run.kind == "int8":  # which rounds the inputs of products too
+        assert (merged_logits - adapted).norm() < 0.05 * adapted.norm()
     else:
-        torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
         assert done.verification.divergence.max_logit_difference < 1e-4
     quantized = KINDS[run.kind][1].get("quantization__method") != "none"
     assert done.base == ("dequantized" if quantized else "original")
@@ -186,10 +186,10 @@ def test_towers_are_copied_to_the_byte_and_the_whole_model_loads_again(family: s
     ids=["stretched", "grown"],
 )
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "llava"])
-def test_what_a_run_changes_of_the_decoder_is_changed_in_the_config_of_the_whole(
+def test_changes_to_the_decoder_are_in_the_config_of_the_whole_model(
     family: str, how: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Also where rotary positions have parts for images, which the decoder alone does not know."""
+    """Also if rotary positions have sections for images, which the decoder alone does not know."""
     base = save_full(tmp_path / "base", family)
     model, run = random_run(base, tmp_path, **how)
     merged = merge_weights(run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
@@ -210,8 +210,8 @@ def test_a_config_by_transformers_4_keeps_its_names_for_positions(older: dict[st
     (base / "config.json").write_text(json.dumps({**content, **older}), encoding="utf-8")
     model, run = random_run(base, tmp_path, model__rope_scaling="yarn:2")
     merged = merge_weights(run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
-    found = plain_logits(loaded_plain(merged.directory))
-    torch.testing.assert_close(found, plain_logits(model), rtol=1e-4, atol=1e-4)
+    merged_logits = plain_logits(loaded_plain(merged.directory))
+    torch.testing.assert_close(merged_logits, plain_logits(model), rtol=1e-4, atol=1e-4)
     written = json.loads((merged.directory / "config.json").read_text(encoding="utf-8"))
     assert "rope_parameters" not in written
     assert written["rope_theta"] == 20000.0

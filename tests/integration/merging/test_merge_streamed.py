@@ -1,4 +1,4 @@
-"""Models that run layer by layer: one layer in memory at a time, and several adapters beside them."""
+"""Models that run layer by layer: one layer in memory at a time, together with several adapters."""
 
 import weakref
 from pathlib import Path
@@ -43,7 +43,7 @@ def streamed(inputs: Inputs, read: Any, **values: Any) -> StreamedModel:
 
 
 class Handed:
-    """Reads weights, and knows which of them are still in memory: a tensor made of an array keeps it alive."""
+    """Reads weights and knows which are still in memory: a tensor made from an array keeps the array alive."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -89,7 +89,7 @@ def test_the_largest_unit_is_the_embedding_or_a_layer(llama: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_is_in_a_unit(family: str) -> None:
-    """Or else a model would compute with what is no number."""
+    """A weight in no unit would stay uninitialized."""
     config = tiny_model(family).config
     model = StreamedModel(
         config, tiny_model(family).state_dict().__getitem__, device=torch.device("cpu"), dtype=torch.float32
@@ -112,9 +112,9 @@ def test_a_sum_that_peft_cannot_run_is_not_called_verified(kind: str, tmp_path: 
     base = save_model(tmp_path / "base", "qwen3_moe", vocab_size=3072)
     request = request_of(*adapters_of(kind, base, tmp_path), weights=(0.5, 1.0), output=tmp_path / "merged")
     recorder, ran = Recorder(), kind == "layers"
-    found = merge(request, recorder).verification
-    assert found is not None
-    assert (found.ran_adapters, found.modules is not None) == (ran, ran)
+    verification = merge(request, recorder).verification
+    assert verification is not None
+    assert (verification.ran_adapters, verification.modules is not None) == (ran, ran)
     notes = [event.message for event in recorder.events if isinstance(event, Noted)]
     assert any("the sum itself is not verified" in note for note in notes) is not ran
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
@@ -128,8 +128,8 @@ def test_several_adapters_on_a_base_are_the_sum_of_their_effects(kind: str, tmp_
     weights = (0.5, 1.0) if kind == "whole" else (0.5, -1.25)
     inputs, plan = planned(request_of(*adapters, weights=weights, dtype="fp32"))
     comparer = ModelComparer(inputs, SilentReporter())
-    found = comparer.compare(comparer.reference(plan), comparer.planned(plan))
-    assert found.max_logit_difference < 1e-5
+    divergence = comparer.compare(comparer.reference(plan), comparer.planned(plan))
+    assert divergence.max_logit_difference < 1e-5
     alone, _ = planned(request_of(adapters[0]))
     assert (
         comparer.compare(comparer.reference(plan), ModelComparer(alone, SilentReporter()).reference(plan)).mean_kl

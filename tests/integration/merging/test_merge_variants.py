@@ -1,4 +1,4 @@
-"""Every kind of adapter, merged: the model is the base with the adapter on it, and what PEFT's own merge gives."""
+"""Every kind of adapter, merged: equal to the base with the adapter on it, and to PEFT's own merge."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ ON_BIASES: dict[str, dict[str, Any]] = {
 }
 ON_CONV1D: dict[str, dict[str, Any]] = {
     "plain": {},
-    "told so": {"fan_in_fan_out": True},
+    "fan_in_fan_out set": {"fan_in_fan_out": True},
     "DoRA": {"use_dora": True},
     "biases of its own": {"lora_bias": True},
     "all biases trained": {"bias": "all"},
@@ -84,7 +84,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_biases(checkpoint: Path) -> Path:
-    """Give a model biases that are not zero, as they are at first."""
+    """Give a model biases other than the zeros that it is initialized with."""
     model = plain(checkpoint, torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def config_of(**values: Any) -> LoraConfig:
 
 
 def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged, dict[str, torch.Tensor]]:
-    """Merge a random adapter; return it in the base's dtype, and what PEFT's merge writes, having compared logits."""
+    """Merge a random adapter and compare logits; return the merge in the base's dtype, and that of PEFT."""
     model = on_plain(base, config)
     adapter = save(model, place / "adapter", save_embedding_layers=False)
     adapted = plain_logits(model)
@@ -109,9 +109,9 @@ def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged,
     torch.testing.assert_close(plain_logits(loaded_plain(exact.directory)), adapted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(streamed_logits(exact, beside=True), adapted, rtol=1e-5, atol=1e-5)
     merged = merge(adapter, output=place / "merged")
-    found = verified(merged)
-    assert found.is_exact, found
-    assert found.modules is not None
+    verification = verified(merged)
+    assert verification.is_exact, verification
+    assert verification.modules is not None
     return merged, merged_by_peft(model, torch.bfloat16, place / "by-peft")
 
 
@@ -123,21 +123,21 @@ def test_it_is_what_was_trained_and_what_peft_merges_to_the_bit(llama: Path, kin
 
 
 @pytest.mark.parametrize("kind", ON_BIASES)
-def test_so_are_biases(qwen2: Path, kind: str, tmp_path: Path) -> None:
+def test_biases_are_what_peft_merges_to_the_bit(qwen2: Path, kind: str, tmp_path: Path) -> None:
     config = config_of(target_modules=["q_proj", "k_proj", "v_proj"], **ON_BIASES[kind])
     merged, by_peft = merged_exactly(qwen2, config, tmp_path)
     assert_same(merged.tensors, by_peft)
 
 
 @pytest.mark.parametrize("kind", ON_CONV1D)
-def test_so_are_weights_that_are_stored_the_other_way_round(gpt2: Path, kind: str, tmp_path: Path) -> None:
+def test_weights_stored_as_in_out_are_what_peft_merges_to_the_bit(gpt2: Path, kind: str, tmp_path: Path) -> None:
     merged, by_peft = merged_exactly(gpt2, config_of(**{"target_modules": IN_OUT, **ON_CONV1D[kind]}), tmp_path)
     assert_same(merged.tensors, by_peft)
 
 
-# ---- a head that is the embedding
+# ---- tied heads
 
-TIED: dict[str, tuple[dict[str, Any], bool]] = {  # and whether the two must part
+TIED: dict[str, tuple[dict[str, Any], bool]] = {  # and whether the two must be untied
     "layers only": ({}, False),
     "the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, True),
     "the head": ({"target_modules": ["lm_head", "q_proj"]}, True),
@@ -152,9 +152,7 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {  # and whether the two must par
 
 
 @pytest.mark.parametrize("kind", TIED)
-def test_a_head_that_is_the_embedding_parts_from_it_only_where_they_differ(
-    tied: Path, kind: str, tmp_path: Path
-) -> None:
+def test_a_tied_head_is_untied_only_if_it_differs_from_the_embedding(tied: Path, kind: str, tmp_path: Path) -> None:
     """PEFT's own merge changes both ends of a pair, and is no reference here: the model with the adapter is."""
     values, parts = TIED[kind]
     model = on_plain(tied, config_of(**values))
@@ -162,8 +160,8 @@ def test_a_head_that_is_the_embedding_parts_from_it_only_where_they_differ(
     adapted = plain_logits(model)
     exact = merge(adapter, output=tmp_path / "exact", dtype="fp32")
     assert exact.plan.unties == parts
-    found = verified(exact)
-    assert found.is_exact, found
+    verification = verified(exact)
+    assert verification.is_exact, verification
     assert ("lm_head.weight" in exact.tensors) == parts
     loaded = loaded_plain(exact.directory)
     assert loaded.config.tie_word_embeddings == (not parts)

@@ -1,4 +1,4 @@
-"""What verification finds, however little an adapter does; and a merged model that is not of the adapter any more."""
+"""Faults that verification finds, however little an adapter does; and merged models older than their adapter."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def gentle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learnt next to nothing: as a bound on all differences, 0.001 nats are far above what it does."""
+    """A run that has learnt so little that a bound of 0.001 nats on all differences would be far above its effect."""
     return trained_run(tmp_path_factory.mktemp("gentle"), training__learning_rate=2e-5)
 
 
@@ -43,11 +43,11 @@ def failed(run: Path, *arguments: str) -> str:
 
 
 def test_a_right_merge_passes_by_a_wide_margin(gentle: Path, tmp_path: Path) -> None:
-    found = merged(copy_run(gentle, tmp_path / "copy"))["verification"]
-    assert found["passed"]
-    assert 0 <= found["unrounded"]["mean_kl"] < found["max_unexplained"] / 100
-    assert found["differing_parameters"] == []
-    assert found["num_parameters"] == 39  # all tensors, one of which is embedding and head
+    verification = merged(copy_run(gentle, tmp_path / "copy"))["verification"]
+    assert verification["passed"]
+    assert 0 <= verification["unrounded"]["mean_kl"] < verification["max_unexplained"] / 100
+    assert verification["differing_parameters"] == []
+    assert verification["num_parameters"] == 39  # all tensors, one of which is embedding and head
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
@@ -88,7 +88,9 @@ def test_one_module_whose_update_is_of_another_scale_is_named(
     delta, seen = LowRankUpdate.delta, []
 
     def scaled(self: LowRankUpdate, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        seen.append(self.left)  # of the same layer each time: the values lie in the file of the adapter
+        seen.append(
+            self.left
+        )  # the same layer has the same address each time: the values are mapped from the adapter's file
         wrong = self.left.data_ptr() == seen[0].data_ptr()
         return delta(self, index, buffer).mul_(factor if wrong else 1.0)
 
@@ -114,7 +116,7 @@ def rounded_towards_zero(weight: torch.Tensor, delta: torch.Tensor) -> torch.Ten
 def test_a_value_that_is_not_the_sum_in_fp32_cast_once_is_found(
     gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounded: Callable[..., torch.Tensor]
 ) -> None:
-    """Also where the same code says what the file should hold: in fp32 it is right."""
+    """Also if the same code computes what the file should hold: in fp32 it is correct."""
     added = merger._added
 
     def wrong(weight: torch.Tensor, delta: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -141,7 +143,7 @@ def test_a_tensor_in_another_dtype_is_found(gentle: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.1, True), (0.6, False)])
-def test_what_moves_few_tokens_in_fp32_is_the_routing_of_experts_and_what_moves_most_is_a_wrong_merge(
+def test_a_difference_of_few_tokens_in_fp32_is_expert_routing_and_one_of_most_tokens_is_a_wrong_merge(
     gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, passes: bool
 ) -> None:
     unrounded = ModelComparer.unrounded
@@ -154,8 +156,12 @@ def test_what_moves_few_tokens_in_fp32_is_the_routing_of_experts_and_what_moves_
     monkeypatch.setattr(ModelComparer, "unrounded", moved)
     run = copy_run(gentle, tmp_path / "copy")
     if passes:
-        found = merged(run, "--base", "original")["verification"]
-        assert found["unrounded"]["mean_kl"] > found["max_unexplained"] > found["unrounded"]["median_kl"]
+        verification = merged(run, "--base", "original")["verification"]
+        assert (
+            verification["unrounded"]["mean_kl"]
+            > verification["max_unexplained"]
+            > verification["unrounded"]["median_kl"]
+        )
     else:
         assert "in fp32 the median KL divergence is" in failed(run, "--base", "original")
 
@@ -182,15 +188,15 @@ def test_a_right_merge_with_large_rounding_passes_and_a_more_precise_dtype_is_su
     gentle: Path, tmp_path: Path
 ) -> None:
     adapter = coarse(copy_run(gentle, tmp_path / "copy"))
-    found = merged(adapter, "--output", tmp_path / "bf16")
-    verification = found["verification"]
+    report = merged(adapter, "--output", tmp_path / "bf16")
+    verification = report["verification"]
     assert verification["passed"]
     assert verification["is_exact"]
     far, less = verification["divergence"]["mean_kl"], verification["less_rounded"]
     assert far > 1e-3
     assert less["dtype"] == "fp16"
     assert less["mean_kl"] < far / 10
-    assert any(f"--dtype fp16 moves it by {less['mean_kl']:.2g}, at the same size" in note for note in found["notes"])
+    assert any(f"--dtype fp16 moves it by {less['mean_kl']:.2g}, at the same size" in note for note in report["notes"])
     in_fp16 = merged(adapter, "--output", tmp_path / "fp16", "--dtype", "fp16")["verification"]
     assert in_fp16["divergence"]["mean_kl"] == pytest.approx(less["mean_kl"], rel=1e-3)
     assert in_fp16["less_rounded"] is None
@@ -204,7 +210,7 @@ def scaled(tensors: Tensors, ends: tuple[str, ...], factor: float) -> Tensors:
 
 
 def test_fp32_is_suggested_if_the_range_of_fp16_is_too_small(gentle: Path, tmp_path: Path) -> None:
-    """A weight beyond the range, and others smaller for it: the model computes the same."""
+    """One weight is beyond the range and others are smaller to make up for it: the model computes the same."""
     adapter = coarse(copy_run(gentle, tmp_path / "copy"))
     file = adapter.parent / "base" / "model.safetensors"
     large = scaled(load_file(file), ("layers.0.input_layernorm",), 2.0**20)
@@ -224,8 +230,8 @@ def test_a_bound_below_what_rounding_does_fails(gentle: Path, tmp_path: Path) ->
 # ---- what changed afterwards
 
 
-def told_by(*command: str | Path) -> str:
-    """Run a command, which must succeed, and return what it says on stderr."""
+def stderr_of(*command: str | Path) -> str:
+    """Run a command, which must succeed, and return its stderr."""
     done = CliRunner().invoke(app, [*map(str, command), "--device", "cpu"])
     assert done.exit_code == 0, done.output
     return done.stderr
@@ -240,16 +246,16 @@ def test_a_merged_model_of_another_adapter_is_reported(gentle: Path, tmp_path: P
         ("evaluate", run, "--dataset", rows),
     )
     for command in commands:
-        assert "merge it again" not in told_by(*command)
+        assert "merge it again" not in stderr_of(*command)
     record = run / "merged" / "merge.json"
     content = json.loads(record.read_text(encoding="utf-8"))
     content["adapters"][0]["sha256"] = "0" * 64
     record.write_text(json.dumps(content), encoding="utf-8")
     for command in commands:
-        assert f"{run / 'merged'} was merged from another adapter" in told_by(*command)
+        assert f"{run / 'merged'} was merged from another adapter" in stderr_of(*command)
 
 
-def test_the_base_of_every_run_is_looked_at(gentle: Path, tmp_path: Path) -> None:
+def test_the_base_of_every_run_is_checked(gentle: Path, tmp_path: Path) -> None:
     run = copy_run(gentle, tmp_path / "copy")
     other = run.with_name("other")
     other.mkdir()
@@ -277,7 +283,7 @@ def test_the_base_of_every_run_is_looked_at(gentle: Path, tmp_path: Path) -> Non
     assert f"the settings in {other / 'run.json'} can't be read: method" in refused(
         run, other, "--output", tmp_path / "out"
     )
-    # What another method goes by, what an older version did not know, and what a newer one does, change nothing.
+    # Settings of other methods, those unknown to an older version, and those of a newer one change nothing.
     older = {key: value for key, value in quantization.items() if not key.startswith(("int8", "skip"))}
     record_quantization(**older, int8_threshold=3.5, int8_has_fp16_weight=True, of_a_newer_version=5)
     done = qlora_merge(run, other, "--output", tmp_path / "out", "--dry-run", "--device", "cpu", "--json")
@@ -292,8 +298,8 @@ def test_shards_in_a_folder_are_written_to_one(gentle: Path, tmp_path: Path) -> 
     names = [tensor["name"] for tensor in _tensors(base / "weights" / "one.safetensors")]
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "weights/one.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    found = merged(run, "--base", "original", "--base-model", base)
-    assert found["verification"]["passed"]
+    report = merged(run, "--base", "original", "--base-model", base)
+    assert report["verification"]["passed"]
     assert (run / "merged" / "weights" / "one.safetensors").is_file()
 
 
