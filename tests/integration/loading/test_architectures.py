@@ -1,4 +1,4 @@
-"""Every family of models: stored as planned, computed as plain transformers does, trained, saved and loaded again.
+"""Every family of models is stored as planned, computes as plain transformers does, trains, saves and loads again.
 
 Models are tiny and random, saved in bf16 as users' are, and computed in fp32, so that results compare to the bit.
 """
@@ -33,7 +33,7 @@ NAMED = {
     *("gpt_neox", "falcon", "olmo2", "olmoe", "starcoder2", "stablelm", "cohere2", "granite", "granitemoe"),
     *("smollm3", "glm4", "deepseek_v3", "gpt_oss", "bamba", "falcon_h1", "mamba2", "nemotron_h", "jamba"),
 }
-# Linear layers that get no adapter though they are neither head nor router, each said in a note: PEFT takes their
+# Linear layers without an adapter that are neither head nor router, each reported in a note: PEFT takes their
 # names for those of the experts, or renames their weights; or a kernel reads the weight itself.
 TAKEN = r"(mlp|shared_experts?|shared_mlp)\.(gate|up|down)_proj$"
 READ_BY_KERNEL = r"(mamba|mixer)\.out_proj$"
@@ -63,7 +63,7 @@ def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    """The model in nf4 with double quantization. Nothing changes it."""
+    """The model in nf4 with double quantization, which no test changes."""
     return load(checkpoint)
 
 
@@ -86,19 +86,19 @@ def losses_of_two_steps(model: PeftModel) -> list[float]:
     return losses
 
 
-def test_the_families_are_many_and_the_common_ones_are_among_them() -> None:
+def test_there_are_many_families_including_the_common_ones() -> None:
     assert len(FAMILIES) >= 60
     assert set(FAMILIES) >= NAMED
     assert set(FAMILIES) >= WITHOUT_ADAPTER.keys()
 
 
-def test_every_weight_is_quantized_or_kept_for_a_reason(loaded: LoadedModel) -> None:
-    kept = dict(loaded.layout.unquantized)
+def test_every_weight_is_quantized_or_has_a_reason_not_to_be(loaded: LoadedModel) -> None:
+    reasons = dict(loaded.layout.unquantized)
     num_quantized = 0
     for name, module in linears(loaded.base).items():
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        if reason := kept.pop(name, None):
+        if reason := reasons.pop(name, None):
             assert type(module) is not Linear4bit, name
             assert weight.dtype == torch.float32
             assert len(reason) > 5
@@ -109,16 +109,18 @@ def test_every_weight_is_quantized_or_kept_for_a_reason(loaded: LoadedModel) -> 
             assert weight.quant_state.nested
             num_quantized += 1
     assert num_quantized > 0
-    for name, reason in kept.items():  # what is left are fused experts
+    for name, reason in reasons.items():  # only fused experts are left
         assert loaded.base.get_parameter(name).dtype == torch.float32
         assert len(reason) > 5
     unquantized = {entry.name: entry.why_not for entry in loaded.inventory.entries if not entry.is_quantized}
     assert "not asked for" not in unquantized.values()
-    assert not [name for name in unquantized if "expert" in name and not is_small(name, loaded) and name not in kept]
+    assert not [
+        name for name in unquantized if "expert" in name and not is_small(name, loaded) and name not in reasons
+    ]
 
 
 def is_small(name: str, loaded: LoadedModel) -> bool:
-    """Whether a parameter is a vector, a bias for each expert, or the weight of a router, or kept as a whole layer."""
+    """Return whether a parameter is a vector, a bias per expert, a router's weight or in an unquantized layer."""
     return (
         name.endswith("bias")
         or loaded.base.get_parameter(name).dim() < 2
@@ -126,12 +128,12 @@ def is_small(name: str, loaded: LoadedModel) -> bool:
     )
 
 
-def test_experts_are_found_where_they_are_and_nowhere_else(family: str, loaded: LoadedModel) -> None:
-    """Recurrent layers have weights of three dimensions too, and those are fragile."""
+def test_experts_are_found_in_families_that_have_them_and_in_no_other(family: str, loaded: LoadedModel) -> None:
+    """Recurrent layers have weights of three dimensions too, which quantization would harm."""
     assert bool(loaded.layout.experts) == (family in WITH_EXPERTS)
 
 
-def test_what_was_planned_is_what_is_there_to_the_byte(loaded: LoadedModel) -> None:
+def test_the_loaded_model_is_the_planned_one_to_the_byte(loaded: LoadedModel) -> None:
     planned, counted = loaded.layout.inventory, loaded.inventory
     assert {entry.name: entry for entry in planned.entries} == {entry.name: entry for entry in counted.entries}
     assert planned.buffer_bytes == counted.buffer_bytes
@@ -143,14 +145,14 @@ def test_logits_are_those_of_plain_transformers_with_the_same_weights_dequantize
 ) -> None:
     unquantized = plain(checkpoint)
     assert loaded.inventory.num_parameters == unquantized.num_parameters()
-    found, exact = logits(loaded.base, IDS), logits(unquantized, IDS)
-    assert torch.equal(found, logits(dequantized(checkpoint, loaded), IDS))
-    assert found.isfinite().all()
-    assert not torch.equal(found, exact)  # quantizing did change something
-    assert (found - exact).std() < 0.5 * exact.std()
+    quantized, exact = logits(loaded.base, IDS), logits(unquantized, IDS)
+    assert torch.equal(quantized, logits(dequantized(checkpoint, loaded), IDS))
+    assert quantized.isfinite().all()
+    assert not torch.equal(quantized, exact)  # quantizing did change something
+    assert (quantized - exact).std() < 0.5 * exact.std()
 
 
-def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_the_base_stays_as_it_is(
+def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_leaves_the_base_unchanged(
     family: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     base = load(checkpoint).base
@@ -174,7 +176,7 @@ def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_the_base_sta
     assert not torch.equal(trained, before)
 
     save_adapter(model, tmp_path / "adapter")
-    # Trainable, as the other is: torch folds a product with a batch differently if its weight has a gradient.
+    # Trainable, like the other model: torch folds a product with a batch differently if its weight has a gradient.
     again = put_back(load(checkpoint).base, tmp_path / "adapter")
     assert torch.equal(logits(again, IDS), trained)
 
@@ -185,14 +187,14 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-def test_falcon_is_refused_quantized_because_its_linear_layers_are_none(falcon: Path, method: str) -> None:
-    said = refused(falcon, ModelError, quantization__method=method)
-    assert f"nothing of FalconForCausalLM can be stored in {method}" in said
-    assert "a FalconLinear, not a plain linear layer" in said
-    assert "--quant none" in said
+def test_quantized_falcon_is_refused_because_its_linear_layers_are_not_plain(falcon: Path, method: str) -> None:
+    message = refused(falcon, ModelError, quantization__method=method)
+    assert f"nothing of FalconForCausalLM can be stored in {method}" in message
+    assert "a FalconLinear, not a plain linear layer" in message
+    assert "--quant none" in message
 
 
-def test_falcon_loads_unquantized_as_it_is(falcon: Path) -> None:
+def test_falcon_loads_unquantized(falcon: Path) -> None:
     loaded = load(falcon, quantization__method="none")
     assert torch.equal(logits(loaded.base, IDS), logits(plain(falcon), IDS))
     assert loaded.layout.inventory == loaded.inventory

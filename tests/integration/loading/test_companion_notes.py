@@ -1,4 +1,4 @@
-"""Whatever of template, tokens and rows differs between base, adapter and merged model is said by each command."""
+"""Each command reports which of template, tokens and rows differ between base, adapter and merged model."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.support.merging import merge, on_plain, request_of, save, stored
 OWN = "{% for m in messages %}<<{{ m['role'] }}>>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def said(recorder: Recorder) -> list[str]:
+def noted(recorder: Recorder) -> list[str]:
     return [event.message for event in recorder.events if isinstance(event, Noted)]
 
 
@@ -66,31 +66,31 @@ CHANGES = [template_alone, tokenizer_without_template, more_tokens, added_tokens
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_load_says_it_once_on_the_way_and_in_its_notes(adapter: Path, change: object) -> None:
+def test_a_load_reports_it_once_as_an_event_and_once_in_its_notes(adapter: Path, change: object) -> None:
     assert callable(change)
     expected, recorder = change(adapter), Recorder()
     load_plan = plan_load(asked_load(adapter), recorder)
     assert [expected in note for note in load_plan.notes].count(True) == 1
-    assert [expected in note for note in said(recorder)].count(True) == 1
+    assert [expected in note for note in noted(recorder)].count(True) == 1
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_merge_says_it_and_keeps_a_template(adapter: Path, change: object, tmp_path: Path) -> None:
+def test_a_merge_reports_it_and_copies_a_template(adapter: Path, change: object, tmp_path: Path) -> None:
     assert callable(change)
     expected, recorder = change(adapter), Recorder()
     read_inputs(request_of(adapter), recorder)
-    assert [expected in note for note in said(recorder)].count(True) == 1
+    assert [expected in note for note in noted(recorder)].count(True) == 1
     merged = merge(adapter, output=tmp_path / "merged").directory
     template = AutoTokenizer.from_pretrained(merged).chat_template
     base = AutoTokenizer.from_pretrained(adapter.parent / "base").chat_template
     assert template == (OWN if change is template_alone else base)
 
 
-def test_a_merge_says_how_many_rows_it_adds(adapter: Path, tmp_path: Path) -> None:
+def test_a_merge_reports_how_many_rows_it_adds(adapter: Path, tmp_path: Path) -> None:
     more_tokens(adapter)
     recorder = Recorder()
     read_inputs(request_of(adapter), recorder)
-    assert "the merged model's embedding has 3,074 rows, the base's 3,072" in said(recorder)
+    assert "the merged model's embedding has 3,074 rows, the base's 3,072" in noted(recorder)
     assert stored(merge(adapter, output=tmp_path / "merged").directory)["model.embed_tokens.weight"].shape[0] == 3074
     assert any(note.startswith("the embedding was extended from 3,072 to 3,074 rows") for note in load(adapter).notes)
 
@@ -100,16 +100,16 @@ def test_the_unused_template_of_a_second_adapter_is_noted(adapter: Path, tmp_pat
     template_alone(second)
     recorder = Recorder()
     read_inputs(request_of(adapter, second), recorder)
-    (note,) = [note for note in said(recorder) if "template" in note]
+    (note,) = [note for note in noted(recorder) if "template" in note]
     assert str(second / "chat_template.jinja") in note
     assert note.endswith("is not used")
     (second / "chat_template.jinja").unlink()
     recorder = Recorder()
     read_inputs(request_of(adapter, second), recorder)
-    assert not [note for note in said(recorder) if "template" in note]
+    assert not [note for note in noted(recorder) if "template" in note]
 
 
-def test_prediction_layers_are_noted_to_be_copied(tmp_path: Path) -> None:
+def test_copied_prediction_layers_are_noted(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "glm4_moe", num_nextn_predict_layers=1)
     adapter = save(on_plain(base, LoraConfig(r=2, target_modules=["o_proj"])), tmp_path / "adapter")
     tensors = stored(base)
@@ -117,14 +117,14 @@ def test_prediction_layers_are_noted_to_be_copied(tmp_path: Path) -> None:
     save_file({**tensors, **more}, base / "model.safetensors", metadata={"format": "pt"})
     recorder = Recorder()
     read_inputs(request_of(adapter), recorder)
-    assert any("layer 2 of the checkpoint" in note and "copied as stored" in note for note in said(recorder))
+    assert any("layer 2 of the checkpoint" in note and "copied as stored" in note for note in noted(recorder))
 
 
-def test_training_says_it_in_its_plan_and_in_its_result(adapter: Path, rows: Path, tmp_path: Path) -> None:
+def test_training_reports_it_in_its_plan_and_in_its_result(adapter: Path, rows: Path, tmp_path: Path) -> None:
     expected, recorder = template_alone(adapter), Recorder()
     settings = train_settings(adapter, rows, tmp_path / "run", training__max_steps=1)
     prepared = prepare_run(settings, recorder)
     result = run(prepared, recorder)
-    for notes in (prepared.plan.notes, result.notes, said(recorder)):
+    for notes in (prepared.plan.notes, result.notes, noted(recorder)):
         assert [expected in note for note in notes].count(True) == 1
     assert AutoTokenizer.from_pretrained(result.adapter).chat_template == OWN

@@ -1,4 +1,4 @@
-"""Small files of a model that are damaged: one message that names file and key, exit 2, in every command."""
+"""Damaged small files of a model: one message that names file and key, and exit code 2, in every command."""
 
 import json
 from collections.abc import Callable
@@ -56,28 +56,28 @@ def change(file: Path, **values: Any) -> None:
         ("special_tokens_map.json", "eos_token", 5),
     ],
 )
-def test_a_value_that_can_not_be_is_named_with_its_file_and_key(model: Path, file: str, key: str, value: Any) -> None:
+def test_an_invalid_value_is_named_with_its_file_and_key(model: Path, file: str, key: str, value: Any) -> None:
     change(model / file, **{key: value})
-    said = refused(model, ModelError)
-    assert f"{model / file} is not a valid " in said
-    assert f"{key} is {json.dumps(value)}" in said
-    assert f"Copy {file} again" in said
+    message = refused(model, ModelError)
+    assert f"{model / file} is not a valid " in message
+    assert f"{key} is {json.dumps(value)}" in message
+    assert f"Copy {file} again" in message
 
 
 @pytest.mark.parametrize("value", [5, [5], [{"name": "default"}], {"default": 5}])
 @pytest.mark.parametrize("file", [TOKENIZER, "chat_template.json"])
-def test_a_chat_template_that_is_no_text_is_named(model: Path, file: str, value: Any) -> None:
+def test_a_chat_template_that_is_not_a_string_is_named(model: Path, file: str, value: Any) -> None:
     (model / "chat_template.jinja").unlink()
     change(model / file, chat_template=value)
-    said = refused(model, ModelError)
-    assert str(model / file) in said
-    assert "chat_template is " in said
+    message = refused(model, ModelError)
+    assert str(model / file) in message
+    assert "chat_template is " in message
 
 
-def test_flags_of_generation_that_have_no_effect_together_are_nothing_to_warn_of_and_are_kept(
+def test_generation_flags_without_an_effect_together_are_kept_without_a_warning(
     run_qlora: RunQlora, model: Path, tmp_path: Path
 ) -> None:
-    """As many a published model has them; transformers warns of them, and refuses to write them."""
+    """Many published models have them; transformers warns about them and refuses to write them."""
     change(model / GENERATION, temperature=0.6, top_p=0.9)
     done = run_qlora("load", str(model), "--save", str(tmp_path / "saved"))
     assert done.code == 0, done.stderr
@@ -94,7 +94,7 @@ def in_file(name: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         (without_metadata, "metadata is not an object"),
         (lambda content: {**content, "metadata": None}, "metadata is not an object"),
@@ -107,15 +107,15 @@ def in_file(name: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (in_file("config.json"), "is in 'config.json', which is no .safetensors file"),
     ],
 )
-def test_an_index_that_is_damaged_is_named(
-    sharded: Path, damage: Callable[[dict[str, Any]], dict[str, Any]], said: str
+def test_a_damaged_index_is_named(
+    sharded: Path, damage: Callable[[dict[str, Any]], dict[str, Any]], expected: str
 ) -> None:
     load(sharded)
     index = sharded / INDEX
     index.write_text(json.dumps(damage(json.loads(index.read_text()))))
     message = refused(sharded, ModelError)
     assert str(index) in message
-    assert said in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_an_index_that_is_damaged_is_named(
         (TOKENIZER, {"eos_token": 5}, ("inspect-data",)),
     ],
 )
-def test_every_command_refuses_it_and_leaves_nothing_behind(
+def test_every_command_refuses_it_and_leaves_no_files(
     run_qlora: RunQlora, model: Path, rows: Path, tmp_path: Path, file: str, values: dict[str, Any], commands: Any
 ) -> None:
     adapter = tmp_path / "adapter"

@@ -1,6 +1,6 @@
-"""Experts that transformers 5 stacks into one parameter: quantized as bitsandbytes would, one at a time, and trained.
+"""Experts that transformers 5 stacks into one parameter are quantized one at a time, as bitsandbytes would, and train.
 
-Hidden and expert widths are 256, so that code tables of a kilobyte a weight do not rule the count of bytes.
+Hidden and expert widths are 256, so that code tables of a kilobyte a weight do not dominate the count of bytes.
 """
 
 import subprocess
@@ -48,7 +48,7 @@ def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    """The model in nf4 with double quantization. Nothing changes it."""
+    """The model in nf4 with double quantization, which no test changes."""
     return load(checkpoint)
 
 
@@ -57,22 +57,22 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe(tmp_path_factory.mktemp("qwen3_moe"), "qwen3_moe")
 
 
-def same_states(found: QuantState, expected: QuantState) -> bool:
-    """Whether two states are the same to the bit, their own second states too."""
-    tensors = torch.equal(found.absmax, expected.absmax) and torch.equal(found.code, expected.code)
-    if not tensors or (found.state2 is None) != (expected.state2 is None) or found.shape != expected.shape:
+def same_states(actual: QuantState, expected: QuantState) -> bool:
+    """Return whether two states are the same to the bit, including their second states."""
+    tensors = torch.equal(actual.absmax, expected.absmax) and torch.equal(actual.code, expected.code)
+    if not tensors or (actual.state2 is None) != (expected.state2 is None) or actual.shape != expected.shape:
         return False
-    return found.state2 is None or (
-        torch.equal(found.offset, expected.offset) and same_states_of_constants(found.state2, expected.state2)
+    return actual.state2 is None or (
+        torch.equal(actual.offset, expected.offset) and same_states_of_constants(actual.state2, expected.state2)
     )
 
 
-def same_states_of_constants(found: QuantState, expected: QuantState) -> bool:
-    return torch.equal(found.absmax, expected.absmax) and torch.equal(found.code, expected.code)
+def same_states_of_constants(actual: QuantState, expected: QuantState) -> bool:
+    return torch.equal(actual.absmax, expected.absmax) and torch.equal(actual.code, expected.code)
 
 
 def assert_experts_are_those_of_bitsandbytes(loaded: LoadedModel, checkpoint: Path) -> None:
-    """Compare each with the whole fused weight of plain transformers, quantized at once."""
+    """Compare each expert with the whole fused weight of plain transformers, quantized at once."""
     settings = loaded.settings.quantization
     weights = dict(plain(checkpoint).named_parameters())
     chains = parametrized(loaded.base)
@@ -98,10 +98,10 @@ def test_experts_take_about_4_bits_a_parameter(loaded: LoadedModel) -> None:
     assert held == num_parameters / 2
 
 
-def test_by_transformers_alone_experts_stay_in_16_bit_without_a_word(
+def test_transformers_alone_leaves_experts_in_16_bit_silently(
     checkpoint: Path, loaded: LoadedModel, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The trap that our quantizer is there for: when this fails, transformers quantizes experts itself."""
+    """The reason for our quantizer: once this fails, transformers quantizes experts itself."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.bfloat16)
     assert {model.get_parameter(name).dtype for name in loaded.layout.experts} == {torch.bfloat16}
@@ -118,14 +118,14 @@ def test_routers_norms_biases_and_heads_stay_in_16_bit(checkpoint: Path) -> None
     reasons = {entry.why_not for entry in rest}
     assert reasons >= {"router", "output head", "small"}
     routers = [entry for entry in rest if entry.why_not == "router"]
-    assert {entry.num_parameters for entry in routers} <= {4 * 256, 256}  # and the gate of a shared expert
+    assert {entry.num_parameters for entry in routers} <= {4 * 256, 256}  # the latter is the gate of a shared expert
 
 
 # ---- to the bit
 
 
 @pytest.mark.parametrize(("method", "double"), STORED)
-def test_experts_are_to_the_bit_what_bitsandbytes_makes_of_the_whole(
+def test_experts_are_those_of_bitsandbytes_on_the_whole_weight_to_the_bit(
     checkpoint: Path, method: str, double: bool
 ) -> None:
     loaded = load(checkpoint, quantization__method=method, quantization__double_quant=double)
@@ -133,7 +133,7 @@ def test_experts_are_to_the_bit_what_bitsandbytes_makes_of_the_whole(
 
 
 @pytest.mark.parametrize("name", ONE_TENSOR_AN_EXPERT)
-def test_experts_are_the_same_from_a_tensor_each_in_many_shards(name: str, tmp_path: Path) -> None:
+def test_experts_are_the_same_from_one_tensor_each_in_many_shards(name: str, tmp_path: Path) -> None:
     whole = save_moe(tmp_path / "whole", name)
     sharded = copy_tokenizer(save_sharded(whole, tmp_path / "sharded"))
     layers_of_files = []
@@ -152,7 +152,7 @@ def save_sharded(checkpoint: Path, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ONE_TENSOR_AN_EXPERT)
-def test_experts_are_the_same_from_tensors_that_are_stacked_already(name: str, tmp_path: Path) -> None:
+def test_experts_are_the_same_from_stacked_tensors(name: str, tmp_path: Path) -> None:
     apart = save_moe(tmp_path / "apart", name)
     stacked = copy_tokenizer(save_stacked(apart, tmp_path / "stacked"))
     with safe_open(stacked / "model.safetensors", "pt") as tensors:
@@ -180,21 +180,21 @@ def test_experts_of_which_one_is_missing_are_refused_by_name(qwen3_moe: Path, tm
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text((qwen3_moe / "config.json").read_text())
-    said = refused(copy_tokenizer(directory), ModelError)
-    assert "model.layers.1.mlp.experts" in said
+    message = refused(copy_tokenizer(directory), ModelError)
+    assert "model.layers.1.mlp.experts" in message
 
 
 # ---- in bounded memory
 
 
 class Owned(bytearray):
-    """Memory of one tensor; it can be told when the last tensor that uses it is gone."""
+    """Memory of one tensor; weak references to it end with the last tensor that uses it."""
 
     __slots__ = ("__weakref__",)
 
 
 class Watch:
-    """Hands over readers whose tensors live in memory of their own, and counts how many live at once."""
+    """Wraps readers so that each tensor has memory of its own, and counts how many are alive at once."""
 
     def __init__(self) -> None:
         self.num_reads = 0
@@ -240,11 +240,11 @@ def test_no_more_than_one_expert_is_held_while_they_are_read(
 def test_products_and_input_gradients_are_those_of_the_dequantized_weights(
     loaded: LoadedModel, checkpoint: Path
 ) -> None:
-    found = outputs_and_input_gradient(loaded.base)
+    quantized = outputs_and_input_gradient(loaded.base)
     expected = outputs_and_input_gradient(dequantized(checkpoint, loaded))
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    assert found[1].abs().max() > 0
+    assert torch.equal(quantized[0], expected[0])
+    assert torch.equal(quantized[1], expected[1])
+    assert quantized[1].abs().max() > 0
     assert all(len(chain) == 1 for chain in parametrized(loaded.base).values())
 
 
@@ -260,15 +260,17 @@ def outputs_and_input_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- how it is stored
 
 
-def test_int8_of_experts_is_refused_with_the_bytes_it_would_hide(checkpoint: Path, loaded: LoadedModel) -> None:
-    said = refused(checkpoint, ModelError, quantization__method="int8")
+def test_int8_of_experts_is_refused_with_the_bytes_it_would_leave_unquantized(
+    checkpoint: Path, loaded: LoadedModel
+) -> None:
+    message = refused(checkpoint, ModelError, quantization__method="int8")
     num_bytes = 2 * sum(e.num_parameters for e in loaded.inventory.entries if e.name in loaded.layout.experts)
-    assert f"can't store fused experts: {format_bytes(num_bytes)} of " in said
-    assert "quantization.skip_modules=experts" in said
-    assert "--quant nf4" in said
+    assert f"can't store fused experts: {format_bytes(num_bytes)} of " in message
+    assert "quantization.skip_modules=experts" in message
+    assert "--quant nf4" in message
 
 
-def test_int8_with_experts_that_stay_unquantized_on_purpose(qwen3_moe: Path) -> None:
+def test_int8_with_experts_skipped_on_purpose(qwen3_moe: Path) -> None:
     loaded = load(qwen3_moe, quantization__method="int8", quantization__skip_modules="experts")
     experts = {entry for entry in loaded.inventory.entries if entry.kind == "experts"}
     assert {(entry.why_not, entry.dtype) for entry in experts} == {("as asked", "float32")}
@@ -280,7 +282,7 @@ def test_int8_with_experts_that_stay_unquantized_on_purpose(qwen3_moe: Path) -> 
     }
 
 
-def test_experts_that_are_to_be_skipped_in_4_bit_are_kept_too(qwen3_moe: Path) -> None:
+def test_experts_can_be_skipped_in_4_bit_too(qwen3_moe: Path) -> None:
     loaded = load(qwen3_moe, quantization__skip_modules="experts")
     assert not parametrized(loaded.base)
     assert {e.why_not for e in loaded.inventory.entries if e.kind == "experts"} == {"as asked"}
@@ -312,9 +314,7 @@ print("loaded", type(model).__name__)
 """
 
 
-def test_plain_transformers_refuses_a_saved_model_instead_of_loading_half_of_it(
-    qwen3_moe: Path, tmp_path: Path
-) -> None:
+def test_plain_transformers_refuses_a_saved_model_rather_than_load_half_of_it(qwen3_moe: Path, tmp_path: Path) -> None:
     save_quantized(load(qwen3_moe), tmp_path / "saved", SilentReporter())
     outcomes = {
         directory.name: subprocess.run(
@@ -329,9 +329,9 @@ def test_plain_transformers_refuses_a_saved_model_instead_of_loading_half_of_it(
 
 
 def test_every_family_here_has_its_experts_stacked() -> None:
-    """What these tests are about: with modules for experts they would prove nothing."""
+    """Otherwise these tests would prove nothing: each expert would be modules of its own."""
     for name in MOE:
         model = tiny_model(name)
         stacked = [n for n, p in model.named_parameters() if ".experts." in n and p.dim() >= 2 and "bias" not in n]
-        assert stacked, name  # shared experts are other: every token passes them, and they are linear layers
+        assert stacked, name  # shared experts differ: every token passes through them, and they are linear layers
         assert not any(isinstance(model.get_submodule(n.rpartition(".")[0]), torch.nn.Linear) for n in stacked)

@@ -1,4 +1,4 @@
-"""A model that does not fit is refused before a weight is read, with both numbers and the least change that fits."""
+"""A model that does not fit is refused before a weight is read, with both sizes and the smallest change that fits."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,13 @@ from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings
 from tests.support.tiny_models import tiny_config
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is a label: nothing is put there
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is only a label: nothing is allocated on it
 SIZES = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 
 @pytest.fixture(scope="module")
 def enormous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama-3.1-405B, complete but for its weights: files of 756 GiB that take no room on the disk."""
+    """Llama-3.1-405B, complete but for its weights: sparse files of 756 GiB that take no space on the disk."""
     directory = tmp_path_factory.mktemp("models") / "llama-405b"
     write_model(directory, SHAPES["405b"], sparse=True)
     stats = [file.stat() for file in directory.glob("*.safetensors")]
@@ -47,12 +47,12 @@ def test_a_model_of_hundreds_of_gigabytes_is_refused_with_exit_code_3_and_both_n
     done = run_qlora("load", enormous, "--device", "cpu", "--dtype", "bf16", "--quant", method)
     assert done.code == 3, done.stderr
     assert done.stdout == ""
-    found = re.search(r"needs (.+?) on cpu, and (.+?) are free", " ".join(done.stderr.split()))
-    assert found, done.stderr
-    needed, free = sizes_in(found[0])
+    match = re.search(r"needs (.+?) on cpu, and (.+?) are free", " ".join(done.stderr.split()))
+    assert match, done.stderr
+    needed, free = sizes_in(match[0])
     model = build_on_meta(shapes_config("405b"), torch.bfloat16)
     layout = plan_layout(model, QuantizationSettings(method=method), torch.bfloat16, device=CPU)
-    assert found[1] == format_bytes(needed_bytes(layout))
+    assert match[1] == format_bytes(needed_bytes(layout))
     assert 0 < free < needed
     assert "Loading" not in done.stderr
     assert "Traceback" not in done.stderr
@@ -71,7 +71,7 @@ def test_train_refuses_it_before_the_data_are_read_or_anything_is_written(
     enormous: Path, run_qlora: RunQlora, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    # Of the first rows it is known before that they can be read, of the others it is not.
+    # The first rows are checked before the model is, later rows are not.
     rows.write_text('{"text": "a row"}\n' * 200 + '{"text": 5}\n', encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     flags = ("--model", enormous, "--dataset", rows, "--output", tmp_path / "run", "--device", "cpu")
@@ -80,7 +80,7 @@ def test_train_refuses_it_before_the_data_are_read_or_anything_is_written(
     assert "are free" in done.stderr
     assert "Reading" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
-    # The rows are what stops a model that fits.
+    # With a model that fits, the row is the error.
     other = run_qlora("train", *flags, "--model", tiny_model_with_tokenizer(tmp_path))
     assert other.code == 2
     assert "rows.jsonl, row 201" in other.stderr
@@ -92,7 +92,7 @@ def tiny_model_with_tokenizer(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_plan_is_refused_likewise(enormous: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_plan_is_refused_too(enormous: Path, rows: Path, tmp_path: Path) -> None:
     from qlora_cli.training.run_plan import prepare_run
 
     with pytest.raises(OutOfMemoryError) as caught:
@@ -131,7 +131,7 @@ def plan(model: PreTrainedModel, device: torch.device, **settings: Any) -> Stora
 def refusal(
     model: PreTrainedModel, device: torch.device, free: int, *, offload: bool = False, **settings: Any
 ) -> OutOfMemoryError:
-    """Return the error that `model` is refused with when so much is free."""
+    """Return the error that refuses `model` with `free` bytes."""
     with pytest.raises(OutOfMemoryError) as caught:
         check_fit("a-model", model, plan(model, device, **settings), device, free, offload_embedding=offload)
     return caught.value
@@ -145,7 +145,7 @@ def fits(model: PreTrainedModel, device: torch.device, free: int, *, offload: bo
     return True
 
 
-# What is asked for on which device, which flags are proposed, and what these come to as settings.
+# The settings and the device, the flags that are proposed, and the settings that these set.
 OFFLOAD = {"offload": True}
 PROPOSALS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("cpu", {"method": "none"}, "--quant int8", {"method": "int8"}),
@@ -166,7 +166,7 @@ PROPOSALS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("device", "asked", "flags", "changed"), PROPOSALS, ids=lambda value: str(value))
-def test_the_change_that_is_proposed_fits_into_exactly_what_it_needs(
+def test_the_proposed_change_fits_exactly_into_the_bytes_it_needs(
     llama: PreTrainedModel, device: str, asked: dict[str, Any], flags: str, changed: dict[str, Any]
 ) -> None:
     where = torch.device(device)
@@ -180,11 +180,11 @@ def test_the_change_that_is_proposed_fits_into_exactly_what_it_needs(
     asked_bytes = needed_bytes(plan(llama, where, **asked))
     message = f"a-model needs {format_bytes(asked_bytes)} on {device}, and {format_bytes(enough)} are free"
     assert str(error) == message
-    # With a byte less, it is not proposed any more.
+    # With one byte less, it is no longer proposed.
     assert refusal(llama, where, enough - 1, **asked).hint != error.hint
 
 
-def test_of_the_changes_that_fit_the_one_that_changes_the_model_least_comes_first(llama: PreTrainedModel) -> None:
+def test_the_fitting_change_that_alters_the_model_least_is_proposed_first(llama: PreTrainedModel) -> None:
     enough = needed_bytes(plan(llama, CUDA, method="none"), offload_embedding=True)
     assert (
         refusal(llama, CUDA, enough, method="none").hint == f"--offload-embedding would fit: {format_bytes(enough)}."
@@ -194,23 +194,21 @@ def test_of_the_changes_that_fit_the_one_that_changes_the_model_least_comes_firs
     assert hint.startswith("--quant int8 would fit")
 
 
-def test_an_embedding_that_the_head_shares_is_not_proposed_to_be_offloaded(tied: PreTrainedModel) -> None:
+def test_offloading_a_tied_embedding_is_not_proposed(tied: PreTrainedModel) -> None:
     needed = needed_bytes(plan(tied, CUDA))
     hint = refusal(tied, CUDA, needed - 1).hint
     assert hint is not None
     assert "--offload-embedding" not in hint
 
 
-def test_int8_is_not_proposed_where_it_can_not_hold_the_experts() -> None:
+def test_int8_is_not_proposed_for_a_model_with_fused_experts() -> None:
     model = build_on_meta(shapes_config("2b-moe"), torch.bfloat16)
     hint = refusal(model, CPU, needed_bytes(plan(model, CPU, method="none")) - 1, method="none").hint
     assert hint == f"--quant nf4 would fit: {format_bytes(needed_bytes(plan(model, CPU)))}."
 
 
 @pytest.mark.parametrize(("device", "other"), [(CPU, "a machine with more memory"), (CUDA, "a device with more")])
-def test_where_nothing_fits_the_least_that_would_is_named(
-    llama: PreTrainedModel, device: torch.device, other: str
-) -> None:
+def test_if_nothing_fits_the_smallest_need_is_named(llama: PreTrainedModel, device: torch.device, other: str) -> None:
     least = needed_bytes(plan(llama, device), offload_embedding=device == CUDA)
     cases: list[dict[str, Any]] = [{}, {"method": "none"}, {"method": "int8"}]
     for asked in cases:
@@ -220,25 +218,25 @@ def test_where_nothing_fits_the_least_that_would_is_named(
         assert other in hint
 
 
-def test_what_is_skipped_stays_skipped_in_what_is_proposed(llama: PreTrainedModel) -> None:
-    kept = ("down_proj",)
-    enough = needed_bytes(plan(llama, CPU, skip_modules=kept))
+def test_proposed_changes_keep_skipped_modules_skipped(llama: PreTrainedModel) -> None:
+    skipped = ("down_proj",)
+    enough = needed_bytes(plan(llama, CPU, skip_modules=skipped))
     cases: list[tuple[str, dict[str, Any]]] = [
         ("--double-quant", {"double_quant": False}),
         ("--quant nf4", {"method": "int8"}),
     ]
     for flags, asked in cases:
-        error = refusal(llama, CPU, enough, skip_modules=kept, **asked)
+        error = refusal(llama, CPU, enough, skip_modules=skipped, **asked)
         assert error.hint == f"{flags} would fit: {format_bytes(enough)}."
 
 
-def test_what_is_offloaded_already_stays_offloaded_in_what_is_proposed(llama: PreTrainedModel) -> None:
+def test_proposed_changes_keep_an_offloaded_embedding_offloaded(llama: PreTrainedModel) -> None:
     enough = needed_bytes(plan(llama, CUDA), offload_embedding=True)
     error = refusal(llama, CUDA, enough, offload=True, method="int8")
     assert error.hint == f"--quant nf4 would fit: {format_bytes(enough)}."
 
 
-def test_an_offloaded_embedding_is_taken_off_what_the_device_needs() -> None:
+def test_an_offloaded_embedding_is_subtracted_from_what_the_device_needs() -> None:
     model = build_on_meta(tiny_config("llama"), torch.bfloat16)
     layout = plan(model, CUDA)
     assert needed_bytes(layout) - needed_bytes(layout, offload_embedding=True) == 2 * 128 * 64

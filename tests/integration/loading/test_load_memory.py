@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of the size that the tests name, one at a time; it is deleted afterwards."""
+    """A checkpoint of the size that a test names, one at a time; each is deleted afterwards."""
     size: str = request.param
     directory = tmp_path_factory.mktemp("models") / size
     write_model(directory, SHAPES[size])
@@ -44,7 +44,7 @@ def checkpoint_bytes(directory: Path) -> int:
 
 
 def measure(model: Path, *arguments: str | Path, **options: str) -> dict[str, Any]:
-    """Load in a process of its own and return what it took."""
+    """Load in a process of its own and return the memory and time that it took."""
     values = json.dumps({"model.device": "cpu", **{key.replace("__", "."): value for key, value in options.items()}})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load_case", "qlora", model, "--options", values, *arguments],
@@ -70,7 +70,7 @@ def check_bounded(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
-def test_a_checkpoint_of_two_gigabytes_with_a_large_embedding_is_never_in_memory_beside_the_quantized_model(
+def test_a_checkpoint_of_two_gigabytes_is_never_in_memory_together_with_the_quantized_model(
     model: Path, tmp_path: Path
 ) -> None:
     assert checkpoint_bytes(model) >= 2e9
@@ -78,12 +78,12 @@ def test_a_checkpoint_of_two_gigabytes_with_a_large_embedding_is_never_in_memory
     saved = tmp_path / "saved"
     figures = measure(model, "--save", saved, model__dtype="fp32")
     check_bounded(figures)
-    # In fp32 everything is copied out of the file: had the peak been missed, it would be below the model.
+    # In fp32 everything is copied from the file: a peak that was missed would be below the size of the model.
     assert figures["peak_host_bytes"] >= figures["model_bytes"]
     assert figures["model_bytes"] == figures["predicted_bytes"]
     assert figures["model_bytes"] >= 4 * 2 * 128_256 * 2048, "embedding and head are in fp32"
 
-    # A model on a CPU is written from where it is. On a GPU, a shard of 1 GB is copied to the host at a time.
+    # A model on a CPU is written without a copy. On a GPU, a shard of 1 GB is copied to the host at a time.
     print(f"saving it: {figures['save_peak_host_bytes'] / MIB:.1f} MiB more")
     assert figures["save_peak_host_bytes"] <= 64 * MIB
     assert checkpoint_bytes(saved) == pytest.approx(figures["model_bytes"], rel=0.001)
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_two_gigabytes_with_a_large_embedding_is_never_in_memory
 
 
 @pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
-def test_int8_is_bounded_likewise(model: Path) -> None:
+def test_int8_is_bounded_too(model: Path) -> None:
     check_bounded(measure(model, model__dtype="bf16", quantization__method="int8"))
 
 

@@ -50,11 +50,11 @@ def reference(base_model: Path) -> torch.nn.Module:
 
 
 @proves("method")
-def test_each_method_stores_the_linear_layers_in_its_own_way_and_none_as_they_are(
+def test_each_method_stores_linear_layers_in_its_own_way_and_none_leaves_them_unchanged(
     base_model: Path, reference: torch.nn.Module
 ) -> None:
     loaded = {method: load(base_model, quantization__method=method.value).base for method in Quantization}
-    found = {method: logits(model) for method, model in loaded.items()}
+    logits_of = {method: logits(model) for method, model in loaded.items()}
     kinds = {
         m: {(type(weight_of(x)), weight_of(x).dtype) for n, x in loaded[m].named_modules() if n.endswith("_proj")}
         for m in loaded
@@ -66,9 +66,9 @@ def test_each_method_stores_the_linear_layers_in_its_own_way_and_none_as_they_ar
         Quantization.NONE: {(torch.nn.Parameter, torch.float32)},
     }
     for one, other in combinations(Quantization, 2):
-        assert (found[one] - found[other]).abs().max() > 1e-3, (one, other)
-    assert torch.equal(found[Quantization.NONE], logits(reference))
-    errors = {method: (values - logits(reference)).norm() for method, values in found.items()}
+        assert (logits_of[one] - logits_of[other]).abs().max() > 1e-3, (one, other)
+    assert torch.equal(logits_of[Quantization.NONE], logits(reference))
+    errors = {method: (values - logits(reference)).norm() for method, values in logits_of.items()}
     assert errors[Quantization.INT8] < errors[Quantization.NF4] < errors[Quantization.FP4]
 
 
@@ -91,7 +91,7 @@ def test_4_bit_layers_multiply_in_the_compute_dtype_and_the_rest_keeps_its_own(b
     assert 1e-4 < difference < 1
 
 
-def test_experts_are_kept_in_the_storage_dtype_too(tmp_path: Path) -> None:
+def test_experts_are_stored_in_the_storage_dtype_too(tmp_path: Path) -> None:
     model = save_moe(tmp_path / "model", "qwen3_moe")
     as_bytes, stored = load(model), load(model, quantization__quant_storage="bf16")
     assert {entry.dtype for entry in stored.inventory.entries if entry.kind == "experts"} == {"bfloat16"}
@@ -105,7 +105,7 @@ def test_experts_are_kept_in_the_storage_dtype_too(tmp_path: Path) -> None:
 
 @proves("quant_storage")
 @pytest.mark.parametrize("storage", STORAGE)
-def test_codes_kept_in_another_dtype_are_the_same_codes_train_and_come_back(
+def test_codes_stored_in_another_dtype_are_the_same_codes_train_and_load_again(
     rows: Path, tmp_path: Path, storage: str
 ) -> None:
     model = save_model(tmp_path / "model")
@@ -132,9 +132,7 @@ def test_codes_kept_in_another_dtype_are_the_same_codes_train_and_come_back(
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_codes_that_are_no_numbers_in_the_dtype_they_are_kept_in_are_codes_all_the_same(
-    tmp_path: Path, storage: str
-) -> None:
+def test_codes_that_are_nan_in_their_storage_dtype_are_still_codes(tmp_path: Path, storage: str) -> None:
     model = save_model(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     name = next(name for name in tensors if name.endswith("q_proj.weight"))
@@ -146,7 +144,7 @@ def test_codes_that_are_no_numbers_in_the_dtype_they_are_kept_in_are_codes_all_t
 
 
 @pytest.mark.parametrize(("method", "constants"), [("nf4", "absmax"), ("int8", "SCB")])
-def test_a_constant_that_is_no_number_is_named_with_its_weight(tmp_path: Path, method: str, constants: str) -> None:
+def test_a_constant_that_is_nan_is_named_with_its_weight(tmp_path: Path, method: str, constants: str) -> None:
     flags = {"quantization__method": method} | ({"quantization__double_quant": False} if method == "nf4" else {})
     save_quantized(load(save_model(tmp_path / "model"), **flags), tmp_path / "saved", SilentReporter())
     file = tmp_path / "saved" / "model.safetensors"
@@ -161,7 +159,7 @@ def test_a_constant_that_is_no_number_is_named_with_its_weight(tmp_path: Path, m
 
 @proves("skip_modules")
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_modules_to_skip_add_to_those_that_are_kept_anyway(tmp_path: Path, method: str) -> None:
+def test_skipped_modules_add_to_those_never_quantized(tmp_path: Path, method: str) -> None:
     untied = save_model(tmp_path / "model", tie_word_embeddings=False)
     flags = {"quantization__method": method}
     plain = load(untied, **flags)
@@ -184,15 +182,15 @@ def test_features_above_the_threshold_are_multiplied_in_16_bit(tmp_path: Path) -
             weights[name][17] = 60.0  # the feature that it scales exceeds 6 in many tokens
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     exact = logits(load(model, quantization__method="none").base)
-    found = {
+    logits_of = {
         threshold: logits(load(model, quantization__method="int8", quantization__int8_threshold=threshold).base)
         for threshold in (0.0, 6.0, 1e6)
     }
-    assert torch.equal(found[0.0], found[1e6])
-    assert 2 * (found[6.0] - exact).norm() < (found[0.0] - exact).norm()
+    assert torch.equal(logits_of[0.0], logits_of[1e6])
+    assert 2 * (logits_of[6.0] - exact).norm() < (logits_of[0.0] - exact).norm()
 
 
-def test_a_setting_of_the_method_is_judged_once_the_files_say_the_method(tmp_path: Path) -> None:
+def test_a_setting_of_a_method_is_checked_once_the_files_give_the_method(tmp_path: Path) -> None:
     model, saved = save_model(tmp_path / "model"), tmp_path / "saved"
     key = "quantization.int8_threshold"
     quiet = SilentReporter()
@@ -211,17 +209,17 @@ def test_a_setting_of_the_method_is_judged_once_the_files_say_the_method(tmp_pat
 @proves("int8_has_fp16_weight")
 def test_16_bit_weights_can_be_kept_and_quantized_in_every_product(base_model: Path) -> None:
     plain = load(base_model, quantization__method="int8")
-    kept = load(base_model, quantization__method="int8", quantization__int8_has_fp16_weight=True)
-    layers = layers_of(kept.base, Linear8bitLt).values()
+    in_16_bit = load(base_model, quantization__method="int8", quantization__int8_has_fp16_weight=True)
+    layers = layers_of(in_16_bit.base, Linear8bitLt).values()
     assert {(weight_of(layer).dtype, layer.state.has_fp16_weights) for layer in layers} == {(torch.float32, True)}
-    assert kept.inventory.num_quantized_parameters == 0
-    assert kept.inventory.total_bytes > plain.inventory.total_bytes
-    assert kept.inventory == kept.layout.inventory
-    assert torch.equal(logits(kept.base), logits(plain.base))
+    assert in_16_bit.inventory.num_quantized_parameters == 0
+    assert in_16_bit.inventory.total_bytes > plain.inventory.total_bytes
+    assert in_16_bit.inventory == in_16_bit.layout.inventory
+    assert torch.equal(logits(in_16_bit.base), logits(plain.base))
 
 
 @proves("int8_cpu_offload")
-def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trained(base_model: Path) -> None:
+def test_offload_to_the_cpu_is_refused_if_nothing_is_offloaded_and_in_training(base_model: Path) -> None:
     message = refused(base_model, HardwareError, quantization__method="int8", quantization__int8_cpu_offload=True)
     assert "quantization.int8_cpu_offload: has no effect: the model is on cpu as a whole" in message
     offloaded = QuantizationSettings(method=Quantization.INT8, int8_cpu_offload=True)
@@ -235,7 +233,7 @@ def test_offload_to_the_cpu_is_refused_where_nothing_is_offloaded_and_never_trai
         (f"quantization.{key}", method)
         for key in QuantizationSettings.model_fields
         for method in Quantization
-        # Off it asks for nothing, and on is its default.
+        # Off requests nothing, and on is the default.
         if not QuantizationSettings(method=method).has_effect(key) and key != "double_quant"
     ],
 )

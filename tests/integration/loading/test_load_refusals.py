@@ -1,4 +1,4 @@
-"""Mistakes and damage that a newcomer met: each one message before the weights are used, and none is passed over."""
+"""Mistakes and damage that a newcomer met: each is one message before the weights are used, and none is ignored."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def changed(directory: Path, name: str, tensor: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_a_weight_that_is_stored_in_8_bit_without_a_word_is_no_weight(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_an_8_bit_weight_of_an_unquantized_model_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     model = changed(tmp_path / "model", WEIGHT, torch.ones(128, 64).to(dtype))
     message = refused(model, ModelError)
     assert f"model.safetensors: {WEIGHT} is stored as" in message
@@ -48,7 +48,7 @@ def test_a_quantized_weight_that_is_not_finite_is_named(tmp_path: Path, value: f
 
 
 @pytest.mark.parametrize("method", Quantization)
-def test_a_value_that_is_not_finite_is_named_however_quiet_transformers_is(
+def test_a_value_that_is_not_finite_is_named_even_if_transformers_is_silent(
     tmp_path: Path, method: Quantization
 ) -> None:
     tensor = torch.ones(128, 64, dtype=torch.bfloat16)
@@ -118,7 +118,7 @@ def test_dropout_on_fused_experts_is_refused_by_the_settings_alone() -> None:
         resolve(Sources(flags=flags), TrainSettings)
 
 
-def test_a_cache_that_is_no_directory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_is_not_a_directory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from qlora_cli.hub import repository as hub
     from qlora_cli.hub.download import RemoteFile
 
@@ -132,13 +132,13 @@ def test_a_cache_that_is_no_directory_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert "HF_HOME" in str(caught.value.hint)
 
 
-def test_bars_are_shown_as_well_as_the_terminal_can(run_qlora: RunQlora, base_model: Path) -> None:
+def test_bars_are_drawn_as_the_terminal_permits(run_qlora: RunQlora, base_model: Path) -> None:
     done = run_qlora("load", base_model, "--device", "cpu", "--error", env={"PYTHONIOENCODING": "ascii"})
     assert done.code == 0, done.stderr
     assert "????" in done.stdout
 
 
-def test_writers_of_one_directory_do_not_touch_each_others_files_and_what_a_killed_one_left_is_cleared(
+def test_writers_of_one_directory_leave_each_others_files_alone_and_remove_those_of_a_killed_one(
     tmp_path: Path,
 ) -> None:
     target = tmp_path / "out"

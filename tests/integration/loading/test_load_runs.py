@@ -1,4 +1,4 @@
-"""A run, and any adapter, loads with its base as it was trained, trains on, and gives the logits it ended with."""
+"""A run or an adapter loads with its base as it was trained, continues to train, and gives its final logits."""
 
 import json
 import shutil
@@ -36,12 +36,12 @@ from tests.support.loading import (
 )
 
 ADAPTER = "adapter/adapter_model.safetensors"
-AS_TRAINED = {"model__dtype": None}  # no flag: what the run was trained in
+AS_TRAINED = {"model__dtype": None}  # no flag: the dtype that the run was trained in
 
 
 @dataclass
 class Ended:
-    """A run that ended, with the logits of its model then."""
+    """A run that ended, with the final logits of its model."""
 
     path: Path
     prepared: PreparedRun
@@ -54,8 +54,8 @@ def end(prepared: PreparedRun, ids: torch.Tensor = IDS) -> Ended:
 
 
 def settings_of(path: Path) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads((path / "run.json").read_text())["settings"]
-    return found
+    settings: dict[str, dict[str, object]] = json.loads((path / "run.json").read_text())["settings"]
+    return settings
 
 
 def trained(model: object) -> dict[str, torch.Tensor]:
@@ -125,10 +125,10 @@ def test_a_flag_wins_over_what_the_run_was_trained_with(ended: Ended) -> None:
 
 
 def test_only_a_flag_that_differs_from_the_run_is_reported(ended: Ended) -> None:
-    heard = Recorder()
-    plan_load(asked_load(ended.path, quantization__method="nf4", quantization__double_quant=False), heard)
-    said = [event.message for event in heard.events if isinstance(event, Noted) and event.level == "warning"]
-    assert said == [f"quantization.method is nf4 as asked; {ended.path} was trained with fp4"]
+    recorder = Recorder()
+    plan_load(asked_load(ended.path, quantization__method="nf4", quantization__double_quant=False), recorder)
+    warnings = [event.message for event in recorder.events if isinstance(event, Noted) and event.level == "warning"]
+    assert warnings == [f"quantization.method is nf4 as asked; {ended.path} was trained with fp4"]
 
 
 def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def test_an_option_that_the_method_of_the_run_ignores_is_refused(ended: Ended, t
 
 
 def settled(asked: ModelSettings) -> ModelSettings:
-    found = read_model_outline(find_model(asked), trust_remote_code=False)
-    return settle_base(resolved_in_code(LoadSettings(model=asked)), found).settings.model
+    outline = read_model_outline(find_model(asked), trust_remote_code=False)
+    return settle_base(resolved_in_code(LoadSettings(model=asked)), outline).settings.model
 
 
-def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: Ended, tmp_path: Path) -> None:
+def test_only_settings_of_the_base_are_taken_from_a_run_and_never_trust(ended: Ended, tmp_path: Path) -> None:
     path = shutil.copytree(ended.path, tmp_path / "run")
     record = json.loads((path / "run.json").read_text())
     written = {
@@ -159,11 +159,11 @@ def test_only_what_makes_the_base_is_taken_from_a_run_and_never_trust(ended: End
     changed = {key for key in ModelSettings.model_fields if getattr(taken, key) != getattr(asked, key)}
     assert changed == {"dtype", "rope_scaling", "resize_vocab"}
     explicit = ModelSettings(name=str(path), dtype="fp32", rope_scaling=None)
-    kept = settled(explicit)
-    assert (kept.dtype, kept.rope_scaling) == ("fp32", None)
+    overridden = settled(explicit)
+    assert (overridden.dtype, overridden.rope_scaling) == ("fp32", None)
 
 
-def test_settings_of_a_run_that_are_none_are_an_error(ended: Ended, tmp_path: Path) -> None:
+def test_invalid_settings_of_a_run_are_an_error(ended: Ended, tmp_path: Path) -> None:
     path = shutil.copytree(ended.path, tmp_path / "run")
     record = json.loads((path / "run.json").read_text())
     record["settings"]["quantization"]["method"] = "nf3"
@@ -173,7 +173,7 @@ def test_settings_of_a_run_that_are_none_are_an_error(ended: Ended, tmp_path: Pa
 
 @pytest.fixture
 def plain_adapter(tmp_path: Path) -> Path:
-    """An adapter that plain PEFT made, on a model of its own, with weights that do something."""
+    """An adapter that plain PEFT made, on a model of its own, with weights that have an effect."""
     base = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"), dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
@@ -212,7 +212,7 @@ def test_the_adapter_of_another_base_is_refused(
     assert len(message.splitlines()) == 1
 
 
-def test_an_adapter_that_is_no_lora_is_refused(plain_adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_lora_is_refused(plain_adapter: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(base, config).save_pretrained(plain_adapter)
@@ -224,10 +224,10 @@ def test_new_tokens_are_not_added_to_an_adapter(plain_adapter: Path) -> None:
     assert f"{plain_adapter} is an adapter: the rows of --new-tokens <a> would not be trained" in message
 
 
-# ---- training on
+# ---- continued training
 
 
-def test_a_run_trains_on_with_its_own_adapter_and_base(ended: Ended, data: Path, tmp_path: Path) -> None:
+def test_a_run_continues_to_train_with_its_own_adapter_and_base(ended: Ended, data: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     flags = {
         **{"model.name": str(ended.path), "model.device": "cpu", "data.dataset": str(data)},
@@ -262,8 +262,8 @@ def test_a_run_trains_on_with_its_own_adapter_and_base(ended: Ended, data: Path,
     assert record["base_model"]["base_model"] == str(ended.path.parent / "base")
 
 
-def test_the_same_command_again_warns_of_nothing(plain_adapter: Path, data: Path, tmp_path: Path) -> None:
-    """Also where the adapter is none of ours: what it trains is recorded as the adapter's own, and was no change."""
+def test_the_same_command_again_warns_about_nothing(plain_adapter: Path, data: Path, tmp_path: Path) -> None:
+    """Also if the adapter is not ours: the modules it trains are recorded as the adapter's own, and are no change."""
     flags = {
         **{"model.name": str(plain_adapter), "model.device": "cpu", "model.dtype": "fp32", "data.dataset": str(data)},
         **{"output.directory": str(tmp_path / "on"), "training.max_steps": 2, "training.learning_rate": 0.01},
@@ -279,14 +279,12 @@ def test_the_same_command_again_warns_of_nothing(plain_adapter: Path, data: Path
     assert not [note.message for note in notes if note.level == "warning" or "changed" in note.message]
 
 
-def test_lora_on_the_head_is_not_trained_on_and_that_is_said_before_a_weight_is_read(
-    data: Path, tmp_path: Path
-) -> None:
-    """TRL computes the loss from the weight of the head, past the adapter on it."""
+def test_training_lora_on_the_head_is_refused_before_a_weight_is_read(data: Path, tmp_path: Path) -> None:
+    """TRL computes the loss from the weight of the head and bypasses the adapter on it."""
     base = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"), dtype=torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    assert isinstance(load(tmp_path / "adapter").model, PeftModel)  # it answers, though
+    assert isinstance(load(tmp_path / "adapter").model, PeftModel)  # it does generate
     with pytest.raises(
         ModelError, match=r"can't be trained further: it has LoRA on lm_head, whose weight the loss"
     ) as caught:
@@ -297,7 +295,7 @@ def test_lora_on_the_head_is_not_trained_on_and_that_is_said_before_a_weight_is_
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 @pytest.mark.parametrize("skipped", [["nothing"], ["lm_head"]])
-def test_a_checkpoint_whose_head_is_quantized_is_not_trained_on_and_that_is_said_before_a_weight_is_read(
+def test_training_on_a_quantized_head_is_refused_before_a_weight_is_read(
     data: Path, method: str, skipped: list[str], tmp_path: Path
 ) -> None:
     """TRL computes the loss from the weight of the head as it is stored."""
@@ -317,10 +315,10 @@ def test_a_checkpoint_whose_head_is_quantized_is_not_trained_on_and_that_is_said
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_a_checkpoint_whose_head_is_quantized_and_the_embedding_is_refused_before_a_weight_is_read(
+def test_a_quantized_head_tied_to_the_embedding_is_refused_before_a_weight_is_read(
     method: str, tmp_path: Path
 ) -> None:
-    """Plain transformers writes one where other modules are to be skipped, and fails with its first token."""
+    """Plain transformers writes one if told to skip other modules, and fails at the first token."""
     base = save_model(tmp_path / "base", tie_word_embeddings=True)
     flags = {"load_in_4bit": True} if method == "nf4" else {"load_in_8bit": True}
     config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=["q_proj"])
@@ -331,7 +329,7 @@ def test_a_checkpoint_whose_head_is_quantized_and_the_embedding_is_refused_befor
         plan_load(asked_load(tmp_path / "stored"), Recorder())
 
 
-def test_the_settings_of_an_adapter_that_trains_on_can_not_be_changed(
+def test_the_settings_of_an_adapter_that_continues_to_train_can_not_be_changed(
     ended: Ended, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -350,7 +348,7 @@ def tagged(tmp_path: Path) -> Path:
 
 
 def rows_of(prepared: PreparedRun) -> list[torch.Tensor]:
-    """Return the weights of embedding and head, `(vocabulary, hidden)`, with what was trained in them."""
+    """Return the trained weights of embedding and head, `(vocabulary, hidden)`."""
     model = prepared.model.get_base_model()
     with torch.no_grad():
         embedded = model.get_input_embeddings()(torch.arange(model.config.vocab_size))
@@ -360,7 +358,7 @@ def rows_of(prepared: PreparedRun) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("vocab_size", [3072, 3136], ids=["grown", "spare"])
-def test_only_the_rows_of_new_tokens_train_and_come_back(
+def test_only_the_rows_of_new_tokens_train_and_are_loaded_again(
     tagged: Path, tmp_path: Path, tied: bool, vocab_size: int
 ) -> None:
     model = save_model(tmp_path / "model", tie_word_embeddings=tied, vocab_size=vocab_size)
@@ -387,7 +385,7 @@ def test_only_the_rows_of_new_tokens_train_and_come_back(
     assert settings_of(ended.path)["model"]["new_tokens"] == ["<a>", "<b>"]
 
 
-def test_a_grown_vocabulary_without_new_tokens_comes_back_the_same(data: Path, tmp_path: Path) -> None:
+def test_a_grown_vocabulary_without_new_tokens_loads_unchanged(data: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", vocab_size=3008)
     ended = end(
         prepare_run(train_settings(model, data, tmp_path / "run", model__resize_vocab=True), Recorder()),
@@ -401,7 +399,7 @@ def test_a_grown_vocabulary_without_new_tokens_comes_back_the_same(data: Path, t
 
 
 def test_a_pad_token_that_was_added_stays_the_pad_token(data: Path, tmp_path: Path) -> None:
-    # A tokenizer without a token to pad with, and a model without a row to spare.
+    # A tokenizer without a pad token, and a model without a spare row.
     model = save_model(tmp_path / "model", pad_token_id=None)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (model / file).write_text((model / file).read_text().replace("<|pad|>", "<|nothing|>"))

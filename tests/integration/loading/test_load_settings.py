@@ -32,33 +32,33 @@ def test_the_name_chooses_the_weights(tmp_path: Path) -> None:
 
 @proves("revision")
 def test_a_revision_of_a_directory_is_refused(base_model: Path) -> None:
-    # Of a hub id it picks the commit: tests/integration/hub/test_hub.py.
+    # For a hub id it selects the commit: tests/integration/hub/test_hub.py.
     message = refused(base_model, ModelError, model__revision="v1")
     assert "a revision (v1) has no meaning for the local directory" in message
     assert "Leave --revision out" in message
 
 
 @proves("base_model")
-def test_another_base_than_the_adapter_names_is_taken_when_asked_and_refused_on_a_whole_model(tmp_path: Path) -> None:
+def test_a_base_other_than_the_adapters_own_is_used_on_request_and_refused_for_a_whole_model(tmp_path: Path) -> None:
     one, other = save_model(tmp_path / "one"), save_model(tmp_path / "other", seed=1)
     adapter = tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(one)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
-    found = load(adapter, model__base_model=str(other))
-    assert found.report().base_model == str(other)
-    assert torch.equal(logits(found.base), logits(load(other).base))
+    loaded = load(adapter, model__base_model=str(other))
+    assert loaded.report().base_model == str(other)
+    assert torch.equal(logits(loaded.base), logits(load(other).base))
     message = refused(one, ModelError, model__base_model=str(other))
     assert f"model.base_model: {other} has no effect: {one} is a whole model" in message
 
 
 @proves("dtype")
 def test_the_dtype_is_that_of_the_unquantized_rest_and_of_the_products(base_model: Path) -> None:
-    found = {dtype: load(base_model, model__dtype=dtype) for dtype in ("fp32", "bf16")}
-    for dtype, loaded in found.items():
+    loaded_in = {dtype: load(base_model, model__dtype=dtype) for dtype in ("fp32", "bf16")}
+    for dtype, loaded in loaded_in.items():
         assert {p.dtype for p in loaded.base.parameters() if type(p) is not Params4bit} == {loaded.dtype.torch_dtype}
         assert {x.compute_dtype for x in layers_of(loaded.base, Linear4bit).values()} == {loaded.dtype.torch_dtype}
         assert loaded.report().compute_dtype == dtype
-    assert not torch.equal(logits(found["fp32"].base), logits(found["bf16"].base).float())
+    assert not torch.equal(logits(loaded_in["fp32"].base), logits(loaded_in["bf16"].base).float())
     assert "fp16 is not trained on a CPU" in refused(base_model, HardwareError, model__dtype="fp16")
 
 
@@ -73,10 +73,12 @@ def test_the_device_is_the_one_asked_for_or_an_error(base_model: Path, monkeypat
 def test_attention_is_the_kernel_asked_for_and_one_that_the_model_lacks_is_refused(
     base_model: Path, tmp_path: Path
 ) -> None:
-    found = {kernel: load(base_model, model__attention=kernel) for kernel in ("auto", "eager", "sdpa")}
-    used = {kernel: loaded.base.config._attn_implementation for kernel, loaded in found.items()}
+    loaded_with = {kernel: load(base_model, model__attention=kernel) for kernel in ("auto", "eager", "sdpa")}
+    used = {kernel: loaded.base.config._attn_implementation for kernel, loaded in loaded_with.items()}
     assert used == {"auto": "sdpa", "eager": "eager", "sdpa": "sdpa"}
-    torch.testing.assert_close(logits(found["eager"].base), logits(found["sdpa"].base), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(loaded_with["eager"].base), logits(loaded_with["sdpa"].base), rtol=1e-4, atol=1e-4
+    )
     assert "needs an NVIDIA GPU" in refused(base_model, HardwareError, model__attention="flash_attention_2")
     # Its attention has sinks, which sdpa does not know.
     model = save_model(tmp_path / "gpt_oss", "gpt_oss")
@@ -98,27 +100,27 @@ def test_an_offloaded_embedding_is_refused_on_a_cpu_and_where_the_head_shares_it
 def test_an_embedding_on_the_host_takes_ids_from_a_device_and_gives_vectors_to_it() -> None:
     embedding = torch.nn.Embedding(8, 4)
     keep_on_host(embedding, torch.device("meta"))  # stands for a GPU: a device that the weight is not on
-    found = embedding(torch.tensor([[1, 2]]))
-    assert (found.device.type, found.shape) == ("meta", (1, 2, 4))
+    vectors = embedding(torch.tensor([[1, 2]]))
+    assert (vectors.device.type, vectors.shape) == ("meta", (1, 2, 4))
     assert embedding.weight.device.type == "cpu"
-    here = torch.nn.Embedding(8, 4)
-    keep_on_host(here, torch.device("cpu"))
-    assert torch.equal(here(torch.tensor([3])), here.weight[[3]])
-    # The other way: ids arrive from elsewhere, and are brought to where the weight is.
-    there = torch.nn.Embedding(8, 4, device="meta")
-    keep_on_host(there, torch.device("meta"))
-    assert there(torch.tensor([3])).device.type == "meta"
+    on_host = torch.nn.Embedding(8, 4)
+    keep_on_host(on_host, torch.device("cpu"))
+    assert torch.equal(on_host(torch.tensor([3])), on_host.weight[[3]])
+    # The other way round: ids from another device are moved to that of the weight.
+    on_device = torch.nn.Embedding(8, 4, device="meta")
+    keep_on_host(on_device, torch.device("meta"))
+    assert on_device(torch.tensor([3])).device.type == "meta"
 
 
 @proves("new_tokens")
-def test_new_tokens_are_one_token_each_and_get_rows_where_there_are_none_to_spare(tmp_path: Path) -> None:
+def test_new_tokens_are_one_token_each_and_get_rows_if_none_are_spare(tmp_path: Path) -> None:
     full = save_model(tmp_path / "full", tie_word_embeddings=False)
     plain, loaded = load(full), load(full, model__new_tokens="<tool>,</tool>")
     assert loaded.new_token_ids == (3072, 3073)
     assert "the embedding was extended from 3,072 to 3,074 rows" in loaded.report().notes
     for one, ids in ((loaded, [3072]), (plain, None)):
-        found = one.tokenizer("<tool>", add_special_tokens=False)["input_ids"]
-        assert found == ids or (ids is None and len(found) > 1)
+        tokens = one.tokenizer("<tool>", add_special_tokens=False)["input_ids"]
+        assert tokens == ids or (ids is None and len(tokens) > 1)
     for grown, before in zip(ends(loaded.base), ends(plain.base), strict=True):
         assert grown.shape == (3074, 64)
         assert torch.equal(grown[:3072], before)
@@ -145,7 +147,7 @@ def test_a_tokenizer_with_more_ids_than_rows_needs_the_flag_that_grows_the_model
 
 
 @proves("rope_scaling")
-def test_rotary_positions_are_stretched_when_asked_and_the_model_says_so(base_model: Path) -> None:
+def test_rotary_positions_are_stretched_on_request_and_the_report_says_so(base_model: Path) -> None:
     plain, stretched = load(base_model), load(base_model, model__rope_scaling="yarn:4")
     positions = [loaded.base.config.max_position_embeddings for loaded in (plain, stretched)]
     assert positions == [512, 2048]
@@ -213,7 +215,7 @@ def test_code_of_a_model_runs_only_with_the_flag(run_qlora: RunQlora, tmp_path: 
     assert marker.exists()
 
 
-def test_what_runs_code_of_others_is_never_switched_on_by_a_file(
+def test_settings_that_run_foreign_code_are_never_enabled_by_a_file(
     run_qlora: RunQlora, base_model: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "run.yaml"

@@ -36,7 +36,7 @@ import sys, warnings, torch
 warnings.simplefilter("error")
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-ids, found = torch.load(sys.argv[1]), {}
+ids, logits = torch.load(sys.argv[1]), {}
 for path in sys.argv[3:]:
     loaded, info = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, device_map={"": "cpu"}, output_loading_info=True
@@ -45,9 +45,9 @@ for path in sys.argv[3:]:
     for module in loaded.modules():
         module.support_avx512bf16_for_cpu = False  # it would repack the weights and compute with other scales
     with torch.no_grad():
-        found[path] = loaded(input_ids=ids).logits
+        logits[path] = loaded(input_ids=ids).logits
 assert not any(name.startswith("qlora_cli") for name in sys.modules)
-torch.save(found, sys.argv[2])
+torch.save(logits, sys.argv[2])
 """
 
 HANGING = """
@@ -72,7 +72,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_logits(checkpoints: Sequence[Path], directory: Path) -> list[torch.Tensor]:
-    """Return the logits that a fresh process computes, in fp32, which knows nothing of this package."""
+    """Return the logits, in fp32, that a fresh process computes without this package."""
     ids, output = directory / "ids.pt", directory / "logits.pt"
     torch.save(IDS, ids)
     done = subprocess.run(
@@ -84,8 +84,8 @@ def plain_logits(checkpoints: Sequence[Path], directory: Path) -> list[torch.Ten
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, torch.Tensor] = torch.load(output)
-    return [found[str(checkpoint)] for checkpoint in checkpoints]
+    logits_of: dict[str, torch.Tensor] = torch.load(output)
+    return [logits_of[str(checkpoint)] for checkpoint in checkpoints]
 
 
 def written_bytes(directory: Path) -> int:
@@ -118,7 +118,7 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A model that the command saved, what it said, and the logits that plain transformers computes."""
+    """A model that the command saved, its report, and the logits that plain transformers computes."""
 
     source: Path
     directory: Path
@@ -139,15 +139,15 @@ def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         sources.append(source)
         targets.append(target)
         reports.append(json.loads(done.stdout))
-    found = zip(CASES, sources, targets, reports, plain_logits(targets, root), strict=True)
+    cases = zip(CASES, sources, targets, reports, plain_logits(targets, root), strict=True)
     return {
         name: Saved(source=source, directory=target, report=report, logits=computed)
-        for name, source, target, report, computed in found
+        for name, source, target, report, computed in cases
     }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plain_transformers_loads_what_the_command_saved_to_identical_logits(
+def test_plain_transformers_computes_identical_logits_with_the_saved_model(
     all_saved: dict[str, Saved], name: str
 ) -> None:
     saved = all_saved[name]
@@ -177,10 +177,10 @@ def test_it_is_written_in_shards_that_are_one_model(
     assert base_digest(load(tmp_path / "saved").model) == base_digest(loaded.model)
 
 
-def test_it_is_a_quarter_of_the_16_bit_model_where_the_embedding_does_not_dominate(
+def test_it_is_a_quarter_of_the_16_bit_model_if_the_embedding_does_not_dominate(
     run_qlora: RunQlora, tmp_path: Path
 ) -> None:
-    """With 4.127 bits a quantized parameter, 3.88 times is the most; a thirtieth of this model is embedding."""
+    """4.127 bits a quantized parameter make 3.88 times the maximum; a thirtieth of this model is embedding."""
     shape = Shape(
         hidden_size=1024,
         num_layers=8,
@@ -221,7 +221,7 @@ def test_a_note_with_source_and_settings_is_written_next_to_the_model(
     }
 
 
-def test_of_a_model_from_a_hub_the_commit_is_noted(base_model: Path, tmp_path: Path) -> None:
+def test_the_commit_of_a_model_from_the_hub_is_noted(base_model: Path, tmp_path: Path) -> None:
     loaded = load(base_model)
     commit = "0123456789abcdef0123456789abcdef01234567"
     from_hub = dataclasses.replace(loaded.source, commit=commit, revision="main")
@@ -230,7 +230,7 @@ def test_of_a_model_from_a_hub_the_commit_is_noted(base_model: Path, tmp_path: P
     assert (note["commit"], note["revision"]) == (commit, "main")
 
 
-def test_files_can_be_read_by_whoever_reads_the_others(base_model: Path, tmp_path: Path) -> None:
+def test_all_saved_files_have_the_same_permissions(base_model: Path, tmp_path: Path) -> None:
     save_quantized(load(base_model), tmp_path / "saved", Recorder())
     assert len({file.stat().st_mode for file in (tmp_path / "saved").iterdir()}) == 1
 
@@ -238,10 +238,10 @@ def test_files_can_be_read_by_whoever_reads_the_others(base_model: Path, tmp_pat
 # ---- whole or not at all
 
 
-def test_killed_while_it_writes_it_leaves_nothing_that_looks_complete(
+def test_a_save_that_is_killed_leaves_nothing_that_looks_complete(
     run_qlora: RunQlora, base_model: Path, tmp_path: Path
 ) -> None:
-    """The process is stopped for good in the middle of the files: after the weights, before the rest."""
+    """The process is killed between two files: after the weights, before the tokenizer."""
     target = tmp_path / "saved"
     marker = tmp_path / "reached"
     process = subprocess.Popen(
@@ -271,7 +271,7 @@ def test_killed_while_it_writes_it_leaves_nothing_that_looks_complete(
     assert list(aside.glob("*.safetensors")), "the weights were not written yet"
     assert aside.parent.name.startswith(".")
 
-    # The next one takes its place, and clears what was left.
+    # The next save takes its place and removes what was left.
     done = run_qlora("load", base_model, "--device", "cpu", "--dtype", "fp32", "--save", target)
     assert done.code == 0, done.stderr
     assert not aside.parent.exists()
@@ -291,7 +291,7 @@ def test_a_failure_while_it_writes_leaves_nothing(
 
 
 @pytest.mark.parametrize("content", ["run.json", "anything"])
-def test_a_directory_that_holds_something_is_refused_before_the_model_is_looked_at(
+def test_a_directory_with_files_is_refused_before_the_model_is_read(
     run_qlora: RunQlora, base_model: Path, tmp_path: Path, content: str
 ) -> None:
     target = tmp_path / "saved"
@@ -304,14 +304,14 @@ def test_a_directory_that_holds_something_is_refused_before_the_model_is_looked_
     assert [(path.name, path.read_text(encoding="utf-8")) for path in target.iterdir()] == [(content, "mine")]
 
 
-def test_an_empty_directory_is_taken(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
+def test_an_empty_directory_is_filled(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     done = run_qlora("load", base_model, "--device", "cpu", "--save", tmp_path / "saved")
     assert done.code == 0, done.stderr
     assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
-def test_the_directory_that_one_stands_in_is_filled(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
+def test_the_current_directory_is_filled(run_qlora: RunQlora, base_model: Path, tmp_path: Path) -> None:
     done = run_qlora("load", base_model, "--device", "cpu", "--save", ".", cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert (tmp_path / "model.safetensors").exists()
@@ -346,7 +346,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte, where that can be mounted."""
+    """A file system of one megabyte, if it can be mounted."""
     directory = tmp_path / "small"
     directory.mkdir()
     mount, unmount = shutil.which("mount"), shutil.which("umount")
@@ -359,7 +359,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([unmount, str(directory)], check=True)
 
 
-def test_on_a_small_disk_the_command_says_so_before_it_loads(
+def test_a_small_disk_is_reported_before_the_model_is_loaded(
     run_qlora: RunQlora, base_model: Path, small_disk: Path
 ) -> None:
     done = run_qlora("load", base_model, "--device", "cpu", "--save", small_disk / "saved")

@@ -1,6 +1,6 @@
-"""Tensors of a checkpoint that the model has no place for: passed over by kind, and all others refused.
+"""Tensors of a checkpoint that the model has no place for: some kinds are passed over, all others are refused.
 
-What is passed over changes nothing: the logits are those without it. A merge copies it.
+Tensors that are passed over change no logits, and a merge copies them.
 """
 
 import json
@@ -78,13 +78,13 @@ def test_stored_masks_and_rotary_caches_are_passed_over(family: str, is_pickle: 
 
 
 def own_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return what a model computes by itself and would not store."""
-    kept = model.state_dict().keys()
-    return {name: value for name, value in model.named_buffers() if name not in kept}
+    """Return the buffers that a model computes itself and does not store."""
+    stored_names = model.state_dict().keys()
+    return {name: value for name, value in model.named_buffers() if name not in stored_names}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_buffer_that_a_model_computes_may_be_stored_too_with_or_without_the_name_of_the_base(
+def test_every_computed_buffer_may_be_stored_too_with_or_without_the_prefix_of_the_base(
     family: str,
 ) -> None:
     model = build_on_meta(tiny_config(family), torch.float32)
@@ -96,11 +96,11 @@ def test_every_buffer_that_a_model_computes_may_be_stored_too_with_or_without_th
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_weight_of_any_model_would_be_passed_over_under_another_layer(family: str) -> None:
-    """A layer too many, or a weight of another name, stays an error, whatever its shape."""
+    """An extra layer, or a weight of another name, stays an error whatever its shape."""
     model = build_on_meta(tiny_config(family), torch.float32)
     base = ModelConfig(config=model.config, key_mapping=None)
     ignored = model._keys_to_ignore_on_load_unexpected
-    model._keys_to_ignore_on_load_unexpected = None  # those are transformers' own words
+    model._keys_to_ignore_on_load_unexpected = None  # those are the patterns of transformers itself
     for name, value in model.named_parameters():
         for called in (name.replace(".1.", ".7."), f"{name}_extra"):
             if called != name:
@@ -110,7 +110,7 @@ def test_no_weight_of_any_model_would_be_passed_over_under_another_layer(family:
                 )
 
 
-def test_buffers_of_its_own_in_the_file_change_nothing(tmp_path: Path) -> None:
+def test_stored_buffers_of_the_model_change_nothing(tmp_path: Path) -> None:
     model = save_model(tmp_path, "gptj")
     before = logits(load(model, quantization__method="none").base)
     add(
@@ -150,7 +150,9 @@ LAYER_OF_ANY = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernor
 @pytest.mark.parametrize(
     ("number", "layers"), [(1, {2}), (2, {2, 3}), (0, set()), (-1, set()), ("a", set()), (None, set()), (True, set())]
 )
-def test_layers_behind_the_last_are_ahead_as_many_as_the_config_counts(number: object, layers: set[int]) -> None:
+def test_layers_after_the_last_are_prediction_layers_as_far_as_the_config_counts_them(
+    number: object, layers: set[int]
+) -> None:
     config = tiny_config("llama")  # of two layers
     setattr(config, "num_nextn_predict_layers", number)  # noqa: B010 - llama has none
     plain = [f"model.layers.{layer}.{name}" for layer in range(6) for name in LAYER_OF_ANY]
@@ -159,7 +161,7 @@ def test_layers_behind_the_last_are_ahead_as_many_as_the_config_counts(number: o
     assert prediction_layers(config, [*plain[:6], *tower]) == frozenset()
 
 
-def test_a_plain_layer_behind_the_last_passes_if_the_config_counts_it_and_it_is_said_what_it_may_be(
+def test_a_plain_layer_after_the_last_passes_with_a_note_if_the_config_counts_it(
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "base")
@@ -211,7 +213,7 @@ def test_a_real_layer_that_the_config_does_not_count_is_refused(number: object, 
         ("llama", {}, "model.position_ids", torch.zeros(128)),
     ],
 )
-def test_anything_else_is_refused_by_the_loader_and_by_a_merge(
+def test_any_other_tensor_is_refused_by_the_loader_and_by_a_merge(
     family: str, changes: dict[str, Any], name: str, tensor: torch.Tensor, tmp_path: Path
 ) -> None:
     model = save_model(tmp_path / "base", family, **changes)
@@ -249,7 +251,7 @@ def test_a_merge_copies_what_the_loader_passes_over(family: str, tmp_path: Path)
         ("model.extra.weight", "Is config.json of another model or version?"),
     ],
 )
-def test_the_hint_follows_from_what_is_left_over(name: str, hint: str, tmp_path: Path) -> None:
+def test_the_hint_follows_from_the_unexpected_tensors(name: str, hint: str, tmp_path: Path) -> None:
     model = save_model(tmp_path)
     add(model, {name: torch.zeros(2, 2)})
     assert hint in refused(model, ModelError)
