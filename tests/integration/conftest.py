@@ -1,4 +1,4 @@
-"""A hub on loopback, and finding models there in processes of their own."""
+"""A hub on loopback, and a fixture that finds models on it in processes of their own."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 
 @dataclass
-class Found:
+class FindResult:
     """What `tests.support.finding` printed."""
 
     events: list[dict[str, Any]]
@@ -32,7 +32,7 @@ class Found:
         return [(event["done_bytes"], event["total_bytes"]) for event in self.events if event["event"] == "BytesDone"]
 
 
-Find = Callable[..., Found]
+Find = Callable[..., FindResult]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def hub(base_model: Path) -> Iterator[Hub]:
-    """A hub with `owner/tiny`: the bundled model, what other formats it might come in, and an older commit."""
+    """A hub with `owner/tiny`: the bundled model, files of other formats, and an older commit."""
     files = {path.name: path.read_bytes() for path in base_model.iterdir()}
     files |= {"consolidated.safetensors": b"again", "original/model.safetensors": b"again", "modeling.py": b"bad()"}
     old = {**files, "generation_config.json": b'{"max_new_tokens": 7}'}
@@ -73,17 +73,17 @@ def hub_env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def find(hub_env: dict[str, str]) -> Find:
-    """Find a model in a process of its own, forked but where its imports are what is tested."""
+    """Find a model in a process of its own, which is forked unless its imports are what is tested."""
 
     def run(
         name: str, *waits: float, env: dict[str, str] = hub_env, is_forked: bool = True, **settings: object
-    ) -> Found:
+    ) -> FindResult:
         environment = {**os.environ, **env}
         module, *arguments = finding(name, *waits, **settings)
         code, stdout, stderr = output_of(arguments, environment, module=module, is_forked=is_forked)
         assert code == 0, stderr
         lines = [json.loads(line) for line in stdout.splitlines()]
-        return Found(lines[:-1], lines[-1], stderr)
+        return FindResult(lines[:-1], lines[-1], stderr)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Answers of real models: the base beneath any adapter, the adapter as it was trained, the merged model as merged."""
+"""Answers of real models: the base under any adapter, the adapter as it was trained, and the merged model."""
 
 import weakref
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ LOAD_PLANNED = "qlora_cli.answering.open_model.load_planned"
 
 
 def texts(report: GenerationReport) -> dict[Source, str]:
-    """Return what each source answered to the one prompt."""
+    """Return the answer of each source to the one prompt."""
     (given,) = report.answers
     return {answer.source: answer.text for answer in given.answers}
 
@@ -53,7 +53,7 @@ def ask(model: Path, request: AnswerSettings = REQUEST, prompt: str = PROMPT, **
 
 
 def adapted(directory: Path, base: Path, num_steps: int = 2, **lora: Any) -> Path:
-    """Train an adapter on `base` a little, so that it changes answers, and return where it was saved."""
+    """Train an adapter on `base` for a few steps, so that it changes answers, and return where it was saved."""
     init, quant = lora.get("init_lora_weights"), lora.pop("quant", "nf4")
     model = adapt(base, settings_of(**lora), quantization__method="none" if init == "pissa" else quant)
     train_steps(model, num_steps, learning_rate=5e-2)
@@ -63,7 +63,7 @@ def adapted(directory: Path, base: Path, num_steps: int = 2, **lora: Any) -> Pat
 
 @dataclass
 class Ended:
-    """A run, with its adapter merged into the unquantized base beside it."""
+    """A run, and its adapter merged into the unquantized base, in a directory next to it."""
 
     run: Path
     merged: Path
@@ -71,7 +71,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def ended(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """A few steps on the bundled base in FP4; that the merged model is not in its place is for tests to change."""
+    """A few steps on the bundled base in FP4; the merged model is outside the run, and tests may link it into it."""
     directory = tmp_path_factory.mktemp("ended")
     rows = directory / "rows.jsonl"
     rows.write_text("\n".join((ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:16]) + "\n")
@@ -85,7 +85,7 @@ def ended(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return Ended(directory / "run", directory / "merged")
 
 
-# ---- who answers
+# ---- base and adapter
 
 
 def test_a_run_answers_with_its_adapter_on_the_base_as_it_was_trained(ended: Ended) -> None:
@@ -101,12 +101,12 @@ def test_a_run_answers_with_its_adapter_on_the_base_as_it_was_trained(ended: End
     assert report.adapter == ended.run / "adapter"
 
 
-def test_base_and_adapter_of_a_run_are_those_that_answer_alone(ended: Ended, base_model: Path) -> None:
-    found = texts(ask(ended.run, COMPARE, **AS_TRAINED))
-    assert list(found) == ["base", "adapter"]
-    assert found["adapter"] == texts(ask(ended.run, **AS_TRAINED))["adapter"]
-    assert found["base"] == texts(ask(base_model, quantization__method="fp4"))["base"]
-    assert found["base"] != found["adapter"]
+def test_base_and_adapter_of_a_run_answer_as_each_does_alone(ended: Ended, base_model: Path) -> None:
+    answers = texts(ask(ended.run, COMPARE, **AS_TRAINED))
+    assert list(answers) == ["base", "adapter"]
+    assert answers["adapter"] == texts(ask(ended.run, **AS_TRAINED))["adapter"]
+    assert answers["base"] == texts(ask(base_model, quantization__method="fp4"))["base"]
+    assert answers["base"] != answers["adapter"]
 
 
 ON_EXPERTS: dict[str, Any] = {"target_parameters": "all-experts"}
@@ -120,17 +120,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", [*ADAPTERS, "experts"])
-def test_with_the_adapter_off_every_kind_of_model_answers_as_its_base(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_model_answers_as_its_base_with_the_adapter_off(tmp_path: Path, kind: str) -> None:
     if kind == "experts":
         base, lora = save_moe(tmp_path / "base", "qwen3_moe"), ON_EXPERTS
     else:
         base, lora = save_model(tmp_path / "base", tie_word_embeddings=False), dict(ADAPTERS[kind])
     flags: dict[str, Any] = {"quantization__method": lora["quant"]} if "quant" in lora else {}
     adapter = adapted(tmp_path / "adapter", base, **lora)
-    found = texts(ask(adapter, COMPARE, **flags))
-    assert found["base"] == texts(ask(base, **flags))["base"]
-    assert found["adapter"] == texts(ask(adapter, **flags))["adapter"]
-    assert found["base"] != found["adapter"]
+    answers = texts(ask(adapter, COMPARE, **flags))
+    assert answers["base"] == texts(ask(base, **flags))["base"]
+    assert answers["adapter"] == texts(ask(adapter, **flags))["adapter"]
+    assert answers["base"] != answers["adapter"]
 
 
 def test_the_base_of_an_adapter_with_new_tokens_answers_without_their_trained_rows(
@@ -138,11 +138,11 @@ def test_the_base_of_an_adapter_with_new_tokens_answers_without_their_trained_ro
 ) -> None:
     asked: dict[str, Any] = {"model__new_tokens": "<a>,<b>", "training__learning_rate": 1e-2}
     ran = run(prepare_run(train_settings(base_model, rows, tmp_path / "run", **asked), Recorder()), Recorder())
-    found = texts(ask(ran.output, COMPARE, **AS_TRAINED))
-    assert found["base"] == texts(ask(base_model))["base"] != found["adapter"]
+    answers = texts(ask(ran.output, COMPARE, **AS_TRAINED))
+    assert answers["base"] == texts(ask(base_model))["base"] != answers["adapter"]
 
 
-def test_answers_in_16_bit_come_with_adapter_and_whole_head_in_fp32(tmp_path: Path) -> None:
+def test_answers_in_16_bit_use_adapter_and_whole_head_in_fp32(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tie_word_embeddings=False)
     adapter = adapted(tmp_path / "adapter", base, modules_to_save=("lm_head",))
     assert list(texts(ask(adapter, COMPARE, model__dtype="bf16"))) == ["base", "adapter"]
@@ -161,55 +161,55 @@ def test_an_adapter_that_changes_its_base_has_none_to_compare_with(kind: str, tm
 
 
 def test_the_merged_model_of_a_run_is_found_and_answers_as_adapter_and_base_together(ended: Ended) -> None:
-    # On the unquantized base, which the adapter was merged into here, both are the same model.
+    # On the unquantized base, into which the adapter was merged, both are the same model.
     flags: dict[str, Any] = {**AS_TRAINED, "quantization__method": "none", "quantization__double_quant": None}
     (ended.run / "merged").symlink_to(ended.merged)
     try:
         report = ask(ended.run, COMPARE, **flags)
         (checkpoint, *_) = sorted((ended.run / "checkpoints").iterdir())
-        assert list(texts(ask(checkpoint, COMPARE, **flags))) == ["base", "adapter"]  # it was not merged
+        assert list(texts(ask(checkpoint, COMPARE, **flags))) == ["base", "adapter"]  # the checkpoint was not merged
     finally:
         (ended.run / "merged").unlink()
-    found = texts(report)
-    assert list(found) == ["base", "adapter", "merged"]
-    assert found["adapter"] == found["merged"] != found["base"]
+    answers = texts(report)
+    assert list(answers) == ["base", "adapter", "merged"]
+    assert answers["adapter"] == answers["merged"] != answers["base"]
     assert report.merged == ended.run / "merged"
     assert report.answers[0].differ is True
 
 
 def test_a_merged_model_is_compared_with_a_plain_base_too(ended: Ended, base_model: Path) -> None:
     request = AnswerSettings(max_new_tokens=12, compare=True, merged=ended.merged)
-    found = texts(ask(base_model, request))
-    assert list(found) == ["base", "merged"]
-    assert found["merged"] == texts(ask(ended.merged, quantization__method="none"))["base"]
+    answers = texts(ask(base_model, request))
+    assert list(answers) == ["base", "merged"]
+    assert answers["merged"] == texts(ask(ended.merged, quantization__method="none"))["base"]
 
 
 @dataclass(frozen=True)
 class Loading:
-    """A model that is about to be loaded, and how many that were loaded before are still there."""
+    """A model that is about to be loaded, and how many models loaded earlier are still in memory."""
 
     quantization: str
     dtype: str
-    num_others: int
+    num_in_memory: int
 
 
 def loadings(monkeypatch: pytest.MonkeyPatch) -> list[Loading]:
-    """Return a list that each model that is loaded from now on is added to."""
+    """Return a list to which each model loaded from now on is added."""
     seen: list[Loading] = []
     models: list[weakref.ref[Any]] = []
 
-    def load_and_tell(load_plan: LoadPlan, reporter: Reporter) -> LoadedModel:
-        num_others = len([model for model in models if model() is not None])
-        seen.append(Loading(load_plan.settings.quantization.method.value, load_plan.dtype.name.value, num_others))
+    def load_and_record(load_plan: LoadPlan, reporter: Reporter) -> LoadedModel:
+        num_in_memory = len([model for model in models if model() is not None])
+        seen.append(Loading(load_plan.settings.quantization.method.value, load_plan.dtype.name.value, num_in_memory))
         loaded = load_planned(load_plan, reporter)
         models.append(weakref.ref(loaded.base))
         return loaded
 
-    monkeypatch.setattr(LOAD_PLANNED, load_and_tell)
+    monkeypatch.setattr(LOAD_PLANNED, load_and_record)
     return seen
 
 
-def test_the_merged_model_is_loaded_unquantized_after_the_first_is_let_go(
+def test_the_merged_model_is_loaded_unquantized_after_the_first_is_freed(
     ended: Ended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = loadings(monkeypatch)
@@ -262,7 +262,7 @@ def test_a_chat_compares_no_merged_model(base_model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_chat_without_a_template_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_chat_without_a_template_is_refused_with_a_way_out(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template") as caught:
@@ -297,8 +297,8 @@ def test_a_gpu_without_memory_for_an_answer_ends_with_exit_code_3(
 # ---- a conversation
 
 
-class Ear:
-    """Listens, and stops an answer after so many pieces."""
+class Listener:
+    """Collects answers, and stops one after `stop_after` pieces."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.heard: list[str] = []
@@ -325,85 +325,85 @@ def chat_with(settings: Resolved[LoadSettings], request: AnswerSettings = REQUES
 
 
 def answer_to(model: Path, messages: list[Message], **flags: object) -> str:
-    """Return the answer to a whole conversation at once."""
+    """Return the answer to a whole conversation given at once."""
     opened = open_model(asked_load(model, **flags), REQUEST, SILENT)
     return opened.answer(opened.sources[-1], encode(opened.loaded.tokenizer, messages)).text
 
 
 def test_a_turn_is_answered_in_the_context_of_earlier_turns(ended: Ended) -> None:
     chat = chat_with(asked_load(ended.run, **AS_TRAINED))
-    (first,) = chat.ask("What is a list?", Ear())
-    (second,) = chat.ask("And a tuple?", Ear())
-    said = [
+    (first,) = chat.ask("What is a list?", Listener())
+    (second,) = chat.ask("And a tuple?", Listener())
+    conversation = [
         {"role": "user", "content": "What is a list?"},
         {"role": "assistant", "content": first.text},
         {"role": "user", "content": "And a tuple?"},
     ]
-    assert second.text == answer_to(ended.run, said, **AS_TRAINED)
-    assert second.text != answer_to(ended.run, said[2:], **AS_TRAINED)
+    assert second.text == answer_to(ended.run, conversation, **AS_TRAINED)
+    assert second.text != answer_to(ended.run, conversation[2:], **AS_TRAINED)
     chat.reset()
-    assert chat.ask("What is a list?", Ear())[0].text == first.text
+    assert chat.ask("What is a list?", Listener())[0].text == first.text
     chat.set_system("Be brief.")
     chat.reset()
-    (briefly,) = chat.ask("What is a list?", Ear())
+    (briefly,) = chat.ask("What is a list?", Listener())
     assert briefly.num_prompt_tokens > first.num_prompt_tokens
 
 
-def test_base_and_adapter_answer_and_the_conversation_goes_on_with_the_adapter(ended: Ended) -> None:
-    chat, ear = chat_with(asked_load(ended.run, **AS_TRAINED), COMPARE), Ear()
-    base, adapter = chat.ask(PROMPT, ear)
-    assert [text.partition(":")[0] for text in ear.heard] == ["base", "adapter"]
+def test_base_and_adapter_answer_and_the_conversation_continues_with_the_adapter(ended: Ended) -> None:
+    chat, listener = chat_with(asked_load(ended.run, **AS_TRAINED), COMPARE), Listener()
+    base, adapter = chat.ask(PROMPT, listener)
+    assert [text.partition(":")[0] for text in listener.heard] == ["base", "adapter"]
     assert base.text != adapter.text
-    said = [
+    conversation = [
         {"role": "user", "content": PROMPT},
         {"role": "assistant", "content": adapter.text},
         {"role": "user", "content": "Why?"},
     ]
-    assert chat.ask("Why?", Ear())[-1].text == answer_to(ended.run, said, **AS_TRAINED)
+    assert chat.ask("Why?", Listener())[-1].text == answer_to(ended.run, conversation, **AS_TRAINED)
 
 
-def test_a_part_of_an_answer_that_was_stopped_stays_in_the_conversation(ended: Ended) -> None:
+def test_the_part_of_a_stopped_answer_stays_in_the_conversation(ended: Ended) -> None:
     chat = chat_with(asked_load(ended.run, **AS_TRAINED))
-    (part,) = chat.ask("What is a list?", Ear(stop_after=3))
+    (part,) = chat.ask("What is a list?", Listener(stop_after=3))
     assert part.finish_reason == "interrupted"
-    said = [
+    conversation = [
         {"role": "user", "content": "What is a list?"},
         {"role": "assistant", "content": part.text},
         {"role": "user", "content": "Go on."},
     ]
-    assert chat.ask("Go on.", Ear())[0].text == answer_to(ended.run, said, **AS_TRAINED)
+    assert chat.ask("Go on.", Listener())[0].text == answer_to(ended.run, conversation, **AS_TRAINED)
 
 
-def test_a_conversation_fills_the_positions_says_so_and_goes_on_after_a_reset(base_model: Path) -> None:
+def test_a_full_conversation_is_reported_and_continues_after_a_reset(base_model: Path) -> None:
     chat = chat_with(asked_load(base_model))
     filling = "word " * 240
-    (last,) = chat.ask(filling, Ear())
-    (cut,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Ear())
+    (last,) = chat.ask(filling, Listener())
+    (cut,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Listener())
     assert cut.num_prompt_tokens + cut.num_new_tokens <= 512
     with pytest.raises(ModelError, match=r"has grown to [\d,]+ tokens, and the model has 512 positions") as caught:
-        chat.ask(filling, Ear())
+        chat.ask(filling, Listener())
     assert "/reset" in str(caught.value.hint)
     chat.reset()
-    assert chat.ask("hi", Ear())[0].num_prompt_tokens == 12
+    assert chat.ask("hi", Listener())[0].num_prompt_tokens == 12
 
 
 def test_an_answer_takes_only_the_positions_that_are_left(base_model: Path) -> None:
     request = AnswerSettings(max_new_tokens=1000)
     opened = open_model(asked_load(base_model), request, SILENT, is_chat=True)
     num_tokens = len(encode(opened.loaded.tokenizer, [{"role": "user", "content": "word " * 240}]))
-    (answer,) = Chat(opened, request).ask("word " * 240, Ear())
+    (answer,) = Chat(opened, request).ask("word " * 240, Listener())
     assert answer.num_new_tokens <= 512 - num_tokens
 
 
-def test_a_question_that_is_asked_again_draws_another_answer_and_a_chat_repeats(base_model: Path) -> None:
+def test_a_repeated_question_draws_another_answer_and_a_chat_is_reproducible(base_model: Path) -> None:
     request = AnswerSettings(max_new_tokens=12, temperature=1.0, seed=3)
 
     def twice() -> list[str]:
-        chat, found = chat_with(asked_load(base_model), request), []
+        chat, answers = chat_with(asked_load(base_model), request), []
         for _ in range(2):
-            found.append(chat.ask("hi", Ear())[0].text)
+            answers.append(chat.ask("hi", Listener())[0].text)
             chat.reset()
-        return found
+        return answers
 
     first, second = twice()
     assert first != second

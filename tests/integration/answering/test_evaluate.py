@@ -1,4 +1,4 @@
-"""Evaluations end to end: a run on what it held out, its parts, what was merged from it, rows that were named."""
+"""Evaluations end to end: a run on its held-out rows, its checkpoints and merged model, and rows that were named."""
 
 import gc
 import json
@@ -38,11 +38,11 @@ def write_rows(path: Path, source: str, begin: int, end: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training rows, held-out rows and others."""
+    """Training rows, held-out rows and other rows."""
     folder = tmp_path_factory.mktemp("evaluate")
     write_rows(folder / "train.jsonl", "train.jsonl", 0, 24)
     write_rows(folder / "held-out.jsonl", "held_out.jsonl", 0, NUM_HELD_OUT)
-    write_rows(folder / "others.jsonl", "held_out.jsonl", 20, 32)
+    write_rows(folder / "other.jsonl", "held_out.jsonl", 20, 32)
     return folder
 
 
@@ -60,7 +60,7 @@ def trained(folder: Path) -> TrainResult:
 
 @pytest.fixture(scope="module")
 def merged_run(folder: Path) -> TrainResult:
-    """A run on an unquantized base that held out a share of its rows, and what was merged from it."""
+    """A run on an unquantized base that held out a share of its rows, and the model merged from it."""
     result = train_run(folder, "merged-run", data__eval_split="25%", quantization__method="none", training__seed=3)
     base = AutoModelForCausalLM.from_pretrained(ASSETS / "base", dtype="float32")
     merged = PeftModel.from_pretrained(base, result.adapter).merge_and_unload()
@@ -113,13 +113,13 @@ def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained
         run_evaluation(trained.output, model__base_model=str(base))
 
 
-def test_the_base_of_an_adapter_is_evaluated_like_the_base_alone(trained: TrainResult, folder: Path) -> None:
+def test_the_base_under_an_adapter_is_evaluated_like_the_base_alone(trained: TrainResult, folder: Path) -> None:
     held_out = str(folder / "held-out.jsonl")
-    beside = by_source(run_evaluation(trained.output))["base"]
+    base = by_source(run_evaluation(trained.output))["base"]
     (alone,) = run_evaluation(ASSETS / "base", data__dataset=held_out, model__dtype="fp32").sources
     assert alone.source == "model"
-    assert alone.loss == pytest.approx(beside.loss, abs=1e-6)
-    assert (alone.num_tokens, alone.token_accuracy) == (beside.num_tokens, beside.token_accuracy)
+    assert alone.loss == pytest.approx(base.loss, abs=1e-6)
+    assert (alone.num_tokens, alone.token_accuracy) == (base.num_tokens, base.token_accuracy)
 
 
 def test_rows_that_a_run_drew_are_the_same_rows(merged_run: TrainResult) -> None:
@@ -131,8 +131,8 @@ def test_rows_that_a_run_drew_are_the_same_rows(merged_run: TrainResult) -> None
 
 
 @pytest.mark.parametrize("flags", [{"data__max_length": 40}, {"data__loss_on": "all"}, {"training__seed": 4}])
-def test_rows_that_a_run_drew_are_not_drawn_otherwise(merged_run: TrainResult, flags: dict[str, Any]) -> None:
-    # Others would be held out, and rows that were trained among them.
+def test_rows_that_a_run_drew_are_not_drawn_differently(merged_run: TrainResult, flags: dict[str, Any]) -> None:
+    # Other rows would be held out, including rows that were trained on.
     with pytest.raises(DataError, match="not those of") as caught:
         run_evaluation(merged_run.output, data__accept_lost=True, **flags)
     assert "--dataset" in str(caught.value.hint)
@@ -147,12 +147,12 @@ def test_changed_held_out_data_is_noted(trained: TrainResult) -> None:
 
 
 def test_settings_of_the_run_decide_how_other_rows_are_read(trained: TrainResult, folder: Path) -> None:
-    others = str(folder / "others.jsonl")
-    as_trained = run_evaluation(trained.output, data__dataset=others)
-    on_all = run_evaluation(trained.output, data__dataset=others, data__loss_on="all")
+    other_rows = str(folder / "other.jsonl")
+    as_trained = run_evaluation(trained.output, data__dataset=other_rows)
+    on_all = run_evaluation(trained.output, data__dataset=other_rows, data__loss_on="all")
     assert on_all.sources[0].num_tokens > as_trained.sources[0].num_tokens
-    assert (as_trained.dataset, as_trained.is_training_data) == (others, False)
-    sample = run_evaluation(trained.output, data__dataset=f"{others}#5", request={"with_base": False})
+    assert (as_trained.dataset, as_trained.is_training_data) == (other_rows, False)
+    sample = run_evaluation(trained.output, data__dataset=f"{other_rows}#5", request={"with_base": False})
     assert sample.sources[0].num_rows == 5
 
 
@@ -164,12 +164,12 @@ def test_training_rows_are_noted_as_such(trained: TrainResult, folder: Path) -> 
     copy = folder / "copy.jsonl"
     copy.write_bytes((folder / "train.jsonl").read_bytes())
     assert run_evaluation(trained.output, data__dataset=str(copy)).is_training_data
-    held_out = run_evaluation(trained.output, data__eval_dataset=str(folder / "train.jsonl"))  # by another name
+    held_out = run_evaluation(trained.output, data__eval_dataset=str(folder / "train.jsonl"))  # under another name
     assert held_out.is_training_data
     assert any("was trained on" in note for note in held_out.notes)
 
 
-def test_a_run_that_held_nothing_out_says_so(folder: Path) -> None:
+def test_a_run_without_held_out_rows_is_reported(folder: Path) -> None:
     result = train_run(folder, "without", training__max_steps=1)
     with pytest.raises(DataError, match="held no rows out") as caught:
         run_evaluation(result.output)
@@ -177,7 +177,7 @@ def test_a_run_that_held_nothing_out_says_so(folder: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_groups_that_a_run_on_a_mixture_held_out_are_found_again(folder: Path) -> None:
+def test_groups_held_out_from_a_mixture_are_held_out_again(folder: Path) -> None:
     names = [folder / f"{name}.jsonl" for name in ("small", "large")]
     for path, count in zip(names, (6, 18), strict=True):
         rows = [{"prompt": f"{path.stem} {i} ", "completion": f"it is {i}", "user": i % 4} for i in range(count)]
@@ -193,12 +193,12 @@ def test_groups_that_a_run_on_a_mixture_held_out_are_found_again(folder: Path) -
     )
     held_out = run_evaluation(result.output, request={"with_base": False})
     assert held_out.sources[0].loss == pytest.approx(result.eval_loss, abs=1e-5)
-    # Rows that are named are read whole, whatever the run mixed or grouped.
+    # Named rows are all read, whatever the run mixed or grouped.
     named = run_evaluation(result.output, data__dataset=tuple(map(str, names)), request={"with_base": False})
     assert named.sources[0].num_rows == 24
 
 
-def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(trained: TrainResult) -> None:
+def test_a_checkpoint_is_evaluated_on_the_held_out_rows_of_its_run(trained: TrainResult) -> None:
     first, last = trained.checkpoints
     losses = [by_source(run_evaluation(path, request={"with_base": False}))["adapter"].loss for path in (first, last)]
     assert losses[1] == pytest.approx(trained.eval_loss, abs=1e-5)
@@ -208,18 +208,18 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(trained: TrainResult
 # ---- merged
 
 
-def test_what_was_merged_in_the_run_is_compared_on_the_same_rows(merged_run: TrainResult) -> None:
-    found = by_source(run_evaluation(merged_run.output))
-    assert list(found) == ["base", "adapter", "merged"]
-    assert found["merged"].loss == pytest.approx(found["adapter"].loss, abs=1e-5)
-    assert found["merged"].difference == pytest.approx(found["adapter"].difference, abs=1e-5)
-    assert found["merged"].path == str(merged_run.output / "merged")
-    assert found["merged"].num_tokens == found["adapter"].num_tokens
+def test_the_merged_model_in_a_run_is_compared_on_the_same_rows(merged_run: TrainResult) -> None:
+    sources = by_source(run_evaluation(merged_run.output))
+    assert list(sources) == ["base", "adapter", "merged"]
+    assert sources["merged"].loss == pytest.approx(sources["adapter"].loss, abs=1e-5)
+    assert sources["merged"].difference == pytest.approx(sources["adapter"].difference, abs=1e-5)
+    assert sources["merged"].path == str(merged_run.output / "merged")
+    assert sources["merged"].num_tokens == sources["adapter"].num_tokens
 
 
-def test_a_checkpoint_is_not_compared_with_what_was_merged_from_the_end(merged_run: TrainResult) -> None:
-    found = by_source(run_evaluation(merged_run.checkpoints[0]))
-    assert list(found) == ["base", "adapter"]
+def test_a_checkpoint_is_not_compared_with_the_final_merged_model(merged_run: TrainResult) -> None:
+    sources = by_source(run_evaluation(merged_run.checkpoints[0]))
+    assert list(sources) == ["base", "adapter"]
     named = run_evaluation(merged_run.checkpoints[0], request={"merged": merged_run.output / "merged"})
     assert list(by_source(named)) == ["base", "adapter", "merged"]
 
@@ -227,18 +227,18 @@ def test_a_checkpoint_is_not_compared_with_what_was_merged_from_the_end(merged_r
 def test_a_merged_model_is_compared_with_a_plain_base(merged_run: TrainResult, folder: Path) -> None:
     evaluation = run_evaluation(
         ASSETS / "base",
-        data__dataset=str(folder / "others.jsonl"),
+        data__dataset=str(folder / "other.jsonl"),
         quantization__method="none",
         model__dtype="fp32",
         request={"merged": merged_run.output / "merged"},
     )
-    found = by_source(evaluation)
-    assert list(found) == ["base", "merged"]
-    assert found["merged"].difference is not None
-    assert found["merged"].difference < 0
+    sources = by_source(evaluation)
+    assert list(sources) == ["base", "merged"]
+    assert sources["merged"].difference is not None
+    assert sources["merged"].difference < 0
 
 
-def test_the_first_model_is_gone_before_the_merged_one_is_loaded(
+def test_the_first_model_is_freed_before_the_merged_one_is_loaded(
     merged_run: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[Any]] = []
@@ -267,12 +267,12 @@ def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
     first, second = [word for word in vocabulary if word.isalpha()][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.delattr(evaluating, "read_rows")  # nor are rows tokenized
+    monkeypatch.delattr(evaluating, "read_rows")  # and no rows are tokenized
     with pytest.raises(ModelError, match="the tokenizer of"):
         run_evaluation(trained.output, request={"merged": other})
 
 
-def test_a_merged_model_that_is_cut_short_is_refused_before_the_first_one_is_evaluated(
+def test_a_truncated_merged_model_is_refused_before_the_first_model_is_evaluated(
     trained: TrainResult, merged_run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = tmp_path / "cut"
@@ -285,22 +285,22 @@ def test_a_merged_model_that_is_cut_short_is_refused_before_the_first_one_is_eva
         run_evaluation(trained.output, request={"merged": cut})
 
 
-# ---- what can't be
+# ---- what can't be evaluated
 
 
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_model_without_an_adapter_has_no_base(with_base: bool, folder: Path) -> None:
     with pytest.raises(ModelError, match="has no effect"):
-        run_evaluation(ASSETS / "base", data__dataset=str(folder / "others.jsonl"), request={"with_base": with_base})
+        run_evaluation(ASSETS / "base", data__dataset=str(folder / "other.jsonl"), request={"with_base": with_base})
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
 def test_a_base_that_the_adapter_changes_is_skipped_with_a_note(kind: str, folder: Path, tmp_path: Path) -> None:
     adapter, recorder = save_changing(ASSETS / "base", tmp_path / "adapter", kind), Recorder()
-    flags: dict[str, Any] = {"data__dataset": str(folder / "others.jsonl"), "quantization__method": "none"}
-    found = run_evaluation(adapter, recorder, **flags)
-    assert list(by_source(found)) == ["adapter"]
-    (note,) = [note for note in found.notes if "the base is left out" in note]
+    flags: dict[str, Any] = {"data__dataset": str(folder / "other.jsonl"), "quantization__method": "none"}
+    evaluation = run_evaluation(adapter, recorder, **flags)
+    assert list(by_source(evaluation)) == ["adapter"]
+    (note,) = [note for note in evaluation.notes if "the base is left out" in note]
     assert note in warnings_of(recorder)
     assert list(by_source(run_evaluation(adapter, request={"with_base": False}, **flags))) == ["adapter"]
     with pytest.raises(ModelError, match=r"evaluate.with_base: the base of .* can't be shown") as caught:
@@ -309,7 +309,7 @@ def test_a_base_that_the_adapter_changes_is_skipped_with_a_note(kind: str, folde
 
 
 def broken(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield records that do not say how their data was read."""
+    """Yield records that do not fully say how their data was read."""
     yield {key: value for key, value in record.items() if key != "data"}
     yield {**record, "seed": None}
     yield {**record, "settings": {**record["settings"], "data": {**record["settings"]["data"], "loss_on": "some"}}}
@@ -328,7 +328,7 @@ def test_a_record_without_data_settings_is_reported_by_key(trained: TrainResult)
         run_file.write_text(whole)
 
 
-def test_settings_of_a_file_hold_rows_out_as_training_would(folder: Path, merged_run: TrainResult) -> None:
+def test_settings_in_a_file_hold_out_rows_as_training_would(folder: Path, merged_run: TrainResult) -> None:
     config = folder / "run.yaml"
     data = {"dataset": str(folder / "train.jsonl"), "eval_split": "25%"}
     config.write_text(json.dumps({"data": data, "training": {"seed": 3}}))  # JSON is YAML
@@ -356,13 +356,13 @@ def test_the_base_of_an_adapter_that_grew_the_vocabulary_is_the_base(
 ) -> None:
     request = {"batch_size": 1}
     asked: dict[str, Any] = {"data__dataset": [str(folder / "held-out.jsonl")], "quantization__method": "none"}
-    found = by_source(run_evaluation(with_new_tokens.output, request=request, model__dtype="fp32", **asked))
+    compared = by_source(run_evaluation(with_new_tokens.output, request=request, model__dtype="fp32", **asked))
     alone = by_source(run_evaluation(ASSETS / "base", request=request, model__dtype="fp32", **asked))
-    assert found["base"].loss == alone["model"].loss
-    assert found["base"].token_accuracy == alone["model"].token_accuracy
+    assert compared["base"].loss == alone["model"].loss
+    assert compared["base"].token_accuracy == alone["model"].token_accuracy
 
 
-def test_tokens_that_the_base_does_not_have_count_in_no_loss_that_is_compared_with_its_own(
+def test_tokens_missing_in_the_base_are_left_out_of_every_compared_loss(
     with_new_tokens: TrainResult, tmp_path: Path
 ) -> None:
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"It is {NEW} and {NEW}."}]
@@ -370,16 +370,16 @@ def test_tokens_that_the_base_does_not_have_count_in_no_loss_that_is_compared_wi
     asked: dict[str, Any] = {"data__dataset": [str(rows)], "quantization__method": "none"}
     recorder = Recorder()
     compared = run_evaluation(with_new_tokens.output, recorder, **asked)
-    found = by_source(compared)
+    sources = by_source(compared)
     note = "4 tokens to predict that the base does not have: left out of every loss; --no-base counts them"
     assert note in compared.notes
     assert note in warnings_of(recorder)
-    assert found["base"].loss is not None
+    assert sources["base"].loss is not None
     alone = by_source(run_evaluation(with_new_tokens.output, request={"with_base": False}, **asked))
-    assert found["base"].num_tokens == found["adapter"].num_tokens == alone["adapter"].num_tokens - 4
+    assert sources["base"].num_tokens == sources["adapter"].num_tokens == alone["adapter"].num_tokens - 4
 
 
-def test_rows_of_which_the_base_has_no_token_to_predict_are_an_error(
+def test_rows_without_a_token_that_the_base_can_predict_are_an_error(
     with_new_tokens: TrainResult, tmp_path: Path
 ) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Who?", "completion": NEW * 40}])

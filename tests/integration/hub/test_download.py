@@ -1,4 +1,4 @@
-"""Downloads against a hub on loopback that breaks off, stalls, is busy, or has more than the disk holds."""
+"""Downloads from a hub on loopback that breaks off, stalls, is busy, or has more than fits on the disk."""
 
 import json
 import os
@@ -17,16 +17,16 @@ WEIGHTS = "model.safetensors"
 MIB = 1024**2
 CHUNK_BYTES = (
     10 * MIB
-)  # of which huggingface_hub writes a file; what has arrived of the next one is lost with a connection
+)  # huggingface_hub writes a file by such chunks; a chunk that has only partly arrived is lost with its connection
 
 
-def test_a_download_is_reported_by_bytes_and_a_second_one_asks_for_nothing(find: Find, hub: Hub) -> None:
-    found = find("owner/tiny")
+def test_a_download_is_reported_by_bytes_and_a_second_one_requests_nothing(find: Find, hub: Hub) -> None:
+    download = find("owner/tiny")
     weight_bytes = len(hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS])
-    assert (0, weight_bytes) in found.downloads
-    assert found.downloads[-1] == (weight_bytes, weight_bytes)
-    # First the small files, then the weights: each is complete once, and only when it is.
-    assert len([done for done, total in found.downloads if done == total]) == 2
+    assert (0, weight_bytes) in download.downloads
+    assert download.downloads[-1] == (weight_bytes, weight_bytes)
+    # The small files come before the weights; each of the two is reported complete exactly once.
+    assert len([done for done, total in download.downloads if done == total]) == 2
     num_files = len([request for request in hub.requests if request.path.startswith("/cdn/")])
     again = find("owner/tiny")
     assert again.downloads == []
@@ -39,17 +39,17 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(find: Find, hub: Hub, hu
     assert {request.has_token for request in hub.requests if request.path.startswith("/cdn/")} == {False}
 
 
-def test_a_busy_hub_is_asked_again_and_that_is_reported(find: Find, hub: Hub) -> None:
+def test_requests_to_a_busy_hub_are_repeated_and_reported(find: Find, hub: Hub) -> None:
     hub.statuses = {"/api/models/owner/tiny": [503], f"/cdn/owner/tiny/{COMMIT}/{WEIGHTS}": [502, 429]}
-    found = find("owner/tiny", 0, 0)
-    assert (Path(found.result["path"]) / WEIGHTS).is_file()
-    assert found.notes == [
+    download = find("owner/tiny", 0, 0)
+    assert (Path(download.result["path"]) / WEIGHTS).is_file()
+    assert download.notes == [
         "owner/tiny: the hub answers 503 Service Unavailable; trying again in 0 s",
         f"{WEIGHTS}: the hub answers 502 Bad Gateway; trying again in 0 s",
         f"{WEIGHTS}: HTTP Error 429 thrown while requesting GET the hub",
         f"{WEIGHTS}: Retrying in 1s [Retry 1/5].",
     ]
-    assert found.stderr == ""
+    assert download.stderr == ""
 
 
 def test_a_broken_hub_is_given_up_after_bounded_retries(find: Find, hub: Hub) -> None:
@@ -64,49 +64,49 @@ def test_a_broken_hub_is_given_up_after_bounded_retries(find: Find, hub: Hub) ->
 
 @pytest.fixture
 def large(hub: Hub) -> bytes:
-    """The weights of `owner/tiny`, of some chunks."""
+    """The weights of `owner/tiny`, several chunks large."""
     content = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS] = bytes(range(256)) * (25 * MIB // 256)
     return content
 
 
-def test_a_connection_that_breaks_is_made_again_from_the_last_chunk_on(find: Find, hub: Hub, large: bytes) -> None:
+def test_a_broken_download_resumes_after_the_last_chunk(find: Find, hub: Hub, large: bytes) -> None:
     hub.cuts[WEIGHTS] = [15 * MIB, 24 * MIB]
-    found = find("owner/tiny", 0)
+    download = find("owner/tiny", 0)
     assert hub.sent_from(WEIGHTS) == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
-    assert [note.startswith(f"{WEIGHTS}: Error while downloading from the hub: ") for note in found.notes] == [
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == large
+    assert [note.startswith(f"{WEIGHTS}: Error while downloading from the hub: ") for note in download.notes] == [
         True
     ] * 2
-    assert found.stderr == ""
+    assert download.stderr == ""
 
 
-def test_after_a_reset_connection_the_file_starts_over(find: Find, hub: Hub, large: bytes) -> None:
+def test_a_file_restarts_after_a_connection_reset(find: Find, hub: Hub, large: bytes) -> None:
     hub.resets[WEIGHTS] = [20 * MIB]
-    found = find("owner/tiny", 0)
+    download = find("owner/tiny", 0)
     assert hub.sent_from(WEIGHTS) == [0, 0]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
-    assert "ReadError" in found.notes[0]
-    assert found.downloads[-1] == (found.downloads[-1][1], found.downloads[-1][1])
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == large
+    assert "ReadError" in download.notes[0]
+    assert download.downloads[-1] == (download.downloads[-1][1], download.downloads[-1][1])
 
 
 def test_a_server_without_ranges_sends_the_file_again(find: Find, hub: Hub, large: bytes) -> None:
     hub.cuts[WEIGHTS] = [15 * MIB]
     hub.ignores_ranges = True
-    found = find("owner/tiny", 0)
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == large
-    assert all(done <= total for done, total in found.downloads)
+    download = find("owner/tiny", 0)
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == large
+    assert all(done <= total for done, total in download.downloads)
 
 
-def test_a_stalled_connection_is_made_again(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+def test_a_stalled_connection_is_replaced(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
     hub.stalls[WEIGHTS] = [1_500_000]
-    found = find("owner/tiny", 0, env={**hub_env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
-    assert "timed out" in found.notes[0]
+    download = find("owner/tiny", 0, env={**hub_env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert "timed out" in download.notes[0]
     assert hub.sent_from(WEIGHTS) == [0, 0]
     expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == expected
 
 
-def test_fewer_bytes_than_announced_are_no_file(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+def test_fewer_bytes_than_announced_are_not_a_file(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
     hub.claimed_bytes[WEIGHTS] = len(hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]) + 1
     error = find("owner/tiny", 0).result
     assert (error["error"], "is incomplete" in error["message"]) == ("ModelNotFoundError", True)
@@ -114,26 +114,26 @@ def test_fewer_bytes_than_announced_are_no_file(find: Find, hub: Hub, hub_env: d
     assert not list(Path(hub_env["HF_HOME"]).rglob("*.incomplete"))
 
 
-def test_when_one_file_fails_those_on_their_way_arrive(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
+def test_files_in_progress_are_completed_when_another_fails(find: Find, hub: Hub, hub_env: dict[str, str]) -> None:
     hub.repos["owner/tiny"].commits[COMMIT] = {name: name.encode() for name in ("a", "b")}
     hub.statuses[f"/cdn/owner/tiny/{COMMIT}/a"] = [403]
-    hub.cuts["b"] = [0]  # after which the client waits for a second
+    hub.cuts["b"] = [0]  # the client then waits for a second
     error = find("owner/tiny", 0).result
     assert "the hub refuses owner/tiny" in error["message"]
     blobs = Path(hub_env["HF_HOME"]) / "hub" / "models--owner--tiny" / "blobs"
     assert [blob.read_bytes() for blob in blobs.iterdir()] == [b"b"]
 
 
-def test_a_branch_that_moves_on_meanwhile_changes_nothing(find: Find, hub: Hub) -> None:
+def test_a_branch_that_moves_during_a_download_changes_nothing(find: Find, hub: Hub) -> None:
     hub.moves_main_at = WEIGHTS
-    found = find("owner/tiny").result
-    assert (found["commit"], Path(found["path"]).name) == (COMMIT, COMMIT)
-    assert (Path(found["path"]) / WEIGHTS).is_file()
+    model = find("owner/tiny").result
+    assert (model["commit"], Path(model["path"]).name) == (COMMIT, COMMIT)
+    assert (Path(model["path"]) / WEIGHTS).is_file()
     assert find("owner/tiny").result["commit"] == OLD_COMMIT
 
 
 def started(code: str, env: dict[str, str]) -> "subprocess.Popen[str]":
-    """Start finding `owner/tiny` in a process that runs `code` first."""
+    """Start to find `owner/tiny` in a process that runs `code` first."""
     module, *arguments = finding("owner/tiny")
     return subprocess.Popen(
         [sys.executable, "-c", f"{code}\nfrom {module} import main\nmain()", *arguments],
@@ -145,7 +145,7 @@ def started(code: str, env: dict[str, str]) -> "subprocess.Popen[str]":
 
 
 def interrupted(process: "subprocess.Popen[str]") -> str:
-    """Press Ctrl-C and return what the process then writes to stderr; it has a few seconds to end."""
+    """Press Ctrl-C, wait a few seconds for the process to end, and return what it writes to stderr."""
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
@@ -166,33 +166,33 @@ def test_a_stalled_download_is_interrupted_at_once_and_leaves_no_partial_file(
     assert "KeyboardInterrupt" in interrupted(process)
     assert list(blobs.glob("*.incomplete")) == [of_another_process]
     num_sent = len(hub.sent_from("config.json"))
-    found = find("owner/tiny")
+    download = find("owner/tiny")
     assert hub.sent_from(WEIGHTS) == [0, 0]
     assert len(hub.sent_from("config.json")) == num_sent == 1
     expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == expected
 
 
 @pytest.fixture
 def xet_env(hub: Hub, hub_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that asks the hub, whose weights lie in a xet storage on this disk."""
+    """The environment of a process that asks a hub whose weights are in a xet storage on this disk."""
     files = hub.repos["owner/tiny"].commits[COMMIT]
     hub.xet_endpoint = f"local://{tmp_path / 'xet'}"
     hub.xet_hashes[WEIGHTS] = store_by_xet(files[WEIGHTS], tmp_path / "xet")
     return {**hub_env, "HF_HUB_DISABLE_XET": "0"}
 
 
-def test_weights_in_xet_come_from_there(find: Find, hub: Hub, xet_env: dict[str, str]) -> None:
-    found = find("owner/tiny", env=xet_env)
+def test_weights_in_xet_are_downloaded_from_xet(find: Find, hub: Hub, xet_env: dict[str, str]) -> None:
+    download = find("owner/tiny", env=xet_env)
     expected = hub.repos["owner/tiny"].commits[COMMIT][WEIGHTS]
-    assert (Path(found.result["path"]) / WEIGHTS).read_bytes() == expected
+    assert (Path(download.result["path"]) / WEIGHTS).read_bytes() == expected
     assert hub.sent_from(WEIGHTS) == []
-    assert (0, len(expected)) in found.downloads
-    assert found.downloads[-1] == (len(expected), len(expected))
-    assert (found.notes, found.stderr) == ([], "")
+    assert (0, len(expected)) in download.downloads
+    assert download.downloads[-1] == (len(expected), len(expected))
+    assert (download.notes, download.stderr) == ([], "")
 
 
-def test_weights_that_xet_lacks_are_named_with_the_way_without_it(
+def test_weights_missing_in_xet_are_named_with_a_way_to_do_without_it(
     find: Find, hub: Hub, xet_env: dict[str, str], tmp_path: Path
 ) -> None:
     hub.xet_endpoint = f"local://{tmp_path / 'empty'}"
@@ -211,7 +211,7 @@ def test_a_xet_storage_that_stalls_is_noted_and_interrupted_at_once(hub: Hub, xe
     assert not list(Path(xet_env["HF_HOME"]).rglob("*.incomplete"))
 
 
-def test_a_file_too_large_for_http_is_named_with_the_way_by_xet(hub: Hub, hub_env: dict[str, str]) -> None:
+def test_a_file_too_large_for_http_is_named_with_xet_as_the_way(hub: Hub, hub_env: dict[str, str]) -> None:
     hub.claimed_bytes[WEIGHTS] = 60 * 10**9
     large_disk = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=2**50)"
     process = started(large_disk, hub_env)

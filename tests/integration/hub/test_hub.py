@@ -1,4 +1,4 @@
-"""Hub ids through the real client, against a hub on loopback: what is fetched, every refusal, what offline does."""
+"""Hub ids through the real client, against a hub on loopback: what is fetched, every refusal, and offline use."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_hub_id_is_downloaded_and_its_commit_recorded(
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "owner/tiny"
     assert json.loads((tmp_path / "run" / "run.json").read_text())["base_model"]["commit"] == COMMIT
-    # The base of the run stays that commit, also once the branch has moved on.
+    # The base of the run stays at that commit even after the branch has moved.
     hub.repos["owner/tiny"].refs["main"] = OLD_COMMIT
     loaded = run_qlora("load", tmp_path / "run", "--device", "cpu", "--json", env=hub_env)
     assert loaded.code == 0, loaded.stderr
@@ -49,7 +49,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
         ({}, ("--rope-scaling", "yarn:2", "--chat-template", "nope"), 2, "no chat template 'nope'"),
     ],
 )
-def test_what_can_be_refused_without_the_weights_is_refused_before_they_are_downloaded(
+def test_a_refusal_that_needs_no_weights_comes_before_they_are_downloaded(
     run_qlora: RunQlora,
     hub: Hub,
     hub_env: dict[str, str],
@@ -68,8 +68,8 @@ def test_what_can_be_refused_without_the_weights_is_refused_before_they_are_down
 
 
 def test_only_what_is_loaded_is_downloaded(find: Find) -> None:
-    found = find("owner/tiny", is_forked=False)  # which imports torch at no time
-    names = {path.name for path in Path(found.result["path"]).iterdir()}
+    download = find("owner/tiny", is_forked=False)  # finding a model never imports torch
+    names = {path.name for path in Path(download.result["path"]).iterdir()}
     assert WEIGHTS in names
     assert "tokenizer.json" in names
     assert not names & {"consolidated.safetensors", "original", "modeling.py"}
@@ -79,9 +79,9 @@ def test_only_what_is_loaded_is_downloaded(find: Find) -> None:
 
 @pytest.mark.parametrize(("revision", "commit"), [("main", COMMIT), ("v1", OLD_COMMIT), (OLD_COMMIT, OLD_COMMIT)])
 def test_a_branch_a_tag_and_a_commit_are_honoured(find: Find, revision: str, commit: str) -> None:
-    found = find("owner/tiny", revision=revision).result
-    assert (found["revision"], found["commit"], Path(found["path"]).name) == (revision, commit, commit)
-    is_old = "max_new_tokens" in (Path(found["path"]) / "generation_config.json").read_text()
+    model = find("owner/tiny", revision=revision).result
+    assert (model["revision"], model["commit"], Path(model["path"]).name) == (revision, commit, commit)
+    is_old = "max_new_tokens" in (Path(model["path"]) / "generation_config.json").read_text()
     assert is_old == (commit == OLD_COMMIT)
 
 
@@ -93,7 +93,7 @@ def test_a_missing_repository_or_revision_is_named(find: Find) -> None:
     assert "no such repository" in find("owner/a..b").result["message"]  # the client itself refuses this one
 
 
-def test_a_gated_repository_says_where_to_ask(find: Find, hub: Hub) -> None:
+def test_the_error_of_a_gated_repository_says_where_to_request_access(find: Find, hub: Hub) -> None:
     hub.repos["owner/tiny"].is_gated = True
     error = find("owner/tiny").result
     assert error["error"] == "ModelNotFoundError"
@@ -117,11 +117,11 @@ def test_a_page_that_is_not_a_hub_is_reported(find: Find, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("away", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_a_complete_cache_does_without_the_hub(find: Find, hub_env: dict[str, str], away: dict[str, str]) -> None:
+def test_a_complete_cache_needs_no_hub(find: Find, hub_env: dict[str, str], away: dict[str, str]) -> None:
     online = find("owner/tiny")
     offline = find("owner/tiny", env={**hub_env, **away})
     assert offline.result == online.result
-    assert len(offline.notes) == ("HF_ENDPOINT" in away)  # being offline unasked is worth a word
+    assert len(offline.notes) == ("HF_ENDPOINT" in away)  # going offline unasked is noted
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_half_filled_cache_reports_why_the_hub_was_not_asked(
     assert f"only in part: {WEIGHTS} missing" in error["message"]
 
 
-def test_of_a_sharded_repository_the_shards_of_the_index_are_fetched(find: Find, hub: Hub) -> None:
+def test_only_the_shards_in_the_index_are_fetched(find: Find, hub: Hub) -> None:
     files = hub.repos["owner/tiny"].commits[COMMIT]
     del files[WEIGHTS]
     shards = ["model-00001-of-00002.safetensors", "odd name.safetensors"]
@@ -155,22 +155,22 @@ def test_of_a_sharded_repository_the_shards_of_the_index_are_fetched(find: Find,
     assert f"names {shards[1]}, which the repository lacks" in error["message"]
 
 
-def test_pickles_on_the_hub_are_left_there_unless_allowed(find: Find, hub: Hub) -> None:
+def test_pickles_are_not_downloaded_unless_allowed(find: Find, hub: Hub) -> None:
     files = hub.repos["owner/tiny"].commits[COMMIT]
     del files[WEIGHTS], files["consolidated.safetensors"]
     files["pytorch_model.bin"] = b"a pickle"
     error = find("owner/tiny").result
     assert "only pytorch_model.bin, a pickle" in error["message"]
     assert not [request for request in hub.requests if "/resolve/" in request.path]
-    found = find("owner/tiny", allow_pickle=True)
-    assert (Path(found.result["path"]) / "pytorch_model.bin").read_bytes() == b"a pickle"
+    download = find("owner/tiny", allow_pickle=True)
+    assert (Path(download.result["path"]) / "pytorch_model.bin").read_bytes() == b"a pickle"
 
 
 def adapter_config(base: str, **values: str) -> bytes:
     return json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, **values}).encode()
 
 
-def test_an_adapter_on_the_hub_brings_its_base_at_the_revision_it_names(find: Find, hub: Hub) -> None:
+def test_the_base_of_an_adapter_is_downloaded_at_the_revision_it_names(find: Find, hub: Hub) -> None:
     adapter = {
         "adapter_config.json": json.dumps(
             {"peft_type": "LORA", "base_model_name_or_path": "owner/tiny", "revision": "v1"}
@@ -180,11 +180,11 @@ def test_an_adapter_on_the_hub_brings_its_base_at_the_revision_it_names(find: Fi
         "optimizer.pt": b"large",
     }
     hub.repos["owner/adapter"] = Repo(commits={COMMIT: adapter})
-    found = find("owner/adapter", revision="main").result
-    assert (found["name"], found["base_name"]) == ("owner/adapter", "owner/tiny")
-    assert (found["revision"], found["commit"], Path(found["path"]).name) == ("v1", OLD_COMMIT, OLD_COMMIT)
-    assert {path.name for path in Path(found["adapter"]).iterdir()} == set(adapter) - {"optimizer.pt"}
-    assert found["tokenizer_path"] == found["adapter"]
+    model = find("owner/adapter", revision="main").result
+    assert (model["name"], model["base_name"]) == ("owner/adapter", "owner/tiny")
+    assert (model["revision"], model["commit"], Path(model["path"]).name) == ("v1", OLD_COMMIT, OLD_COMMIT)
+    assert {path.name for path in Path(model["adapter"]).iterdir()} == set(adapter) - {"optimizer.pt"}
+    assert model["tokenizer_path"] == model["adapter"]
     hub.repos["owner/second"] = Repo(
         commits={
             COMMIT: {

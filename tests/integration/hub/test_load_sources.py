@@ -1,4 +1,4 @@
-"""Checkpoints of every kind load as they are, and damaged ones are refused by the name of the file and the tensor."""
+"""Checkpoints of every kind load as they are; damaged ones are refused with the names of file and tensor."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def change_config(directory: Path, **values: object) -> None:
 
 
 def message_of_the_command(directory: Path, *flags: str) -> str:
-    """Return what `qlora load` says of a model that it refuses: exit code 2, and no traceback."""
+    """Return the message of `qlora load` for a model that it refuses with exit code 2 and without a traceback."""
     done = CliRunner().invoke(app, ["load", str(directory), "--device", "cpu", "--json", *flags])
     assert done.exit_code == 2, done.output
     assert set(json.loads(done.stdout)) == {"error"}
@@ -65,7 +65,7 @@ def test_shards_are_one_model(model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The bundled model, saved quantized: to FP4 but for v_proj, single quantization, bf16 storage; and to int8."""
+    """The bundled model, saved in FP4 (single quantization, bf16 storage, v_proj unquantized) and in int8."""
     flags: dict[str, dict[str, object]] = {
         "fp4": {
             "quantization__double_quant": False,
@@ -133,7 +133,9 @@ def test_flags_that_agree_with_a_quantized_checkpoint_are_fine(saved: dict[str, 
 
 
 @pytest.mark.fast
-def test_how_a_quantized_checkpoint_computes_is_free_to_choose(saved: dict[str, Path], base_model: Path) -> None:
+def test_the_compute_settings_of_a_quantized_checkpoint_can_be_chosen(
+    saved: dict[str, Path], base_model: Path
+) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     stored = load(saved["fp4"])
@@ -142,8 +144,8 @@ def test_how_a_quantized_checkpoint_computes_is_free_to_choose(saved: dict[str, 
     assert {layer.compute_dtype for layer in layers_of(in_bf16.base, Linear4bit).values()} == {torch.bfloat16}
     only_products = load(saved["fp4"], quantization__compute_dtype="bf16")
     assert {layer.compute_dtype for layer in layers_of(only_products.base, Linear4bit).values()} == {torch.bfloat16}
-    found = [logits(loaded.base).float() for loaded in (stored, in_bf16, only_products)]
-    assert all(not torch.equal(found[i], found[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    computed = [logits(loaded.base).float() for loaded in (stored, in_bf16, only_products)]
+    assert all(not torch.equal(computed[i], computed[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
     flags = {"quantization__method": "int8", "quantization__int8_threshold": 0.0}
     without = load(saved["int8"], **flags)
@@ -161,7 +163,7 @@ def test_a_missing_weight_is_named(model: Path) -> None:
     assert "error: the weights of" in message_of_the_command(model)
 
 
-def test_weights_that_are_left_over_are_named_with_their_file(model: Path) -> None:
+def test_unexpected_weights_are_named_with_their_file(model: Path) -> None:
     change_weights(model, lambda weights: weights.update({"model.layers.1.mlp.bias_proj.weight": torch.zeros(2)}))
     message = message_of_the_command(model)
     assert "holds weights that its config.json does not describe: model.layers.1.mlp.bias_proj.weight" in message
@@ -188,7 +190,7 @@ def test_an_expert_of_another_shape_is_named(tmp_path: Path, method: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["nf4", "none"])
-def test_experts_that_are_all_transposed_are_not_taken_for_others_with_as_many_weights(
+def test_experts_that_are_all_transposed_are_not_mistaken_for_others_of_the_same_size(
     tmp_path: Path, method: str
 ) -> None:
     model = save_model(tmp_path / "moe", "mixtral")
@@ -214,7 +216,7 @@ def test_a_missing_expert_is_named(tmp_path: Path, method: str) -> None:
     assert "experts" in message
 
 
-def test_a_truncated_shard_is_named_with_its_first_tensor_that_is_cut(model: Path) -> None:
+def test_a_truncated_shard_is_named_with_its_first_truncated_tensor(model: Path) -> None:
     content = (model / WEIGHTS).read_bytes()
     (model / WEIGHTS).write_bytes(content[:-1000])
     message = message_of_the_command(model)
@@ -251,7 +253,7 @@ def test_a_checkpoint_of_another_quantizer_is_refused_with_a_way_out(model: Path
     assert "hint: Use the 16-bit model that it was made from" in message
 
 
-def test_a_checkpoint_said_to_be_quantized_that_is_not_is_refused(model: Path) -> None:
+def test_an_unquantized_checkpoint_with_a_quantization_config_is_refused(model: Path) -> None:
     change_config(model, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     message = message_of_the_command(model)
     name, num_weights = "model.layers.0.self_attn.q_proj.weight", 64 * 64
@@ -276,7 +278,7 @@ def test_half_a_quantized_checkpoint_is_refused(saved: dict[str, Path], tmp_path
 
 
 def as_pickle(model: Path) -> Path:
-    """Turn the weights into a pickle; returns its path."""
+    """Turn the weights into a pickle and return its path."""
     path = model / "pytorch_model.bin"
     torch.save(load_file(model / WEIGHTS), path)
     (model / WEIGHTS).unlink()
@@ -289,7 +291,7 @@ def test_a_damaged_pickle_is_named_with_a_way_out(model: Path, damage: str) -> N
     DAMAGED_PICKLES[damage](path)
     message = message_of_the_command(model, "--allow-pickle")
     assert f"error: {path} can't be read: " in message
-    assert "weights_only" not in message  # what PyTorch advises is not ours to advise
+    assert "weights_only" not in message  # PyTorch's advice is not repeated
     assert f"hint: Copy {path.name} again" in message
 
 
@@ -325,7 +327,7 @@ def test_a_fault_that_is_not_of_the_weights_is_not_blamed_on_them(
 def test_a_fault_while_quantizing_is_not_blamed_on_the_weights(
     base_model: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], error: type[Exception]
 ) -> None:
-    """transformers logs what happens in there, and goes on to a report of weights that could not be converted."""
+    """transformers logs the fault and then reports weights that could not be converted."""
 
     def fail(*_: object, **__: object) -> None:
         raise kind("CUDA error")

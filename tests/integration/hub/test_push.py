@@ -1,4 +1,4 @@
-"""Pushing the adapter: what can be known to fail is an error before the work, and a failed push loses nothing."""
+"""Pushing the adapter: a push that is known to fail is an error before any work, and a failed one loses nothing."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from qlora_cli.settings.models import OutputSettings
 from tests.conftest import Recorder, RunQlora, train_settings
 from tests.support.hub_server import COMMIT, Hub, Repo
 
-# The client's own, of the library below it.
+# A warning of the client itself, about the library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 
 TOKEN = "hf_" + "aBcDeFgHiJkL" * 2
@@ -29,7 +29,7 @@ def account(role: str = "write", **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def writable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The hub, asked by the client of this process with a token that may write."""
+    """The hub, which the client of this process asks with a token that may write."""
     import huggingface_hub.constants
     import huggingface_hub.hf_api
 
@@ -58,7 +58,7 @@ def output(name: str | None = "me/tiny-lora", **more: Any) -> OutputSettings:
     return OutputSettings(directory=Path("run"), push_to_hub=name, **more)
 
 
-def test_the_adapter_is_pushed_to_a_repository_that_is_made_for_it(writable: Hub, adapter: Path) -> None:
+def test_the_adapter_is_pushed_to_a_repository_created_for_it(writable: Hub, adapter: Path) -> None:
     recorder = Recorder()
     address = push_adapter(output(), adapter, recorder)
     repo = writable.repos["me/tiny-lora"]
@@ -71,9 +71,9 @@ def test_the_adapter_is_pushed_to_a_repository_that_is_made_for_it(writable: Hub
 
 
 def test_an_existing_repository_is_pushed_to_and_a_new_one_may_be_public(writable: Hub, adapter: Path) -> None:
-    writable.repos["team/there"] = Repo({COMMIT: {"other.txt": b"stays"}})
-    push_adapter(output("team/there"), adapter, Recorder())
-    assert {"other.txt", "adapter_model.safetensors"} <= set(writable.repos["team/there"].commits[COMMIT])
+    writable.repos["team/existing"] = Repo({COMMIT: {"other.txt": b"stays"}})
+    push_adapter(output("team/existing"), adapter, Recorder())
+    assert {"other.txt", "adapter_model.safetensors"} <= set(writable.repos["team/existing"].commits[COMMIT])
     push_adapter(output("me/public", hub_private=False), adapter, Recorder())
     assert not writable.repos["me/public"].is_private
 
@@ -124,17 +124,17 @@ FINE, FINE_READ = fine("repo.write"), fine("repo.content.read")
         (account(), "me/x"),
         (account(), "team/x"),
         (account("fineGrained", fineGrained=FINE), "me/x"),
-        (account("fineGrained"), "me/x"),  # it does not say what it may
+        (account("fineGrained"), "me/x"),  # it does not list its permissions
         ({"name": "me"}, "me/x"),
     ],
 )
-def test_a_token_that_may_write_is_taken(writable: Hub, tmp_path: Path, answer: dict[str, Any], name: str) -> None:
+def test_a_token_that_may_write_is_accepted(writable: Hub, tmp_path: Path, answer: dict[str, Any], name: str) -> None:
     writable.accounts[TOKEN] = answer
     assert check(tmp_path, name).events == []
 
 
 @pytest.mark.parametrize(
-    ("answer", "name", "said"),
+    ("answer", "name", "expected"),
     [
         (account("read"), "me/x", "the token of the hub can only read"),
         (account("fineGrained", fineGrained=FINE_READ), "me/x", "may not write to repositories of me"),
@@ -143,14 +143,14 @@ def test_a_token_that_may_write_is_taken(writable: Hub, tmp_path: Path, answer: 
         ({**account(), "orgs": [{"name": "team", "roleInOrg": "read"}]}, "team/x", "me may only read in team"),
     ],
 )
-def test_a_token_that_may_not_is_refused_before_anything_is_loaded(
-    writable: Hub, tmp_path: Path, answer: dict[str, Any], name: str, said: str
+def test_a_token_that_may_not_write_is_refused_before_anything_is_loaded(
+    writable: Hub, tmp_path: Path, answer: dict[str, Any], name: str, expected: str
 ) -> None:
     writable.accounts[TOKEN] = answer
     with pytest.raises(UsageError) as caught:
         check(tmp_path, name)
     assert caught.value.setting == "output.push_to_hub"
-    assert said in caught.value.message
+    assert expected in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == 2
     assert TOKEN not in str(caught.value)
@@ -164,7 +164,7 @@ def test_a_token_that_the_hub_does_not_know_is_refused(writable: Hub, tmp_path: 
 
 
 @pytest.mark.parametrize("status", [429, 500])
-def test_a_hub_that_can_not_answer_now_is_only_warned_about(writable: Hub, tmp_path: Path, status: int) -> None:
+def test_a_hub_that_is_unavailable_causes_only_a_warning(writable: Hub, tmp_path: Path, status: int) -> None:
     writable.statuses["whoami"] = [status] * 10
     (event,) = check(tmp_path).events
     assert isinstance(event, Noted)
@@ -172,14 +172,14 @@ def test_a_hub_that_can_not_answer_now_is_only_warned_about(writable: Hub, tmp_p
     assert f"HTTP {status}" in event.message
 
 
-def test_nothing_is_asked_where_nothing_is_pushed(hub: Hub) -> None:
+def test_nothing_is_requested_if_nothing_is_pushed(hub: Hub) -> None:
     check_push(output(None), "output.push_to_hub", Recorder())
     assert hub.requests == []
     assert push_problem(output(None)) is None
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("tiny-lora", "does not say whose"),
         ("me/", "is no name of a repository"),
@@ -188,14 +188,14 @@ def test_nothing_is_asked_where_nothing_is_pushed(hub: Hub) -> None:
         ("me/a--b", "is no name of a repository"),
     ],
 )
-def test_a_name_that_is_none_is_refused(name: str, said: str) -> None:
+def test_an_invalid_repository_name_is_refused(name: str, expected: str) -> None:
     problem = push_problem(output(name))
     assert problem is not None
-    assert said in problem.message
+    assert expected in problem.message
     assert problem.hint == "Give OWNER/NAME." or "OWNER/NAME: your name" in str(problem.hint)
 
 
-def test_without_a_login_or_offline_a_run_with_a_push_does_not_begin(
+def test_a_run_with_a_push_does_not_begin_offline_or_without_a_login(
     run_qlora: RunQlora, hub_env: dict[str, str], base_model: Path, rows: Path, tmp_path: Path, hub: Hub
 ) -> None:
     names = ("--model", base_model, "--dataset", rows, "--output", tmp_path / "run")
@@ -233,7 +233,7 @@ def test_train_pushes_the_adapter_it_made(
     assert TOKEN not in done.stdout + done.stderr + (tmp_path / "run" / "run.json").read_text()
 
 
-def test_train_whose_push_fails_is_done_all_the_same_and_ends_with_1(
+def test_a_run_whose_push_fails_is_done_and_ends_with_1(
     run_qlora: RunQlora, hub_env: dict[str, str], base_model: Path, rows: Path, tmp_path: Path, hub: Hub
 ) -> None:
     hub.accounts[TOKEN] = account()
