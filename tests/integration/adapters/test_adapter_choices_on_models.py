@@ -1,4 +1,4 @@
-"""Choices of the adapter, on real models in 4 bit: each takes effect, trains, and loads again, or is refused."""
+"""Adapter settings on real models in 4 bit: each takes effect, trains and loads again, or is refused."""
 
 import json
 import math
@@ -35,8 +35,8 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe(tmp_path_factory.mktemp("qwen3_moe"), "qwen3_moe")
 
 
-def said(checkpoint: Path, **lora: object) -> str:
-    """Return message and hint of the error that an adapter is refused with."""
+def refusal_of(checkpoint: Path, **lora: object) -> str:
+    """Return message and hint of the error that refuses an adapter."""
     with pytest.raises(ModelError) as caught:
         attach_adapter(load(checkpoint).base, settings_of(**lora))
     return f"{caught.value} | {caught.value.hint}"
@@ -63,10 +63,8 @@ def test_every_family_trains_with_rslora_and_another_rank_in_some_layers(family:
     assert_loads_again(model, checkpoint, tmp_path / "adapter")
 
 
-def test_a_pattern_has_its_effect_whatever_the_order_of_its_keys_also_after_loading(
-    llama: Path, tmp_path: Path
-) -> None:
-    """PEFT takes the first key that fits, and sorts them on saving: here the longer one would come last."""
+def test_a_pattern_has_its_effect_in_any_order_of_its_keys_even_after_loading(llama: Path, tmp_path: Path) -> None:
+    """PEFT takes the first key that matches and sorts keys when saving: here the longer one would come last."""
     for number, pattern in enumerate(
         ({"down_proj": 4, "layers.0.mlp.down_proj": 2}, {"layers.0.mlp.down_proj": 2, "down_proj": 4})
     ):
@@ -77,17 +75,17 @@ def test_a_pattern_has_its_effect_whatever_the_order_of_its_keys_also_after_load
         assert_loads_again(model, llama, tmp_path / str(number))
 
 
-def test_patterns_hold_for_fused_experts_too(qwen3_moe: Path, tmp_path: Path) -> None:
+def test_patterns_apply_to_fused_experts_too(qwen3_moe: Path, tmp_path: Path) -> None:
     model = adapt(
         qwen3_moe,
         settings_of(
             target_parameters="all-experts", rank_pattern={"gate_up_proj": 4}, alpha_pattern={"experts.down_proj": 64}
         ),
     )
-    found = {
+    wrappers = {
         name.rpartition(".")[2]: layer for name, layer in lora_layers(model).items() if isinstance(layer, ParamWrapper)
     }
-    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in found.items()} == {
+    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in wrappers.items()} == {
         "gate_up_proj": (4, 8),
         "down_proj": (8, 8),
     }
@@ -97,13 +95,17 @@ def test_patterns_hold_for_fused_experts_too(qwen3_moe: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
-def test_a_key_that_decides_nothing_is_refused_with_the_names_there_are(llama: Path, setting: str) -> None:
-    told = said(llama, **{setting: {"c_attn": 4}})
-    assert told.startswith(f"lora.{setting}: 'c_attn' matches no adapted layer | Adapted are down_proj, gate_proj")
-    assert "lm_head" in said(llama, **{setting: {"lm_head": 4}})
-    assert "'q_proj' matches no adapted layer" in said(llama, target_modules=("k_proj",), **{setting: {"q_proj": 4}})
-    assert "longer keys apply to all its layers" in said(llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}})
-    assert "'.*proj' matches no" in said(llama, **{setting: {".*proj": 4}})
+def test_a_key_without_an_effect_is_refused_with_the_available_names(llama: Path, setting: str) -> None:
+    message = refusal_of(llama, **{setting: {"c_attn": 4}})
+    assert message.startswith(f"lora.{setting}: 'c_attn' matches no adapted layer | Adapted are down_proj, gate_proj")
+    assert "lm_head" in refusal_of(llama, **{setting: {"lm_head": 4}})
+    assert "'q_proj' matches no adapted layer" in refusal_of(
+        llama, target_modules=("k_proj",), **{setting: {"q_proj": 4}}
+    )
+    assert "longer keys apply to all its layers" in refusal_of(
+        llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}}
+    )
+    assert "'.*proj' matches no" in refusal_of(llama, **{setting: {".*proj": 4}})
 
 
 # ---- DoRA
@@ -144,7 +146,7 @@ def test_dora_computes_what_its_paper_says(llama: Path) -> None:
     torch.testing.assert_close(logits(model, IDS), logits(plainly, IDS), rtol=1e-4, atol=1e-4)
 
 
-def test_dora_leaves_the_base_as_it_is(llama: Path) -> None:
+def test_dora_leaves_the_base_unchanged(llama: Path) -> None:
     model = adapt(llama, settings_of(use_dora=True))
     before = {name: p.clone() for name, p in frozen(model).items()}
     train_steps(model)
@@ -158,22 +160,22 @@ def test_dora_on_an_8_bit_base_on_a_cpu_is_refused_because_peft_loses_its_scales
     by_peft_alone = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj"], use_dora=True))
     with torch.no_grad():
         by_peft_alone(input_ids=IDS)
-        with pytest.raises(AttributeError):  # mended in PEFT, when this fails
+        with pytest.raises(AttributeError):  # when this fails, PEFT has fixed it
             by_peft_alone(input_ids=IDS)
 
 
 def test_dora_on_fused_experts_is_refused(qwen3_moe: Path) -> None:
-    told = said(qwen3_moe, use_dora=True, target_parameters="all-experts")
-    assert "lora.use_dora: can't be applied to fused experts" in told
-    assert "or lora.target_parameters out" in told
-    assert len(lora_layers(adapt(qwen3_moe, settings_of(use_dora=True)))) == 8  # their attention, in two layers
+    message = refusal_of(qwen3_moe, use_dora=True, target_parameters="all-experts")
+    assert "lora.use_dora: can't be applied to fused experts" in message
+    assert "or lora.target_parameters out" in message
+    assert len(lora_layers(adapt(qwen3_moe, settings_of(use_dora=True)))) == 8  # only the attention of its two layers
 
 
 # ---- elsewhere
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 4}}])
-def test_in_plain_peft_on_the_dequantized_weights_the_adapter_does_the_same(
+def test_the_adapter_does_the_same_in_plain_peft_on_the_dequantized_weights(
     llama: Path, tmp_path: Path, lora: dict[str, object]
 ) -> None:
     model = adapt(llama, settings_of(**lora))
@@ -200,7 +202,7 @@ CHOICES: dict[str, dict[str, object]] = {
 
 
 def losses_of_a_run(base: Path, rows: Path, output: Path, lora: dict[str, object]) -> list[float]:
-    """Return the losses that a run of three steps logged."""
+    """Return the losses logged in a run of three steps."""
     flags = {f"lora__{name}": value for name, value in lora.items()}
     train(train_settings(base, rows, output, **flags), Recorder())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -208,16 +210,18 @@ def losses_of_a_run(base: Path, rows: Path, output: Path, lora: dict[str, object
 
 
 def test_each_choice_changes_what_a_run_learns(llama: Path, rows: Path, tmp_path: Path) -> None:
-    """The loss of the first of three steps is of the first values, that of the third of what was learnt."""
+    """The loss of the first step is that of the initial values, the loss of the third that of what was learnt."""
     plain = losses_of_a_run(llama, rows, tmp_path / "plain", {})
-    found = {name: losses_of_a_run(llama, rows, tmp_path / name, lora) for name, lora in CHOICES.items()}
+    losses_with = {name: losses_of_a_run(llama, rows, tmp_path / name, lora) for name, lora in CHOICES.items()}
     assert len(plain) == 3
-    for name, losses in found.items():
+    for name, losses in losses_with.items():
         assert losses[2] != plain[2], name
         assert (losses[0] == pytest.approx(plain[0], abs=1e-5)) == (name != "loftq"), name
 
 
-def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: Path, tmp_path: Path) -> None:
+def test_an_adapter_continues_to_train_unchanged_and_the_run_records_how(
+    llama: Path, rows: Path, tmp_path: Path
+) -> None:
     lora = {
         "rank": 4,
         "rank_pattern": {"q_proj": 2},
@@ -227,7 +231,7 @@ def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: P
         "modules_to_save": ["lm_head", "norm"],
     }
     losses_of_a_run(llama, rows, tmp_path / "first", lora)
-    own = {**lora, "target_modules": "all-linear"}  # in the words of the run, which its adapter's config has not
+    own = {**lora, "target_modules": "all-linear"}  # as the run's settings write it, unlike its adapter's config
     losses_of_a_run(tmp_path / "first" / "adapter", rows, tmp_path / "second", own)
     for key, value in {"rank": 5, "target_modules": "q_proj", "modules_to_save": "lm_head"}.items():
         with pytest.raises(ModelError, match=rf"lora\.{key} can't be changed"):
@@ -245,8 +249,8 @@ def test_an_adapter_trains_on_as_it_is_and_the_run_says_how(llama: Path, rows: P
     assert all(not torch.equal(first[key], second[key]) for key in first)
 
 
-def test_one_settings_file_trains_an_adapter_on_and_on(llama: Path, rows: Path, tmp_path: Path) -> None:
-    """What the file says is not what the record of a run that trained on holds: a doubled rank, names of modules."""
+def test_one_settings_file_continues_to_train_an_adapter_repeatedly(llama: Path, rows: Path, tmp_path: Path) -> None:
+    """The file differs from the record of a run that continued: a doubled rank, names of modules."""
     own: dict[str, object] = {
         "quantization__method": "none",
         "model__new_tokens": "<a1>,<a2>",

@@ -1,4 +1,4 @@
-"""How adapters initialize: each choice gives other first values, and what PiSSA and LoftQ promise holds in numbers."""
+"""Initialization of adapters: each choice gives other initial values, and PiSSA and LoftQ do what they promise."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ Make = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Write the model of a family, once."""
+    """Return a function that writes the model of a family once."""
     known: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -70,23 +70,21 @@ def first_values(model: PeftModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_default_and_gaussian_are_peft_s_own_and_differ(llama: Path) -> None:
-    found = {}
+    initial = {}
     for init in ("default", "gaussian"):
         torch.manual_seed(0)
-        found[init] = first_values(adapt(llama, settings_of(init_lora_weights=init)))
+        initial[init] = first_values(adapt(llama, settings_of(init_lora_weights=init)))
         torch.manual_seed(0)
         config = LoraConfig(r=8, init_lora_weights=True if init == "default" else init, target_modules=["q_proj"])
-        assert torch.equal(first_values(get_peft_model(plain(llama), config))[0], found[init][0])
-    assert not torch.equal(found["default"][0], found["gaussian"][0])
-    assert found["gaussian"][0].std() == pytest.approx(1 / 8, rel=0.2)
-    assert not found["default"][1].any()
-    assert not found["gaussian"][1].any()
+        assert torch.equal(first_values(get_peft_model(plain(llama), config))[0], initial[init][0])
+    assert not torch.equal(initial["default"][0], initial["gaussian"][0])
+    assert initial["gaussian"][0].std() == pytest.approx(1 / 8, rel=0.2)
+    assert not initial["default"][1].any()
+    assert not initial["gaussian"][1].any()
 
 
 @pytest.mark.parametrize("family", CHOSEN)
-def test_orthogonal_begins_with_two_matrices_whose_product_is_nothing(
-    saved: Make, family: str, tmp_path: Path
-) -> None:
+def test_orthogonal_begins_with_two_matrices_whose_product_is_zero(saved: Make, family: str, tmp_path: Path) -> None:
     base = saved(family)
     before = logits(load(base).base, IDS)
     model = adapt(base, settings_of(init_lora_weights="orthogonal", alpha=8))
@@ -127,7 +125,7 @@ def test_orthogonal_with_an_odd_rank_is_refused(llama: Path) -> None:
     "lora", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 4, "c_attn": 4}}, {"use_dora": True}]
 )
 @pytest.mark.parametrize("family", CHOSEN)
-def test_pissa_takes_the_principal_parts_and_what_is_saved_at_the_end_fits_the_base_as_it_was(
+def test_pissa_takes_the_principal_components_and_its_final_adapter_fits_the_original_base(
     saved: Make, family: str, lora: dict[str, object], tmp_path: Path
 ) -> None:
     base = saved(family)
@@ -162,7 +160,7 @@ def test_pissa_takes_the_principal_parts_and_what_is_saved_at_the_end_fits_the_b
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True, "modules_to_save": "lm_head,norm"}])
-def test_a_run_with_pissa_ends_with_an_adapter_for_the_base_as_it_was_and_checkpoints_to_train_on_from(
+def test_a_run_with_pissa_ends_with_an_adapter_for_the_original_base_and_checkpoints_to_resume_from(
     llama: Path, rows: Path, tmp_path: Path, lora: dict[str, object]
 ) -> None:
     flags = {f"lora__{name}": value for name, value in {**lora, "init_lora_weights": "pissa", "rank": 8}.items()}
@@ -177,22 +175,22 @@ def test_a_run_with_pissa_ends_with_an_adapter_for_the_base_as_it_was_and_checkp
     assert all(len(value) == 16 for key, value in final.items() if "lora_A" in key)
 
 
-def test_what_the_final_save_adds_can_be_taken_off_again(llama: Path, tmp_path: Path) -> None:
+def test_what_the_final_save_adds_can_be_removed_again(llama: Path, tmp_path: Path) -> None:
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8), **UNQUANTIZED)
     train_steps(model, learning_rate=1e-3)
     save_adapter(model, tmp_path / "raw")
     save_trained_adapter(model, tmp_path / "final")
     raw, final = (load_file(tmp_path / name / ADAPTER_WEIGHTS) for name in ("raw", "final"))
     assert all(final[key].numel() == 2 * raw[key].numel() for key in raw)
-    found = as_trained(model, final)
-    assert found.keys() == raw.keys()
-    assert all(torch.equal(found[key], raw[key]) for key in raw)
+    restored = as_trained(model, final)
+    assert restored.keys() == raw.keys()
+    assert all(torch.equal(restored[key], raw[key]) for key in raw)
     assert all(torch.equal(as_trained(model, raw)[key], raw[key]) for key in raw)
     damaged = {key: value + 1 for key, value in final.items()}
     assert all(torch.equal(as_trained(model, damaged)[key], damaged[key]) for key in raw)
 
 
-def test_from_a_raw_checkpoint_of_pissa_training_goes_on_and_ends_on_the_base_as_it_was(
+def test_training_from_a_raw_checkpoint_of_pissa_ends_with_an_adapter_for_the_original_base(
     llama: Path, tmp_path: Path
 ) -> None:
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8), **UNQUANTIZED)
@@ -207,7 +205,7 @@ def test_from_a_raw_checkpoint_of_pissa_training_goes_on_and_ends_on_the_base_as
     torch.testing.assert_close(other, logits(again, IDS), rtol=1e-4, atol=1e-4)
 
 
-def test_a_raw_checkpoint_of_pissa_gives_its_logits_also_without_training(llama: Path, tmp_path: Path) -> None:
+def test_a_raw_checkpoint_of_pissa_gives_its_logits_even_without_training(llama: Path, tmp_path: Path) -> None:
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8), **UNQUANTIZED)
     train_steps(model, learning_rate=1e-3)
     save_adapter(model, tmp_path)
@@ -217,7 +215,7 @@ def test_a_raw_checkpoint_of_pissa_gives_its_logits_also_without_training(llama:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_a_config_that_leaves_out_what_is_default_trains_on_and_ends_on_the_base_as_it_was(
+def test_a_config_without_defaults_continues_to_train_and_ends_with_an_adapter_for_the_original_base(
     llama: Path, use_rslora: bool, tmp_path: Path
 ) -> None:
     model = adapt(llama, settings_of(init_lora_weights="pissa", alpha=8, use_rslora=use_rslora), **UNQUANTIZED)
@@ -225,8 +223,8 @@ def test_a_config_that_leaves_out_what_is_default_trains_on_and_ends_on_the_base
     file = tmp_path / "raw" / ADAPTER_CONFIG
     content = json.loads(file.read_text())
     needed = ["peft_type", "r", "target_modules", "init_lora_weights", "base_model_name_or_path", "task_type"]
-    kept = [*needed, *(["use_rslora"] if use_rslora else [])]
-    file.write_text(json.dumps({**{key: content[key] for key in kept}, "rank_pattern": None}))
+    keys = [*needed, *(["use_rslora"] if use_rslora else [])]
+    file.write_text(json.dumps({**{key: content[key] for key in keys}, "rank_pattern": None}))
     again = put_back(load(llama, **UNQUANTIZED).base, tmp_path / "raw")
     train_steps(again, learning_rate=1e-3)
     save_trained_adapter(again, tmp_path / "final")
@@ -243,7 +241,7 @@ def changing(llama: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Pat
     return save_changing(llama, tmp_path / request.param, request.param)
 
 
-def test_training_on_is_refused_before_weights_are_read(changing: Path, rows: Path, tmp_path: Path) -> None:
+def test_continued_training_is_refused_before_weights_are_read(changing: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(changing, rows, tmp_path / "run", quantization__method="none")
     if changing.name == "pissa":
         assert settle_run(settings, Recorder()).load_plan.adapter is not None
@@ -255,7 +253,7 @@ def test_training_on_is_refused_before_weights_are_read(changing: Path, rows: Pa
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_what_takes_parts_out_of_the_base_is_refused_on_a_quantized_one(changing: Path, method: str) -> None:
+def test_an_adapter_that_subtracts_from_the_base_is_refused_on_a_quantized_one(changing: Path, method: str) -> None:
     if changing.name == "layers":
         assert load(changing, quantization__method=method).model is not None
         return
@@ -273,7 +271,7 @@ def test_pissa_on_a_quantized_base_is_refused(llama: Path, method: str) -> None:
     assert "--quant none, or loftq" in str(caught.value.hint)
 
 
-def test_pissa_with_more_parts_than_a_layer_has_is_refused(llama: Path) -> None:
+def test_pissa_with_more_components_than_a_layer_has_is_refused(llama: Path) -> None:
     base = load(llama, **UNQUANTIZED).base
     with pytest.raises(ModelError, match=r"k_proj is 32 x 64, and has no 40 principal components"):
         attach_adapter(base, settings_of(rank=40, init_lora_weights="pissa", target_modules=("k_proj",)))
@@ -302,7 +300,7 @@ def test_loftq_begins_nearer_to_the_unquantized_model_than_nf4_alone(
     assert_loads_again(model, base, tmp_path)  # on the ordinary base
 
 
-def test_loftq_is_the_best_of_its_rank_that_quantization_lost(llama: Path) -> None:
+def test_loftq_is_the_best_approximation_of_its_rank_to_the_quantization_error(llama: Path) -> None:
     original = plain(llama)
     lora = settings_of(init_lora_weights="loftq", alpha=24)
     for name, layer in lora_layers(adapt(llama, lora)).items():
@@ -311,20 +309,20 @@ def test_loftq_is_the_best_of_its_rank_that_quantization_lost(llama: Path) -> No
         restored = torch.nn.functional.linear(torch.eye(base.in_features), torch.eye(base.in_features))
         with torch.no_grad():
             lost = weight_of(original.get_submodule(name)) - base(restored).T
-            found = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+            product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         assert layer.scaling["default"] == 3
         expected = left[:, :8] * values[:8] @ right[:8]
-        torch.testing.assert_close((lost - found).norm(), (lost - expected).norm(), rtol=1e-3, atol=0)
+        torch.testing.assert_close((lost - product).norm(), (lost - expected).norm(), rtol=1e-3, atol=0)
 
 
-def test_loftq_of_a_larger_rank_than_a_layer_has_takes_all_that_was_lost(llama: Path) -> None:
+def test_loftq_of_a_rank_larger_than_a_layer_restores_the_whole_quantization_error(llama: Path) -> None:
     exact = logits(plain(llama), IDS)
     model = adapt(llama, settings_of(rank=96, init_lora_weights="loftq"))
     torch.testing.assert_close(logits(model, IDS), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_loftq_leaves_layers_that_are_not_in_4_bit_to_begin_as_ever(llama: Path) -> None:
+def test_loftq_initializes_layers_that_are_not_in_4_bit_as_usual(llama: Path) -> None:
     lora = settings_of(init_lora_weights="loftq")
     layers = lora_layers(adapt(llama, lora, quantization__skip_modules="q_proj"))
     assert all(("q_proj" in name) != bool(layer.lora_B["default"].weight.any()) for name, layer in layers.items())
@@ -348,19 +346,19 @@ def test_loftq_without_4_bit_is_refused(llama: Path, method: str) -> None:
     assert "--quant nf4 or fp4" in str(caught.value.hint)
 
 
-def test_loftq_of_a_checkpoint_that_came_quantized_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_loftq_of_a_prequantized_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
     save_quantized(load(llama), tmp_path / "quantized", SilentReporter())
     with pytest.raises(ModelError, match="and the checkpoint holds them quantized"):
         load_for(tmp_path / "quantized", settings_of(init_lora_weights="loftq"))
 
 
-def test_loftq_on_a_model_whose_losses_were_not_taken_down_is_refused(llama: Path) -> None:
+def test_loftq_on_a_model_without_recorded_quantization_errors_is_refused(llama: Path) -> None:
     with pytest.raises(ModelError, match="which were not recorded"):
         attach_adapter(load(llama).base, settings_of(init_lora_weights="loftq"))
 
 
 @pytest.mark.parametrize("init", [init for init in LoraInit if init.needs_layers])
-def test_on_fused_experts_only_what_peft_begins_by_itself_is_taken(tmp_path: Path, init: LoraInit) -> None:
+def test_fused_experts_accept_only_the_initializations_of_peft_itself(tmp_path: Path, init: LoraInit) -> None:
     base = save_moe(tmp_path, "qwen3_moe")
     lora = settings_of(init_lora_weights=init, target_parameters="all-experts")
     with pytest.raises(ModelError, match=f"lora.init_lora_weights: {init.value} can't be applied to fused experts"):

@@ -1,4 +1,4 @@
-"""An adapter of anybody's is what plain PEFT makes of it, can be switched off, trains on, and goes back as it came."""
+"""Anyone's adapter loads as in plain PEFT, can be disabled, continues to train, and is written back as it was read."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def config_of(**values: Any) -> LoraConfig:
 
 @pytest.fixture(scope="module")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain adapter. Nothing changes it."""
+    """A plain adapter, which no test changes."""
     return save(on_plain(llama, config_of()), tmp_path_factory.mktemp("adapter"))
 
 
@@ -82,12 +82,12 @@ def model_of(loaded: LoadedModel) -> PeftModel:
 
 
 def by_peft(checkpoint: Path, adapter: Path, rows: int | None = None) -> torch.Tensor:
-    """Return the logits that plain PEFT gives."""
+    """Return the logits of plain PEFT."""
     base = plain(checkpoint)
     if rows is not None:
         base.resize_token_embeddings(rows, mean_resizing=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of keys that it does not know
+        warnings.simplefilter("ignore")  # about keys that it does not know
         return logits(PeftModel.from_pretrained(base, adapter))
 
 
@@ -146,7 +146,7 @@ def test_two_adapters_in_one_file_are_refused(adapter: Path, tmp_path: Path) -> 
     assert "holds more than one adapter: one, two" in refused(changed(adapter, tmp_path / "x", doubled), ModelError)
 
 
-# ---- what a file holds of the base
+# ---- base weights in a file
 
 HELD: dict[str, tuple[dict[str, Any], int | None, bool]] = {
     "embedding and head": ({}, None, True),
@@ -160,17 +160,17 @@ HELD: dict[str, tuple[dict[str, Any], int | None, bool]] = {
 
 
 def written_with_ends(base: Path, place: Path, kind: str) -> tuple[Path, int | None]:
-    """Return an adapter whose file holds ends that are not the base's, and the rows of its vocabulary."""
-    values, rows, beside = HELD[kind]
+    """Return an adapter whose file holds an embedding or head unlike the base's, and the rows of its vocabulary."""
+    values, rows, saves_ends = HELD[kind]
     model = plain(base)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(5)
-    if beside and "LoRA" not in kind:
+    if saves_ends and "LoRA" not in kind:
         for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             assert isinstance(weight, torch.Tensor)
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-    save(adapted(model, config_of(**values)), place, save_embedding_layers=beside)
+    save(adapted(model, config_of(**values)), place, save_embedding_layers=saves_ends)
     file = place / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | KEPT_CONFIG))
     return place, rows
@@ -178,7 +178,7 @@ def written_with_ends(base: Path, place: Path, kind: str) -> tuple[Path, int | N
 
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("base", ["llama", "tied"])
-def test_what_a_file_holds_of_the_base_is_there_with_the_adapter_and_only_then_and_goes_back_to_a_file(
+def test_base_weights_in_a_file_are_used_only_with_the_adapter_and_are_written_back(
     base: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     checkpoint: Path = request.getfixturevalue(base)
@@ -208,7 +208,7 @@ def logits_of(model: PeftModel) -> torch.Tensor:
     return logits_of_merged(model)
 
 
-def test_an_extended_vocabulary_is_extended_without_a_tokenizer_too_with_a_note(llama: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_is_extended_with_a_note_even_without_a_tokenizer(llama: Path, tmp_path: Path) -> None:
     adapter, _ = written_with_ends(llama, tmp_path / "adapter", "grown to a multiple of 64")
     loaded = ours(adapter)
     grown = f"the embedding was extended from {ROWS:,} to {ROWS + 64:,} rows"
@@ -219,7 +219,7 @@ def test_an_extended_vocabulary_is_extended_without_a_tokenizer_too_with_a_note(
 def test_base_weights_in_an_adapters_file_replace_those_of_the_base(
     llama: Path, adapter: Path, method: str, tmp_path: Path
 ) -> None:
-    """A norm, and a linear layer that may be stored quantized here."""
+    """A norm, and a linear layer that may be stored quantized."""
     names = ("model.norm.weight", "model.layers.0.self_attn.o_proj.weight")
     values = {name: 0.5 + torch.rand(plain(llama).get_parameter(name).shape) for name in names}
     other = changed(
@@ -231,8 +231,8 @@ def test_base_weights_in_an_adapters_file_replace_those_of_the_base(
     assert all(torch.equal(merged.tensors[name], value) for name, value in values.items())
     model = model_of(ours(other, quantization__method=method))
     assert isinstance(switched_parameters_in(model), SwitchedParameters)
-    found = dict(model.get_base_model().named_parameters())
-    assert all(torch.equal(found[name], value) for name, value in values.items())
+    parameters = dict(model.get_base_model().named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in values.items())
     with model.disable_adapter():
         without = logits(model)
     assert torch.equal(without, logits(ours(llama, quantization__method=method).model))
@@ -241,7 +241,7 @@ def test_base_weights_in_an_adapters_file_replace_those_of_the_base(
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("method", ["none", "nf4"])
-def test_biases_that_were_trained_are_switched_and_train_on(
+def test_trained_biases_are_switched_and_continue_to_train(
     qwen2: Path, bias: str, method: str, tmp_path: Path
 ) -> None:
     adapter = save(on_plain(qwen2, config_of(bias=bias)), tmp_path / "adapter")
@@ -264,7 +264,7 @@ def test_biases_that_were_trained_are_switched_and_train_on(
     assert torch.equal(logits(again), logits(on))
 
 
-def test_a_checkpoint_puts_back_what_it_holds_of_the_base(llama: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_restores_the_base_weights_that_it_holds(llama: Path, tmp_path: Path) -> None:
     adapter, _ = written_with_ends(llama, tmp_path / "adapter", "embedding and head")
     model = model_of(ours(adapter, trains=True))
     before = {key: value.clone() for key, value in adapter_state(model).items()}
@@ -280,7 +280,7 @@ def test_a_checkpoint_puts_back_what_it_holds_of_the_base(llama: Path, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["embedding and head", "a grown vocabulary", "grown, rows trained"])
-def test_an_end_that_is_lost_on_writing_is_found(llama: Path, kind: str, tmp_path: Path) -> None:
+def test_an_embedding_or_head_lost_on_writing_is_found(llama: Path, kind: str, tmp_path: Path) -> None:
     adapter, _ = written_with_ends(llama, tmp_path / "adapter", kind)
     loaded = ours(adapter, trains=True)
     model = model_of(loaded)
@@ -343,7 +343,7 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ON_TOWERS)
-def test_targets_on_the_whole_model_are_those_of_its_decoder_and_go_back_as_they_came(
+def test_targets_on_the_whole_model_are_those_of_its_decoder_and_are_written_back_unchanged(
     gemma3: Path, kind: str, tmp_path: Path
 ) -> None:
     config = config_of(base_model_name_or_path=str(gemma3), **ON_TOWERS[kind])
@@ -358,7 +358,7 @@ def test_targets_on_the_whole_model_are_those_of_its_decoder_and_go_back_as_they
     save_adapter(on, tmp_path / "on")
     assert torch.equal(logits(ours(tmp_path / "on").model), wanted)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of towers, on which a list of names has adapters that do nothing
+        warnings.simplefilter("ignore")  # about towers, on which a list of names has adapters without an effect
         theirs = PeftModel.from_pretrained(load_full(gemma3, "gemma3"), tmp_path / "on")
     assert torch.equal(logits(theirs), wanted)
     restore_adapter(on, tmp_path / "on")
@@ -371,9 +371,7 @@ def test_targets_on_the_whole_model_are_those_of_its_decoder_and_go_back_as_they
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_values_of_an_adapter_that_are_no_numbers_are_named(
-    adapter: Path, value: float, pickled: bool, tmp_path: Path
-) -> None:
+def test_nan_or_infinity_in_an_adapter_is_named(adapter: Path, value: float, pickled: bool, tmp_path: Path) -> None:
     def damaged(state: State) -> State:
         state[next(key for key in state if "lora_B" in key)][0, 0] = value
         return state
@@ -390,7 +388,7 @@ def test_values_of_an_adapter_that_are_no_numbers_are_named(
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 @pytest.mark.parametrize("pickled", [False, True])
-def test_values_of_a_dtype_that_adapters_are_not_computed_in_are_named(
+def test_an_unsupported_dtype_of_an_adapter_is_named(
     adapter: Path, dtype: torch.dtype, pickled: bool, tmp_path: Path
 ) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -405,7 +403,7 @@ def test_values_of_a_dtype_that_adapters_are_not_computed_in_are_named(
 
 
 @pytest.mark.parametrize("kind", ["adapter", "base"])
-def test_keys_that_are_no_names_are_refused(llama: Path, adapter: Path, kind: str, tmp_path: Path) -> None:
+def test_keys_that_are_not_names_are_refused(llama: Path, adapter: Path, kind: str, tmp_path: Path) -> None:
     other = shutil.copytree({"adapter": adapter, "base": llama}[kind], tmp_path / "other")
     before, after = {
         "adapter": (ADAPTER_WEIGHTS, "adapter_model.bin"),
@@ -436,12 +434,12 @@ def test_names_in_a_config_that_match_nothing_are_reported_with_the_key(
     file.write_text(json.dumps({**json.loads(file.read_text()), key: BEYOND[key][0]}))
     message = not_merged(other) if merges else refused(other, ModelError)
     assert key in message
-    if not (merges and key == "layer_replication"):  # which can't be merged anyway
+    if not (merges and key == "layer_replication"):  # an adapter with it can't be merged anyway
         assert str(file) in message
         assert BEYOND[key][1] in message
 
 
-def test_modules_that_a_config_would_import_are_ignored_with_a_note(
+def test_modules_for_a_config_to_import_are_ignored_with_a_note(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
@@ -463,9 +461,7 @@ OF_THE_CONFIG: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("key", OF_THE_CONFIG)
-def test_a_fault_of_the_config_itself_is_not_taken_for_one_of_the_base(
-    adapter: Path, key: str, tmp_path: Path
-) -> None:
+def test_a_fault_of_the_config_is_not_mistaken_for_one_of_the_base(adapter: Path, key: str, tmp_path: Path) -> None:
     other = shutil.copytree(adapter, tmp_path / "other")
     file = other / ADAPTER_CONFIG
     content = {**json.loads(file.read_text()), key: OF_THE_CONFIG[key][0]}
@@ -480,7 +476,7 @@ def test_a_fault_of_the_config_itself_is_not_taken_for_one_of_the_base(
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
-def test_values_of_a_base_that_are_no_numbers_are_named(llama: Path, name: str, method: str, tmp_path: Path) -> None:
+def test_nan_or_infinity_in_a_base_is_named(llama: Path, name: str, method: str, tmp_path: Path) -> None:
     base = shutil.copytree(llama, tmp_path / "base")
     state = load_file(base / "model.safetensors")
     state[name].view(-1)[3] = float("nan")
@@ -501,10 +497,10 @@ def test_values_that_overflow_fp16_are_reported_as_such(llama: Path) -> None:
     check_finite(source, checkpoint, base, plain(llama, torch.float16))
 
 
-def test_an_adapter_that_chooses_among_others_is_refused_alike(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_chooses_among_others_is_refused_by_loading_and_merging(adapter: Path, tmp_path: Path) -> None:
     place = changed(adapter, tmp_path / "arrow", lambda state: state)
     file = place / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"arrow_config": {"top_k": 2}}))
-    said = f"the adapter in {place} can't be used: it chooses among other adapters, token by token (arrow_config), "
-    assert said in refused(place, ModelError)
-    assert said in not_merged(place)
+    message = f"the adapter in {place} can't be used: it chooses among other adapters, token by token (arrow_config), "
+    assert message in refused(place, ModelError)
+    assert message in not_merged(place)

@@ -1,4 +1,4 @@
-"""LoRA on quantized experts: it trains, leaves nothing behind, and works in plain PEFT on the 16-bit base."""
+"""LoRA on quantized experts: it trains, leaves no parametrizations, and works in plain PEFT on the 16-bit base."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def loss_of(model: PeftModel) -> torch.Tensor:
 
 
 def train(model: PeftModel, num_steps: int, learning_rate: float = 5e-3) -> list[float]:
-    """Return the losses before each step and after the last, having checked that nothing piles up."""
+    """Return the losses before each step and after the last; check that no parametrizations pile up."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     model.train()
     losses = []
@@ -71,7 +71,7 @@ def train(model: PeftModel, num_steps: int, learning_rate: float = 5e-3) -> list
     return [*losses, loss_of(model).item()]
 
 
-def test_every_stacked_weight_gets_an_adapter_that_trains_and_is_taken_off_after_each_step(base: LoadedModel) -> None:
+def test_every_stacked_weight_gets_an_adapter_that_trains_and_is_removed_after_each_step(base: LoadedModel) -> None:
     model, _ = attach_adapter(base.base, ON_EXPERTS)
     wrappers = expert_wrappers(model)
     assert wrappers.keys() == set(base.layout.experts)
@@ -94,10 +94,10 @@ def with_peft_alone(base: LoadedModel) -> PeftModel:
     return get_peft_model(base.base, config)
 
 
-# Three faults of PEFT 0.21.2 that `expert_lora` avoids: when one of these tests fails, PEFT has mended it.
+# Three faults of PEFT 0.21.2 that `expert_lora` avoids: when one of these tests fails, PEFT has fixed it.
 
 
-def test_by_peft_alone_every_pass_leaves_one_more_parametrization(qwen3_moe: Path) -> None:
+def test_peft_alone_leaves_one_more_parametrization_after_each_pass(qwen3_moe: Path) -> None:
     model = with_peft_alone(load(qwen3_moe))
     lengths = []
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_by_peft_alone_every_pass_leaves_one_more_parametrization(qwen3_moe: Pat
 
 
 @pytest.mark.filterwarnings("ignore:Could not find any LoRA parametrization:UserWarning")
-def test_by_peft_alone_only_one_of_two_weights_of_a_module_trains(qwen3_moe: Path) -> None:
+def test_peft_alone_trains_only_one_of_two_weights_of_a_module(qwen3_moe: Path) -> None:
     model = with_peft_alone(load(qwen3_moe))
     loss_of(model).backward()  # type: ignore[no-untyped-call]
     trained = {
@@ -119,7 +119,7 @@ def test_by_peft_alone_only_one_of_two_weights_of_a_module_trains(qwen3_moe: Pat
     assert trained == {"gate_up_proj"}
 
 
-def test_by_peft_alone_wrappers_are_nested_otherwise_than_on_an_unquantized_base(qwen3_moe: Path) -> None:
+def test_peft_alone_nests_wrappers_differently_than_on_an_unquantized_base(qwen3_moe: Path) -> None:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=8, target_modules=["q_proj"], target_parameters=names)
     nested = [
@@ -135,25 +135,25 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# In transformers 5.2x by another name; 5.17 knows only this one.
+# transformers 5.2x renames it; 5.17 knows only this name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradients_with_and_without_checkpointing_are_equal(base: LoadedModel) -> None:
     model, _ = attach_adapter(base.base, ON_EXPERTS)
     train(model, 1)  # so that B is not zero, and A has gradients too
-    kept, num_forwards = counted_gradients(model)
+    without, num_forwards = counted_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    again, num_forwards_again = counted_gradients(model)
+    with_checkpointing, num_forwards_again = counted_gradients(model)
     assert num_forwards_again == 2 * num_forwards > 0  # it did recompute
-    assert kept.keys() == again.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
-    assert all(kept[name].abs().max() > 0 for name in kept if ".experts." in name)
+    assert without.keys() == with_checkpointing.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(without[name], with_checkpointing[name]) for name in without)
+    assert all(without[name].abs().max() > 0 for name in without if ".experts." in name)
     assert {len(chain) for chain in parametrized(model).values()} == {1}
     assert torch.nn.utils.parametrize._cache == {}
 
 
 def counted_gradients(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the gradients, and how many forward passes of an adapter on experts they took."""
+    """Return the gradients, and the number of forward passes of expert adapters that they took."""
     forward = ParamWrapper.forward
     calls = []
 
@@ -170,26 +170,26 @@ def counted_gradients(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def saved_adapter(base: LoadedModel, directory: Path) -> tuple[PeftModel, Path]:
-    """Train three steps; return the model and where its adapter was saved."""
+    """Train three steps; return the model and the directory of its adapter."""
     model, _ = attach_adapter(base.base, ON_EXPERTS)
     train(model, 3)
     save_adapter(model, directory)
     return model, directory
 
 
-def test_in_plain_peft_on_the_dequantized_weights_logits_and_gradients_are_the_same(
+def test_logits_and_gradients_are_the_same_in_plain_peft_on_the_dequantized_weights(
     base: LoadedModel, checkpoint: Path, tmp_path: Path
 ) -> None:
     model, adapter = saved_adapter(base, tmp_path)
     other = PeftModel.from_pretrained(dequantized(checkpoint, base), adapter, is_trainable=True)
     assert type(next(iter(expert_wrappers(other).values()))) is ParamWrapper  # PEFT's own
     assert torch.equal(logits(other, IDS), logits(model, IDS))
-    expected, found = gradients(other), gradients(model)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = gradients(other), gradients(model)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_in_plain_peft_on_the_unquantized_base_the_adapter_does_the_same_but_for_the_quantization(
+def test_the_adapter_does_the_same_in_plain_peft_on_the_unquantized_base_but_for_the_quantization(
     base: LoadedModel, checkpoint: Path, tmp_path: Path
 ) -> None:
     untrained = logits(base.base, IDS)
@@ -207,7 +207,7 @@ def test_the_adapter_loads_again_on_a_fresh_quantized_base(
     assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
-def test_an_adapter_that_was_trained_by_plain_peft_loads_on_a_quantized_base(qwen3_moe: Path, tmp_path: Path) -> None:
+def test_an_adapter_trained_by_plain_peft_loads_on_a_quantized_base(qwen3_moe: Path, tmp_path: Path) -> None:
     base = load(qwen3_moe)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]  # ends of names, as users write them
     config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"], target_parameters=names)
@@ -222,8 +222,8 @@ def test_an_adapter_that_was_trained_by_plain_peft_loads_on_a_quantized_base(qwe
     assert torch.equal(logits(ours, IDS), logits(theirs, IDS))
 
 
-def test_where_only_one_of_two_weights_is_quantized_the_halves_are_not_swapped(tmp_path: Path) -> None:
-    """Rows of 32 are kept in 16 bit on a CPU: those of down, not those of gate and up."""
+def test_halves_are_not_swapped_if_only_one_of_two_weights_is_quantized(tmp_path: Path) -> None:
+    """On a CPU, weights with rows of 32 stay in 16 bit: that of down, not that of gate and up."""
     checkpoint = save_model(tmp_path / "base", "qwen3_moe", vocab_size=ROWS, moe_intermediate_size=32)
     base = load(checkpoint)
     assert {name.rpartition(".")[2] for name in base.layout.experts} == {"gate_up_proj"}
@@ -234,7 +234,7 @@ def test_where_only_one_of_two_weights_is_quantized_the_halves_are_not_swapped(t
     torch.testing.assert_close(logits(other, IDS), logits(model, IDS), rtol=1e-5, atol=1e-6)
 
 
-def test_half_an_adapter_is_refused_instead_of_loaded(qwen3_moe: Path, tmp_path: Path) -> None:
+def test_half_an_adapter_is_refused_rather_than_loaded(qwen3_moe: Path, tmp_path: Path) -> None:
     _, adapter = saved_adapter(load(qwen3_moe), tmp_path)
     tensors = load_file(adapter / "adapter_model.safetensors")
     del tensors[next(name for name in tensors if "layers.1.self_attn.q_proj.lora_B" in name)]

@@ -1,4 +1,4 @@
-"""Of a model that sees more than text, the text decoder alone: the same logits on text, without the towers."""
+"""The text decoder alone of a model with other modalities: the same logits on text, without the towers."""
 
 import os
 import re
@@ -36,7 +36,7 @@ DECODERS = {
     "smolvlm": ("LlamaForCausalLM", "llama"),
     "llama4": ("Llama4ForCausalLM", "llama4_text"),
 }
-# Where decoder and head have been in checkpoints, over the versions of transformers that wrote them.
+# The prefixes of decoder and head in checkpoints of different versions of transformers.
 INNER = ("language_model.model.", "language_model.lm_head.")
 OUTER = ("model.language_model.", "lm_head.")
 BARE = ("model.", "lm_head.")
@@ -59,11 +59,11 @@ def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(family: str, checkpoint: Path) -> PreTrainedModel:
-    """The whole model by plain transformers. Nothing changes it."""
+    """The whole model by plain transformers, which no test changes."""
     return load_full(checkpoint, family)
 
 
-def test_the_models_are_those_whose_decoders_are_named_here() -> None:
+def test_the_decoder_of_every_family_is_named_here() -> None:
     assert FULL_MODELS.keys() == DECODERS.keys()
 
 
@@ -92,9 +92,9 @@ def test_quantized_logits_are_those_of_the_whole_model_with_its_decoder_dequanti
     reference = load_full(checkpoint, family)
     by_end = {re.sub(r"^.*(language|text)_model\.(model\.)?", "", n): n for n, _ in reference.named_parameters()}
     round_trip_weights(reference, [by_end[name.removeprefix("model.")] for name in quantized])
-    found = logits(loaded.base, IDS)
-    assert torch.equal(found, logits(reference, IDS))
-    assert not torch.equal(found, logits(full, IDS))
+    decoder_logits = logits(loaded.base, IDS)
+    assert torch.equal(decoder_logits, logits(reference, IDS))
+    assert not torch.equal(decoder_logits, logits(full, IDS))
 
 
 def test_an_adapter_trains_on_the_decoder(checkpoint: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_adapter_trains_on_the_decoder(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("written_by", "place"), PLACES)
-def test_wherever_a_checkpoint_has_the_decoder_it_is_the_same_model(
+def test_the_decoder_is_the_same_model_under_any_prefix(
     written_by: str, place: tuple[str, str], tmp_path: Path
 ) -> None:
     checkpoint = save_full(tmp_path, written_by)
@@ -120,14 +120,14 @@ def test_wherever_a_checkpoint_has_the_decoder_it_is_the_same_model(
     names: list[str] = []
 
     def moved(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found = {}
+        renamed = {}
         for key, tensor in weights.items():
             is_tower = re.search("vis|projector|merger|image|mlp1", key)
             decoder = re.sub(r"^(language_model\.model|model\.language_model|model)\.", lambda _: place[0], key)
             name = key if is_tower else re.sub(r"^(language_model\.)?lm_head\.", lambda _: place[1], decoder)
-            found[name] = tensor
+            renamed[name] = tensor
             names.append(name)
-        return found
+        return renamed
 
     rewrite(checkpoint, moved)
     assert f"{place[0]}layers.0.mlp.up_proj.weight" in names
@@ -136,19 +136,19 @@ def test_wherever_a_checkpoint_has_the_decoder_it_is_the_same_model(
 
 def test_a_weight_that_belongs_to_no_tower_is_an_error(family: str, tmp_path: Path) -> None:
     damaged = rewrite(save_full(tmp_path, family), lambda weights: {**weights, "model.extra.weight": torch.ones(2)})
-    said = refused(damaged, ModelError)
-    assert "holds weights that its config.json does not describe: model.extra.weight (in model.safetensors)" in said
+    message = refused(damaged, ModelError)
+    assert "holds weights that its config.json does not describe: model.extra.weight (in model.safetensors)" in message
 
 
-def test_a_weight_of_the_decoder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_weight_of_the_decoder_is_an_error(tmp_path: Path) -> None:
     key = "language_model.model.layers.1.mlp.up_proj.weight"
 
     def without(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert weights.pop(key) is not None
         return weights
 
-    said = refused(rewrite(save_full(tmp_path, "gemma3"), without), ModelError)
-    assert "model.layers.1.mlp.up_proj.weight missing" in said
+    message = refused(rewrite(save_full(tmp_path, "gemma3"), without), ModelError)
+    assert "model.layers.1.mlp.up_proj.weight missing" in message
 
 
 LOAD_WITHOUT_IMAGE_LIBRARIES = """

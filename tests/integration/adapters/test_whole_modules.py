@@ -1,4 +1,4 @@
-"""`lora.modules_to_save`: modules that train whole beside an adapter, in fp32, and come back as they were."""
+"""`lora.modules_to_save`: modules that train whole next to an adapter, in fp32, and load again unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tied"), vocab_size=ROWS, tie_word_embeddings=True)
 
 
-def said(checkpoint: Path, *names: str, new_token_ids: tuple[int, ...] = (), flags: Any = None, **lora: object) -> str:
-    """Return message and hint of the error that these modules are refused with."""
+def refusal_of(
+    checkpoint: Path, *names: str, new_token_ids: tuple[int, ...] = (), flags: Any = None, **lora: object
+) -> str:
+    """Return message and hint of the error that refuses these modules."""
     base = load(checkpoint, **(flags or {})).base
     with pytest.raises(ModelError) as caught:
         attach_adapter(base, settings_of(modules_to_save=names, **lora), new_token_ids)
@@ -43,7 +45,7 @@ def said(checkpoint: Path, *names: str, new_token_ids: tuple[int, ...] = (), fla
 
 
 def trained_whole(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Return what trains and is no matrix of LoRA."""
+    """Return the trainable parameters that are not LoRA matrices."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
 
 
@@ -55,7 +57,7 @@ NORMS = [f"model.layers.{index}.{name}_layernorm" for index in range(2) for name
     [
         (("lm_head",), ["lm_head"]),
         (("embed_tokens",), ["model.embed_tokens"]),
-        (("norm",), ["model.norm"]),  # and none of the others, whose names end so
+        (("norm",), ["model.norm"]),  # and none of the others whose names end in norm
         (("input_layernorm",), [NORMS[0], NORMS[2]]),
         (("layers.1.input_layernorm", "lm_head"), [NORMS[2], "lm_head"]),
     ],
@@ -87,9 +89,7 @@ def test_modules_are_found_by_their_names_trained_in_fp32_and_loaded_again(
 
 
 @pytest.mark.parametrize("names", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head"), ("norm", "lm_head")])
-def test_a_head_that_is_the_embedding_trains_as_one_with_it(
-    tied: Path, names: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_tied_head_trains_as_one_with_the_embedding(tied: Path, names: tuple[str, ...], tmp_path: Path) -> None:
     model = adapt(tied, settings_of(modules_to_save=names))
     base = model.get_base_model()
 
@@ -110,7 +110,7 @@ def test_a_head_that_is_the_embedding_trains_as_one_with_it(
     torch.testing.assert_close(logits(other, IDS), logits(model, IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_in_plain_peft_the_modules_are_the_same(llama: Path, tmp_path: Path) -> None:
+def test_the_modules_are_the_same_in_plain_peft(llama: Path, tmp_path: Path) -> None:
     model = adapt(llama, settings_of(modules_to_save=("lm_head", "norm")))
     train_steps(model, learning_rate=2e-3)
     save_adapter(model, tmp_path)
@@ -118,8 +118,8 @@ def test_in_plain_peft_the_modules_are_the_same(llama: Path, tmp_path: Path) -> 
     torch.testing.assert_close(logits(other, IDS), logits(model, IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_by_peft_alone_norm_would_be_every_norm(llama: Path) -> None:
-    """`find_whole_modules` avoids it: when this fails, PEFT goes by names."""
+def test_peft_alone_would_train_every_norm(llama: Path) -> None:
+    """`find_whole_modules` avoids this: when this test fails, PEFT matches whole names."""
     config = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["norm"])
     assert len(whole_modules(get_peft_model(load(llama).base, config))) == 5
 
@@ -128,7 +128,7 @@ def test_by_peft_alone_norm_would_be_every_norm(llama: Path) -> None:
 def test_the_head_trains_in_the_trainer_and_is_in_the_adapter_that_it_writes(
     llama: Path, rows: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """TRL computes the loss from the weight of the head itself, past its forward."""
+    """TRL computes the loss from the weight of the head itself and bypasses its forward."""
     names = ("lm_head", "norm")
     settings = train_settings(llama, rows, tmp_path / "run", model__dtype=dtype, lora__modules_to_save="lm_head,norm")
     train(settings, Recorder())
@@ -157,64 +157,68 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
     (weight,) = trained_whole(model).values()
     (expected,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, use_cache=False).loss, [weight])
     add_fused_lm_head(model.get_base_model())
-    (found,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, fused_lm_head=True).loss, [weight])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    (gradient,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, fused_lm_head=True).loss, [weight])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 # ---- refused
 
 
-def test_a_name_that_matches_nothing_is_refused_with_those_there_are(llama: Path) -> None:
-    told = said(llama, "classifier")
-    assert told.startswith("lora.modules_to_save: 'classifier' matches no module of the model | Its modules are")
-    assert "lm_head" in told
-    assert "'head' matches no module" in said(llama, "head")  # an end of a string is no end of a name
+def test_a_name_that_matches_nothing_is_refused_with_the_available_names(llama: Path) -> None:
+    message = refusal_of(llama, "classifier")
+    assert message.startswith("lora.modules_to_save: 'classifier' matches no module of the model | Its modules are")
+    assert "lm_head" in message
+    assert "'head' matches no module" in refusal_of(
+        llama, "head"
+    )  # names match by whole parts, not by the end of a string
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_what_is_stored_quantized_is_refused_and_trains_where_it_is_kept(llama: Path, method: str) -> None:
+def test_a_quantized_module_is_refused_and_trains_if_it_is_skipped(llama: Path, method: str) -> None:
     flags = {"quantization__method": method}
-    told = said(llama, "o_proj", flags=flags, target_modules=("q_proj",))
-    assert "o_proj is stored quantized, and codes can't be trained" in told
-    assert "--set quantization.skip_modules=o_proj" in told
-    assert "stored quantized" in said(llama, "self_attn", flags=flags)
+    message = refusal_of(llama, "o_proj", flags=flags, target_modules=("q_proj",))
+    assert "o_proj is stored quantized, and codes can't be trained" in message
+    assert "--set quantization.skip_modules=o_proj" in message
+    assert "stored quantized" in refusal_of(llama, "self_attn", flags=flags)
     lora = settings_of(modules_to_save=("o_proj",), target_modules=("q_proj",))
     model = adapt(llama, lora, quantization__skip_modules="o_proj", **flags)
     assert len(trained_whole(model)) == 2
 
 
-def test_what_gets_an_adapter_too_is_refused(llama: Path) -> None:
+def test_a_module_that_gets_an_adapter_too_is_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
-    told = said(llama, "mlp", flags=flags)
-    assert "model.layers.0.mlp would be trained whole, and model.layers.0.mlp.gate_proj has an adapter" in told
-    assert "q_proj would be trained whole" in said(llama, "q_proj", flags=flags)
+    message = refusal_of(llama, "mlp", flags=flags)
+    assert "model.layers.0.mlp would be trained whole, and model.layers.0.mlp.gate_proj has an adapter" in message
+    assert "q_proj would be trained whole" in refusal_of(llama, "q_proj", flags=flags)
     model = adapt(llama, settings_of(modules_to_save=("mlp",), target_modules=("q_proj",)), **flags)
     losses = train_steps(model, learning_rate=2e-3)
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_what_holds_rows_of_new_tokens_is_refused(llama: Path, tied: Path) -> None:
+def test_a_module_with_rows_of_new_tokens_is_refused(llama: Path, tied: Path) -> None:
     for checkpoint, name in ((llama, "embed_tokens"), (llama, "lm_head"), (tied, "embed_tokens"), (tied, "lm_head")):
-        assert "the rows of --new-tokens are in it" in said(checkpoint, name, new_token_ids=(5,))
+        assert "the rows of --new-tokens are in it" in refusal_of(checkpoint, name, new_token_ids=(5,))
     adapt(llama, settings_of(modules_to_save=("norm",)))
 
 
-def test_parts_containers_and_what_has_no_weights_are_refused(llama: Path) -> None:
+def test_parts_containers_and_modules_without_weights_are_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
-    told = said(llama, "mlp", "mlp.up_proj", flags=flags, target_modules=("q_proj",))
-    assert "model.layers.0.mlp.up_proj is a part of model.layers.0.mlp, which is trained whole" in told
-    assert "model.layers is a ModuleList" in said(llama, "layers", flags=flags)
-    assert "has nothing to train" in said(llama, "rotary_emb")
+    message = refusal_of(llama, "mlp", "mlp.up_proj", flags=flags, target_modules=("q_proj",))
+    assert "model.layers.0.mlp.up_proj is a part of model.layers.0.mlp, which is trained whole" in message
+    assert "model.layers is a ModuleList" in refusal_of(llama, "layers", flags=flags)
+    assert "has nothing to train" in refusal_of(llama, "rotary_emb")
 
 
 def test_an_embedding_in_host_memory_is_refused(llama: Path) -> None:
     base = load(llama).base
-    embedding_of(base).weight = torch.nn.Parameter(torch.empty(1, device="meta"))  # apart from the head, as on a GPU
+    embedding_of(base).weight = torch.nn.Parameter(
+        torch.empty(1, device="meta")
+    )  # separate from the head, as on a GPU
     with pytest.raises(ModelError, match="an embedding in host memory can't be trained whole"):
         attach_adapter(base, settings_of(modules_to_save=("embed_tokens",)))
 
 
 def test_a_tied_head_of_another_name_is_refused(tmp_path: Path) -> None:
     gpt2 = save_model(tmp_path, "gpt2", vocab_size=ROWS)
-    told = said(gpt2, "wte")
-    assert "lm_head and transformer.wte are tied, and PEFT would train them separately" in told
+    message = refusal_of(gpt2, "wte")
+    assert "lm_head and transformer.wte are tied, and PEFT would train them separately" in message
