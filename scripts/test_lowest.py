@@ -29,7 +29,7 @@ TESTS = (
     "tests/contract/test_seams.py",
     "tests/integration/memory/test_memory_before_training.py",
     "tests/integration/training/test_reference_step.py",
-    "tests/integration/training/test_resume.py::test_every_way_to_feed_and_to_adapt_goes_on_exactly[packed]",
+    "tests/integration/training/test_resume.py::test_every_way_to_feed_and_to_adapt_resumes_exactly[packed]",
     "tests/integration/merging/test_merge_runs.py::test_the_merged_model_is_the_one_that_was_trained[LoRA]",
 )
 

@@ -35,7 +35,7 @@ def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe(tmp_path_factory.mktemp("qwen3_moe"), "qwen3_moe")
 
 
-def refusal_of(checkpoint: Path, **lora: object) -> str:
+def refusal(checkpoint: Path, **lora: object) -> str:
     """Return message and hint of the error that refuses an adapter."""
     with pytest.raises(ModelError) as caught:
         attach_adapter(load(checkpoint).base, settings_of(**lora))
@@ -96,16 +96,14 @@ def test_patterns_apply_to_fused_experts_too(qwen3_moe: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 def test_a_key_without_an_effect_is_refused_with_the_available_names(llama: Path, setting: str) -> None:
-    message = refusal_of(llama, **{setting: {"c_attn": 4}})
+    message = refusal(llama, **{setting: {"c_attn": 4}})
     assert message.startswith(f"lora.{setting}: 'c_attn' matches no adapted layer | Adapted are down_proj, gate_proj")
-    assert "lm_head" in refusal_of(llama, **{setting: {"lm_head": 4}})
-    assert "'q_proj' matches no adapted layer" in refusal_of(
+    assert "lm_head" in refusal(llama, **{setting: {"lm_head": 4}})
+    assert "'q_proj' matches no adapted layer" in refusal(
         llama, target_modules=("k_proj",), **{setting: {"q_proj": 4}}
     )
-    assert "longer keys apply to all its layers" in refusal_of(
-        llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}}
-    )
-    assert "'.*proj' matches no" in refusal_of(llama, **{setting: {".*proj": 4}})
+    assert "longer keys apply to all its layers" in refusal(llama, **{setting: {"q_proj": 4, "self_attn.q_proj": 8}})
+    assert "'.*proj' matches no" in refusal(llama, **{setting: {".*proj": 4}})
 
 
 # ---- DoRA
@@ -165,7 +163,7 @@ def test_dora_on_an_8_bit_base_on_a_cpu_is_refused_because_peft_loses_its_scales
 
 
 def test_dora_on_fused_experts_is_refused(qwen3_moe: Path) -> None:
-    message = refusal_of(qwen3_moe, use_dora=True, target_parameters="all-experts")
+    message = refusal(qwen3_moe, use_dora=True, target_parameters="all-experts")
     assert "lora.use_dora: can't be applied to fused experts" in message
     assert "or lora.target_parameters out" in message
     assert len(lora_layers(adapt(qwen3_moe, settings_of(use_dora=True)))) == 8  # only the attention of its two layers

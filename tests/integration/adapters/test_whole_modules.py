@@ -34,7 +34,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("tied"), vocab_size=ROWS, tie_word_embeddings=True)
 
 
-def refusal_of(
+def refusal(
     checkpoint: Path, *names: str, new_token_ids: tuple[int, ...] = (), flags: Any = None, **lora: object
 ) -> str:
     """Return message and hint of the error that refuses these modules."""
@@ -165,21 +165,20 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
 
 
 def test_a_name_that_matches_nothing_is_refused_with_the_available_names(llama: Path) -> None:
-    message = refusal_of(llama, "classifier")
+    message = refusal(llama, "classifier")
     assert message.startswith("lora.modules_to_save: 'classifier' matches no module of the model | Its modules are")
     assert "lm_head" in message
-    assert "'head' matches no module" in refusal_of(
-        llama, "head"
-    )  # names match by whole parts, not by the end of a string
+    # Names match by whole parts, not by the end of a string.
+    assert "'head' matches no module" in refusal(llama, "head")
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_quantized_module_is_refused_and_trains_if_it_is_skipped(llama: Path, method: str) -> None:
     flags = {"quantization__method": method}
-    message = refusal_of(llama, "o_proj", flags=flags, target_modules=("q_proj",))
+    message = refusal(llama, "o_proj", flags=flags, target_modules=("q_proj",))
     assert "o_proj is stored quantized, and codes can't be trained" in message
     assert "--set quantization.skip_modules=o_proj" in message
-    assert "stored quantized" in refusal_of(llama, "self_attn", flags=flags)
+    assert "stored quantized" in refusal(llama, "self_attn", flags=flags)
     lora = settings_of(modules_to_save=("o_proj",), target_modules=("q_proj",))
     model = adapt(llama, lora, quantization__skip_modules="o_proj", **flags)
     assert len(trained_whole(model)) == 2
@@ -187,9 +186,9 @@ def test_a_quantized_module_is_refused_and_trains_if_it_is_skipped(llama: Path, 
 
 def test_a_module_that_gets_an_adapter_too_is_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
-    message = refusal_of(llama, "mlp", flags=flags)
+    message = refusal(llama, "mlp", flags=flags)
     assert "model.layers.0.mlp would be trained whole, and model.layers.0.mlp.gate_proj has an adapter" in message
-    assert "q_proj would be trained whole" in refusal_of(llama, "q_proj", flags=flags)
+    assert "q_proj would be trained whole" in refusal(llama, "q_proj", flags=flags)
     model = adapt(llama, settings_of(modules_to_save=("mlp",), target_modules=("q_proj",)), **flags)
     losses = train_steps(model, learning_rate=2e-3)
     assert losses[0] > losses[1] > losses[2]
@@ -197,16 +196,16 @@ def test_a_module_that_gets_an_adapter_too_is_refused(llama: Path) -> None:
 
 def test_a_module_with_rows_of_new_tokens_is_refused(llama: Path, tied: Path) -> None:
     for checkpoint, name in ((llama, "embed_tokens"), (llama, "lm_head"), (tied, "embed_tokens"), (tied, "lm_head")):
-        assert "the rows of --new-tokens are in it" in refusal_of(checkpoint, name, new_token_ids=(5,))
+        assert "the rows of --new-tokens are in it" in refusal(checkpoint, name, new_token_ids=(5,))
     adapt(llama, settings_of(modules_to_save=("norm",)))
 
 
 def test_parts_containers_and_modules_without_weights_are_refused(llama: Path) -> None:
     flags = {"quantization__method": "none"}
-    message = refusal_of(llama, "mlp", "mlp.up_proj", flags=flags, target_modules=("q_proj",))
+    message = refusal(llama, "mlp", "mlp.up_proj", flags=flags, target_modules=("q_proj",))
     assert "model.layers.0.mlp.up_proj is a part of model.layers.0.mlp, which is trained whole" in message
-    assert "model.layers is a ModuleList" in refusal_of(llama, "layers", flags=flags)
-    assert "has nothing to train" in refusal_of(llama, "rotary_emb")
+    assert "model.layers is a ModuleList" in refusal(llama, "layers", flags=flags)
+    assert "has nothing to train" in refusal(llama, "rotary_emb")
 
 
 def test_an_embedding_in_host_memory_is_refused(llama: Path) -> None:
@@ -220,5 +219,5 @@ def test_an_embedding_in_host_memory_is_refused(llama: Path) -> None:
 
 def test_a_tied_head_of_another_name_is_refused(tmp_path: Path) -> None:
     gpt2 = save_model(tmp_path, "gpt2", vocab_size=ROWS)
-    message = refusal_of(gpt2, "wte")
+    message = refusal(gpt2, "wte")
     assert "lm_head and transformer.wte are tied, and PEFT would train them separately" in message

@@ -63,16 +63,16 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 def ask(env: dict[str, str], *names: str, streaming: bool = False) -> list[dict[str, Any]]:
-    """Return of each name its commit and its rows as `[number, value]`, or the error."""
+    """Return for each name its commit and its rows as `[number, value]`, or the error."""
     asked = json.dumps({"names": names, "streaming": streaming})
     code, stdout, stderr = output_of([asked], {**os.environ, **env}, module="tests.integration.data.test_data_hub")
     assert code == 0, stderr
     return [json.loads(line) for line in stdout.splitlines()]
 
 
-def texts(found: dict[str, Any]) -> list[str]:
-    assert "error" not in found, found
-    return [value["text"] for _, value in found["rows"]]
+def texts(result: dict[str, Any]) -> list[str]:
+    assert "error" not in result, result
+    return [value["text"] for _, value in result["rows"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -90,14 +90,14 @@ def test_revision_config_and_split_of_the_name_are_read(env: dict[str, str], str
     assert texts(old) == ["old1", "old2"]
     assert texts(held_out) == ["v1", "v2", "v3"]
     assert texts(dev) == texts(second) == ["two1", "two2"]
-    assert [found["commit"] for found in (plain, old, second)] == [COMMIT, OLD_COMMIT, COMMIT]
+    assert [dataset["commit"] for dataset in (plain, old, second)] == [COMMIT, OLD_COMMIT, COMMIT]
     assert plain["files"] == ["owner/plain"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_nested_nulls_are_missing_keys_and_a_null_column_stays(env: dict[str, str], streaming: bool) -> None:
-    (found,) = ask(env, "owner/tools", streaming=streaming)
-    assert [value for _, value in found["rows"]] == TOOLS
+    (dataset,) = ask(env, "owner/tools", streaming=streaming)
+    assert [value for _, value in dataset["rows"]] == TOOLS
 
 
 def test_a_sample_keeps_the_numbers_and_order_of_its_rows(env: dict[str, str]) -> None:
@@ -147,11 +147,11 @@ REFUSALS = [
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_errors_name_the_available_configs_and_splits(env: dict[str, str], streaming: bool) -> None:
-    found = ask(env, *(name for name, *_ in REFUSALS), streaming=streaming)
-    assert [(name, refused["error"]) for (name, *_), refused in zip(REFUSALS, found, strict=True)] == [
+    errors = ask(env, *(name for name, *_ in REFUSALS), streaming=streaming)
+    assert [(name, refused["error"]) for (name, *_), refused in zip(REFUSALS, errors, strict=True)] == [
         (name, error) for name, error, *_ in REFUSALS
     ]
-    for (_, _, message, hint), refused in zip(REFUSALS, found, strict=True):
+    for (_, _, message, hint), refused in zip(REFUSALS, errors, strict=True):
         assert message in refused["message"]
         assert hint in refused["hint"]
 
@@ -190,10 +190,10 @@ def main() -> None:
             rows = list(read_rows(source, split="train", seed=3, streaming=asked["streaming"]))
             assert all(row.problem is None and row.line is None for row in rows)
             files = sorted({row.file for row in rows})
-            found = {"rows": [[row.number, row.value] for row in rows], "files": files, "commit": resolve_hub(source)}
+            result = {"rows": [[row.number, row.value] for row in rows], "files": files, "commit": resolve_hub(source)}
         except QloraError as error:
-            found = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
-        print(json.dumps(found))
+            result = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ limit = (used << 10) + (allowed << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 if sys.argv[4:] == ["whole"]:
     open(file, "rb").read()
-found = prepare_data(DataSettings(dataset=(file,), max_length=512, accept_lost=True), text, seed=0)
-print(json.dumps({"rows": found.train.report.rows, "last": found.train.dataset[-1]["input_ids"][-1]}))
+data = prepare_data(DataSettings(dataset=(file,), max_length=512, accept_lost=True), text, seed=0)
+print(json.dumps({"rows": data.train.report.rows, "last": data.train.dataset[-1]["input_ids"][-1]}))
 """
 
 
@@ -44,7 +44,7 @@ def test_a_file_larger_than_the_allowed_memory_is_prepared(base_model: Path, tmp
         while lines.tell() < FILE_MIB << 20:
             lines.write("".join(f'{{"input_ids": {beginning}, {(num_rows + i) % 3000}]}}\n' for i in range(1000)))
             num_rows += 1000
-    assert "MemoryError" in run(file, base_model, "whole").stderr  # the limit is one
+    assert "MemoryError" in run(file, base_model, "whole").stderr  # so the limit is effective
     done = run(file, base_model)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == {"rows": num_rows, "last": (num_rows - 1) % 3000}

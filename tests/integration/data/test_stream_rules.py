@@ -18,7 +18,7 @@ from tests.conftest import Recorder, write_jsonl
 from tests.support.chat_tokenizers import make_tokenizer
 
 TEXT = make_tokenizer("chatml")
-HEAD = 20  # rows that are looked at before a stream is read
+HEAD = 20  # rows that are checked before a stream is read
 Row = dict[str, Any]
 
 

@@ -68,7 +68,7 @@ def test_weights_of_streams_are_probabilities_whatever_their_sizes(tmp_path: Pat
     train = prepare_data(data, TEXT, seed=0).train
     assert f"each row of the stream is drawn at random: 30.0% {a}*0.3, 70.0% {b}*0.7" in train.notes
     assert not any("--mixing" in note for note in train.notes)
-    assert train.report.rows_trained == 204  # of what was looked at
+    assert train.report.rows_trained == 204  # of the rows that were checked
     assert train.stream is not None
     rows = decoded(take(train.stream, 2000))
     assert sum("apple" in row for row in rows) / len(rows) == pytest.approx(0.3, abs=0.04)

@@ -1,4 +1,4 @@
-"""What choices of the adapter change about a prediction; that real tensors agree, `test_memory_real_tensors` shows."""
+"""The effect of adapter settings on a prediction; `test_memory_real_tensors` shows that real tensors agree."""
 
 import json
 from functools import cache
@@ -39,7 +39,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def estimated(family: str, lora: dict[str, Any], *, whole: bool = False) -> tuple[Peaks, TracedRun]:
-    """Return what is predicted for a model of six layers."""
+    """Return the prediction for a model of six layers."""
     return _estimated(family, json.dumps(lora, sort_keys=True), whole)
 
 
@@ -106,8 +106,8 @@ def test_a_name_that_matches_nothing_is_refused_here_too() -> None:
         estimated("llama", {"modules_to_save": ("classifier",)})
 
 
-def test_an_adapter_that_trains_on_is_predicted_as_it_is(tmp_path: Path, rows: Path) -> None:
-    """Before its weights are read: by its adapter_config.json."""
+def test_an_adapter_that_continues_to_train_is_predicted_from_its_config(tmp_path: Path, rows: Path) -> None:
+    """From its adapter_config.json, before its weights are read."""
     base = save_model(tmp_path / "base", max_position_embeddings=256)
     sizes = []
     adapters: dict[str, dict[str, Any]] = {

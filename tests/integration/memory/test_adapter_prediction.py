@@ -1,4 +1,4 @@
-"""What training on from an adapter takes is predicted by that adapter's own config and shapes."""
+"""The memory of continuing to train an adapter is predicted from that adapter's own config and shapes."""
 
 import json
 import shutil
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Answer every question anew, and keep it in a place of its own."""
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Use a prediction cache of its own, which is empty, for each test."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
 
@@ -96,7 +96,7 @@ def predicted(model: Path, **lora: object) -> MemoryReport:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_many_parameters_are_predicted_to_train_as_do(kind: str, tmp_path: Path) -> None:
+def test_the_predicted_number_of_trained_parameters_is_the_real_one(kind: str, tmp_path: Path) -> None:
     adapter = adapter_of(kind, tmp_path)
     settings, silent = asked_load(adapter, model__dtype="bf16", quantization__method="nf4"), SilentReporter()
     loaded = load_planned(plan_load(settings, silent), silent, trains_adapter=True)
@@ -113,7 +113,7 @@ def test_as_many_parameters_are_predicted_to_train_as_do(kind: str, tmp_path: Pa
         assert (report.settings["rank"], report.settings["target-modules"]) == ("3", "down_proj,q_proj")
 
 
-def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for_change(tmp_path: Path) -> None:
+def test_an_adapter_is_predicted_like_a_new_one_and_its_config_can_not_be_changed(tmp_path: Path) -> None:
     adapter = adapter_of("another rank", tmp_path)
     of_new = predicted(tmp_path / "base", rank=3, target_modules="q_proj,down_proj")
     assert predicted(adapter).predicted == of_new.predicted == predicted(adapter, rank=3).predicted
@@ -129,7 +129,7 @@ def test_an_adapter_is_what_a_new_one_of_its_config_is_and_its_config_is_not_for
 @pytest.mark.parametrize(
     "kind", ["modules trained whole", "a model with towers", "towers, by end", "towers, rank by pattern"]
 )
-def test_without_weights_that_have_a_header_the_config_alone_says_it(kind: str, tmp_path: Path) -> None:
+def test_the_config_alone_is_used_without_weights_that_have_a_header(kind: str, tmp_path: Path) -> None:
     adapter = adapter_of(kind, tmp_path)
     whole = predicted(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
@@ -166,8 +166,8 @@ def test_the_adapter_is_part_of_the_key_of_a_cached_prediction(tmp_path: Path) -
     assert prediction_cache.load("none of them") is None
 
 
-def test_a_run_that_trained_an_adapter_on_is_predicted_by_its_adapter(rows: Path, tmp_path: Path) -> None:
-    """Its targets are a pattern, which no settings can say."""
+def test_a_run_that_continued_an_adapter_is_predicted_by_its_adapter(rows: Path, tmp_path: Path) -> None:
+    """Its targets are a pattern, which no settings can express."""
     adapter = adapter_of("a pattern", tmp_path)
     settings = train_settings(adapter, rows, tmp_path / "run", training__max_steps=1, training__learning_rate=0.01)
     trained = train(settings, Recorder())
@@ -206,12 +206,12 @@ def test_an_adapter_with_rows_for_new_tokens_is_predicted_as_its_tokenizer_says(
     for model in (first.adapter, first.output, on.adapter, on.output):
         assert predicted(model).num_trainable_parameters == num_trained
     assert predicted(first.adapter).num_parameters == loaded.inventory.num_parameters
-    (first.adapter / "adapter_model.safetensors").unlink()  # as on the hub, of which the config alone is read
+    (first.adapter / "adapter_model.safetensors").unlink()  # as on the hub, from where only the config is read
     (first.adapter / "tokenizer.json").unlink()
     assert predicted(first.adapter).num_trainable_parameters == num_trained
 
 
-def test_an_adapter_without_a_tensor_is_as_wrong_as_training_it_on_finds_it(tmp_path: Path) -> None:
+def test_an_adapter_that_lacks_a_tensor_is_refused_as_by_training(tmp_path: Path) -> None:
     adapter = adapter_of("another rank", tmp_path)
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="lacks 8 of its weights") as caught:

@@ -1,4 +1,4 @@
-"""`qlora inspect-memory` from end to end: where a model may come from, what is never touched, and known answers."""
+"""`qlora inspect-memory` end to end: sources of a model, what is never read, and cached answers."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def alone(tmp_path: Path) -> dict[str, str]:
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what does not depend on how a model was named, nor on time."""
+    """Return the figures, which depend neither on the name of a model nor on time."""
     return {key: value for key, value in result.items() if key not in {"model", "assumptions", "estimate_seconds"}}
 
 
@@ -85,7 +85,7 @@ def test_an_adapter_on_the_hub_is_predicted_by_its_config(
     assert any("by its config alone" in assumption for assumption in done.json["assumptions"])
 
 
-def test_a_run_directory_answers_for_its_own_settings(
+def test_a_run_directory_is_predicted_with_its_own_settings(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
@@ -108,13 +108,13 @@ def test_a_run_directory_answers_for_its_own_settings(
     assert wider.json["settings"]["max-length"] == "64"
     of_adapter = run_qlora("inspect-memory", run / "adapter", *same, "--json", env=alone)
     own, asked = figures(of_adapter.json), figures(of_model.json)
-    # An adapter names the layers that it is on.
+    # The config of an adapter names its layers.
     assert own["settings"].pop("target-modules").count(",") == 6
     assert asked["settings"].pop("target-modules") == "all-linear"
     assert own == asked
 
 
-def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
+def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, alone: dict[str, str]
 ) -> None:
     base, run = shutil.copytree(base_model, tmp_path / "base"), tmp_path / "run"
@@ -124,7 +124,7 @@ def test_a_run_answers_as_its_record_says_but_trusts_nobody_by_it(
         *("--eval-split", "20%"),
     )
     assert trained.code == 0, trained.stderr
-    # Also of the adapter alone: it was trained on a base that was not quantized, and so it goes on.
+    # Also for the adapter alone: it was trained on an unquantized base, and continues on one.
     for name in (run, run / "adapter", *(run / "checkpoints").glob("step-*")):
         predicted = run_qlora("inspect-memory", name, *SHORT, "--json", env=alone)
         assert predicted.code == 0, predicted.stderr
@@ -150,7 +150,7 @@ def test_a_cached_prediction_is_the_same_and_needs_no_torch(
     run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
     first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
-    # Whoever imports torch now finds a module that ends the process.
+    # From here on, importing torch ends the process.
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(99)")
     trapped = {**alone, "PYTHONPATH": str(tmp_path / "trap")}
@@ -158,10 +158,10 @@ def test_a_cached_prediction_is_the_same_and_needs_no_torch(
     assert again.code == 0, again.stderr
     assert figures(again.json) == figures(first.json)
     other = run_qlora("inspect-memory", config, *SHORT, "--rank", "8", "--json", env=trapped)
-    assert other.code == 99  # another question is no known one
+    assert other.code == 99  # other settings are not in the cache
 
 
-def test_a_changed_config_is_another_question(run_qlora: RunQlora, config: Path, alone: dict[str, str]) -> None:
+def test_a_changed_config_is_predicted_again(run_qlora: RunQlora, config: Path, alone: dict[str, str]) -> None:
     first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
     content = json.loads((config / "config.json").read_text())
     (config / "config.json").write_text(json.dumps({**content, "intermediate_size": 2 * content["intermediate_size"]}))
@@ -177,11 +177,11 @@ def test_predictions_that_can_not_be_cached_or_read_are_computed(
         "inspect-memory", config, *SHORT, "--json", env={**alone, "QLORA_CACHE": str(tmp_path / "file")}
     )
     assert blocked.code == 0, blocked.stderr
-    kept = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    cached = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
     (answer,) = (tmp_path / "answers" / "memory").glob("*.json")
     answer.write_text("{")
-    mended = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
-    assert figures(mended.json) == figures(kept.json) == figures(blocked.json)
+    recomputed = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    assert figures(recomputed.json) == figures(cached.json) == figures(blocked.json)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_predictions_that_can_not_be_cached_or_read_are_computed(
         (("smollm2-135m", "--gpu", "auto"), "no NVIDIA GPU"),
     ],
 )
-def test_what_is_unknown_or_contradicts_itself_is_refused_with_exit_2(
+def test_unknown_or_contradictory_values_are_refused_with_exit_2(
     monkeypatch: pytest.MonkeyPatch, alone: dict[str, str], arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -215,7 +215,9 @@ def test_a_config_that_can_not_be_read_is_refused(tmp_path: Path, alone: dict[st
     assert "Traceback" not in done.stderr
 
 
-def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora, alone: dict[str, str]) -> None:
+def test_a_model_that_does_not_fit_ends_with_3_and_proposes_changes_that_fit(
+    run_qlora: RunQlora, alone: dict[str, str]
+) -> None:
     # Without checkpointing, all activations are saved: too much for 3 GiB. With it, they fit.
     asked = ("smollm2-135m", "--max-length", "4096", "--gradient-checkpointing", "off", "--gpu", "3GiB", "--json")
     done = run_qlora("inspect-memory", *asked, env=alone)
@@ -244,7 +246,7 @@ def test_what_does_not_fit_ends_with_3_and_changes_that_fit(run_qlora: RunQlora,
         ),
     ],
 )
-def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwise(
+def test_quantizing_a_prequantized_checkpoint_differently_is_never_proposed(
     tmp_path: Path, alone: dict[str, str], asked_for: tuple[str, ...], stored: dict[str, object], proposed: str
 ) -> None:
     known = find_in_catalogue("smollm2-135m")
@@ -267,7 +269,7 @@ def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwi
         (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
         done = CliRunner().invoke(app, ["inspect-memory", str(tmp_path), *small, *flags], env=alone)
         assert done.exit_code == 3, done.stderr
-        (nearest,) = json.loads(done.stdout)["suggestions"]  # of all that save something, since nothing fits
+        (nearest,) = json.loads(done.stdout)["suggestions"]  # the nearest of all that save memory, since nothing fits
         return str(nearest["flags"])
 
     assert proposed in suggested({}, *asked_for)
@@ -277,7 +279,7 @@ def test_a_checkpoint_that_is_quantized_already_is_never_to_be_quantized_otherwi
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
-    """Return the answer of a question, asked in this process."""
+    """Return the output of the command with `flags`, run in this process."""
     done = CliRunner().invoke(app, ["inspect-memory", str(config), *SHORT, *flags, "--json"], env=env)
     assert done.exit_code == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
@@ -319,17 +321,17 @@ def test_every_flag_changes_the_prediction(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "expected"),
     [
         ("torch_compile", "torch.compile is not traced"),
         ("use_liger_kernel", "Liger's kernels are not traced"),
         ("full_determinism", "the smaller workspaces of cuBLAS are counted"),
     ],
 )
-def test_the_report_notes_what_is_not_traced(config: Path, alone: dict[str, str], setting: str, said: str) -> None:
-    assert not any(said in line for line in asked(config, alone)["assumptions"])
+def test_the_report_notes_what_is_not_traced(config: Path, alone: dict[str, str], setting: str, expected: str) -> None:
+    assert not any(expected in line for line in asked(config, alone)["assumptions"])
     (line,) = [
-        line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if said in line
+        line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if expected in line
     ]
     assert line == line.strip()
 
@@ -349,7 +351,7 @@ def test_noise_on_embeddings_is_traced(config: Path) -> None:
     assert allocations[1] == allocations[0] + 2  # the noise, and the sum
 
 
-# Hidden and intermediate size, layers, heads of the first LLaMA models; parameters that train with rank 64; the card.
+# Hidden and intermediate size, layers, heads of the first LLaMA models; trained parameters with rank 64; the GPU.
 LLAMA = {
     "7b": (4096, 11008, 32, 32, 159_907_840, "24GiB"),
     "13b": (5120, 13824, 40, 40, 250_347_520, "24GiB"),
@@ -359,9 +361,7 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("size", LLAMA)
-def test_the_configs_of_the_paper_fit_the_card_that_they_name(
-    tmp_path: Path, alone: dict[str, str], size: str
-) -> None:
+def test_the_configs_of_the_paper_fit_the_gpu_that_they_name(tmp_path: Path, alone: dict[str, str], size: str) -> None:
     hidden, intermediate, layers, heads, num_trained, gpu = LLAMA[size]
     shapes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     model = LlamaConfig(**shapes, num_attention_heads=heads, vocab_size=32_000, architectures=["LlamaForCausalLM"])

@@ -1,7 +1,7 @@
-"""Predictions against public measurements of QLoRA steps on a T4, which no constant was fitted to.
+"""Predictions compared with public measurements of QLoRA steps on a T4, to which no constant was fitted.
 
-The bounds are those of issue 4. What is left of an error in what is reserved comes from the state of the allocator's
-pool after hundreds of loads and frees, which a replay of the same operations meets nearly, not exactly.
+The bounds are those of issue 4. The remaining error of reserved memory comes from the state of the allocator's
+pool after hundreds of allocations and frees, which a replay of the same operations meets nearly, not exactly.
 """
 
 import json
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def compared() -> list[Comparison]:
-    """Every row: predicted and measured."""
+    """The predicted and measured values of every row."""
     return [compare(row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
 
 
@@ -28,13 +28,13 @@ def test_there_are_rows(compared: list[Comparison]) -> None:
     assert len(compared) == len(json.loads(ROWS.read_text(encoding="utf-8"))) >= 20
 
 
-def test_what_is_allocated_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Comparison]) -> None:
+def test_allocated_memory_is_right_within_0_3_percent_on_average_and_1_at_worst(compared: list[Comparison]) -> None:
     percent = errors(compared, "allocated")
     assert statistics.mean(percent) <= 0.3
     assert max(percent) <= 1
 
 
-def test_what_is_reserved_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Comparison]) -> None:
+def test_reserved_memory_is_right_within_2_5_percent_on_average_and_8_at_worst(compared: list[Comparison]) -> None:
     percent = errors(compared, "reserved")
     assert statistics.mean(percent) <= 2.5
     assert max(percent) <= 8

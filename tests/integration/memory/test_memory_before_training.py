@@ -1,4 +1,4 @@
-"""`train` predicts before it reads weights: on a GPU, given here by what it would be, since there may be none."""
+"""On a GPU, `train` predicts before it reads weights; the GPU is given by its figures, since there may be none."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ LENGTH = 64
 
 
 def card(num_bytes: int) -> Gpu:
-    """Return a GPU with this much memory, none of it taken by a context."""
+    """Return a GPU with this much memory, none of it used by a context."""
     return replace(find_gpu("RTX 4090"), total_bytes=num_bytes, context_bytes=0, context_high_bytes=0)
 
 
@@ -86,7 +86,7 @@ def test_the_hint_names_flags_that_fit(settings: TrainSettings, load_plan: LoadP
     assert "--micro-batch-size" in str(caught.value.hint) or "--gradient-checkpointing" in str(caught.value.hint)
 
 
-def test_longer_rows_take_more(settings: TrainSettings, load_plan: LoadPlan) -> None:
+def test_longer_rows_take_more_memory(settings: TrainSettings, load_plan: LoadPlan) -> None:
     few, many = (
         check_memory(settings, load_plan, card(1 << 34), Recorder(), longest_row_tokens=length, force=False)
         for length in (16, 128)
@@ -96,7 +96,7 @@ def test_longer_rows_take_more(settings: TrainSettings, load_plan: LoadPlan) -> 
     assert few.predicted.allocated_bytes < many.predicted.allocated_bytes
 
 
-def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
+def test_a_prediction_leaves_no_state_that_loading_would_trip_over(
     settings: TrainSettings, load_plan: LoadPlan
 ) -> None:
     check_memory(settings, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
@@ -104,7 +104,7 @@ def test_a_prediction_leaves_nothing_behind_that_loading_trips_over(
     load_planned(load_plan, SilentReporter())
 
 
-def test_without_a_gpu_nothing_is_predicted(base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan) -> None:
+def test_nothing_is_predicted_without_a_gpu(base_model: Path, rows: Path, tmp_path: Path, load_plan: LoadPlan) -> None:
     if load_plan.device.type == "cuda":
         pytest.skip("a GPU is here")
     assert current_gpu(load_plan) is None

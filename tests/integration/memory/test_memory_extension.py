@@ -1,6 +1,6 @@
-"""A step through few layers, extended to all of a model's, is the step through all: to the byte, pass by pass.
+"""A step through few layers, extended to all layers of a model, is the step through all to the byte, pass by pass.
 
-Both go through the allocator, and what is allocated and reserved at the peak of each pass is compared. No tolerance.
+Both are replayed in the allocator; memory allocated and reserved at the peak of each pass is compared exactly.
 """
 
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ from tests.support.tracing import deep_config, meta_model_of, peaks, step_settin
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 A100, T4 = find_gpu("A100 40GB"), find_gpu("T4")
-# TracedRun whole, and why.
-WHOLE = {"zamba2": "its hybrid layers share the weights of one block, so no layer can be had without the others"}
-# Not trained with gradient checkpointing, which transformers has not written for them.
+# Families traced whole, and why.
+WHOLE = {"zamba2": "its hybrid layers share the weights of one block, so no layer can be traced without the others"}
+# Families without gradient checkpointing, which transformers does not implement for them.
 WITHOUT_CHECKPOINTING = {"ctrl", "jetmoe"}
-# Not predicted; why, as the error says.
+# Families that are not predicted, and why, as the error says.
 REFUSED = {
-    "dbrx": "what DbrxForCausalLM computes depends on values",  # its experts take the rows that `nonzero` finds
+    "dbrx": "what DbrxForCausalLM computes depends on values",  # its experts take the rows that `nonzero` returns
     "jetmoe": "what JetMoeForCausalLM computes depends on values",  # the numbers of rows of its experts, as a list
     "llama4_text": "TRL's loss does not find the layers of Llama4ForCausalLM",
 }
@@ -43,7 +43,7 @@ UNQUANTIZED = {"falcon"}  # the loader refuses it in 4 bit
 WITH_STATES = {"recurrent_gemma"}  # its layers keep a state from one pass to the next
 DENSE_FIRST = ("glm4_moe", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "laguna")
 HYBRID = [family for family, values in FAMILIES.items() if "layer_types" in values or "block_types" in values]
-# Kinds of layers that alternate, or come in a pattern: more of them are needed for one to stand for another.
+# Kinds of layers that alternate or follow a pattern: more of them are needed to represent all.
 DEPTHS = {"gemma3_text": 8, "nemotron_h": 9, **dict.fromkeys((*HYBRID, *DENSE_FIRST), 6)}
 EVERY = [family for family in FAMILIES if family not in REFUSED]
 # Plain, with sliding windows, and with experts.
@@ -56,7 +56,7 @@ THREE: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Spy:
-    """What the estimator recorded and extended."""
+    """Records what the estimator traced and extended."""
 
     extended: list[Passes] = field(default_factory=list)
     whole: list[Passes] = field(default_factory=list)
@@ -98,7 +98,7 @@ def estimate(family: str, *, whole: bool, gpu: Gpu = A100, **training: Any) -> P
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_few_layers_of_every_family_extend_to_what_all_of_them_take(family: str, spy: Spy) -> None:
+def test_few_layers_of_every_family_extend_to_the_memory_of_all(family: str, spy: Spy) -> None:
     few = estimate(family, whole=False)
     if family in WHOLE:
         assert spy.extended == []
@@ -128,7 +128,7 @@ def test_the_host_holds_the_inputs_of_all_layers_of_one_micro_batch(num_micro_ba
     assert traced.pinned_host_bytes == 7 * 4 * 1024 * config.hidden_size * 2
 
 
-def test_all_but_one_family_are_extended_and_the_one_shares_weights_between_layers() -> None:
+def test_all_families_are_extended_but_the_one_that_shares_weights_between_layers() -> None:
     assert set(WHOLE) == {family for family in FAMILIES if find_stack(shapes_of(family)) is None}
     assert len(FAMILIES) - len(WHOLE) >= 60
 
@@ -145,12 +145,12 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(family: str) -
 
 
 @pytest.mark.parametrize("family", sorted(WITHOUT_CHECKPOINTING))
-def test_checkpointing_is_refused_where_transformers_has_none(family: str) -> None:
+def test_checkpointing_is_refused_if_transformers_lacks_it(family: str) -> None:
     with pytest.raises(ModelError, match="does not support gradient checkpointing"):
         estimate(family, whole=False, gradient_checkpointing="on")
 
 
-# Changes to a step of one row of 64 tokens with checkpointing, and settings of the adapter.
+# Changes to a step of one row of 64 tokens with checkpointing, and to the settings of the adapter.
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "checkpointing off": ({"checkpointing": "off"}, {}),
     "checkpointing on the host": ({"checkpointing": "offload"}, {}),
@@ -225,7 +225,7 @@ def test_a_layer_in_16_bit_is_a_kind_of_its_own() -> None:
     assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings()).trace))
 
 
-def test_allocations_and_releases_that_do_not_match_are_an_error_and_not_a_guess() -> None:
+def test_allocations_and_releases_that_do_not_match_are_an_error_not_a_guess() -> None:
     meta_model = meta_model_of(deep_config("llama"), whole=False)
     assert meta_model.stack is not None
     trace = trace_step(meta_model, step_settings()).trace
@@ -235,7 +235,7 @@ def test_allocations_and_releases_that_do_not_match_are_an_error_and_not_a_guess
         extend(trace, meta_model.stack, meta_model.chosen)
 
 
-def test_the_estimator_traces_the_whole_where_extension_fails(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimator_traces_the_whole_model_if_extension_fails(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
     def uneven(*_: Any) -> Passes:
         raise UnevenError
 

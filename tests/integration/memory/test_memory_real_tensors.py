@@ -1,6 +1,6 @@
 """A trace on meta tensors equals one on real tensors on a CPU: every allocation and release, in order.
 
-In fp32 and without autocast, which is the CPU's own affair; with eager attention, or with PyTorch's composition of
+In fp32 without autocast, which differs on a CPU; with eager attention, or with PyTorch's composition of
 `scaled_dot_product_attention`: a CPU has other fused kernels than a GPU. Kernels of bitsandbytes are opaque on both.
 """
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-# Families, and what is changed about them.
+# Families, and changes to their configs.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "tied embeddings": ("llama", {"tie_word_embeddings": True}),
@@ -69,13 +69,13 @@ COPIED = ("linear attention", "padded rows", 2 * 20 * 8 * 4)
 
 @dataclass(frozen=True)
 class Pair:
-    """A model with real tensors, and the same on the meta device."""
+    """A model with real tensors, and the same model on the meta device."""
 
     real: MetaModel
     meta: MetaModel
 
     def traced(self, **changes: Any) -> tuple[TracedStep, TracedStep]:
-        """Return the same step of both."""
+        """Return the same step of both models."""
         steps = []
         for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
@@ -89,7 +89,7 @@ Make = Callable[..., Pair]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Load models, and build the same on the meta device; each once."""
+    """Return a function that loads models, and builds the same on the meta device, each once."""
     known: dict[str, Pair] = {}
 
     def make(name: str, lora: LoraSettings | None = None) -> Pair:
@@ -144,13 +144,13 @@ def test_every_allocation_and_release_is_that_of_real_tensors(pair: Make, model:
 
 @pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "padded rows"])
 @pytest.mark.parametrize("model", [name for name in MODELS if name not in ("plain", "experts", "sliding windows")])
-def test_every_kind_of_model_does_on_meta_what_it_does_for_real(pair: Make, model: str, step: str) -> None:
+def test_every_kind_of_model_allocates_on_meta_as_with_real_tensors(pair: Make, model: str, step: str) -> None:
     if (model, step) != COPIED[:2]:
         assert_same(*pair(model).traced(**STEPS[step]))
 
 
 def test_one_copy_of_gates_in_the_backward_pass_is_not_seen_on_meta(pair: Make) -> None:
-    """The strides of a gradient of `(batch, seq, 2 * heads)` are inferred otherwise; the copy is gone at once."""
+    """The strides of a gradient of `(batch, seq, 2 * heads)` are inferred differently; the copy is freed at once."""
     model, step, size = COPIED
     real, meta = (passes_of(traced.trace) for traced in pair(model).traced(**STEPS[step]))
     for name, events in event_sizes(real).items():
@@ -166,7 +166,7 @@ def _count_pairs(sizes: list[int], size: int) -> int:
 
 
 def _without_pairs(sizes: list[int], size: int) -> list[int]:
-    """Leave out what is allocate and dies at once."""
+    """Leave out what is allocated and freed at once."""
     remaining: list[int] = []
     for value in sizes:
         if value == -size and remaining and remaining[-1] == size:
@@ -273,10 +273,10 @@ def _is_tensor(value: object) -> bool:
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
+def test_layers_allocate_in_a_predicted_step_as_in_the_trainers_own(
     base_model: Path, rows: Path, tmp_path: Path, checkpointing: str
 ) -> None:
-    """One step of `qlora train` on a CPU, by TRL's trainer, and the same step predicted: inside the layers."""
+    """One step of `qlora train` on a CPU, by TRL's trainer, and the same step predicted, agree inside the layers."""
     settings = train_settings(
         base_model,
         rows,
@@ -289,9 +289,9 @@ def test_the_layers_of_a_predicted_step_do_what_they_do_in_the_trainers_own(
     directory = RunDirectory(tmp_path / "run")
     directory.create()
     trainer = Session(prepared, directory, Recorder(), StopSignal(Recorder())).trainer
-    trainer.remove_callback(RehearsalCallback)  # what is compared is the first pass
+    trainer.remove_callback(RehearsalCallback)  # the first pass is compared
     base = prepared.loaded.base
-    base.enable_input_require_grads()  # so that there is a gradient where the layers' backward pass ends
+    base.enable_input_require_grads()  # so that the layers' backward pass ends in a gradient
     stack = find_stack(base)
     assert stack is not None
     layers = base.get_submodule(stack.path)
@@ -336,7 +336,7 @@ def sizes_of(trace: MemoryTrace, segments: list[Segment]) -> list[int]:
 
 
 def _mark_layers(layers: torch.nn.Module, trace: MemoryTrace) -> list[int]:
-    """Mark where the layers begin and end in both passes; return what will hold the shape of the hidden states."""
+    """Mark where the layers begin and end in both passes; return a list to hold the shape of the hidden states."""
     shape: list[int] = []
     first, *_, last = layers.children()
 
@@ -364,7 +364,7 @@ def _on_gradient(tensor: torch.Tensor, act: Callable[[], None]) -> None:
 
 
 def _around(optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter]) -> MemoryTrace:
-    """Return what the first step of an optimizer takes from the memory of the CPU."""
+    """Return a trace of what the first step of an optimizer allocates on the CPU."""
     trace = MemoryTrace(Kernels((8, 0)), device_type="cpu")
     for parameter in trained:
         trace.ignore(parameter)

@@ -1,7 +1,7 @@
-"""Which settings a prediction of memory goes by: those whose field says so, and no others.
+"""Which settings a prediction of memory reads: those whose field says so, and no others.
 
-The keys of cached predictions have these settings, and `inspect-memory` takes their flags; one that is read without
-the mark would give another run's answer.
+The keys of cached predictions contain these settings, and `inspect-memory` takes their flags; one read without
+the mark would return the prediction of another run.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
-# They go into the config of the adapter that is attached: numbers that its updates are multiplied by.
+# Factors of updates, which only pass into the config of the adapter that is attached.
 SCALES = {"lora.alpha", "lora.alpha_pattern", "lora.use_rslora"}
 
 
@@ -27,7 +27,7 @@ def asked_of(base: Path, **values: str) -> Resolved[InspectMemorySettings]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Return the settings that are read from now on, as `section.key`."""
+    """Return a set to which settings read from now on are added, as `section.key`."""
     accessed: set[str] = set()
     names = {model: name for name, model in SECTIONS.items()}
     get = Section.__getattribute__
@@ -67,7 +67,7 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
 
 
-def test_the_key_of_a_cached_prediction_has_what_memory_depends_on_alone(base_model: Path) -> None:
+def test_the_key_of_a_cached_prediction_has_only_what_memory_depends_on(base_model: Path) -> None:
     def key(**values: str) -> str:
         return key_of(MemoryRequest(asked=asked_of(base_model, **values)), {"model_type": "llama"})
 

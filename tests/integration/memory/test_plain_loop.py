@@ -1,4 +1,4 @@
-"""The plain PEFT loop that `benchmarks/plain_loop.py` predicts, for public measurements to be compared with."""
+"""The plain PEFT loop that `benchmarks/plain_loop.py` predicts, to compare with public measurements."""
 
 from copy import deepcopy
 from typing import Any
@@ -39,7 +39,7 @@ def settings_of(**quantization: Any) -> EstimateSettings:
 
 
 @pytest.mark.parametrize("family", CHANGES)
-def test_few_layers_extend_to_what_all_of_them_take(family: str) -> None:
+def test_few_layers_extend_to_the_memory_of_all(family: str) -> None:
     config = deep_config(family, 6, **CHANGES[family])
     settings = step_settings(gradient_accumulation_steps=1, evaluates=False, is_autocast=False)
     traced = []
@@ -55,7 +55,7 @@ def test_few_layers_extend_to_what_all_of_them_take(family: str) -> None:
     assert peaks(extend(of_few, few.stack, few.chosen)) == peaks(passes_of(of_all))
 
 
-def test_what_is_not_quantized_is_in_fp32() -> None:
+def test_unquantized_weights_are_in_fp32() -> None:
     config, settings = deep_config("llama"), settings_of(method="nf4")
     facts = ModelFacts(name="llama", content=config.to_dict())
     ours = Estimator(facts, backend=SdpaBackend.EFFICIENT).estimate(settings, T4)

@@ -1,4 +1,4 @@
-"""What the headers of files can tell to be wrong is told before rows are tokenized or weights are read, at once."""
+"""Faults that the headers of files show are reported together, before rows are tokenized or weights are read."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(base_model: Path, tmp_path: Path) -> Path:
-    """A model whose weights have a header and nothing behind it that can be used: to read them is an error."""
+    """A model whose weights have a valid header and unusable data: reading them is an error."""
     copy = tmp_path / "model"
     shutil.copytree(base_model, copy)
     content = bytearray((copy / WEIGHTS).read_bytes())
@@ -42,9 +42,9 @@ def model(base_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def others(tmp_path: Path) -> Path:
+def unknown_format(tmp_path: Path) -> Path:
     """Rows of no known format."""
-    return write_jsonl(tmp_path / "others.jsonl", [{"ask": "a", "say": "b"}] * 3)
+    return write_jsonl(tmp_path / "unknown_format.jsonl", [{"ask": "a", "say": "b"}] * 3)
 
 
 def header_bytes(file: Path) -> int:
@@ -52,7 +52,7 @@ def header_bytes(file: Path) -> int:
 
 
 def refused(settings: Resolved[TrainSettings], cache: Path) -> QloraError:
-    """Return the error that a run ends with, which did nothing until then."""
+    """Return the error of a run that ends before it has done anything."""
     recorder = Recorder()
     with pytest.raises(QloraError) as caught:
         load_run(settle_run(settings, recorder), recorder)
@@ -64,7 +64,7 @@ def refused(settings: Resolved[TrainSettings], cache: Path) -> QloraError:
     return caught.value
 
 
-def test_the_weights_of_these_tests_can_not_be_read(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_weights_of_the_fixture_can_not_be_read(model: Path, rows: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     settled = settle_run(train_settings(model, rows, tmp_path / "run"), recorder)
     with pytest.raises(ModelError, match=r"finite|NaN|nan"):
@@ -77,9 +77,9 @@ def test_the_weights_of_these_tests_can_not_be_read(model: Path, rows: Path, tmp
         ("data.columns", "messages=mesages", "has no column 'mesages'"),
         ("data.columns", "mesages=messages", "no format has a part 'mesages'"),
         ("data.format", "alpaca", "has no column instruction, output"),
-        ("data.dataset", "{rows},{others}", "others.jsonl fit no known format"),
-        ("data.eval_dataset", "{others}", "others.jsonl fit no known format"),
-        ("data.eval_dataset", "{others}#2", "others.jsonl#2 fit no known format"),
+        ("data.dataset", "{rows},{unknown_format}", "unknown_format.jsonl fit no known format"),
+        ("data.eval_dataset", "{unknown_format}", "unknown_format.jsonl fit no known format"),
+        ("data.eval_dataset", "{unknown_format}#2", "unknown_format.jsonl#2 fit no known format"),
         ("data.eval_dataset", "{no_answers}", "no_answers.jsonl, row 2 .*is empty"),
         ("model.chat_template", "{template}", "chat template"),
         ("lora.target_modules", "q_proj,nothing", "'nothing' matches no linear layer"),
@@ -93,27 +93,27 @@ def test_the_weights_of_these_tests_can_not_be_read(model: Path, rows: Path, tmp
         ("output.max_checkpoints", "100000000", "would be written"),
     ],
 )
-def test_what_is_wrong_is_found_before_work(
-    model: Path, rows: Path, others: Path, cache: Path, tmp_path: Path, setting: str, value: str, message: str
+def test_faults_are_found_before_work(
+    model: Path, rows: Path, unknown_format: Path, cache: Path, tmp_path: Path, setting: str, value: str, message: str
 ) -> None:
     no_answers = [json.loads(rows.read_text().splitlines()[0]), {"messages": [{"role": "assistant", "content": ""}]}]
     places = {
         "rows": rows,
-        "others": others,
+        "unknown_format": unknown_format,
         "no_answers": write_jsonl(tmp_path / "no_answers.jsonl", no_answers),
         "template": tmp_path / "bad.jinja",
     }
     places["template"].write_text("{{ raise_exception('no') }}")
-    given: Any = value.format(**places)
+    values: Any = value.format(**places)
     if setting.endswith("dataset"):
-        given = given.split(",")
-    settings = train_settings(model, rows, tmp_path / "run", **{setting.replace(".", "__"): given})
+        values = values.split(",")
+    settings = train_settings(model, rows, tmp_path / "run", **{setting.replace(".", "__"): values})
     error = refused(settings, cache)
     assert not isinstance(error, SettingsError)
     assert re.search(message, str(error)), error
 
 
-def test_an_adapter_that_can_not_begin_as_asked_is_found_before_work(
+def test_an_impossible_initialization_is_found_before_work(
     model: Path, rows: Path, cache: Path, tmp_path: Path
 ) -> None:
     asked = {"quantization__method": "none", "lora__init_lora_weights": "pissa", "lora__rank": 4096}
@@ -121,13 +121,13 @@ def test_an_adapter_that_can_not_begin_as_asked_is_found_before_work(
 
 
 def test_all_problems_are_reported_together(
-    model: Path, rows: Path, others: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, rows: Path, unknown_format: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    held_out = shutil.copy(others, tmp_path / "held_out.jsonl")
+    held_out = shutil.copy(unknown_format, tmp_path / "held_out.jsonl")
     settings = train_settings(
-        model, rows, tmp_path / "run", data__dataset=[str(rows), str(others)], data__eval_dataset=str(held_out)
+        model, rows, tmp_path / "run", data__dataset=[str(rows), str(unknown_format)], data__eval_dataset=str(held_out)
     )
     error = refused(settings, cache)
     assert isinstance(error, SettingsError)
@@ -148,10 +148,10 @@ def test_a_name_that_matches_nothing_is_reported_with_the_columns_and_its_settin
 
 
 def test_problems_of_the_model_are_reported_with_those_of_the_data(
-    model: Path, others: Path, cache: Path, tmp_path: Path
+    model: Path, unknown_format: Path, cache: Path, tmp_path: Path
 ) -> None:
     (model / "tokenizer.json").write_text("{}")
-    error = refused(train_settings(model, others, tmp_path / "run"), cache)
+    error = refused(train_settings(model, unknown_format, tmp_path / "run"), cache)
     assert isinstance(error, SettingsError)
     assert [problem.where for problem in error.problems] == ["model.name", "data.dataset"]
 
@@ -161,14 +161,14 @@ def test_problems_of_the_model_are_reported_with_those_of_the_data(
     [
         (["--model", "./no"], ["--model", "--dataset"]),
         (["--eval-dataset", "no.jsonl"], ["--eval-dataset", "--dataset"]),
-        (["--output", "{others}"], ["--output", "--dataset"]),
+        (["--output", "{unknown_format}"], ["--output", "--dataset"]),
     ],
 )
 def test_a_wrong_name_is_reported_with_wrong_columns(
-    model: Path, others: Path, tmp_path: Path, flags: list[str], wrong: list[str]
+    model: Path, unknown_format: Path, tmp_path: Path, flags: list[str], wrong: list[str]
 ) -> None:
-    usual = {"--model": str(model), "--dataset": str(others), "--output": str(tmp_path / "run")}
-    usual |= {flags[0]: flags[1].format(others=others)}
+    usual = {"--model": str(model), "--dataset": str(unknown_format), "--output": str(tmp_path / "run")}
+    usual |= {flags[0]: flags[1].format(unknown_format=unknown_format)}
     done = CliRunner().invoke(app, ["train", *(part for pair in usual.items() for part in pair), "--json"])
     assert done.exit_code == 2
     assert [problem["where"] for problem in json.loads(done.stdout)["error"]["problems"]] == wrong
@@ -183,20 +183,18 @@ def test_a_wrong_name_is_reported_with_wrong_columns(
         (["evaluate", "./no", "--dataset", "no.jsonl", "--merged", "./none"], ["MODEL", "--merged", "--dataset"]),
     ],
 )
-def test_other_commands_tell_all_that_is_wrong_too(
-    others: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], wrong: list[str]
+def test_other_commands_report_all_faults_too(
+    unknown_format: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], wrong: list[str]
 ) -> None:
-    monkeypatch.setenv("PATH", "")  # where llama.cpp may be
-    given = [part.format(file=others) for part in arguments]
-    done = CliRunner().invoke(app, [*given, "--json"])
+    monkeypatch.setenv("PATH", "")  # llama.cpp may be on it
+    values = [part.format(file=unknown_format) for part in arguments]
+    done = CliRunner().invoke(app, [*values, "--json"])
     assert done.exit_code == 2
     error = json.loads(done.stdout)["error"]
     assert [problem["where"] for problem in error["problems"]] == wrong
 
 
-def test_weights_that_are_cut_short_are_found_by_their_header(
-    model: Path, rows: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_truncated_weights_are_found_by_their_header(model: Path, rows: Path, cache: Path, tmp_path: Path) -> None:
     with (model / WEIGHTS).open("rb+") as file:
         file.truncate(8 + header_bytes(model / WEIGHTS))
     assert isinstance(refused(train_settings(model, rows, tmp_path / "run"), cache), ModelError)
@@ -232,7 +230,7 @@ def test_a_download_that_does_not_fit_is_reported_with_other_problems_before_wor
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_held_out_data_on_the_hub_is_looked_at_before_what_is_trained_is_tokenized(
+def test_held_out_data_on_the_hub_is_checked_before_training_data_is_tokenized(
     run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], model: Path, rows: Path, cache: Path, tmp_path: Path
 ) -> None:
     hub.repos["owner/rows"] = Repo(commits={COMMIT: {"test.jsonl": b'{"ask": "a", "say": "b"}\n'}})

@@ -29,14 +29,14 @@ def blocks(language: str, page: Path = PAGE) -> list[str]:
 
 @dataclass
 class Job:
-    """A directory where the blocks of the page run as CI runs them; remembers which did."""
+    """A directory where the blocks of the page run as in CI; records which ones have run."""
 
     directory: Path
     environment: dict[str, str]
     ran: list[str] = field(default_factory=list)
 
     def start(self, block: str) -> subprocess.Popen[str]:
-        """Start a block with a closed stdin, as a step of a workflow is started; it has the process's number."""
+        """Start a block with a closed stdin, as a workflow starts a step; the process is the block's own shell."""
         self.ran.append(block)
         step = self.directory / "step.sh"
         step.write_text(block, encoding="utf-8")
@@ -62,7 +62,7 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """A checkout with data and settings, and what the page says is set."""
+    """A checkout with data and settings, and the variables that the page sets."""
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "configs").mkdir()
@@ -83,7 +83,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def interrupted(job: Job, train: str, metrics: Path) -> None:
-    """Run `train` until it has made a step, then stop it as a system stops a job."""
+    """Run `train` until it has made a step, then stop it as a cluster stops a job."""
     process = job.start(train)
     deadline = time.monotonic() + LONGEST_SECONDS
     while not (metrics.exists() and '"step_done"' in metrics.read_text(encoding="utf-8")):
@@ -96,7 +96,7 @@ def interrupted(job: Job, train: str, metrics: Path) -> None:
 
 
 def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
-    """Run the blocks that ask whether it fits and trains; a card that is too small ends them with exit code 3."""
+    """Run the blocks that check whether it fits and trains; a GPU that is too small ends them with exit code 3."""
     fit, tight, smoke = steps
     job.run(fit)
     job.run(tight)
@@ -109,8 +109,8 @@ def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
     assert json.loads(job.path("runs/17-smoke/run.json").read_text())["result"]["steps"] == 2
 
 
-def trains_on(job: Job, train: str) -> None:
-    """Run the same command until the run is done, and once more."""
+def resumes(job: Job, train: str) -> None:
+    """Run the same command until the run is done, and once again."""
     run = job.path("runs/17")
     interrupted(job, train, run / "metrics.jsonl")
     assert json.loads(job.path("result.json").read_text())["interrupted_by"] == "SIGTERM"
@@ -125,7 +125,7 @@ def trains_on(job: Job, train: str) -> None:
 
 
 def merged_is_what_was_trained(job: Job) -> None:
-    """The merged model answers as the quantized base and the adapter do together, in plain transformers and PEFT."""
+    """Check that the merged model answers as the quantized base with the adapter, in plain transformers and PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -146,7 +146,7 @@ def merged_is_what_was_trained(job: Job) -> None:
 
 
 def compares(job: Job, compare: str, keep: str) -> None:
-    """A run is as good as itself, and the job fails once the last good run is better."""
+    """Check that a run is as good as itself, and that the job fails once the last good run is better."""
     job.run(compare)
     held_out = json.loads(job.path("new.json").read_text())["best_loss"]
     assert 0 < held_out < 5
@@ -166,7 +166,7 @@ def test_every_command_of_the_page_does_what_it_says(job: Job) -> None:
     assert len(steps) == 7, "run what was added"
     fit, tight, smoke, train, merge, compare, keep = steps
     fits_and_trains(job, (fit, tight, smoke))
-    trains_on(job, train)
+    resumes(job, train)
     job.run(merge)
     merged_is_what_was_trained(job)
     compares(job, compare, keep)

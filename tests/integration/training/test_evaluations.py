@@ -1,4 +1,4 @@
-"""Evaluations during training: the best is kept, training is not changed by them, prompts are answered at each."""
+"""Evaluations during training: the best adapter is kept, training is unchanged, and each answers the prompts."""
 
 import json
 import math
@@ -28,12 +28,12 @@ def test_a_held_out_loss_that_is_not_finite_is_reported_and_never_the_best(
     prepared.model.get_input_embeddings().register_forward_hook(spoil)
     recorder = Recorder()
     result = run(prepared, recorder)
-    first, *others = evaluations(recorder)
+    first, *later = evaluations(recorder)
     assert math.isnan(first.loss)
     assert not first.is_best
-    assert others[0].is_best
+    assert later[0].is_best
     assert result.best_step != 1
-    assert result.best_eval_loss == min(event.loss for event in others)
+    assert result.best_eval_loss == min(event.loss for event in later)
     assert any("the held-out loss is nan" in e.message for e in recorder.events if isinstance(e, Noted))
 
 
@@ -66,7 +66,7 @@ def test_training_stops_early_and_the_best_adapter_is_kept(base_model: Path, row
     assert result.steps == best + 3 < 30
     assert (result.best_step, result.best_eval_loss) == (best, losses[best])
     assert [event.step for event in evaluations(recorder) if event.is_best][-1] == best
-    # The best one survives although only one is to be kept, and is what the adapter is.
+    # The best checkpoint survives although only one is to be kept, and the adapter is that of it.
     assert [path.name for path in result.checkpoints] == [f"step-{best}", f"step-{result.steps}"]
     name = "adapter_model.safetensors"
     assert (result.adapter / name).read_bytes() == (result.checkpoints[0] / name).read_bytes()

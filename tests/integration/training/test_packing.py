@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 ROWS = ([5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34], [41, 40])
 KERNELS = ("eager", "sdpa")
-# Positions that are counted over the whole row, a convolution or a state that runs through it: not without kernels
-# that are told where rows begin, which are not installed here.
+# Positions counted over the whole row, or a convolution or state that runs through it, would need kernels that take
+# the starts of rows, which are not installed here.
 REFUSED = {
     *("opt", "bloom", "falcon", "bamba", "falcon_h1", "mamba", "mamba2", "lfm2", "lfm2_moe", "qwen3_next"),
     *("qwen3_5_text", "recurrent_gemma", "jamba", "granitemoehybrid", "nemotron_h", "zamba2"),
@@ -75,7 +75,7 @@ def assert_packed_is_alone(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_may_be_packed_is_trained_as_if_alone(family: str, kernel: str) -> None:
+def test_rows_that_may_be_packed_train_as_if_alone(family: str, kernel: str) -> None:
     model = tiny_model(family)
     if kernel == "sdpa" and not model._supports_sdpa:
         pytest.skip("has no sdpa")
@@ -96,7 +96,7 @@ def test_every_row_is_in_one_packed_row_that_it_fits_into(lengths: list[int], ca
     assert sorted(row for places in bins for row in places) == list(range(len(lengths)))
     sums = [sum(lengths[row] for row in places) for places in bins]
     assert max(sums) <= capacity
-    # Best-fit decreasing: 11/9 of what is needed at least, and one (Johnson 1973).
+    # Best-fit decreasing needs at most 11/9 of the optimum, plus one (Johnson 1973).
     assert len(bins) <= 11 / 9 * -(-sum(lengths) // capacity) + 4 + sum(2 * length > capacity for length in lengths)
 
 
@@ -107,7 +107,7 @@ def test_the_fullest_row_that_fits_is_chosen() -> None:
 def test_a_step_on_packed_rows_has_the_loss_and_gradients_of_the_rows(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    found = []
+    steps = []
     for packing in (False, True):
         output = tmp_path / f"run-{packing}"
         settings = train_settings(
@@ -124,15 +124,17 @@ def test_a_step_on_packed_rows_has_the_loss_and_gradients_of_the_rows(
         prepared = prepare_run(settings, Recorder())
         if packing:
             assert prepared.plan.num_packed_rows == len(prepared.train_data.dataset) <= 4
-        found.append(gradients_of_first_step(prepared, output))
-    (loss, gradients), (other_loss, other_gradients) = found
+        steps.append(gradients_of_first_step(prepared, output))
+    (loss, gradients), (other_loss, other_gradients) = steps
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_packed_run_says_how_full_its_rows_are_and_evaluates(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_packed_run_reports_how_full_its_rows_are_and_evaluates(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
     settings = train_settings(
         base_model,
         rows,

@@ -1,4 +1,4 @@
-"""`qlora train` and the positions of a model: rows are cut there and it is said, or stretched when asked."""
+"""`qlora train` and the positions of a model: longer rows are truncated with a note, or positions are stretched."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def long_rows(tmp_path: Path) -> Path:
-    """Rows of far more than 128 tokens."""
+    """Rows of many more than 128 tokens."""
     words = "os.path.join(a, b) returns a path " * 40
     return write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Say: ", "completion": words}] * 4)
 
@@ -56,7 +56,7 @@ def test_without_a_length_rows_are_truncated_at_the_positions_with_a_note(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["data"]["max_length"] == POSITIONS
 
 
-def test_a_length_beyond_the_positions_names_the_flag_with_which_it_trains(
+def test_the_error_of_a_length_beyond_the_positions_names_the_flag_that_permits_it(
     model: Path, long_rows: Path, tmp_path: Path
 ) -> None:
     code, stderr = train(model, long_rows, tmp_path / "run", "--max-length", "128")
@@ -72,7 +72,7 @@ def test_a_length_beyond_the_positions_names_the_flag_with_which_it_trains(
 
 
 @pytest.mark.parametrize("scaling", ["linear:2", "yarn:2", "dynamic:2"])
-def test_a_run_on_stretched_positions_loads_stretched_to_the_same_logits(
+def test_a_run_on_stretched_positions_loads_with_them_to_the_same_logits(
     model: Path, long_rows: Path, tmp_path: Path, scaling: str
 ) -> None:
     flags = {"model__rope_scaling": scaling, "data__max_length": 128, "data__accept_lost": True}
@@ -84,14 +84,14 @@ def test_a_run_on_stretched_positions_loads_stretched_to_the_same_logits(
     assert again.settings.model.rope_scaling == scaling
     assert torch.equal(logits(again.model, IDS), expected)
     assert torch.equal(logits(load(output / "adapter").model, IDS), expected)
-    alone = shutil.copytree(output / "adapter", tmp_path / "alone")  # taken out of its run, it does not know
+    alone = shutil.copytree(
+        output / "adapter", tmp_path / "alone"
+    )  # outside its run, the adapter does not know its positions
     assert not torch.equal(logits(load(alone).model, IDS), expected)
     assert torch.equal(logits(load(alone, model__rope_scaling=scaling).model, IDS), expected)
 
 
-def test_a_run_trains_on_with_the_positions_that_it_was_stretched_to(
-    model: Path, long_rows: Path, tmp_path: Path
-) -> None:
+def test_a_run_continues_to_train_with_its_stretched_positions(model: Path, long_rows: Path, tmp_path: Path) -> None:
     flags: dict[str, object] = {"data__max_length": 128, "data__accept_lost": True, "training__max_steps": 1}
     first = train_settings(model, long_rows, tmp_path / "one", model__rope_scaling="yarn:2", **flags)
     run(prepare_run(first, Recorder()), Recorder())

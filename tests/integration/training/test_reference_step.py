@@ -1,4 +1,4 @@
-"""What `qlora train` computes is what the reference training step of the documentation does, and stays as it was."""
+"""`qlora train` computes what the reference training step in the documentation does, and what it did before."""
 
 import importlib.util
 from itertools import islice
@@ -57,7 +57,7 @@ def test_the_reference_training_step_has_the_settings_of_the_demonstration(refer
     assert written == DEMO_SETTINGS
 
 
-def test_the_losses_are_those_that_were_recorded_with_these_versions(losses: list[float]) -> None:
+def test_the_losses_are_those_recorded_with_these_versions(losses: list[float]) -> None:
     recorded = golden_losses()
     if recorded is None:
         pytest.skip(

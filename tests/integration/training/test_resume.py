@@ -1,4 +1,4 @@
-"""A run that is killed, and started again by the same command, ends as if nothing had happened."""
+"""A run that is killed and started again by the same command ends as if nothing had happened."""
 
 import json
 import math
@@ -31,13 +31,13 @@ from tests.support.training_process import SignalAt, start_training
 NUM_KILLS = 10
 
 
-def kill_and_go_on(
+def kill_and_resume(
     settings: Resolved[TrainSettings], chance: random.Random, log: Path, most_kills: int
 ) -> tuple[int, int]:
     """Start a run again and again, killing it at random points until it is done or was killed `most_kills` times.
 
     Return the kills, and those inside a write. Each start gets some seconds of the CPU, so that it comes as far on a
-    busy machine, or is killed as it touches the files of a checkpoint for the so many-th time.
+    busy machine, or is killed at a random one of its writes to the files of a checkpoint.
     """
     checkpoints = settings.settings.output.directory / "checkpoints"
     kills = inside = 0
@@ -60,14 +60,14 @@ def kill_and_go_on(
         inside += any(checkpoints.glob(".step-*.saving"))
 
 
-def test_killed_anywhere_it_ends_as_if_nothing_had_happened(
+def test_a_run_killed_at_any_time_ends_as_if_nothing_had_happened(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path
 ) -> None:
     chance = random.Random(0)  # noqa: S311 - no secret
     kills = inside = round_ = 0
     while kills < NUM_KILLS or inside < 1:
         run = tmp_path / f"killed-{round_}"
-        more, more_inside = kill_and_go_on(
+        more, more_inside = kill_and_resume(
             train_settings(base_model, rows, run, **EXACT),
             chance,
             tmp_path / f"log-{round_}",
@@ -76,7 +76,7 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_happened(
         kills, inside, round_ = kills + more, inside + more_inside, round_ + 1
         assert_same(run, whole)
     print(f"{kills} kills, {inside} of them inside of a checkpoint's write, in {round_} runs")
-    # And nothing is left lying about.
+    # No temporary files are left.
     names = {path.name for path in run.iterdir()}
     assert names - {"run.lock"} == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-12", "step-13"]
@@ -87,7 +87,7 @@ def notes_of(recorder: Recorder) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit"])
-def test_8_bit_states_are_taken_up_again(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
+def test_8_bit_states_are_restored(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
     changed = {**EXACT, "training__optimizer": optimizer, "training__max_steps": 6}
     train(train_settings(base_model, rows, tmp_path / "whole", **changed), Copier(tmp_path / "whole", 3))
     place_killed(tmp_path / "whole", 3, tmp_path / "run")
@@ -107,7 +107,7 @@ def test_8_bit_states_are_taken_up_again(base_model: Path, rows: Path, tmp_path:
     ],
     ids=["packed", "grouped", "streamed", "pissa", "dora-loraplus", "new-tokens"],
 )
-def test_every_way_to_feed_and_to_adapt_goes_on_exactly(
+def test_every_way_to_feed_and_to_adapt_resumes_exactly(
     base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     settings = {**EXACT, "training__max_steps": 5, **changed}
@@ -118,7 +118,7 @@ def test_every_way_to_feed_and_to_adapt_goes_on_exactly(
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])
-def test_the_speed_that_is_shown_later_is_that_of_the_result(
+def test_the_speed_shown_later_is_that_of_the_result(
     base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
@@ -128,7 +128,7 @@ def test_the_speed_that_is_shown_later_is_that_of_the_result(
     assert read_run(tmp_path / "run").summary.tokens_per_second == pytest.approx(result.tokens_per_second)
 
 
-def test_it_says_where_it_goes_on(base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt) -> None:
+def test_the_step_it_resumes_from_is_noted(base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
     kill_at(5)
     recorder = Recorder()
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     assert_same(tmp_path / "run", whole)
 
 
-def test_no_good_checkpoint_is_an_error_not_a_new_start(
+def test_no_valid_checkpoint_is_an_error_not_a_restart(
     base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
@@ -176,7 +176,7 @@ def test_settings_that_may_change_are_listed_and_take_effect(
     for name, before, now in (("save_steps", 1, 4), ("eval_steps", 4, 6), ("logging_steps", 2, 1)):
         assert f"changed since: training.{name}: {before} before, {now} now" in notes_of(recorder)
     saved = [event.step for event in recorder.events if isinstance(event, CheckpointSaved)]
-    assert {8, 12, 13} <= set(saved) <= {6, 8, 12, 13}  # 6 is one if its evaluation was the best
+    assert {8, 12, 13} <= set(saved) <= {6, 8, 12, 13}  # 6 is among them if its evaluation was the best
     assert [event.step for event in recorder.events if isinstance(event, StepDone)] == list(range(5, 14))
 
 
@@ -202,7 +202,7 @@ def test_the_micro_batch_may_change_if_the_batch_does_not(
         ({"training__optimizer": "adamw_8bit"}, "training.optimizer"),
     ],
 )
-def test_settings_that_would_make_the_result_a_lie_are_refused(
+def test_settings_that_would_falsify_the_result_are_refused(
     base_model: Path,
     rows: Path,
     tmp_path: Path,
@@ -220,7 +220,7 @@ def test_settings_that_would_make_the_result_a_lie_are_refused(
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
-def test_other_rows_are_refused_and_the_same_under_another_name_are_not(
+def test_other_rows_are_refused_but_not_the_same_rows_under_another_name(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     kill_at(4)
@@ -251,7 +251,7 @@ def test_a_run_that_is_done_is_not_trained_again(base_model: Path, rows: Path, w
     assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
-def test_never_refuses_a_directory_that_holds_a_run(
+def test_a_directory_with_a_run_is_refused_if_resume_is_never(
     base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
     kill_at(2)
@@ -266,14 +266,14 @@ def test_a_run_without_a_checkpoint_restarts(base_model: Path, rows: Path, tmp_p
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "step_done", "st')  # as it was killed
+        file.write('{"event": "step_done", "st')  # the process was killed in the middle of a line
     recorder = Recorder()
     train(train_settings(base_model, rows, tmp_path / "run", **EXACT), recorder)
     assert any("restarts at the first step" in note for note in notes_of(recorder))
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_checkpoint_that_holds_no_numbers_is_named_before_a_weight_is_read(
+def test_a_checkpoint_with_nan_is_named_before_a_weight_is_read(
     base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
@@ -308,7 +308,7 @@ def test_checkpoints_hold_no_pickle_of_classes(whole: Path) -> None:
     )
 
 
-def test_damaged_checkpoints_do_not_outlive_good_ones(
+def test_damaged_checkpoints_are_deleted_before_valid_ones(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     one = {**EXACT, "output__max_checkpoints": 1}
@@ -377,7 +377,7 @@ def test_a_record_that_can_not_be_read_is_reported(
         train(settings, Recorder())
 
 
-def test_a_record_of_an_older_version_goes_on(
+def test_a_run_of_an_older_version_resumes(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
@@ -392,7 +392,7 @@ def test_a_record_of_an_older_version_goes_on(
     assert_same(tmp_path / "run", whole)
 
 
-def test_samples_at_the_end_are_made_up_for(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_missing_samples_at_the_end_are_generated_on_resume(base_model: Path, rows: Path, tmp_path: Path) -> None:
     sampled = {
         **EXACT,
         "data__eval_split": None,

@@ -1,4 +1,4 @@
-"""A run goes on in another directory, from a checkpoint or a run that is named, as it would have where it was."""
+"""A run resumes in another directory, from a named checkpoint or run, exactly as it would in its own."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.support.killed_runs import (
 )
 
 
-def test_a_checkpoint_can_be_named_and_goes_on_elsewhere(
+def test_a_named_checkpoint_resumes_in_another_directory(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path
 ) -> None:
     stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
@@ -38,7 +38,7 @@ def test_a_checkpoint_can_be_named_and_goes_on_elsewhere(
         train(train_settings(base_model, rows, tmp_path / "new", **EXACT, output__resume=str(tmp_path)), Recorder())
 
 
-def test_a_named_checkpoint_goes_on_elsewhere_also_when_that_is_killed(
+def test_a_named_checkpoint_resumes_in_another_directory_even_after_a_kill(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path
 ) -> None:
     stopped_at(train_settings(base_model, rows, tmp_path / "run", **EXACT, output__max_checkpoints=9), 6)
@@ -48,19 +48,19 @@ def test_a_named_checkpoint_goes_on_elsewhere_also_when_that_is_killed(
     with pytest.raises(Killed):
         train(settings, KilledEarly())  # before the new run has a checkpoint of its own
     shutil.rmtree(tmp_path / "run")
-    assert train(settings, Recorder()).resumed_from_step == 5  # the same command: from what was copied
+    assert train(settings, Recorder()).resumed_from_step == 5  # the same command resumes from the copy
     assert_same(tmp_path / "other", whole)
 
 
 class KilledEarly(Recorder):
-    """Leaves as a killed process would, before the first step of a run that goes on."""
+    """Leaves as a killed process would, before the first step of a resumed run."""
 
     def report(self, event: object) -> None:
         if isinstance(event, TrainingResumed):
             raise Killed
 
 
-def test_a_run_that_is_named_goes_on_elsewhere_by_the_same_command_and_in_a_third_place(
+def test_a_named_run_resumes_in_another_directory_by_the_same_command_and_in_a_third_one(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     run, other, third = (tmp_path / name for name in ("run", "other", "third"))
@@ -83,7 +83,7 @@ def test_a_run_that_is_named_goes_on_elsewhere_by_the_same_command_and_in_a_thir
     ]
 
 
-def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
+def test_a_run_without_a_checkpoint_is_not_resumed_in_another_directory(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
@@ -93,12 +93,12 @@ def test_a_run_without_a_checkpoint_is_not_gone_on_with_elsewhere(
         train(settings, Recorder())
 
 
-def test_the_best_checkpoint_comes_along(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_copied(base_model: Path, rows: Path, tmp_path: Path) -> None:
     best = {**EXACT, "training__load_best_model_at_end": True, "training__learning_rate": 0.02}
     train(train_settings(base_model, rows, tmp_path / "whole", **best), Copier(tmp_path / "whole", 7))
     place_killed(tmp_path / "whole", 7, tmp_path / "run")
-    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert "step-4" in kept  # that of the first evaluation, beyond the newest two
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "step-4" in names  # the checkpoint of the first evaluation is kept in addition to the newest two
     checkpoint = str(tmp_path / "run" / "checkpoints" / "step-7")
     settings = train_settings(base_model, rows, tmp_path / "other", **best, output__resume=checkpoint)
     train(settings, Recorder())

@@ -1,4 +1,4 @@
-"""A sealed checkpoint of values that a run never saved: going on from it is an error that names the file."""
+"""A sealed checkpoint with values that no run saves: resuming from it is an error that names the file."""
 
 import shutil
 from collections.abc import Callable
@@ -20,7 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Stopped(BaseException):
-    """As if the process had been killed."""
+    """Passes every handler, as if the process had been killed."""
 
 
 class Killer(Recorder):
@@ -49,8 +49,8 @@ def stopped(base_model: Path, rows_of_run: Path, tmp_path_factory: pytest.TempPa
 
 def first(state: Any) -> dict[str, Any]:
     """Return the state of the first weight."""
-    found: dict[str, Any] = state["state"][0]
-    return found
+    moments: dict[str, Any] = state["state"][0]
+    return moments
 
 
 CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
@@ -58,7 +58,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "moments that are missing": ("optimizer.pt", lambda state: first(state).pop("exp_avg")),
     "moments that are a number": ("optimizer.pt", lambda state: first(state).update(exp_avg=1.0)),
     "too few weights": ("optimizer.pt", lambda state: state["param_groups"][0]["params"].pop()),
-    "a group less": ("optimizer.pt", lambda state: state["param_groups"].pop()),
+    "a missing group": ("optimizer.pt", lambda state: state["param_groups"].pop()),
     "betas that are text": ("optimizer.pt", lambda state: state["param_groups"][0].update(betas="x")),
     "no eps": ("optimizer.pt", lambda state: state["param_groups"][0].pop("eps")),
     "rates of too few groups": ("scheduler.pt", lambda state: state.update(base_lrs=[])),
@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_sealed_checkpoint_of_other_values_is_refused_with_exit_2_and_its_name(
+def test_a_sealed_checkpoint_with_invalid_values_is_refused_with_exit_2_and_its_name(
     base_model: Path, rows_of_run: Path, stopped: Path, tmp_path: Path, what: str
 ) -> None:
     name, change = CHANGES[what]

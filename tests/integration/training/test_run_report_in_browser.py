@@ -1,4 +1,4 @@
-"""`report.html` in a real browser: what it complains of, how wide it gets, and that curves and labels are seen."""
+"""`report.html` in a real browser: its errors, its width, and whether curves and labels are visible."""
 
 import re
 from html import escape
@@ -48,7 +48,7 @@ FACTS = """<script>addEventListener("load", () => {
 
 @pytest.fixture(scope="module", autouse=True)
 def _pages_without_charts() -> None:
-    """Draw them, unlike the tests of runs."""
+    """Draw charts, unlike the tests of runs."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def facts_in_a_frame(browser: Browser, width: int) -> dict[str, Any]:
 
 
 def overlap(one: list[float], other: list[float]) -> bool:
-    """Whether two boxes of left, top, right and bottom share more than an edge."""
+    """Return whether two boxes of left, top, right and bottom share more than an edge."""
     return min(one[2], other[2]) - max(one[0], other[0]) > 0.5 and min(one[3], other[3]) - max(one[1], other[1]) > 0.5
 
 
@@ -103,7 +103,7 @@ def test_a_wide_window_shows_two_charts_in_a_row(browser: Browser) -> None:
     assert facts["columns"] == 2
     plots = [chart["plot"] for chart in facts["charts"]]
     for one, other in ((1, 2), (3, 4)):
-        assert plots[one][1] == plots[other][1]  # both stand at one height
+        assert plots[one][1] == plots[other][1]  # both are at one height
         assert plots[one][3] == plots[other][3]
 
 
@@ -116,12 +116,12 @@ def test_a_phone_scrolls_in_one_direction(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 480, 640, 705, 800, 900, 1024, 1152, 1600])
-def test_labels_are_legible_and_apart_in_any_width(browser: Browser, width: int) -> None:
+def test_labels_are_legible_and_do_not_overlap_at_any_width(browser: Browser, width: int) -> None:
     check_charts(facts_in_a_frame(browser, width))
 
 
 @pytest.mark.parametrize("num_steps", [3, 1_000_000])
-def test_labels_of_short_and_long_runs_stand_apart_on_a_phone(browser: Browser, num_steps: int) -> None:
+def test_labels_of_short_and_long_runs_do_not_overlap_on_a_phone(browser: Browser, num_steps: int) -> None:
     steps = range(1, num_steps + 1, max(1, num_steps // 100))
     run = write_run(browser.folder / str(num_steps), [step_done(step, num_steps) for step in steps], a_record())
     other = Browser(browser.program, browser.folder / str(num_steps))
@@ -129,7 +129,7 @@ def test_labels_of_short_and_long_runs_stand_apart_on_a_phone(browser: Browser, 
     check_charts(facts_on_a_phone(other))
 
 
-def test_on_paper_no_chart_is_split_or_drawn_over_another(browser: Browser) -> None:
+def test_no_chart_is_split_or_drawn_over_another_on_paper(browser: Browser) -> None:
     printed = browser.folder / "printed.html"
     html = with_script(browser.page, FACTS)
     assert html.count("@media print") == 1
@@ -140,14 +140,14 @@ def test_on_paper_no_chart_is_split_or_drawn_over_another(browser: Browser) -> N
     assert facts["display"] == "block"  # the rows of a grid keep their heights across pages, and would overlap
 
 
-def test_the_page_has_nothing_to_complain_of(browser: Browser) -> None:
+def test_the_page_causes_no_errors(browser: Browser) -> None:
     assert browser.complaints(browser.page.as_uri()) == []
     broken = browser.folder / "broken.html"
     broken.write_text(browser.page.read_text("utf-8").replace("<main>", "<main><script>alert(1)</script>"), "utf-8")
-    assert browser.complaints(broken.as_uri())  # so the test would see it
+    assert browser.complaints(broken.as_uri())  # so that the test would notice an error
 
 
-def test_in_light_and_dark_curves_are_seen(browser: Browser) -> None:
+def test_curves_are_visible_in_light_and_dark_mode(browser: Browser) -> None:
     html = browser.page.read_text("utf-8")
     for place, options in enumerate(((), (DARK_SCHEME,))):
         pixels = browser.screenshot(browser.page.as_uri(), WIDE, 1600, *options)
@@ -156,7 +156,7 @@ def test_in_light_and_dark_curves_are_seen(browser: Browser) -> None:
             assert share_of(color, pixels) > least, name
 
 
-def test_hostile_text_is_seen_as_text(browser: Browser) -> None:
+def test_hostile_text_is_shown_as_text(browser: Browser) -> None:
     dom = browser.open(browser.page.as_uri(), "--dump-dom")
     assert dom.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 20
     assert "<script" not in dom

@@ -1,4 +1,4 @@
-"""What is asked of a run from outside, by a signal or a file: it does so within one step, and nothing is lost."""
+"""Requests to a run by a signal or a file are fulfilled within one step, and nothing is lost."""
 
 import json
 import os
@@ -32,14 +32,14 @@ LONG: dict[str, object] = {
 
 @pytest.fixture(autouse=True)
 def _heeding_hangups() -> Iterator[None]:
-    """Heed them also where `nohup` runs the tests."""
+    """Heed hangups even if the tests run under `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 def events_of(run: Path) -> list[dict[str, Any]]:
-    """Return what was reported so far; the last line may be on its way."""
+    """Return the events written so far; the last line may be incomplete."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -49,9 +49,9 @@ def steps_of(run: Path) -> list[int]:
     return [event["step"] for event in events_of(run) if event["event"] == "step_done"]
 
 
-def wait_for(process: BaseProcess, is_there: Callable[[], bool], seconds: float = 300) -> None:
+def wait_for(process: BaseProcess, condition: Callable[[], bool], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
-    while not is_there():
+    while not condition():
         assert process.is_alive(), "the run ended"
         assert time.monotonic() < until, "nothing came"
         time.sleep(0.002)
@@ -63,7 +63,7 @@ def send(process: BaseProcess, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_goes_on_exactly(
+def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_resumes_exactly(
     base_model: Path, rows: Path, tmp_path: Path, number: int
 ) -> None:
     run, changed = tmp_path / "run", {**LONG, "training__max_steps": 40}
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_goes_on_exac
     process.join()
     assert process.exitcode == INTERRUPTED, (tmp_path / "log").read_text()
     last = steps_of(run)[-1]
-    assert last - at <= 2  # the one in progress, and one that was done before the signal was there
+    assert last - at <= 2  # the step in progress, and one that was done before the signal arrived
     record = json.loads((run / "run.json").read_text())
     assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", signal.Signals(number).name)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last}"]
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_goes_on_exac
 
 def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # One step, and it takes long.
+    # A single step that takes long.
     changed = {**LONG, "training__gradient_accumulation_steps": 3000, "training__max_steps": 1}
     settings = train_settings(base_model, ASSETS / "train.jsonl", run, **changed)
     process = start_training(settings, tmp_path / "log")
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
-    """Of one terminal that is closed, shell and kernel send one each, at nearly the same time."""
+    """When a terminal is closed, shell and kernel send a hangup each, at nearly the same time."""
     recorder = Recorder()
     before = signal.getsignal(signal.SIGHUP)
     with StopSignal(recorder) as stop:
@@ -117,7 +117,7 @@ def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
         (noted,) = recorder.events
         assert isinstance(noted, Noted)
         assert noted.message.endswith(f"{'SIGTERM' if first == signal.SIGHUP else 'again'} to leave at once")
-        for number in (signal.SIGTERM, signal.SIGINT):  # which still do
+        for number in (signal.SIGTERM, signal.SIGINT):  # these still end the process
             with pytest.raises(SystemExit) as ended:
                 signal.raise_signal(number)
             assert ended.value.code == 128 + number
@@ -139,7 +139,7 @@ def test_two_hangups_end_the_run_with_a_checkpoint(base_model: Path, rows: Path,
     assert damage_of(run / checkpoint) is None
 
 
-def whole_and_cut(
+def whole_and_stopped(
     base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object], at: SignalAt
 ) -> tuple[Resolved[TrainSettings], Path]:
     train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
@@ -148,17 +148,15 @@ def whole_and_cut(
     return settings, tmp_path / "whole"
 
 
-def test_a_signal_before_an_evaluation_leaves_it_out_and_it_is_made_up_for(
-    base_model: Path, rows: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_skipped_by_a_signal_is_done_on_resume(base_model: Path, rows: Path, tmp_path: Path) -> None:
     changed = {**LONG, "training__max_steps": 6, "training__eval_steps": 2}
-    settings, whole = whole_and_cut(base_model, rows, tmp_path, changed, SignalAt(StepDone, 4))
+    settings, whole = whole_and_stopped(base_model, rows, tmp_path, changed, SignalAt(StepDone, 4))
     run = tmp_path / "run"
     assert [event["step"] for event in events_of(run) if event["event"] == "eval_done"] == [2]
     train(settings, Recorder())
     losses = [
-        [(event["step"], event["loss"]) for event in events_of(found) if event["event"] == "eval_done"]
-        for found in (run, whole)
+        [(event["step"], event["loss"]) for event in events_of(directory) if event["event"] == "eval_done"]
+        for directory in (run, whole)
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == [2, 4, 6]
@@ -166,9 +164,9 @@ def test_a_signal_before_an_evaluation_leaves_it_out_and_it_is_made_up_for(
     assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_signal_during_the_last_evaluation_cuts_it_short(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_signal_during_the_last_evaluation_ends_it_early(base_model: Path, rows: Path, tmp_path: Path) -> None:
     changed = {**LONG, "training__max_steps": 3}
-    settings, whole = whole_and_cut(base_model, rows, tmp_path, changed, SignalAt(EvalStarted, 3))
+    settings, whole = whole_and_stopped(base_model, rows, tmp_path, changed, SignalAt(EvalStarted, 3))
     assert not [event for event in events_of(tmp_path / "run") if event["event"] == "eval_done"]
     recorder = Recorder()
     result = train(settings, recorder)
@@ -178,7 +176,7 @@ def test_a_signal_during_the_last_evaluation_cuts_it_short(base_model: Path, row
     assert result.train_loss == record["result"]["train_loss"]
 
 
-def test_a_file_asks_for_a_checkpoint_and_the_run_goes_on(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_file_requests_a_checkpoint_and_the_run_continues(base_model: Path, rows: Path, tmp_path: Path) -> None:
     class Asks(Recorder):
         def report(self, event: Any) -> None:
             super().report(event)

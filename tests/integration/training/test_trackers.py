@@ -1,4 +1,4 @@
-"""Trackers with their real packages, where they are installed: all goes into the run directory, nothing is blocked."""
+"""Trackers with their real packages, if installed: they write only into the run directory and block nothing."""
 
 import importlib.util
 import os
@@ -60,7 +60,7 @@ def mlflow_losses(run: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_tracker_writes_into_the_run_directory_and_leaves_stdout_and_all_other_places_alone(
+def test_a_tracker_writes_only_into_the_run_directory_and_not_to_stdout(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, name: ReportTo
 ) -> None:
     need(name)
@@ -74,12 +74,12 @@ def test_a_tracker_writes_into_the_run_directory_and_leaves_stdout_and_all_other
         cwd=here,
     )
     assert done.code == 0, done.stderr
-    assert done.json["steps"] == 3  # one object, and nothing else, on stdout
+    assert done.json["steps"] == 3  # stdout holds one object and nothing else
     assert list(here.iterdir()) == []
-    # But for matplotlib's list of fonts, which is made when the report is first drawn.
+    # Except for matplotlib's list of fonts, which is created when the report is first drawn.
     assert [path for path in home.rglob("*") if path.is_file() and path.parent.name != "matplotlib"] == []
     if name == ReportTo.TENSORBOARD:
-        # The trainer is done before the last evaluation, which is reported all the same.
+        # The trainer is done before the last evaluation, which is still reported.
         assert tensorboard_losses(run) == {"train/loss": [1, 2, 3], "eval/loss": [2, 3]}
     elif name == ReportTo.MLFLOW:
         assert mlflow_losses(run) == {"train/loss": [1, 2, 3], "eval/loss": [2, 3]}
@@ -115,7 +115,7 @@ def answering() -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("_no_wandb_settings")
-def test_wandb_is_offline_without_a_login_or_a_server_and_only_then(
+def test_wandb_is_offline_exactly_without_a_login_or_a_server(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: str
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", answering)
@@ -131,7 +131,7 @@ def test_wandb_is_offline_without_a_login_or_a_server_and_only_then(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert trackers._offline_reason() == "127.0.0.1:9 can't be reached"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert trackers._offline_reason() is None  # behind a proxy it can't be told
+    assert trackers._offline_reason() is None  # behind a proxy this is unknown
     monkeypatch.delenv("WANDB_API_KEY")
     for mode in ("offline", "disabled", "shared"):
         monkeypatch.setenv("WANDB_MODE", mode)
@@ -150,41 +150,42 @@ def test_wandb_is_offline_without_a_login_or_a_server_and_only_then(
         (ReportTo.MLFLOW, "MLFLOW_TRACKING_URI", "sqlite:///{run}/mlflow.db"),
     ],
 )
-def test_what_the_user_has_set_stays(
+def test_variables_of_the_user_are_not_overwritten(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: ReportTo, key: str, value: str
 ) -> None:
-    found = trackers._variables(name, tmp_path, Recorder())
-    assert found[key] == value.format(run=tmp_path)
+    variables = trackers._variables(name, tmp_path, Recorder())
+    assert variables[key] == value.format(run=tmp_path)
     monkeypatch.setenv(key, "mine")
     assert key not in trackers._variables(name, tmp_path, Recorder())
 
 
 @pytest.mark.usefixtures("_no_wandb_settings")
 @pytest.mark.parametrize("name", PACKAGES)
-def test_what_a_tracker_writes_into_a_run_is_for_its_owner_alone(tmp_path: Path, name: ReportTo) -> None:
+def test_files_of_a_tracker_in_a_run_are_readable_by_their_owner_alone(tmp_path: Path, name: ReportTo) -> None:
     trackers._variables(name, tmp_path, Recorder())
     (made,) = tmp_path.iterdir()
     assert made.name == ("mlflow.db" if name == ReportTo.MLFLOW else name.value)
     assert made.stat().st_mode & 0o777 == (0o600 if name == ReportTo.MLFLOW else 0o700)
     if name == ReportTo.MLFLOW:
-        with sqlite3.connect(made) as database:  # an empty file is a new database, and what is beside it is as private
+        # An empty file is a new database, and the files next to it are as private.
+        with sqlite3.connect(made) as database:
             database.execute("PRAGMA journal_mode=wal")
             database.execute("CREATE TABLE losses (loss)")
             assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
             assert len(list(tmp_path.iterdir())) > 1
-        trackers._variables(name, tmp_path, Recorder())  # of the run that goes on
+        trackers._variables(name, tmp_path, Recorder())  # as a resumed run does
         with sqlite3.connect(made) as database:
             assert database.execute("SELECT * FROM losses").fetchall() == []
 
 
 @pytest.mark.usefixtures("_no_wandb_settings")
-def test_no_database_is_made_for_a_server_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_database_is_created_for_a_server_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     trackers._variables(ReportTo.MLFLOW, tmp_path, Recorder())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_environment_is_as_before_and_the_callback_is_there_within(
+def test_the_environment_is_restored_and_the_callback_is_present_within(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     need(ReportTo.TENSORBOARD)
@@ -193,8 +194,8 @@ def test_the_environment_is_as_before_and_the_callback_is_there_within(
     output = OutputSettings(directory=tmp_path, report_to=ReportTo.TENSORBOARD)
 
     def failing_run() -> None:
-        with tracking(output, tmp_path, Recorder()) as found:
-            assert len(found) == 1
+        with tracking(output, tmp_path, Recorder()) as callbacks:
+            assert len(callbacks) == 1
             assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
             os.environ["TENSORBOARD_THEIRS"] = "1"
             os.environ["TENSORBOARD_MINE"] = "2"
@@ -203,8 +204,8 @@ def test_the_environment_is_as_before_and_the_callback_is_there_within(
     with pytest.raises(ZeroDivisionError):
         failing_run()
     assert dict(os.environ) == before
-    with tracking(OutputSettings(directory=tmp_path), tmp_path, Recorder()) as found:
-        assert found == ()
+    with tracking(OutputSettings(directory=tmp_path), tmp_path, Recorder()) as callbacks:
+        assert callbacks == ()
 
 
 class Inner(TrainerCallback):
@@ -212,28 +213,28 @@ class Inner(TrainerCallback):
 
     def __init__(self, fails_in: str | None = None) -> None:
         self.fails_in = fails_in
-        self.told: list[str] = []
+        self.received: list[str] = []
 
-    def _tell(self, event: str) -> None:
-        self.told.append(event)
+    def _receive(self, event: str) -> None:
+        self.received.append(event)
         if event == self.fails_in:
             raise ConnectionError("the network is gone\nand more")
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._tell("begin")
+        self._receive("begin")
 
     def on_log(self, *_: Any, **__: Any) -> None:
-        self._tell("log")
+        self._receive("log")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._tell("end")
+        self._receive("end")
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        self._tell("save")
+        self._receive("save")
 
 
 @pytest.mark.parametrize(
-    ("fails_in", "told"),
+    ("fails_in", "received"),
     [
         (None, ["begin", "log", "log", "end"]),
         ("begin", ["begin"]),
@@ -241,7 +242,7 @@ class Inner(TrainerCallback):
         ("end", ["begin", "log", "log", "end"]),
     ],
 )
-def test_a_failing_tracker_is_reported_once_and_dropped(fails_in: str | None, told: list[str]) -> None:
+def test_a_failing_tracker_is_reported_once_and_dropped(fails_in: str | None, received: list[str]) -> None:
     inner, recorder = Inner(fails_in), Recorder()
     tracker = Tracker(ReportTo.WANDB, inner, recorder)
     args: Any = SimpleNamespace()
@@ -249,11 +250,11 @@ def test_a_failing_tracker_is_reported_once_and_dropped(fails_in: str | None, to
     tracker.on_train_begin(args, state, control)
     tracker.on_log(args, state, control, logs={"loss": 1.0})
     tracker.on_save(args, state, control)
-    tracker.on_train_end(args, state, control)  # the last evaluation is still to come
+    tracker.on_train_end(args, state, control)  # the last evaluation follows
     tracker.on_log(args, state, control, logs={"eval_loss": 1.0})
     tracker.close()
     tracker.close()
-    assert inner.told == told
+    assert inner.received == received
     warnings = [event.message for event in recorder.events if isinstance(event, Noted)]
     expected = ["wandb failed and is no longer used; the run continues: the network is gone"]
     assert warnings == ([] if fails_in is None else expected)

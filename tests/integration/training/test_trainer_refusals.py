@@ -1,4 +1,4 @@
-"""What TRL refuses while its trainer is made is one message; what our own code does wrong there stays a bug."""
+"""A refusal of TRL to create its trainer is one message; a fault of our own code there stays a bug."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def refuse(*_: object, **__: object) -> None:
     raise ValueError("the pad token is none of the vocabulary")
 
 
-def test_what_trl_refuses_is_reported_in_one_message(
+def test_a_refusal_of_trl_is_reported_in_one_message(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trl.SFTTrainer, "__init__", refuse)
@@ -26,10 +26,10 @@ def test_what_trl_refuses_is_reported_in_one_message(
     ) as caught:
         train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     assert "qlora config show" in str(caught.value.hint)
-    assert not (tmp_path / "run").exists()  # so that nothing is left behind
+    assert not (tmp_path / "run").exists()  # so that no files are left
 
 
-def test_a_run_that_would_go_on_is_as_it_was_when_trl_refuses(
+def test_a_run_to_resume_is_unchanged_when_trl_refuses(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -48,7 +48,7 @@ def test_a_run_that_would_go_on_is_as_it_was_when_trl_refuses(
     assert train(train_settings(base_model, rows, run), Recorder()).resumed_from_step == 2
 
 
-def test_a_fault_of_our_own_is_not_taken_for_one_of_the_settings(
+def test_a_fault_of_our_own_is_not_mistaken_for_one_of_the_settings(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:

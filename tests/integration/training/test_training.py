@@ -1,4 +1,4 @@
-"""The main job through the library: what is frozen, what trains, and that it can be repeated."""
+"""Training through the library: what is frozen, what trains, and that it is reproducible."""
 
 import hashlib
 import json
@@ -104,17 +104,17 @@ def test_adapter_gives_the_same_logits_with_plain_peft_in_a_fresh_process(
     out = tmp_path / "logits.pt"
     command = [sys.executable, "-c", LOGITS_BY_PLAIN_PEFT, str(result.adapter), str(base_model), str(out)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    found = torch.load(out, weights_only=True)
+    by_peft = torch.load(out, weights_only=True)
     tokenizer = prepared.loaded.tokenizer
     prepared.model.eval()
     with torch.no_grad():
-        inputs = tokenizer(found["text"], add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(by_peft["text"], add_special_tokens=False, return_tensors="pt")
         logits = prepared.model(**inputs).logits
-    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_peft["logits"], logits, rtol=1e-5, atol=1e-5)
 
 
 def gradients_of_first_step(prepared: PreparedRun, directory: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss and the gradients that the first step sums up."""
+    """Return the loss and the accumulated gradients of the first step."""
     recorder = Recorder()
     run_directory = RunDirectory(directory)
     run_directory.create()
@@ -138,7 +138,7 @@ def gradients_of_first_step(prepared: PreparedRun, directory: Path) -> tuple[flo
 def test_gradient_accumulation_changes_neither_loss_nor_gradients(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    found = []
+    steps = []
     for micro_batch, accumulation in ((1, 4), (4, 1)):
         output = tmp_path / f"run-{micro_batch}"
         settings = train_settings(
@@ -150,8 +150,8 @@ def test_gradient_accumulation_changes_neither_loss_nor_gradients(
             training__max_steps=1,
             training__max_grad_norm=1e9,  # no clipping, so that gradients compare as they are
         )
-        found.append(gradients_of_first_step(prepare_run(settings, Recorder()), output))
-    (loss, gradients), (other_loss, other_gradients) = found
+        steps.append(gradients_of_first_step(prepare_run(settings, Recorder()), output))
+    (loss, gradients), (other_loss, other_gradients) = steps
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert gradients.keys() == other_gradients.keys()
     assert len(gradients) == 56
@@ -172,7 +172,7 @@ def test_one_seed_gives_one_adapter_and_another_seed_another(base_model: Path, r
     assert digests["a"] == digests["b"] != digests["c"]
 
 
-def test_adapter_and_record_are_shared_as_other_files_are_and_the_rest_is_not(
+def test_adapter_and_record_have_the_usual_permissions_and_other_files_are_private(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
@@ -207,7 +207,7 @@ def test_run_directory_holds_what_later_commands_need(base_model: Path, rows: Pa
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step_done"] == [1, 2, 3]
     assert [line["step"] for line in lines if line["event"] == "eval_done"] == [2, 3]
-    # Two are kept, complete, and nothing half-written lies beside them.
+    # Two are kept, complete, and nothing half-written is next to them.
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-2", "step-3"]
     assert [path.name for path in result.checkpoints] == ["step-2", "step-3"]
     assert (tmp_path / "run" / "checkpoints" / "step-3" / "optimizer.pt").is_file()

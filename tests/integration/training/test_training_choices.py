@@ -32,7 +32,7 @@ ON_CPU = [optimizer for optimizer in Optimizer if not optimizer.is_paged]
 
 
 def trained(model: Path, rows: Path, output: Path, **flags: Any) -> dict[str, torch.Tensor]:
-    """Train at a constant rate from the first step on; return the adapter."""
+    """Train at a constant rate from the first step; return the adapter."""
     values = {"schedule": "constant", "max_steps": 1, **flags}
     train(train_settings(model, rows, output, **{f"training__{name}": v for name, v in values.items()}), Recorder())
     return load_file(output / "adapter" / "adapter_model.safetensors")
@@ -47,7 +47,7 @@ def groups_in(checkpoint: Path) -> list[dict[str, Any]]:
 def test_the_b_matrices_step_by_the_ratio_with_every_optimizer(
     base_model: Path, rows: Path, tmp_path: Path, optimizer: Optimizer
 ) -> None:
-    """B begins at zero and A gets no gradient before it is not, so that after one step B is the step."""
+    """B begins at zero, and A gets no gradient while B is zero, so that after one step B is the step."""
     flags = {"optimizer": optimizer.value}
     plain = trained(base_model, rows, tmp_path / "plain", **flags)
     plus = trained(base_model, rows, tmp_path / "plus", **flags, loraplus_lr_ratio=RATIO)
@@ -61,7 +61,7 @@ def test_the_b_matrices_step_by_the_ratio_with_every_optimizer(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "lion_8bit", "adafactor", "sgd"])
-def test_a_run_with_lora_plus_goes_on_from_its_checkpoint_to_the_same_bits(
+def test_a_run_with_lora_plus_resumes_from_its_checkpoint_to_the_same_bits(
     base_model: Path, rows: Path, tmp_path: Path, optimizer: str
 ) -> None:
     flags = {"optimizer": optimizer, "loraplus_lr_ratio": RATIO, "weight_decay": 0.1, "schedule": "linear"}
@@ -83,7 +83,7 @@ def test_a_run_with_lora_plus_goes_on_from_its_checkpoint_to_the_same_bits(
     assert {group["weight_decay"] for group in groups_in(checkpoint) if group["params"]} == {0.1}
 
 
-def test_groups_keep_what_they_had_and_only_the_b_matrices_of_layers_move() -> None:
+def test_groups_keep_their_settings_and_only_the_b_matrices_of_layers_move() -> None:
     names = ("lora_A", "lora_B", "lora_embedding_B", "lora_magnitude_vector")
     model = nn.ModuleDict(
         {"layer": nn.ModuleDict({name: nn.ParameterDict({"default": torch.zeros(2, 2)}) for name in names})}
@@ -115,7 +115,7 @@ def test_a_paged_optimizer_needs_a_gpu(base_model: Path, rows: Path, tmp_path: P
 
 
 class Steps(Recorder):
-    """Keeps the loss of every step, and whether kernels were deterministic in it."""
+    """Records the loss of every step, and whether kernels were deterministic in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def steps_of(model: Path, rows: Path, output: Path, **flags: Any) -> Steps:
     return steps
 
 
-def test_noise_changes_training_and_more_of_it_more_and_leaves_evaluation_alone(
+def test_noise_changes_training_in_proportion_and_leaves_evaluation_alone(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     losses = [
@@ -168,7 +168,7 @@ def test_noise_reaches_the_embedding_wherever_it_is(tmp_path: Path, place: str) 
     torch.testing.assert_close(model.train().get_base_model().get_input_embeddings()(ids), quiet, rtol=0, atol=0)
 
 
-def test_full_determinism_is_on_in_a_run_and_the_process_is_as_before_after_it(
+def test_full_determinism_is_on_during_a_run_and_off_after_it(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -184,27 +184,27 @@ def test_full_determinism_is_on_in_a_run_and_the_process_is_as_before_after_it(
 
 @pytest.fixture
 def one_layer(base_model: Path, tmp_path: Path) -> Path:
-    """The bundled model cut down to its first layer: compiling takes seconds a layer."""
+    """The bundled model reduced to its first layer: compiling takes seconds a layer."""
     path = tmp_path / "one-layer"
     shutil.copytree(base_model, path)
     config = json.loads((path / "config.json").read_text())
     layers = {"num_hidden_layers": 1, "layer_types": config.get("layer_types", ["full_attention"])[:1]}
     (path / "config.json").write_text(json.dumps({**config, **layers}))
     weights = load_file(path / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
-    assert len(kept) < len(weights)
-    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    first_layer = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
+    assert len(first_layer) < len(weights)
+    save_file(first_layer, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
-@pytest.mark.filterwarnings("default")  # those of the compiler are its own
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_compiled_model_trains_to_the_same_losses(
     one_layer: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
 ) -> None:
     """Packed, so that all batches have one shape, which is compiled once.
 
-    Captured and differentiated as always, but not turned into C++, which takes a minute and a half here.
+    Captured and differentiated as usual, but not compiled to C++, which would take a minute and a half.
     """
 
     def not_to_c(*args: Any, **kwargs: Any) -> SFTConfig:
@@ -214,7 +214,7 @@ def test_a_compiled_model_trains_to_the_same_losses(
             arguments.torch_compile_backend = "aot_eager"
         return arguments
 
-    # Commands that compile nothing switch the compiler off for their process, which may be that of the tests.
+    # Commands that compile nothing disable the compiler for their process, which may be that of the tests.
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     monkeypatch.setattr("qlora_cli.training.session.training_arguments", not_to_c)
     flags = {

@@ -1,4 +1,4 @@
-"""What goes wrong in a run is said, changes nothing silently, and costs nothing that was trained."""
+"""Faults of a run are reported, change nothing silently, and lose nothing that was trained."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def messages(question: str, answer: str) -> dict[str, Any]:
 
 @pytest.fixture
 def bad_row(rows: Path, tmp_path: Path) -> Path:
-    """Rows of which the fourth is one that a hook can tell by its length."""
+    """Rows of which a hook can recognize the fourth by its length."""
     lines = rows.read_text(encoding="utf-8").splitlines()
     path = tmp_path / "with-bad.jsonl"
     path.write_text("\n".join([*lines[:3], json.dumps(messages("What?", "bad " * 80)), *lines[3:]]) + "\n")
@@ -43,7 +43,7 @@ def bad_row(rows: Path, tmp_path: Path) -> Path:
 
 
 def break_long_rows(prepared: PreparedRun, value: float = math.nan, longest: int = 150) -> None:
-    """Make the embedding of a micro-batch with long rows what no loss survives."""
+    """Make the embedding of a micro-batch with long rows such that the loss is not finite."""
 
     def spoil(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         return output * value if inputs[0].shape[1] > longest else output
@@ -51,12 +51,12 @@ def break_long_rows(prepared: PreparedRun, value: float = math.nan, longest: int
     prepared.model.get_input_embeddings().register_forward_hook(spoil)
 
 
-def never_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the first pass, for faults that are to come later."""
+def skip_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the rehearsal, for faults that are to occur later."""
     monkeypatch.setattr(RehearsalCallback, "on_train_begin", lambda *_, **__: None)
 
 
-# In the order of the file, so that the fourth row comes in step 2.
+# In the order of the file, so that the fourth row is in step 2.
 ORDERED: dict[str, object] = {
     "training__sampling": "sequential",
     "training__micro_batch_size": 1,
@@ -74,16 +74,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
         run(prepared, Recorder())
     assert "step 2: the loss is nan; nothing was updated" in str(caught.value)
     assert f"{bad_row}, row 4" in str(caught.value)
-    assert "row 3" not in str(caught.value)  # of the same step, but another micro-batch
+    assert "row 3" not in str(caught.value)  # row 3 is in the same step, but in another micro-batch
     assert "--on-nan skip" in str(caught.value.hint)
-    # What was good is kept: the state behind step 1, from which it goes on.
+    # The last good state is kept: that after step 1, from which it resumes.
     assert "until step 1" in str(caught.value.hint)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     assert all(bool(tensor.isfinite().all()) for tensor in adapter_state(prepared.model).values())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_the_state_that_is_kept_goes_on_exactly(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
+def test_the_state_that_is_kept_resumes_exactly(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
     changed = {**ORDERED, "lora__dropout": 0.1, "training__on_nan": "skip"}
     whole = prepare_run(train_settings(base_model, bad_row, tmp_path / "whole", **changed), Recorder())
     break_long_rows(whole)
@@ -132,7 +132,7 @@ def test_a_gradient_that_is_not_finite_is_found_too(base_model: Path, rows: Path
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **ORDERED), Recorder())
     parameter = next(p for name, p in prepared.model.named_parameters() if "lora_B" in name)
     passes = iter(range(100))
-    # The first two passes are those before the first step; the fifth is in step 2.
+    # The first two passes are before the first step; the fifth is in step 2.
     parameter.register_hook(lambda gradient: gradient * math.inf if next(passes) == 4 else gradient)
     with pytest.raises(TrainingError, match=r"step 2: the gradient norm is (inf|nan)") as caught:
         run(prepared, Recorder())
@@ -149,7 +149,7 @@ def test_skips_are_bounded(base_model: Path, rows: Path, tmp_path: Path) -> None
 
 
 def fail_above(prepared: PreparedRun, num_rows: int, *, after: int = 0) -> None:
-    """Run out of memory, as a GPU would, for micro-batches of more rows, once `after` passes have gone well."""
+    """Run out of memory, as a GPU would, for micro-batches of more than `num_rows` rows, after `after` good passes."""
     passes = iter(range(10_000))
 
     def check(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -159,7 +159,9 @@ def fail_above(prepared: PreparedRun, num_rows: int, *, after: int = 0) -> None:
     prepared.model.get_input_embeddings().register_forward_pre_hook(check)
 
 
-def test_what_does_not_fit_shows_before_the_first_step(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
+def test_a_micro_batch_that_does_not_fit_fails_before_the_first_step(
+    base_model: Path, bad_row: Path, tmp_path: Path
+) -> None:
     changed = {"training__micro_batch_size": 4, "training__sampling": "sequential"}
     prepared = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **changed), Recorder())
     fail_above(prepared, 2)
@@ -183,7 +185,7 @@ def test_the_largest_micro_batch_of_all_epochs_is_tried(base_model: Path, bad_ro
     assert recorder.events.index(tried) < first
 
 
-def test_an_evaluation_that_does_not_fit_shows_before_the_first_step(
+def test_an_evaluation_that_does_not_fit_fails_before_the_first_step(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [messages(f"What is {n}?", "bad " * 80) for n in range(3)])
@@ -200,19 +202,19 @@ def test_an_evaluation_that_does_not_fit_shows_before_the_first_step(
         run(prepared, Recorder())
 
 
-def test_the_first_pass_changes_nothing(
+def test_the_rehearsal_changes_nothing(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = {"lora__dropout": 0.1, "data__eval_split": "2", "training__eval_steps": 2}
     first, second = Recorder(), Recorder()
     train(train_settings(base_model, rows, tmp_path / "a", **changed), first)
-    never_rehearse(monkeypatch)
+    skip_rehearsal(monkeypatch)
     train(train_settings(base_model, rows, tmp_path / "b", **changed), second)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     losses = [
-        [(event.step, event.loss, event.num_tokens) for event in found.events if isinstance(event, StepDone)]
-        for found in (first, second)
+        [(event.step, event.loss, event.num_tokens) for event in recorder.events if isinstance(event, StepDone)]
+        for recorder in (first, second)
     ]
     assert losses[0] == losses[1]
 
@@ -242,7 +244,7 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_kept(
     assert (training["micro_batch_size"], training["gradient_accumulation_steps"]) == (2, 4)
     assert record["origins"]["training.micro_batch_size"] == "training.auto_micro_batch"
     assert record["plan"]["examples_per_step"] == 8
-    # The same rows make up each step as with micro-batches that were asked for.
+    # Each step has the same rows as with micro-batches of the requested size.
     asked = {
         "training__neftune_noise_alpha": noise,
         "training__micro_batch_size": 2,
@@ -282,7 +284,7 @@ def test_the_record_of_a_failed_run_has_the_micro_batch_that_ran(base_model: Pat
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_says_that_memory_is_used_up(error: Exception, expected: bool) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
@@ -320,7 +322,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filler(Recorder):
-    """Fills a disk but for `leave_bytes` when an event comes that `is_time` says yes to."""
+    """Fills a disk but for `leave_bytes` at an event for which `is_time` returns true."""
 
     def __init__(self, disk: Path, leave_bytes: int, is_time: Callable[[Event], bool]) -> None:
         super().__init__()
@@ -346,7 +348,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "full" in message:  # the disk fills up between the look at it and the write
+    if "full" in message:  # the disk fills up between the check and the write
         monkeypatch.setattr(CheckpointStore, "check_free_space", lambda _: None)
     output = small_disk / "run"
     changed = {"training__save_steps": 1, "training__max_steps": 6, "output__max_checkpoints": 1}
@@ -358,7 +360,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     assert "Free disk space" in str(caught.value.hint)
     (small_disk / "filler").unlink()
     assert [path.name for path in (output / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step-2"]
-    # Room was made: it goes on, and ends as if the disk had been large enough.
+    # Space was freed: the run resumes, and ends as if the disk had been large enough.
     assert train(settings, Recorder()).resumed_from_step == 2
     train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
     name = "adapter/adapter_model.safetensors"
@@ -381,7 +383,7 @@ def test_a_target_that_the_model_never_calls_is_reported_and_not_an_error(
 ) -> None:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     idle = prepared.model.get_submodule("base_model.model.model.layers.1.mlp")
-    monkeypatch.setattr(idle, "forward", torch.zeros_like)  # as an expert that no token is sent to
+    monkeypatch.setattr(idle, "forward", torch.zeros_like)  # like an expert that no token is routed to
     recorder = Recorder()
     assert run(prepared, recorder).steps == 3
     (note,) = [e.message for e in recorder.events if isinstance(e, Noted) and "does not call" in e.message]
@@ -389,7 +391,7 @@ def test_a_target_that_the_model_never_calls_is_reported_and_not_an_error(
     assert "layers.1.mlp.down_proj" in note
 
 
-def test_norms_that_are_no_numbers_are_a_failed_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_norms_that_are_nan_are_a_failed_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     run(prepared, Recorder())
     check_trained(prepared.model, ())
@@ -398,7 +400,7 @@ def test_norms_that_are_no_numbers_are_a_failed_run(base_model: Path, rows: Path
         check_trained(prepared.model, ())
 
 
-def test_what_was_saved_is_held_against_what_was_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_saved_adapter_is_compared_with_the_trained_one(base_model: Path, rows: Path, tmp_path: Path) -> None:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     adapter = run(prepared, Recorder()).adapter
     before = {name: tensor.clone() for name, tensor in adapter_state(prepared.model).items()}
@@ -422,10 +424,10 @@ def test_memory_that_differs_from_the_prediction_is_reported_with_its_consumers(
     fail_above(prepared, 1)
     with pytest.raises(OutOfMemoryError) as caught:
         run(prepared, Recorder())
-    told = str(caught.value)
+    message = str(caught.value)
     predicted = outlook.predicted
-    assert f"predicted {format_bytes(predicted.allocated_bytes)} allocated" in told
+    assert f"predicted {format_bytes(predicted.allocated_bytes)} allocated" in message
     largest = sorted(predicted.consumers.items(), key=lambda item: -item[1])[:3]
-    assert f"largest: {', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}" in told
-    # Where the prediction was that it fits, it knows of nothing better; what always takes less is named.
+    assert f"largest: {', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}" in message
+    # The prediction was that it fits, so it has no better proposal; what always takes less is named.
     assert "--micro-batch-size 1 --gradient-accumulation-steps 4" in str(caught.value.hint)

@@ -1,4 +1,4 @@
-"""A run goes on in a directory that its user has put files into: none of them is lost, what is in the way is said."""
+"""A run resumes in a directory with files of its user: none of them is lost, and those in the way are reported."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ FAST = {
 
 
 class Stopped(BaseException):
-    """As if the process had been killed."""
+    """Passes every handler, as if the process had been killed."""
 
 
 def notes_of(recorder: Recorder) -> list[str]:
@@ -59,15 +59,15 @@ def test_user_files_in_a_resumed_run_are_kept_and_reported(base_model: Path, row
     assert (run / "adapter-kept" / "adapter_model.safetensors").is_file()
     assert not (run / "adapter" / "thesis").exists()
     assert {path.name for path in checkpoints.iterdir()} == {".saving", ".deleting", "step-2", "step-5"}
-    said = [note for note in notes_of(recorder) if "thesis" in note or "adapter-kept" in note]
-    assert said == [
+    notes = [note for note in notes_of(recorder) if "thesis" in note or "adapter-kept" in note]
+    assert notes == [
         f"{run / 'adapter'} was not as the run wrote it: see {run / 'adapter-kept'}",
         f"{checkpoints / 'step-2'} is not deleted: it holds thesis, which no run wrote",
     ]
 
 
 @pytest.mark.parametrize("name", ["README.md", None])
-def test_of_an_adapter_that_a_run_wrote_only_an_edited_one_outlives_that_it_goes_on(
+def test_the_adapter_of_a_resumed_run_is_kept_only_if_it_was_edited(
     base_model: Path, rows: Path, tmp_path: Path, name: str | None
 ) -> None:
     class Stopper(Recorder):
@@ -81,10 +81,10 @@ def test_of_an_adapter_that_a_run_wrote_only_an_edited_one_outlives_that_it_goes
         assert (adapter / name).is_file()
         (adapter / name).write_text("my notes")
     assert train(settings, Recorder()).steps == 5
-    kept = tmp_path / "run" / "adapter-kept"
-    assert kept.exists() == (name is not None)
+    kept_adapter = tmp_path / "run" / "adapter-kept"
+    assert kept_adapter.exists() == (name is not None)
     if name is not None:
-        assert (kept / name).read_text() == "my notes"
+        assert (kept_adapter / name).read_text() == "my notes"
 
 
 def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
@@ -100,25 +100,27 @@ def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: 
 
     recorder = Busy()
     assert train(train_settings(base_model, rows, run, **FAST), recorder).steps == 5
-    kept = (run / "adapter-kept", run / "checkpoints" / ".kept-step-4", run / "checkpoint-now")
-    assert [(place / "thesis").read_text() for place in kept] == ["mine"] * 3
+    kept_places = (run / "adapter-kept", run / "checkpoints" / ".kept-step-4", run / "checkpoint-now")
+    assert [(place / "thesis").read_text() for place in kept_places] == ["mine"] * 3
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    said = [note for note in notes_of(recorder) if "kept" in note]
-    assert said == [
-        f"{kept[1]} is not deleted: it has no checksums.json that can be read",
-        f"another program wrote {run / 'adapter'}, which is now {kept[0]}",
+    notes = [note for note in notes_of(recorder) if "kept" in note]
+    assert notes == [
+        f"{kept_places[1]} is not deleted: it has no checksums.json that can be read",
+        f"another program wrote {run / 'adapter'}, which is now {kept_places[0]}",
     ]
 
 
-def test_what_was_put_into_checkpoints_that_were_taken_over_stays_when_the_run_goes_on_elsewhere_again(
+def test_user_files_in_copied_checkpoints_are_kept_when_the_run_resumes_again(
     base_model: Path, rows: Path, run: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    shutil.copytree(run / "checkpoints", other / "checkpoints")  # as a process left it that was killed right after
+    shutil.copytree(
+        run / "checkpoints", other / "checkpoints"
+    )  # as a process leaves them that is killed right after copying
     (other / "checkpoints" / "step-2" / "thesis").write_text("mine")
     recorder = Recorder()
     settings = train_settings(base_model, rows, other, **FAST, output__resume=str(run))
     assert train(settings, recorder).resumed_from_step == 2
-    kept = other / "checkpoints" / ".kept-step-2"
-    assert (kept / "thesis").read_text() == "mine"
-    assert f"{kept} is not deleted: it holds thesis, which no run wrote" in notes_of(recorder)
+    kept_checkpoint = other / "checkpoints" / ".kept-step-2"
+    assert (kept_checkpoint / "thesis").read_text() == "mine"
+    assert f"{kept_checkpoint} is not deleted: it holds thesis, which no run wrote" in notes_of(recorder)

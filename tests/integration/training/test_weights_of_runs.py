@@ -1,4 +1,4 @@
-"""Which weights of a run commands take, with real runs: stopped, gone on with, killed, done and robbed, moved."""
+"""Which weights commands take from real runs: stopped, resumed, killed, done without an adapter, or moved."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 
 class KilledAt(Recorder):
-    """Leaves as a killed process would, behind the checkpoint of a step."""
+    """Leaves as a killed process would, after the checkpoint of a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def evaluated(run: Path, **flags: object) -> Evaluation:
     return evaluate(resolve(given, EvaluateSettings), Recorder())
 
 
-def test_stopped_gone_on_with_and_killed_a_run_is_its_newest_checkpoint(
+def test_a_run_stopped_resumed_and_killed_is_its_newest_checkpoint(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -72,14 +72,14 @@ def test_stopped_gone_on_with_and_killed_a_run_is_its_newest_checkpoint(
 
     with pytest.raises(Killed):
         train(settings, KilledAt(5))
-    assert not (run / "adapter").exists()  # it was that of the stop
+    assert not (run / "adapter").exists()  # it was the adapter of the stop
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))  # it was killed, and could not say so
-    shutil.copytree(of_stop, run / "adapter")  # as versions before left it
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))  # a killed run can't record its end
+    shutil.copytree(of_stop, run / "adapter")  # as older versions left it
     recorder = Recorder()
-    found = find_model(ModelSettings(name=str(run)), recorder)
+    killed = find_model(ModelSettings(name=str(run)), recorder)
     newest = list_checkpoints(run / "checkpoints")[-1]
-    assert (newest.name, found.adapter, found.adapter_step, found.run_is_done) == ("step-5", newest, 5, False)
+    assert (newest.name, killed.adapter, killed.adapter_step, killed.run_is_done) == ("step-5", newest, 5, False)
     assert "of step 5 of 6; the run has not ended" in notes_of(recorder)
     report = load(run, model__dtype=None).report()
     assert (report.adapter, report.adapter_step, report.run_is_done) == (newest, 5, False)
@@ -103,9 +103,9 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
     settings = train_settings(base_model, rows, run, training__max_steps=2)
     train(settings, Recorder())
     adapter = weights_in(run / "adapter")
-    (run / "adapter" / WEIGHTS).unlink()  # what is left is no adapter
-    found = find_model(ModelSettings(name=str(run)))
-    assert (found.adapter_step, found.run_is_done) == (2, True)
+    (run / "adapter" / WEIGHTS).unlink()  # the rest is not an adapter
+    model = find_model(ModelSettings(name=str(run)))
+    assert (model.adapter_step, model.run_is_done) == (2, True)
     recorder = Recorder()
     result = train(settings, recorder)
     assert not [event for event in recorder.events if isinstance(event, StepDone)]
@@ -133,7 +133,9 @@ def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path,
         assert f"--model {run / 'adapter'} in a new --output" in str(no.value.hint)
     assert {path: path.read_bytes() for path in files} == files
     on = {"training__max_steps": 1}
-    assert train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1  # as it says
+    assert (
+        train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1
+    )  # as the hint says
 
 
 def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
@@ -151,7 +153,7 @@ def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
     record = json.loads((run / "run.json").read_text())
     older = {key: record["result"][key] for key in ("steps", "num_steps", "final_loss")}
     (run / "run.json").write_text(json.dumps({**record, "result": older}))
-    same_rows = Path(shutil.copyfile(rows, tmp_path / "named-otherwise.jsonl"))
+    same_rows = Path(shutil.copyfile(rows, tmp_path / "other-name.jsonl"))
     for again in (settings, train_settings(base_model, same_rows, run, **{**constant, "training__max_steps": 2})):
         recorder = Recorder()
         result = train(again, recorder)
@@ -161,7 +163,7 @@ def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
     assert (run / "adapter" / WEIGHTS).read_bytes() == adapter
 
 
-def test_figures_of_a_resumed_run_are_of_one_stretch(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_figures_of_a_resumed_run_are_of_all_its_steps(base_model: Path, rows: Path, tmp_path: Path) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **CHANGED)
     first = train(settings, SignalAt(StepDone, 3))
     second = train(settings, Recorder())
@@ -169,11 +171,13 @@ def test_figures_of_a_resumed_run_are_of_one_stretch(base_model: Path, rows: Pat
     assert second.train_seconds > first.train_seconds
     assert second.total_seconds > first.total_seconds
     assert second.total_seconds >= second.train_seconds
-    # Steps are a part of the loop's time, so this holds when tokens and seconds are of the same steps.
+    # Steps are part of the loop's time, so this holds if tokens and seconds are of the same steps.
     assert second.tokens_per_second >= second.num_tokens / second.train_seconds
 
 
-def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_moved_with_all_its_files_loads_and_evaluates_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = tmp_path / "project"
     shutil.copytree(ASSETS / "base", project / "models" / "base")
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -185,7 +189,7 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     )
     result = train(settings, Recorder())
 
-    monkeypatch.chdir(tmp_path)  # from elsewhere
+    monkeypatch.chdir(tmp_path)  # from another directory
     before = evaluated(project / "runs" / "a")
     record = json.loads((project / "runs" / "a" / "run.json").read_text())
     assert (before.fingerprint, before.notes) == (record["data"]["eval"]["fingerprint"], ())
@@ -198,7 +202,9 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     again = train(settings, Recorder())
     assert (again.output, again.steps, again.adapter) == (Path("runs/a"), result.steps, Path("runs/a/adapter"))
 
-    base = (moved / "models" / "base").rename(tmp_path / "base")  # the base went elsewhere: it says where it looked
+    base = (moved / "models" / "base").rename(
+        tmp_path / "base"
+    )  # the base was moved: the error says where it was looked for
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(ModelSettings(name=str(moved / "runs" / "a")))
     for place in (project, moved):
@@ -213,7 +219,7 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     facts = find_model_facts(resolved_in_code(EstimateSettings.model_validate(asked)), Recorder())
     assert facts.path == base
 
-    (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so did the data
+    (moved / "held-out.jsonl").rename(tmp_path / "held-out.jsonl")  # and so was the data
     with pytest.raises(DatasetNotFoundError) as lost:
         evaluated(moved / "runs" / "a", **{"model.base_model": str(base)})
     for place in (project, moved):
@@ -221,7 +227,7 @@ def test_a_run_that_moved_with_all_it_names_is_itself(tmp_path: Path, monkeypatc
     assert lost.value.exit_code == 2
 
 
-def test_a_run_goes_on_with_its_base_under_another_name(tmp_path: Path, rows: Path) -> None:
+def test_a_run_resumes_with_its_base_under_another_name(tmp_path: Path, rows: Path) -> None:
     base = Path(shutil.copytree(ASSETS / "base", tmp_path / "base"))
     changed = {"training__max_steps": 4, "training__save_steps": 1}
     first = train(train_settings(base, rows, tmp_path / "run", **changed), SignalAt(StepDone, 2))
