@@ -210,9 +210,8 @@ def test_parts_containers_and_modules_without_weights_are_refused(llama: Path) -
 
 def test_an_embedding_in_host_memory_is_refused(llama: Path) -> None:
     base = load(llama).base
-    embedding_of(base).weight = torch.nn.Parameter(
-        torch.empty(1, device="meta")
-    )  # separate from the head, as on a GPU
+    # Separate from the head, as on a GPU.
+    embedding_of(base).weight = torch.nn.Parameter(torch.empty(1, device="meta"))
     with pytest.raises(ModelError, match="an embedding in host memory can't be trained whole"):
         attach_adapter(base, settings_of(modules_to_save=("embed_tokens",)))
 

@@ -15,9 +15,8 @@ from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, store_by_xet
 
 WEIGHTS = "model.safetensors"
 MIB = 1024**2
-CHUNK_BYTES = (
-    10 * MIB
-)  # huggingface_hub writes a file by such chunks; a chunk that has only partly arrived is lost with its connection
+# huggingface_hub writes a file by such chunks; a chunk that has only partly arrived is lost with its connection.
+CHUNK_BYTES = 10 * MIB
 
 
 def test_a_download_is_reported_by_bytes_and_a_second_one_requests_nothing(find: Find, hub: Hub) -> None:

@@ -88,9 +88,8 @@ def test_one_module_whose_update_is_of_another_scale_is_named(
     delta, seen = LowRankUpdate.delta, []
 
     def scaled(self: LowRankUpdate, index: int | None = None, buffer: Buffer | None = None) -> torch.Tensor:
-        seen.append(
-            self.left
-        )  # the same layer has the same address each time: the values are mapped from the adapter's file
+        # The same layer has the same address each time: the values are mapped from the adapter's file.
+        seen.append(self.left)
         wrong = self.left.data_ptr() == seen[0].data_ptr()
         return delta(self, index, buffer).mul_(factor if wrong else 1.0)
 

@@ -84,9 +84,8 @@ def test_a_run_on_stretched_positions_loads_with_them_to_the_same_logits(
     assert again.settings.model.rope_scaling == scaling
     assert torch.equal(logits(again.model, IDS), expected)
     assert torch.equal(logits(load(output / "adapter").model, IDS), expected)
-    alone = shutil.copytree(
-        output / "adapter", tmp_path / "alone"
-    )  # outside its run, the adapter does not know its positions
+    # Outside its run, the adapter does not know its positions.
+    alone = shutil.copytree(output / "adapter", tmp_path / "alone")
     assert not torch.equal(logits(load(alone).model, IDS), expected)
     assert torch.equal(logits(load(alone, model__rope_scaling=scaling).model, IDS), expected)
 

@@ -114,9 +114,8 @@ def test_user_files_in_copied_checkpoints_are_kept_when_the_run_resumes_again(
     base_model: Path, rows: Path, run: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    shutil.copytree(
-        run / "checkpoints", other / "checkpoints"
-    )  # as a process leaves them that is killed right after copying
+    # As a process leaves them that is killed right after copying.
+    shutil.copytree(run / "checkpoints", other / "checkpoints")
     (other / "checkpoints" / "step-2" / "thesis").write_text("mine")
     recorder = Recorder()
     settings = train_settings(base_model, rows, other, **FAST, output__resume=str(run))

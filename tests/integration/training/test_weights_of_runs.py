@@ -133,9 +133,8 @@ def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path,
         assert f"--model {run / 'adapter'} in a new --output" in str(no.value.hint)
     assert {path: path.read_bytes() for path in files} == files
     on = {"training__max_steps": 1}
-    assert (
-        train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1
-    )  # as the hint says
+    # As the hint says.
+    assert train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1
 
 
 def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
@@ -202,9 +201,8 @@ def test_a_run_moved_with_all_its_files_loads_and_evaluates_as_before(
     again = train(settings, Recorder())
     assert (again.output, again.steps, again.adapter) == (Path("runs/a"), result.steps, Path("runs/a/adapter"))
 
-    base = (moved / "models" / "base").rename(
-        tmp_path / "base"
-    )  # the base was moved: the error says where it was looked for
+    # The base was moved: the error says where it was looked for.
+    base = (moved / "models" / "base").rename(tmp_path / "base")
     with pytest.raises(ModelNotFoundError) as caught:
         find_model(ModelSettings(name=str(moved / "runs" / "a")))
     for place in (project, moved):
