@@ -378,8 +378,8 @@ def test_a_full_conversation_is_reported_and_continues_after_a_reset(base_model:
     chat = chat_with(asked_load(base_model))
     filling = "word " * 240
     (last,) = chat.ask(filling, Listener())
-    (cut,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Listener())
-    assert cut.num_prompt_tokens + cut.num_new_tokens <= 512
+    (short,) = chat.ask("word " * ((512 - last.num_prompt_tokens - last.num_new_tokens) // 2 - 15), Listener())
+    assert short.num_prompt_tokens + short.num_new_tokens <= 512
     with pytest.raises(ModelError, match=r"has grown to [\d,]+ tokens, and the model has 512 positions") as caught:
         chat.ask(filling, Listener())
     assert "/reset" in str(caught.value.hint)

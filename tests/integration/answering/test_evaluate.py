@@ -275,14 +275,14 @@ def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
 def test_a_truncated_merged_model_is_refused_before_the_first_model_is_evaluated(
     trained: TrainResult, merged_run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = tmp_path / "cut"
-    shutil.copytree(merged_run.output / "merged", cut)
-    (weights,) = cut.glob("*.safetensors")
+    truncated = tmp_path / "truncated"
+    shutil.copytree(merged_run.output / "merged", truncated)
+    (weights,) = truncated.glob("*.safetensors")
     with weights.open("rb+") as file:
         file.truncate(weights.stat().st_size - 1)
     monkeypatch.delattr(evaluating, "read_rows")
     with pytest.raises(ModelError, match=weights.name):
-        run_evaluation(trained.output, request={"merged": cut})
+        run_evaluation(trained.output, request={"merged": truncated})
 
 
 # ---- what can't be evaluated

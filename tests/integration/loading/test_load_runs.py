@@ -318,7 +318,7 @@ def test_training_on_a_quantized_head_is_refused_before_a_weight_is_read(
 def test_a_quantized_head_tied_to_the_embedding_is_refused_before_a_weight_is_read(
     method: str, tmp_path: Path
 ) -> None:
-    """Plain transformers writes one if told to skip other modules, and fails at the first token."""
+    """Plain transformers writes one if it is configured to skip other modules, and fails at the first token."""
     base = save_model(tmp_path / "base", tie_word_embeddings=True)
     flags = {"load_in_4bit": True} if method == "nf4" else {"load_in_8bit": True}
     config = BitsAndBytesConfig(**flags, llm_int8_skip_modules=["q_proj"])

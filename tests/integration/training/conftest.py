@@ -1,4 +1,4 @@
-"""A run that tests resume, trained once, and what is left of it when it is killed."""
+"""A run that tests resume, trained once, and its state after it was killed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ KillAt = Callable[[int], None]
 
 @pytest.fixture(scope="session")
 def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted, on the rows that every test has in a file of its own."""
+    """An uninterrupted run, on the rows that every test has in a file of its own."""
     directory = tmp_path_factory.mktemp("whole")
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
     rows = directory / "rows.jsonl"
@@ -26,5 +26,5 @@ def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kill_at(whole: Path, tmp_path: Path) -> KillAt:
-    """Leave `run`, trained with `EXACT` on the test's own rows, as if killed behind the checkpoint of a step."""
+    """Leave `run`, trained with `EXACT` on the test's own rows, as if killed after the checkpoint of a step."""
     return lambda step: place_killed(whole, step, tmp_path / "run")
