@@ -270,7 +270,7 @@ def test_a_chat_without_a_template_is_refused_with_a_way_out(tmp_path: Path) -> 
     assert "--chat-template chatml" in str(caught.value.hint)
 
 
-def test_without_a_template_the_prompt_is_continued_with_a_note(tmp_path: Path) -> None:
+def test_a_prompt_is_continued_with_a_note_if_there_is_no_template(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     heard = Recorder()

@@ -296,7 +296,7 @@ def test_a_damaged_pickle_is_named_with_a_way_out(model: Path, damage: str) -> N
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_of_several_pickles_the_damaged_one_is_named(model: Path, legacy: bool) -> None:
+def test_the_damaged_one_of_several_pickles_is_named(model: Path, legacy: bool) -> None:
     weights = load_file(model / WEIGHTS)
     (model / WEIGHTS).unlink()
     names = sorted(weights)

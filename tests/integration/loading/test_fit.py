@@ -58,7 +58,7 @@ def test_a_model_of_hundreds_of_gigabytes_is_refused_with_exit_code_3_and_both_n
     assert "Traceback" not in done.stderr
 
 
-def test_with_json_the_refusal_is_an_object(enormous: Path, run_qlora: RunQlora) -> None:
+def test_the_refusal_is_an_object_with_json(enormous: Path, run_qlora: RunQlora) -> None:
     done = run_qlora("load", enormous, "--device", "cpu", "--json")
     assert done.code == 3, done.stderr
     error = done.json["error"]

@@ -395,7 +395,7 @@ def test_an_adapter_is_refused(run_qlora: RunQlora, base_model: Path, tmp_path: 
     assert not (tmp_path / "saved").exists()
 
 
-def test_without_save_nothing_is_saved(run_qlora: RunQlora, base_model: Path) -> None:
+def test_nothing_is_saved_without_save(run_qlora: RunQlora, base_model: Path) -> None:
     done = run_qlora("load", base_model, "--device", "cpu", "--json")
     assert done.json["saved"] is None
     assert done.json["saved_bytes"] is None

@@ -33,7 +33,7 @@ def export(model: Path, directory: Path, recorder: Recorder) -> GgufExport:
     return export_gguf(model, directory / "tiny.gguf", find_converter(STAND_IN), GgufType.F16, recorder)
 
 
-def test_what_was_written_is_the_model(base_model: Path, tmp_path: Path) -> None:
+def test_the_written_file_is_the_model(base_model: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     done = export(base_model, tmp_path, recorder)
     assert done == GgufExport(
@@ -52,7 +52,7 @@ def test_what_was_written_is_the_model(base_model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_not_the_model_is_an_error_and_is_not_left(
+def test_a_file_that_is_not_the_model_is_an_error_and_is_deleted(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     monkeypatch.setenv("WRONG", wrong)

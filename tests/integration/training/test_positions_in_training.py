@@ -45,7 +45,7 @@ def longest_row(output: Path) -> int:
     return number
 
 
-def test_without_a_length_rows_are_truncated_at_the_positions_with_a_note(
+def test_rows_are_truncated_at_the_positions_with_a_note_if_no_length_is_set(
     model: Path, long_rows: Path, tmp_path: Path
 ) -> None:
     code, stderr = train(model, long_rows, tmp_path / "run")

@@ -358,7 +358,7 @@ def test_another_base_and_another_dtype_are_refused(base_model: Path, rows: Path
         train(settings, Recorder())
 
 
-def test_without_a_checkpoint_other_settings_may_be_tried(
+def test_other_settings_may_be_tried_without_a_checkpoint(
     base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
     kill_at(1)
