@@ -1,4 +1,7 @@
-"""What commands import when they run, imported before: torch, transformers, TRL, PEFT and datasets with it."""
+"""What commands import when they run, imported before: torch, transformers, TRL, PEFT, datasets and matplotlib."""
+
+from matplotlib import figure
+from matplotlib.backends import backend_svg
 
 from qlora_cli.answering import answer_prompts, conversation, open_model
 from qlora_cli.data.showing import inspection
@@ -14,4 +17,5 @@ from tests.support import merge_process, training_process
 MODULES = (
     *(answer_prompts, conversation, open_model, inspection, demonstration, all_checks, evaluation),
     *(load_plan, loader, save, memory_report, merge_run, train_run, merge_process, training_process),
+    *(figure, backend_svg),
 )

@@ -15,6 +15,7 @@ from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.training.resuming.loop_state import Progress
 
+SECONDS_BEFORE_PAGES = 30.0  # a shorter run has one page, drawn at its end
 MIN_PAUSE_FACTOR = 100  # the pause between two pages, in drawing times
 
 
@@ -107,13 +108,13 @@ class ReportWriter:
     """A reporter that redraws `report.html` after checkpoints and evaluations.
 
     Drawing reads the whole run, which takes longer and longer, so pages are skipped where drawing would take more
-    than a hundredth of the time.
+    than about a hundredth of the time, and at the beginning.
     """
 
     def __init__(self, directory: Path, reporter: Reporter) -> None:
         self._directory = directory
         self._reporter = reporter
-        self._not_before = -math.inf
+        self._not_before = time.monotonic() + SECONDS_BEFORE_PAGES
 
     def report(self, event: Event) -> None:
         """Draw the page after checkpoints and evaluations."""

@@ -34,10 +34,10 @@ def test_a_page_that_takes_long_is_drawn_seldom(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(reporting, "write_report", draw)
     monkeypatch.setattr(reporting, "time", clock)
     writer = ReportWriter(tmp_path, Recorder())
-    for now in (0, 3, 201, 203, 250):
+    for now in (0, 29, 31, 35, 232, 234, 250):
         clock.now = now
         writer.report(SAVED)
-    assert drawn == [0, 203]  # the first took until 2, and the next may come 200 seconds later
+    assert drawn == [31, 234]  # not in the first 30 s; the first took until 33, and the next may come 200 s later
 
 
 def test_a_page_that_can_not_be_written_is_reported_and_stops_nothing(
@@ -47,6 +47,7 @@ def test_a_page_that_can_not_be_written_is_reported_and_stops_nothing(
         raise OSError(28, "No space left on device", str(directory))
 
     monkeypatch.setattr(reporting, "write_report", full)
+    monkeypatch.setattr(reporting, "SECONDS_BEFORE_PAGES", 0.0)
     recorder = Recorder()
     ReportWriter(tmp_path, recorder).report(SAVED)
     (note,) = [event for event in recorder.events if isinstance(event, Noted)]
