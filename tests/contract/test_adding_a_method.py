@@ -173,8 +173,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what commands of a copy of the package say, in which two files are changed."""
-    found: dict[str, Any] = ask_copy(
+    """Return what the commands of a copy of the package print, in which two files are changed."""
+    outcomes: dict[str, Any] = ask_copy(
         tmp_path_factory.mktemp("copy"),
         edits={
             "settings/choices.py": {
@@ -185,10 +185,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         files={"quantization/methods/fixed.py": MODULE},
         script=ASK,
     )
-    return found
+    return outcomes
 
 
-def test_its_weights_are_stored_as_it_says_and_counted_as_they_were_planned(asked: dict[str, Any]) -> None:
+def test_its_weights_are_stored_as_described_and_counted_as_planned(asked: dict[str, Any]) -> None:
     assert asked["is_right"]
     assert asked["counted_as_planned"]
     assert asked["load"]["quantization"] == "fixed8"
@@ -219,7 +219,7 @@ def test_an_adapter_is_trained_on_it_and_merged_into_what_training_saw(asked: di
         ("an unknown method", "fixed8"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(asked: dict[str, Any], case: str, message: str) -> None:
+def test_what_cannot_be_combined_with_it_is_refused(asked: dict[str, Any], case: str, message: str) -> None:
     code, output = asked["refused"][case]
     assert code == 2
     assert message in " ".join(output.split())
@@ -233,7 +233,7 @@ NAMED = re.compile(
     r"|load_in_[48]bit|\bint8_\w+"
 )
 ALLOWED = {
-    # What a method is, to settings and texts; the default; and beside it the export format of that name.
+    # What a method is, to settings and texts; the default; and the export format of the same name.
     "settings/choices.py": 9 + 2 + 1,
     # The module whose settings are named after it, and these settings.
     "settings/sections/quantization.py": 1 + 3,
@@ -246,19 +246,19 @@ ALLOWED = {
 
 def namings(package: Path) -> dict[str, int]:
     """Return how often each file outside `quantization/methods/` names a method."""
-    found = {
+    counts = {
         path.relative_to(package).as_posix(): len(NAMED.findall(path.read_text(encoding="utf-8")))
         for path in sorted(package.rglob("*.py"))
         if not path.is_relative_to(package / "quantization" / "methods")
     }
-    return {file: count for file, count in found.items() if count}
+    return {file: count for file, count in counts.items() if count}
 
 
 def test_no_method_is_named_elsewhere() -> None:
     assert namings(PACKAGE) == ALLOWED
 
 
-def test_a_name_elsewhere_is_found(tmp_path: Path) -> None:
+def test_a_name_elsewhere_is_detected(tmp_path: Path) -> None:
     (tmp_path / "quantization" / "methods").mkdir(parents=True)
     (tmp_path / "quantization" / "methods" / "a.py").write_text("Quantization.INT8\n")
     (tmp_path / "quantization" / "b.py").write_text("config.load_in_4bit or settings.int8_threshold\n")

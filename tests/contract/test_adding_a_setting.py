@@ -127,7 +127,7 @@ def add_fields(section: Path, fields: str) -> None:
     assert source.count("\nfrom pydantic import ") == 1
     source = source.replace("\nfrom pydantic import ", f"\n{IMPORTS}from pydantic import ")
     source, count = re.subn(
-        r'(\nclass \w+\(Section\):\n    """.*?"""\n)', lambda found: found[1] + fields, source, flags=re.S
+        r'(\nclass \w+\(Section\):\n    """.*?"""\n)', lambda match: match[1] + fields, source, flags=re.S
     )
     assert count == 1
     section.write_text(source, encoding="utf-8")

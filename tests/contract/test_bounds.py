@@ -33,8 +33,8 @@ def test_the_lowest_versions_are_the_lower_bounds_of_all_dependencies_but_torch(
     for name, version in chosen.items():
         assert REQUIREMENTS[name].specifier.contains(version)
         assert f">={version}" in str(REQUIREMENTS[name].specifier)
-    kept = dict(line.split("==") for line in lowest.lowest_versions(torch_too=False))
-    assert {name for name in chosen if chosen[name] != kept[name]} <= {"torch"}
+    with_torch_pinned = dict(line.split("==") for line in lowest.lowest_versions(torch_too=False))
+    assert {name for name in chosen if chosen[name] != with_torch_pinned[name]} <= {"torch"}
 
 
 def test_the_versions_that_the_suite_runs_with_are_within_the_bounds() -> None:

@@ -103,7 +103,7 @@ def test_mistakes_end_with_exit_code_2(base_model: Path, flags: tuple[str, ...],
     assert expected in done.stderr
 
 
-def test_a_model_without_a_template_can_be_asked_but_not_talked_to(tmp_path: Path) -> None:
+def test_a_model_without_a_template_can_generate_but_not_chat(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     done = qlora_chat(base, "hello")
@@ -128,7 +128,7 @@ ON_TERMINAL = (
 
 
 class Terminal:
-    """A `qlora chat` on a pseudo-terminal, as a person has it."""
+    """A `qlora chat` on a pseudo-terminal, as a user runs it."""
 
     def __init__(self, *arguments: str | Path) -> None:
         self._master, slave = pty.openpty()
@@ -157,7 +157,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def wait_for(self, text: str, *, pressing: str = "") -> str:
-        """Return what was shown since the last call, up to and with `text`; `pressing` keys again if nothing comes."""
+        """Return what was shown since the last call, including `text`; press `pressing` again while nothing comes."""
         deadline = time.monotonic() + 300
         self.type(pressing)
         while text not in self._seen:
@@ -170,7 +170,7 @@ class Terminal:
         return before + text
 
     def exit_code(self) -> int:
-        """Wait for the end; what is still written fits into the terminal's buffer."""
+        """Wait for the process to end; what it still writes fits into the terminal's buffer."""
         return self._process.wait(timeout=120)
 
 

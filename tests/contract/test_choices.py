@@ -24,7 +24,7 @@ def words_of(path: str) -> dict[str, str]:
 
 
 def read(path: str, sources: Sources) -> str:
-    """Return the choice that a setting comes to; of one that takes several, the only one."""
+    """Return the choice that a setting resolves to; for one that takes several, the only one."""
     value: Any = next(value for name, value, _ in describe(sources) if name == path)
     (choice,) = value if isinstance(value, tuple) else (value,)
     return str(choice.value)
@@ -54,7 +54,7 @@ def schema_of(path: str) -> Mapping[str, Any]:
 
 
 def given_in_every_way(path: str, word: str, place: Path) -> Iterator[Sources]:
-    """Yield a word given by a flag, by `--set` and in a file, quoted there and not."""
+    """Yield a word given by a flag, by `--set`, and in a file, there both quoted and unquoted."""
     section, key = path.split(".")
     yield Sources(flags={path: ("--flag", word)})
     yield Sources(assignments=[f"{path}={word}"])
@@ -86,7 +86,7 @@ def test_the_schema_takes_what_is_read_and_nothing_else(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in CHOICES if "bf16" in choices_of(field_of(path))])
-def test_a_choice_among_dtypes_goes_by_every_name_of_them(path: str) -> None:
+def test_a_choice_among_dtypes_is_read_by_every_name_of_each(path: str) -> None:
     for names in DTYPE_NAMES:
         if own := set(names) & set(choices_of(field_of(path))):
             assert set(names) - own == {word for word, choice in synonyms_of(field_of(path)).items() if choice in own}
@@ -115,7 +115,7 @@ def test_the_schema_takes_what_may_be_written_instead_of_a_list(path: str, value
     assert in_schema(value, schema_of(path))
 
 
-def test_words_of_a_kind_that_are_no_choices_are_read_in_any_case_too() -> None:
+def test_typed_words_that_are_not_choices_are_read_in_any_case_too() -> None:
     values = {
         path: value
         for path, value, _ in describe(

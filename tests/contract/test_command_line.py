@@ -161,11 +161,11 @@ def test_a_traceback_has_at_most_forty_lines_and_says_what_is_left_out(monkeypat
     monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
     done = CliRunner().invoke(app, ["config", "show"])
     lines = done.output.splitlines()
-    told = lines[: next(number for number, line in enumerate(lines) if line.startswith("error: RecursionError"))]
-    assert len(told) <= 40
-    assert told[0].startswith("Traceback")
-    assert told[-1].startswith("RecursionError")
-    assert any("lines left out" in line for line in told)
+    traceback = lines[: next(number for number, line in enumerate(lines) if line.startswith("error: RecursionError"))]
+    assert len(traceback) <= 40
+    assert traceback[0].startswith("Traceback")
+    assert traceback[-1].startswith("RecursionError")
+    assert any("lines left out" in line for line in traceback)
 
 
 def test_a_traceback_of_a_long_chain_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,19 +206,19 @@ def test_config_show_prints_the_origin_of_each_value(run_qlora: RunQlora, tmp_pa
 def test_load_prints_every_promised_key_and_the_bytes_add_up(run_qlora: RunQlora, base_model: Path) -> None:
     done = run_qlora("load", base_model, "--device", "cpu", "--json")
     assert done.code == 0, done.stderr
-    found = done.json
-    assert set(found) == {field.name for field in fields(LoadReport)}
-    n = found["num_quantized_parameters"]
+    report = done.json
+    assert set(report) == {field.name for field in fields(LoadReport)}
+    n = report["num_quantized_parameters"]
     assert n == 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640)
-    assert found["quantized_weight_bytes"] == n // 2
+    assert report["quantized_weight_bytes"] == n // 2
     # A byte a block of 64, an fp32 a block of 256 of those; a table of 16 and one of 256, an offset, a layer.
     tables = 28 * 4 * (16 + 256 + 1)
-    assert found["quantization_constant_bytes"] == n // 64 + 4 * n // (64 * 256) + tables
+    assert report["quantization_constant_bytes"] == n // 64 + 4 * n // (64 * 256) + tables
     parts = ("quantized_weight_bytes", "quantization_constant_bytes", "unquantized_bytes")
-    assert found["total_bytes"] == sum(found[part] for part in parts)
-    assert found["float32_bytes"] == 2 * found["float16_bytes"] == 4 * found["num_parameters"]
-    assert found["peak_device_bytes"] is None
-    assert found["peak_host_bytes"] > found["total_bytes"]
+    assert report["total_bytes"] == sum(report[part] for part in parts)
+    assert report["float32_bytes"] == 2 * report["float16_bytes"] == 4 * report["num_parameters"]
+    assert report["peak_device_bytes"] is None
+    assert report["peak_host_bytes"] > report["total_bytes"]
     single = run_qlora("load", base_model, "--device", "cpu", "--no-double-quant", "--json").json
     assert single["quantization_constant_bytes"] == 4 * n // 64 + 28 * 4 * 16
 
@@ -314,7 +314,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
 
 
 def start_on_terminal(command: list[str]) -> tuple[int, int]:
-    """Start a command whose terminal is one of our own; return its number, and the other end of the terminal."""
+    """Start a command on a pseudo-terminal; return its process id and our end of the terminal."""
     number, terminal = pty.fork()
     if number == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores for the tests, too
@@ -323,7 +323,7 @@ def start_on_terminal(command: list[str]) -> tuple[int, int]:
 
 
 def read_until(terminal: int, path: Path, text: str) -> None:
-    """Read what is written to a terminal until a file holds some text."""
+    """Read what is written to a terminal until a file contains `text`."""
     deadline = time.monotonic() + 300
     while not (path.exists() and text in path.read_text()):
         assert time.monotonic() < deadline, f"{text} did not come"
@@ -366,11 +366,11 @@ def test_a_run_that_ignores_the_hangup_outlives_its_terminal(base_model: Path, r
 def test_the_demo_learns(run_qlora: RunQlora, tmp_path: Path) -> None:
     done = run_qlora("demo", "--output", tmp_path / "demo", "--json", cwd=tmp_path)
     assert done.code == 0, done.stderr
-    found = done.json
-    assert found["loss_drop"] >= 0.25
-    assert found["loss_after"] <= 0.75 * found["loss_before"]
-    assert found["answer_before"] != found["answer_after"]
-    assert found["quantized_bytes"] < found["float32_bytes"] / 2
+    summary = done.json
+    assert summary["loss_drop"] >= 0.25
+    assert summary["loss_after"] <= 0.75 * summary["loss_before"]
+    assert summary["answer_before"] != summary["answer_after"]
+    assert summary["quantized_bytes"] < summary["float32_bytes"] / 2
     assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -51,14 +51,14 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_command_is_of_a_kind_and_every_setting_with_a_flag_of_a_command() -> None:
+def test_every_command_has_its_settings_and_every_flag_a_command() -> None:
     assert set(KINDS) == set(Command)
     taken = {path for command in Command for path, _ in options.settings_of(command)}
     assert {path for path in all_settings() if metadata_of(path).flag or metadata_of(path).argument_of} == taken
 
 
 @pytest.mark.parametrize("command", list(Command))
-def test_a_command_has_the_flags_that_the_marks_give_it_and_takes_a_file(command: Command) -> None:
+def test_a_command_has_the_flags_of_its_metadata_and_takes_a_file(command: Command) -> None:
     parameters = typer.main.get_command(app).commands[command.value].params  # type: ignore[attr-defined]
     names = {parameter.name for parameter in parameters}
     assert {options.parameter_of(path) for path, _ in options.settings_of(command)} <= names
@@ -108,7 +108,7 @@ def test_one_file_serves_every_command_and_says_where_each_value_is(
         ("lora: {init_lora_weights: pissa}", {TrainSettings}),
     ],
 )
-def test_what_sections_make_of_each_other_is_for_the_commands_that_take_them(
+def test_rules_between_sections_apply_to_the_commands_that_take_both(
     text: str, complains: set[type[Section]], config: Path
 ) -> None:
     rest = ["model: {name: base}", "output: {directory: run}", "merge: {adapters: [run]}"]
@@ -123,7 +123,7 @@ def test_what_sections_make_of_each_other_is_for_the_commands_that_take_them(
             assert resolve(Sources(config=config), kind).origins
 
 
-def test_an_assignment_and_a_flag_stand_over_the_file(config: Path) -> None:
+def test_an_assignment_and_a_flag_override_the_file(config: Path) -> None:
     sources = Sources(
         config=config,
         assignments=["merge.dtype=fp32", "merge.base=original"],
@@ -137,7 +137,7 @@ def test_an_assignment_and_a_flag_stand_over_the_file(config: Path) -> None:
     assert resolved.where_of("merge.adapters").endswith(" merge.adapters")
 
 
-def test_every_adapter_counts_as_much_if_no_weight_is_given() -> None:
+def test_adapters_have_equal_weights_if_none_is_given() -> None:
     given = {"merge.adapters": ("RUN_OR_ADAPTER", ["a", "b"])}
     assert resolve(Sources(flags=given), MergeCommandSettings).settings.merge.weights == (1.0, 1.0)
 
@@ -149,9 +149,13 @@ def test_config_show_has_the_settings_of_every_command(run_qlora: RunQlora, conf
     assert shown["generate.seed"] == {"value": None, "origin": "default"}
     assert {path.partition(".")[0] for path in shown} == set(SECTIONS)
     lines = run_qlora("config", "show", "--config", config).stdout.splitlines()
-    told = {path: value.split("  ")[0] for path, value in (line.split(maxsplit=1) for line in lines)}
-    assert list(told) == all_settings()
-    assert (told["merge.weights"], told["merge.formats"], told["inspect_memory.sweep"]) == ("0.5", "hf, nf4", "-")
+    shown_values = {path: value.split("  ")[0] for path, value in (line.split(maxsplit=1) for line in lines)}
+    assert list(shown_values) == all_settings()
+    assert (shown_values["merge.weights"], shown_values["merge.formats"], shown_values["inspect_memory.sweep"]) == (
+        "0.5",
+        "hf, nf4",
+        "-",
+    )
 
 
 GIVEN = {Command.MERGE: ["run", "other"], Command.TRAIN: ["--model", "m"], Command.INSPECT_DATA: ["--model", "m"]}

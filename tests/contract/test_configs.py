@@ -22,7 +22,7 @@ def test_config_parses(path: Path) -> None:
     assert resolve(Sources(config=path, flags=LEFT_TO_THE_USER), TrainSettings).settings.model.name
 
 
-def test_the_demo_config_says_what_the_demo_runs() -> None:
+def test_the_demo_config_is_what_the_demo_runs() -> None:
     output = {"output.directory": ("--output", "run")}
     settings = resolve(Sources(config=ROOT / "configs" / "demo.yaml", flags=output), TrainSettings).settings
     for path, value in DEMO_SETTINGS.items():
@@ -64,5 +64,5 @@ def test_the_configs_of_the_paper_have_its_values(size: str) -> None:
 
 
 def test_every_config_of_the_paper_is_in_the_test_above() -> None:
-    found = {path.stem.removeprefix("llama-") for path in (ROOT / "configs" / "paper").iterdir()}
-    assert found == set(PAPER_SIZES)
+    sizes = {path.stem.removeprefix("llama-") for path in (ROOT / "configs" / "paper").iterdir()}
+    assert sizes == set(PAPER_SIZES)

@@ -1,4 +1,4 @@
-"""A setting that is given as it would be anyway asks for nothing, so that nothing is said of it."""
+"""A setting given at its default value asks for nothing, so it is neither refused nor reported."""
 
 import itertools
 from pathlib import Path
@@ -19,8 +19,8 @@ NEEDED = {
     "merge.adapters": "run",
     "generate.prompts": "Hello",
 }
-# Beside these, some settings or others have no effect, or can't be had.
-BESIDE: tuple[dict[str, Any], ...] = (
+# In combination with these, some settings have no effect, or are unavailable.
+CONTEXTS: tuple[dict[str, Any], ...] = (
     {},
     *({"quantization.method": method} for method in Quantization),
     *({"training.schedule": schedule} for schedule in Schedule),
@@ -36,7 +36,7 @@ BESIDE: tuple[dict[str, Any], ...] = (
 
 
 def refused(kind: type[Section], values: dict[str, Any]) -> list[str]:
-    """Return the settings that are refused of those given, each named in the place of its flag."""
+    """Return the problems of the given settings that are refused, each under the path of its setting."""
     flags = {
         path: (path, value) for path, value in (NEEDED | values).items() if path[: path.find(".")] in sections(kind)
     }
@@ -52,7 +52,7 @@ def sections(kind: type[Section]) -> set[str]:
 
 
 def defaults(kind: type[Section]) -> dict[str, Any]:
-    """Return every setting of a command that has a default, with it."""
+    """Return every setting of a command that has a default, with that default."""
     return {
         f"{name}.{key}": field.default
         for name, section in kind.model_fields.items()
@@ -61,16 +61,16 @@ def defaults(kind: type[Section]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: ",".join(map(str, beside.values())) or "nothing")
+@pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: ",".join(map(str, context.values())) or "nothing")
 @pytest.mark.parametrize("kind", KINDS.values())
-def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: dict[str, Any]) -> None:
-    given = {path: value for path, value in defaults(kind).items() if path not in {*NEEDED, *beside}}
-    assert refused(kind, beside) == []
-    assert refused(kind, {**given, **beside}) == []
+def test_a_default_that_is_given_is_never_refused(kind: type[Section], context: dict[str, Any]) -> None:
+    given = {path: value for path, value in defaults(kind).items() if path not in {*NEEDED, *context}}
+    assert refused(kind, context) == []
+    assert refused(kind, {**given, **context}) == []
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "default", "beside"),
+    ("path", "value", "default", "context"),
     [
         ("output.hub_private", False, True, {}),
         ("training.sample_tokens", "65", "64", {}),
@@ -84,10 +84,10 @@ def test_a_default_that_is_given_is_never_refused(kind: type[Section], beside: d
     ],
 )
 def test_a_setting_without_effect_is_refused_unless_it_is_the_default(
-    path: str, value: object, default: object, beside: dict[str, Any]
+    path: str, value: object, default: object, context: dict[str, Any]
 ) -> None:
-    assert refused(TrainSettings, {path: default, **beside}) == []
-    (problem,) = refused(TrainSettings, {path: value, **beside})
+    assert refused(TrainSettings, {path: default, **context}) == []
+    (problem,) = refused(TrainSettings, {path: value, **context})
     assert problem.startswith(f"{path}: ")
 
 
@@ -104,7 +104,7 @@ def test_the_default_split_of_a_local_file_asks_for_nothing(tmp_path: Path) -> N
 
 
 def test_the_contexts_make_something_idle() -> None:
-    """Without this the property above could be true of nothing."""
+    """Without this, the property above could hold vacuously."""
     idle = {"training.warmup_ratio": "0.2", "training.adam_beta2": "0.9", "training.longest_first": True}
-    told = list(itertools.chain.from_iterable(refused(TrainSettings, {**idle, **beside}) for beside in BESIDE))
-    assert {line.split(": ")[0] for line in told} == set(idle)
+    problems = list(itertools.chain.from_iterable(refused(TrainSettings, {**idle, **each}) for each in CONTEXTS))
+    assert {line.split(": ")[0] for line in problems} == set(idle)

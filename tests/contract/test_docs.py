@@ -94,9 +94,9 @@ def parse(command: Any, arguments: list[str], parent: Any = None) -> Any:
 
 
 def flags_of(command: Any) -> set[str]:
-    """Return every flag of a command and of those below it."""
-    found = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-    return found.union(*(flags_of(below) for below in getattr(command, "commands", {}).values()))
+    """Return every flag of a command and of its subcommands."""
+    flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return flags.union(*(flags_of(below) for below in getattr(command, "commands", {}).values()))
 
 
 def flags_of_train() -> set[str]:

@@ -64,7 +64,7 @@ def keys_of(value: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def done(run_qlora: RunQlora) -> Finished:
-    """The command on this machine, with a hub that is away."""
+    """The command on this machine, with a hub that cannot be reached."""
     return run_qlora("doctor", "--json", env=AWAY)
 
 
@@ -179,7 +179,7 @@ def asked_in_child(check: Callable[..., Outcome], *arguments: object) -> Outcome
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answers as the hub does; of tokens it accepts one. Keeps what it was asked with."""
+    """Answers as the hub does, accepts one token, and records the requests."""
 
     asked: list[tuple[str, str | None]]
     html = False
@@ -207,7 +207,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Answers]]:
-    """A hub on loopback that children of this process ask, with a home of the client that is empty."""
+    """A hub on loopback that children of this process ask, with an empty home for the hub's client."""
     handler: type[Answers] = type("Handler", (Answers,), {"asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -270,7 +270,7 @@ def test_offline_mode_asks_nobody(hub: type[Answers], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("source", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "file"])
-def test_a_token_is_found_where_the_client_finds_it_and_accepted(
+def test_a_token_is_read_from_where_the_client_reads_it_and_accepted(
     hub: type[Answers], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
 ) -> None:
     if source == "file":

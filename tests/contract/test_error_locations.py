@@ -1,6 +1,6 @@
-"""A value that is refused is named as it was given: by its flag, by `--set`, or with file, line and name.
+"""A refused value is named as it was given: by its flag, by `--set`, or with file, line and name.
 
-The first half goes by the kinds of all settings, the second by what only files, models and machines show to be wrong.
+The first half covers the types of all settings, the second what only files, models and machines show to be wrong.
 """
 
 import ast
@@ -26,7 +26,7 @@ from tests.conftest import ASSETS, write_jsonl
 
 
 def takes_words(path: str) -> bool:
-    """Whether a setting takes any text, so that none is wrong by its kind."""
+    """Return whether a setting takes any text, so that no value has the wrong type."""
     setting = field_of(path)
     kinds = str(setting.annotation)
     return not (choices_of(setting) or is_switch(setting) or "int" in kinds or "float" in kinds)
@@ -36,7 +36,7 @@ NARROW = [path for path in all_settings() if not takes_words(path)]
 
 
 @pytest.mark.parametrize("command", list(Command))
-def test_what_no_setting_of_its_kind_takes_is_named_as_it_was_given(command: Command, tmp_path: Path) -> None:
+def test_a_value_of_the_wrong_type_is_named_as_it_was_given(command: Command, tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     for path in NARROW:
         section, key = path.split(".")
@@ -52,7 +52,7 @@ def test_what_no_setting_of_its_kind_takes_is_named_as_it_was_given(command: Com
             assert where in {problem.where for problem in caught.value.problems}, (path, where)
 
 
-def test_most_settings_have_such_a_kind() -> None:
+def test_most_settings_do_not_take_any_text() -> None:
     assert len(NARROW) >= 60
 
 
@@ -61,25 +61,25 @@ def test_most_settings_have_such_a_kind() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrong:
-    """A value that is refused, what the message says, and what else is given."""
+    """A value that is refused, what the message says, and the settings given with it."""
 
     command: Command
     path: str
     value: Any
     says: str
-    beside: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.command.value}-{self.path}"
 
 
-def wrong(command: Command, path: str, value: Any, says: str, **beside: Any) -> Wrong:
+def wrong(command: Command, path: str, value: Any, says: str, **context: Any) -> Wrong:
     return Wrong(
         command=command,
         path=path,
         value=value,
         says=says,
-        beside={name.replace("__", "."): other for name, other in beside.items()},
+        context={name.replace("__", "."): other for name, other in context.items()},
     )
 
 
@@ -150,7 +150,7 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a base, rows, an adapter without a base, and a directory that holds something."""
+    """A directory with a base, rows, an adapter without a base, and a directory that is not empty."""
     place = tmp_path_factory.mktemp("place")
     write_jsonl(place / "rows.jsonl", [{"prompt": f"{number}?", "completion": f"{number}."} for number in range(8)])
     (place / "full").mkdir()
@@ -162,7 +162,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_place(value: Any, place: Path) -> Any:
-    """Return a value with names that stand for files put right."""
+    """Return a value in which each name that stands for a file is replaced by its path."""
     names = {"ROWS": place / "rows.jsonl", "FULL": place / "full", "ADAPTER": place / "adapter"}
     return str(names[value]) if isinstance(value, str) and value in names else value
 
@@ -176,7 +176,7 @@ def by_flag(case: Wrong, value: Any) -> list[str]:
 
 
 def ways_to_give(case: Wrong, value: Any, place: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield what names a value, and the arguments that give it: by a flag if the command has it, otherwise."""
+    """Yield how a value is named, with the arguments that give it: by its flag if any, by `--set`, and in a file."""
     marked = metadata_of(case.path)
     if marked.is_taken_by(case.command):
         is_argument = case.command in marked.argument_of
@@ -195,18 +195,18 @@ def test_a_value_that_is_refused_is_named_as_it_was_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     value = in_place(case.value, place)
-    rest = {"model.device": "cpu", **NEEDED.get(case.command, {}), **case.beside}
+    rest = {"model.device": "cpu", **NEEDED.get(case.command, {}), **case.context}
     if case.command is not MERGE:
         rest["model.name"] = str(ASSETS / "base")
     rest.pop(case.path, None)
-    others = [part for path, other in rest.items() for part in ("--set", f"{path}={in_place(other, place)}")]
+    rest_as_flags = [part for path, other in rest.items() for part in ("--set", f"{path}={in_place(other, place)}")]
     for where, arguments in ways_to_give(case, value, place):
-        done = CliRunner().invoke(app, [case.command.value, *arguments, *others], input="")
+        done = CliRunner().invoke(app, [case.command.value, *arguments, *rest_as_flags], input="")
         assert done.exit_code == 2, done.output
-        (told,) = [line for line in done.stderr.splitlines() if case.says in line]
-        assert told.startswith(f"error: {where}"), told
-        assert told.removeprefix(f"error: {where}")[0] in ": "
-        assert not where.endswith(":3") or case.path in told
+        (line,) = [line for line in done.stderr.splitlines() if case.says in line]
+        assert line.startswith(f"error: {where}"), line
+        assert line.removeprefix(f"error: {where}")[0] in ": "
+        assert not where.endswith(":3") or case.path in line
         assert "hint: " in done.stderr
 
 
@@ -217,14 +217,14 @@ def test_every_command_has_a_case() -> None:
 RESULTS_OF_A_RUN = {"resume.py"}  # it names settings that changed since the run began, in what it compares
 
 
-def test_no_error_spells_the_flag_or_the_name_of_its_setting_itself() -> None:
-    package, found, num_errors = Path(qlora_cli.__file__).parent, [], 0
+def test_no_error_spells_out_the_flag_or_the_name_of_its_setting() -> None:
+    package, spelt, num_errors = Path(qlora_cli.__file__).parent, [], 0
     for file in sorted(package.rglob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and call.args and ast.unparse(call.func).endswith("Error"):
                 num_errors += 1
                 message = ast.unparse(call.args[0]).lstrip("f'\"")
                 begins = message.startswith(("--", *(f"{section}." for section in SECTIONS)))
-                found += [f"{file.name}: {message}"] if begins and file.name not in RESULTS_OF_A_RUN else []
-    assert found == []
+                spelt += [f"{file.name}: {message}"] if begins and file.name not in RESULTS_OF_A_RUN else []
+    assert spelt == []
     assert num_errors > 200

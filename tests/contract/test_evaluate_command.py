@@ -1,4 +1,4 @@
-"""`qlora evaluate` as scripts and eyes see it: its table, its keys, its refusals before torch, and lm-eval's tasks."""
+"""`qlora evaluate` as scripts and users see it: its table, keys, refusals before torch, and lm-eval's tasks."""
 
 import importlib.util
 import json
@@ -42,8 +42,8 @@ def qlora(*arguments: str | Path) -> Result:
 def evaluated(*arguments: str | Path) -> dict[str, Any]:
     done = qlora(*arguments, "--json")
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def trained(held_out: Path, base_model: Path) -> TrainResult:
 # ---- what is shown
 
 
-def test_the_table_has_a_line_a_model_within_80_columns(run_qlora: RunQlora, trained: TrainResult) -> None:
+def test_the_table_has_a_line_for_each_model_within_80_columns(run_qlora: RunQlora, trained: TrainResult) -> None:
     done = run_qlora("evaluate", "run", "--device", "cpu", cwd=trained.output.parent, env={"COLUMNS": "80"})
     assert done.code == 0, done.stderr
     heading, rows, columns, *models = done.stdout.splitlines()
@@ -78,22 +78,22 @@ def test_the_table_has_a_line_a_model_within_80_columns(run_qlora: RunQlora, tra
 
 
 def test_json_is_one_object_with_every_key(trained: TrainResult) -> None:
-    found = evaluated(trained.output, "--device", "cpu")
-    assert list(found) == [field.name for field in fields(Evaluation)]
-    base, adapter = found["sources"]
+    report = evaluated(trained.output, "--device", "cpu")
+    assert list(report) == [field.name for field in fields(Evaluation)]
+    base, adapter = report["sources"]
     assert list(base) == [field.name for field in fields(SourceResult)]
     assert (base["source"], adapter["source"]) == ("base", "adapter")
     assert base["difference"] is None
     assert adapter["difference"] == pytest.approx(adapter["loss"] - base["loss"])
-    assert found["tasks"] == []
-    assert (found["model"], found["adapter"]) == (str(trained.output), str(trained.adapter))
+    assert report["tasks"] == []
+    assert (report["model"], report["adapter"]) == (str(trained.output), str(trained.adapter))
 
 
 def test_a_plain_model_is_one_line(base_model: Path, held_out: Path) -> None:
-    found = evaluated(base_model, "--dataset", held_out, "--quant", "none", *CPU)
-    assert [(source["source"], source["quantization"]) for source in found["sources"]] == [("model", "none")]
-    assert found["adapter"] is None
-    assert found["base_model"] == str(base_model)
+    report = evaluated(base_model, "--dataset", held_out, "--quant", "none", *CPU)
+    assert [(source["source"], source["quantization"]) for source in report["sources"]] == [("model", "none")]
+    assert report["adapter"] is None
+    assert report["base_model"] == str(base_model)
 
 
 def test_the_batch_changes_nothing_and_the_base_may_be_left_out(trained: TrainResult) -> None:
@@ -149,7 +149,7 @@ def test_mistakes_end_with_2_before_torch_is_imported(
     assert done.stdout == ""
 
 
-def test_a_run_is_no_merged_model(trained: TrainResult) -> None:
+def test_a_run_is_not_a_merged_model(trained: TrainResult) -> None:
     done = qlora(trained.output, "--merged", trained.output, "--json")
     assert done.exit_code == 2
     assert "is no merged model" in json.loads(done.stdout)["error"]["message"]
@@ -207,7 +207,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def task(held_out: Path) -> Path:
-    """A task over a local file: which of two answers is that to a question?"""
+    """A task over a local file: which of two answers belongs to a question?"""
     pairs = [json.loads(line)["messages"] for line in held_out.read_text(encoding="utf-8").splitlines()]
     answers = [f" {messages[-1]['content']}" for messages in pairs]
     rows = [
@@ -228,27 +228,27 @@ def in_a_process(run_qlora: RunQlora, *arguments: str | Path) -> dict[str, Any]:
     return done.json
 
 
-def test_a_task_of_ones_own_is_run_on_base_and_adapter(run_qlora: RunQlora, trained: TrainResult, task: Path) -> None:
+def test_a_users_own_task_is_run_on_base_and_adapter(run_qlora: RunQlora, trained: TrainResult, task: Path) -> None:
     pytest.importorskip("lm_eval")
-    found = in_a_process(run_qlora, trained.output, "--tasks", task)
-    assert [source["source"] for source in found["sources"]] == ["base", "adapter"]
-    assert [(figure["source"], figure["task"], figure["metric"]) for figure in found["tasks"]] == [
+    report = in_a_process(run_qlora, trained.output, "--tasks", task)
+    assert [source["source"] for source in report["sources"]] == ["base", "adapter"]
+    assert [(figure["source"], figure["task"], figure["metric"]) for figure in report["tasks"]] == [
         ("base", "own_questions", "acc"),
         ("adapter", "own_questions", "acc"),
     ]
-    assert all(list(figure) == [field.name for field in fields(TaskResult)] for figure in found["tasks"])
-    assert all(figure["num_documents"] == 8 and 0 <= figure["value"] <= 1 for figure in found["tasks"])
+    assert all(list(figure) == [field.name for field in fields(TaskResult)] for figure in report["tasks"])
+    assert all(figure["num_documents"] == 8 and 0 <= figure["value"] <= 1 for figure in report["tasks"])
 
 
 def test_tasks_alone_need_no_rows_and_may_be_limited(run_qlora: RunQlora, base_model: Path, task: Path) -> None:
     pytest.importorskip("lm_eval")
     named = ("--tasks", "own_questions", "--task-path", task.parent, "--limit", "3")
-    found = in_a_process(run_qlora, base_model, *named)
-    assert (found["dataset"], found["sources"]) == (None, [])
-    assert [figure["num_documents"] for figure in found["tasks"]] == [3]
+    report = in_a_process(run_qlora, base_model, *named)
+    assert (report["dataset"], report["sources"]) == (None, [])
+    assert [figure["num_documents"] for figure in report["tasks"]] == [3]
 
 
-def test_a_task_that_is_none_ends_with_2(run_qlora: RunQlora, base_model: Path) -> None:
+def test_an_unknown_task_ends_with_2(run_qlora: RunQlora, base_model: Path) -> None:
     pytest.importorskip("lm_eval")
     done = run_qlora("evaluate", base_model, "--tasks", "hellaswagg", "--json")
     assert done.code == 2

@@ -64,7 +64,8 @@ EDITS = {
         "        Nf4Format,\n": "        StepsFormat,\n",
     },
 }
-# Run in the copied package: train, merge into it alone and beside another, and use what was merged, as one object.
+# Run in the copied package: train, merge into the format alone and together with another, use what was merged, and
+# print it all as one object.
 ASK = """
 import json, sys
 from pathlib import Path
@@ -98,7 +99,7 @@ print(json.dumps({
     "alone": alone,
     "record": json.loads((Path(alone["output"]) / "merge.json").read_text()),
     "card": (Path(alone["output"]) / "README.md").read_text(),
-    "beside": json.loads((work / "both" / "hf" / "merge.json").read_text())["requantized"],
+    "with_another": json.loads((work / "both" / "hf" / "merge.json").read_text())["requantized"],
     "compared": compared["merged"],
     "shown": " ".join(both.split()),
     "refused": [refused.exit_code, refused.output],
@@ -112,27 +113,27 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what commands of a copy of the package say, in which three files are new or changed."""
-    found: dict[str, Any] = ask_copy(
+    """Return what the commands of a copy of the package print, in which three files are new or changed."""
+    outcomes: dict[str, Any] = ask_copy(
         tmp_path_factory.mktemp("copy"), edits=EDITS, files={"merging/exports/steps.py": MODULE}, script=ASK
     )
-    return found
+    return outcomes
 
 
 def test_it_is_written_compared_with_the_merged_model_and_noted(asked: dict[str, Any]) -> None:
     alone = asked["alone"]
     assert alone["outputs"] == {"steps": alone["output"]}
-    (found,) = alone["requantized"].values()
-    assert found["to"] == "steps of 1/64"
+    (requantized,) = alone["requantized"].values()
+    assert requantized["to"] == "steps of 1/64"
     assert alone["verification"]["passed"]
-    assert 0 < found["divergence"]["mean_kl"] < 10
+    assert 0 < requantized["divergence"]["mean_kl"] < 10
     assert "steps are coarse" in alone["notes"]
 
 
-def test_its_record_and_its_card_tell_of_it_and_those_of_other_formats_do_not(asked: dict[str, Any]) -> None:
+def test_its_record_and_its_card_describe_it_and_those_of_other_formats_do_not(asked: dict[str, Any]) -> None:
     assert asked["record"]["format"] == "steps"
     assert asked["record"]["requantized"] == asked["alone"]["requantized"]["steps"]
-    assert asked["beside"] is None
+    assert asked["with_another"] is None
     assert "library_name: stepper" in asked["card"]
     assert "| requantized | to steps of 1/64: from the merged model, mean KL divergence" in asked["card"]
 
@@ -174,12 +175,12 @@ ELSEWHERE = {
 
 def namings(package: Path) -> dict[str, int]:
     """Return how often each file outside `merging/exports/` names a format."""
-    found = {
+    counts = {
         path.relative_to(package).as_posix(): len(NAMED.findall(path.read_text(encoding="utf-8")))
         for path in sorted(package.rglob("*.py"))
         if not path.is_relative_to(package / "merging" / "exports")
     }
-    return {file: count for file, count in found.items() if count}
+    return {file: count for file, count in counts.items() if count}
 
 
 def test_every_format_that_can_be_asked_for_is_in_the_table_with_a_class_of_its_own() -> None:
@@ -192,7 +193,7 @@ def test_no_format_is_named_elsewhere() -> None:
     assert namings(PACKAGE) == ELSEWHERE
 
 
-def test_a_name_elsewhere_is_found(tmp_path: Path) -> None:
+def test_a_name_elsewhere_is_detected(tmp_path: Path) -> None:
     (tmp_path / "merging" / "exports").mkdir(parents=True)
     (tmp_path / "merging" / "exports" / "a.py").write_text("ExportFormat.GGUF\n")
     (tmp_path / "b.py").write_text(

@@ -1,4 +1,4 @@
-"""`qlora generate` as scripts and eyes see it: the answer alone, headings, keys of --json, stdin, mistakes, a pipe."""
+"""`qlora generate` as scripts and users see it: the answer, headings, keys of --json, stdin, mistakes, a pipe."""
 
 import json
 import os
@@ -37,15 +37,15 @@ def qlora_generate(*arguments: str | Path, stdin: str | bytes | None = None) -> 
 def answered(*arguments: str | Path, stdin: str | bytes | None = None) -> dict[str, Any]:
     done = qlora_generate(*CPU, *arguments, "--json", stdin=stdin)
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def only(report: dict[str, Any]) -> dict[str, Any]:
     """Return the one answer to the one prompt."""
     ((answer,),) = (given["answers"] for given in report["answers"])
-    found: dict[str, Any] = answer
-    return found
+    only_answer: dict[str, Any] = answer
+    return only_answer
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_on_a_terminal_the_answer_is_written_as_it_comes(base_model: Path, monke
     assert "was cut off" in streamed.stderr
 
 
-def test_several_prompts_are_headings_of_their_answers(base_model: Path) -> None:
+def test_several_prompts_become_headings_of_their_answers(base_model: Path) -> None:
     done = qlora_generate(base_model, "--prompt", "hello", "--prompt", "[b]why", *CPU)
     hello, why = answered(base_model, "--prompt", "hello", "--prompt", "[b]why")["answers"]
     assert done.stdout == (f"hello\n{hello['answers'][0]['text']}\n\n\n[b]why\n{why['answers'][0]['text']}\n\n")

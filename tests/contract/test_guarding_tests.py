@@ -1,4 +1,4 @@
-"""The table in CONTRIBUTING.md says for each package which tests guard it, and no folder of tests is missing there."""
+"""The table in CONTRIBUTING.md lists, for each package, the tests that guard it, and no folder of tests is missing."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROW = re.compile(r"^\| (?:`(\w+)`|the ground floor|all of them) \| ((?:`[\w/.]+`
 
 
 def rows() -> list[tuple[str, list[str]]]:
-    """Return the packages, or nothing for those that are none, each with its tests."""
+    """Return each package with its tests; the name is empty in a row that is not about one package."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     return [(package, re.findall(r"`([\w/.]+)`", tests)) for package, tests in ROW.findall(text)]
 
@@ -32,7 +32,7 @@ def test_each_folder_of_tests_guards_a_package() -> None:
     assert [folder for folder in folders if folder not in named] == []
 
 
-def test_the_fast_tests_exist_and_are_of_most_packages() -> None:
+def test_the_fast_tests_exist_and_cover_most_packages() -> None:
     script = (ROOT / "scripts" / "test").read_text(encoding="utf-8")
     (names,) = re.findall(r"tests/contract/test_\{([\w,]+)\}\.py", script)
     assert [name for name in names.split(",") if not (TESTS / "contract" / f"test_{name}.py").exists()] == []

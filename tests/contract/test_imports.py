@@ -1,4 +1,4 @@
-"""The arrows of the architecture: which part may import which, and what the command line must not load."""
+"""The directions of imports: which part may import which, and what the command line must not load."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 from tests.support.source_imports import imports_of
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
-# What knows nothing of the project, each with those of its kind that it may import.
+# The modules that know nothing of the project, each with those among them that it may import.
 GROUND: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -32,27 +32,27 @@ MAP_LINE = re.compile(r"^\| `(\w+)` \| .+ \| ([\w, ]*)\|$", re.MULTILINE)
 
 
 def on_the_map() -> dict[str, set[str]]:
-    """Return which packages each may import, besides the ground floor, as CONTRIBUTING.md has it."""
+    """Return which packages each may import in addition to the ground floor, according to CONTRIBUTING.md."""
     lines = MAP_LINE.findall((PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    return {name: {other.strip() for other in others.split(",") if other.strip()} for name, others in lines}
+    return {name: {other.strip() for other in allowed.split(",") if other.strip()} for name, allowed in lines}
 
 
 MAP = on_the_map()
-ALLOWED = {**GROUND, **{name: {*GROUND, *others} for name, others in MAP.items()}, "__main__": {"cli"}}
+ALLOWED = {**GROUND, **{name: {*GROUND, *allowed} for name, allowed in MAP.items()}, "__main__": {"cli"}}
 
 
 def test_the_map_has_every_package_below_those_that_import_it() -> None:
     folders = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
     assert sorted(MAP) == sorted(folders)
-    for at, (name, others) in enumerate(MAP.items()):
-        assert others <= set(list(MAP)[:at]), name
+    for at, (name, allowed) in enumerate(MAP.items()):
+        assert allowed <= set(list(MAP)[:at]), name
 
 
-def test_the_map_has_no_arrow_that_is_not_taken() -> None:
-    for name, others in MAP.items():
+def test_the_map_allows_no_import_that_is_not_made() -> None:
+    for name, allowed in MAP.items():
         modules = {module for path in (PACKAGE / name).rglob("*.py") for module, _, _ in imports_of(path)}
         imported = {part_of(module) for module in modules if module.startswith("qlora_cli.")}
-        assert others <= imported, name
+        assert allowed <= imported, name
 
 
 def part_of(module: str) -> str:
@@ -61,53 +61,53 @@ def part_of(module: str) -> str:
     return names[0] if names and names[0] != "__version__" else "__init__"
 
 
-def wrong_arrows(package: Path) -> list[str]:
-    """Return every import in `package` that its part must not make."""
-    found = []
+def forbidden_imports(package: Path) -> list[str]:
+    """Return every import in `package` that the importing part must not make."""
+    forbidden = []
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package).with_suffix("")
         part = part_of(".".join(("qlora_cli", *relative.parts)))
         for module, line, at_once in imports_of(path):
             root = module.split(".")[0]
             if module == ".":
-                found.append(f"{relative}:{line}: relative import")
+                forbidden.append(f"{relative}:{line}: relative import")
             elif root == "qlora_cli":
                 target = part_of(module)
                 if target != part and target not in ALLOWED[part]:
-                    found.append(f"{relative}:{line}: {part} must not import {target}")
+                    forbidden.append(f"{relative}:{line}: {part} must not import {target}")
             elif root in {"typer", "rich"} and part != "cli":
-                found.append(f"{relative}:{line}: only cli imports {root}")
+                forbidden.append(f"{relative}:{line}: only cli imports {root}")
             elif root in HEAVY and at_once and part in LIGHT:
-                found.append(f"{relative}:{line}: {part} must not import {root} outside a function")
-    return found
+                forbidden.append(f"{relative}:{line}: {part} must not import {root} outside a function")
+    return forbidden
 
 
 def test_every_import_runs_the_right_way() -> None:
     assert len(list(PACKAGE.rglob("*.py"))) >= 40
-    assert wrong_arrows(PACKAGE) == []
+    assert forbidden_imports(PACKAGE) == []
 
 
-def circles(package: Path) -> list[str]:
-    """Return the files and folders of a folder that import each other in a circle, in every folder of `package`."""
+def import_cycles(package: Path) -> list[str]:
+    """Return the cycles of imports among the files and subfolders of each folder of `package`."""
     files = {path.relative_to(package.parent).with_suffix("").parts: path for path in package.rglob("*.py")}
-    arrows: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    imports: dict[tuple[str, ...], dict[str, set[str]]] = {}
     for names, path in files.items():
         for module, _, _ in imports_of(path):
             target = tuple(module.split("."))
             shared = next((at for at, pair in enumerate(zip(names, target, strict=False)) if len(set(pair)) > 1), None)
             if shared and shared < min(len(names), len(target)) and names[shared] != "__init__":
-                arrows.setdefault(names[:shared], {}).setdefault(names[shared], set()).add(target[shared])
-    found = []
-    for folder, below in arrows.items():
+                imports.setdefault(names[:shared], {}).setdefault(names[shared], set()).add(target[shared])
+    cycles = []
+    for folder, below in imports.items():
         try:
             list(TopologicalSorter(below).static_order())
         except CycleError as error:
-            found.append(f"{'/'.join(folder)}: {' -> '.join(error.args[1])}")
-    return found
+            cycles.append(f"{'/'.join(folder)}: {' -> '.join(error.args[1])}")
+    return cycles
 
 
 def test_no_two_files_or_folders_in_one_folder_import_each_other(tmp_path: Path) -> None:
-    assert circles(PACKAGE) == []
+    assert import_cycles(PACKAGE) == []
     package = tmp_path / "qlora_cli"
     for name, source in {
         "memory/tracing/a.py": "from qlora_cli.memory.replaying.b import x\n",
@@ -117,16 +117,16 @@ def test_no_two_files_or_folders_in_one_folder_import_each_other(tmp_path: Path)
     }.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(source)
-    (found,) = circles(package)
-    assert found.startswith("qlora_cli/memory: ")
-    assert set(found.split(": ")[1].split(" -> ")) == {"c", "replaying", "tracing"}
+    (cycle,) = import_cycles(package)
+    assert cycle.startswith("qlora_cli/memory: ")
+    assert set(cycle.split(": ")[1].split(" -> ")) == {"c", "replaying", "tracing"}
 
 
-# The packages of the data, in the order of the work.
+# The packages of `data`, in the order of the work.
 DATA = ("limits", "finding", "rows", "reading", "opening", "rendering", "tokenizing", "feeding", "showing")
 
 
-def test_each_package_of_the_data_imports_those_before_it_alone() -> None:
+def test_each_package_of_the_data_imports_only_those_before_it() -> None:
     places = [path for path in (PACKAGE / "data").rglob("*.py") if path.parent.name != "data"]
     assert {path.parent.name for path in places} == set(DATA) - {"limits"}
     for path in places:
@@ -152,12 +152,12 @@ def test_each_package_of_the_data_imports_those_before_it_alone() -> None:
         ("files.py", "from qlora_cli import settings\n", "files must not import settings"),
     ],
 )
-def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expected: str) -> None:
+def test_a_forbidden_import_is_caught(tmp_path: Path, file: str, source: str, expected: str) -> None:
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
-    (found,) = wrong_arrows(tmp_path)
-    assert expected in found
+    (forbidden,) = forbidden_imports(tmp_path)
+    assert expected in forbidden
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,15 @@ def test_a_wrong_arrow_is_caught(tmp_path: Path, file: str, source: str, expecte
         ("training/a.py", "from qlora_cli.data.feeding.prepare import prepare_data\n"),
     ],
 )
-def test_a_right_arrow_is_let_through(tmp_path: Path, file: str, source: str) -> None:
+def test_an_allowed_import_passes(tmp_path: Path, file: str, source: str) -> None:
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
-    assert wrong_arrows(tmp_path) == []
+    assert forbidden_imports(tmp_path) == []
 
 
-def halls(package: Path) -> list[str]:
-    """Return the files of `package` that are too long, or named after nothing, and folders of too many files."""
+def layout_faults(package: Path) -> list[str]:
+    """Return the files of `package` that are too long or named after nothing, and folders of too many files."""
     paths = sorted(package.rglob("*.py"))
     too_long = [path.name for path in paths if path.read_text(encoding="utf-8").count("\n") > MOST_LINES]
     nameless = [path.name for path in paths if path.stem in {"utils", "helpers", "misc", "common"}]
@@ -186,16 +186,16 @@ def halls(package: Path) -> list[str]:
 
 
 def test_no_file_is_too_long_and_no_folder_too_full(tmp_path: Path) -> None:
-    assert halls(PACKAGE) == []
+    assert layout_faults(PACKAGE) == []
     (tmp_path / "long.py").write_text("x = 1\n" * (MOST_LINES + 1))
     (tmp_path / "utils.py").write_text("")
     (tmp_path / "full").mkdir()
     for number in range(MOST_FILES + 1):
         (tmp_path / "full" / f"a{number}.py").touch()
-    assert halls(tmp_path) == ["long.py", "utils.py", "full"]
+    assert layout_faults(tmp_path) == ["long.py", "utils.py", "full"]
 
 
-# A command, and its section of the settings, go by the same word.
+# A command and its section of the settings have the same name.
 OF_COMMANDS = (PACKAGE / "cli" / "commands", PACKAGE / "settings" / "sections")
 
 
@@ -203,8 +203,8 @@ def test_no_two_modules_have_the_same_name() -> None:
     places: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         places.setdefault(path.stem, []).append(path.parent)
-    twice = {name: found for name, found in places.items() if len(found) > 1 and name != "__init__"}
-    assert {name for name, found in twice.items() if tuple(found) != OF_COMMANDS} == set()
+    twice = {name: folders for name, folders in places.items() if len(folders) > 1 and name != "__init__"}
+    assert {name for name, folders in twice.items() if tuple(folders) != OF_COMMANDS} == set()
 
 
 def test_no_two_classes_have_the_same_name() -> None:

@@ -49,12 +49,12 @@ def inspect(file: Path, model: Path, *flags: str) -> Result:
 def as_json(file: Path, model: Path, *flags: str) -> dict[str, Any]:
     done = inspect(file, model, "--json", *flags)
     assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert isinstance(found, dict)
-    return found
+    report = json.loads(done.stdout)
+    assert isinstance(report, dict)
+    return report
 
 
-def test_all_of_it_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenizer_only: Path) -> None:
+def test_everything_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenizer_only: Path) -> None:
     done = inspect(file, tokenizer_only, "--max-length", "64", "--accept-lost", "--rows", "2")
     assert done.exit_code == 0, done.stderr
     shown = done.stdout
@@ -72,30 +72,30 @@ def test_all_of_it_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenizer
 
 
 def test_json_has_the_numbers(file: Path, tokenizer_only: Path) -> None:
-    found = as_json(file, tokenizer_only, "--max-length", "64", "--accept-lost")
-    assert found.keys() >= LEAST_KEYS
-    assert found["format"] == "messages"
-    assert (found["rows"], found["rows_trained"], found["rows_without_supervision"]) == (5, 4, 1)
-    assert (found["truncated_rows"], found["duplicate_rows"]) == (1, 1)
-    assert found["supervised_tokens_lost"] > 0
+    report = as_json(file, tokenizer_only, "--max-length", "64", "--accept-lost")
+    assert report.keys() >= LEAST_KEYS
+    assert report["format"] == "messages"
+    assert (report["rows"], report["rows_trained"], report["rows_without_supervision"]) == (5, 4, 1)
+    assert (report["truncated_rows"], report["duplicate_rows"]) == (1, 1)
+    assert report["supervised_tokens_lost"] > 0
     whole = as_json(file, tokenizer_only)
-    assert whole["supervised_tokens"] == found["supervised_tokens"] + found["supervised_tokens_lost"]
-    assert whole["tokens"] == found["tokens"] + found["tokens_lost"]
-    assert sum(bar["rows"] for bar in found["lengths"]) == 5
-    assert [preview["where"] for preview in found["previews"]] == [f"{file}, row {number}" for number in (1, 2, 3)]
-    trained = "".join(piece["text"] for piece in found["previews"][0]["pieces"] if piece["is_trained"])
+    assert whole["supervised_tokens"] == report["supervised_tokens"] + report["supervised_tokens_lost"]
+    assert whole["tokens"] == report["tokens"] + report["tokens_lost"]
+    assert sum(bar["rows"] for bar in report["lengths"]) == 5
+    assert [preview["where"] for preview in report["previews"]] == [f"{file}, row {number}" for number in (1, 2, 3)]
+    trained = "".join(piece["text"] for piece in report["previews"][0]["pieces"] if piece["is_trained"])
     assert trained == "first\nanswer<|im_end|>"
 
 
 def test_what_is_shown_is_what_train_feeds(file: Path, base_model: Path, tmp_path: Path) -> None:
     flags = ("--eval-split", "1", "--drop-duplicates", "--max-length", "200")
-    found = as_json(file, base_model, *flags)
+    report = as_json(file, base_model, *flags)
     arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--max-steps", "1"]
     done = CliRunner().invoke(app, [*map(str, arguments), *flags, "--device", "cpu"])
     assert done.exit_code == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
-    assert record["train"] == {key: found[key] for key in record["train"]}
-    assert record["eval"] == found["evaluation"]
+    assert record["train"] == {key: report[key] for key in record["train"]}
+    assert record["eval"] == report["evaluation"]
 
 
 def test_bad_rows_are_shown_and_end_with_two_unless_they_are_skipped(tmp_path: Path, tokenizer_only: Path) -> None:
@@ -154,14 +154,14 @@ def test_what_train_would_refuse_is_shown_and_ends_with_two(
 ) -> None:
     done = inspect(file, tokenizer_only, *flags, "--json")
     assert done.exit_code == 2
-    found = json.loads(done.stdout)
-    assert expected in found["refusals"][0]
-    assert f"error: {found['refusals'][0]}" in done.stderr
-    assert any("longer than 16 tokens" in trouble["kind"] for trouble in found["troubles"])
+    report = json.loads(done.stdout)
+    assert expected in report["refusals"][0]
+    assert f"error: {report['refusals'][0]}" in done.stderr
+    assert any("longer than 16 tokens" in trouble["kind"] for trouble in report["troubles"])
     arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--device", "cpu"]
     refused = CliRunner().invoke(app, [*map(str, arguments), *flags])
     assert refused.exit_code == 2
-    assert f"error: {found['refusals'][0]}" in refused.stderr
+    assert f"error: {report['refusals'][0]}" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -184,24 +184,24 @@ def test_if_no_row_can_be_used_the_first_is_named_with_why(tmp_path: Path, token
     assert "--chat-template" in done.stderr
 
 
-def test_of_a_directory_each_split_goes_where_it_was_asked_for(file: Path, tokenizer_only: Path) -> None:
+def test_each_split_of_a_directory_is_used_as_asked(file: Path, tokenizer_only: Path) -> None:
     folder = file.parent / "set"
     for name, rows in (("train", ROWS[:2]), ("dev", ROWS[3:]), ("test", ROWS[1:2])):
         (folder / name).mkdir(parents=True)
         write_jsonl(folder / name / "rows.jsonl", rows)
-    found = as_json(folder, tokenizer_only, "--eval-split", "validation", "--accept-lost")
-    assert (found["rows"], found["evaluation"]["rows"]) == (2, 2)
-    assert found["notes"][0] == (
+    report = as_json(folder, tokenizer_only, "--eval-split", "validation", "--accept-lost")
+    assert (report["rows"], report["evaluation"]["rows"]) == (2, 2)
+    assert report["notes"][0] == (
         f"{folder}: reading train (rows.jsonl) and validation (rows.jsonl); not read: test (rows.jsonl)"
     )
-    found = as_json(folder, tokenizer_only, "--set", "data.split=test")
-    assert (found["rows"], found["evaluation"]) == (1, None)
+    report = as_json(folder, tokenizer_only, "--set", "data.split=test")
+    assert (report["rows"], report["evaluation"]) == (1, None)
     whole = inspect(folder, tokenizer_only, "--eval-split", "train")
     assert whole.exit_code == 2
     assert "is the split that is trained on" in whole.stderr.replace("\n", " ")
 
 
-def test_held_out_rows_that_are_all_that_is_trained_are_named_as_that(file: Path, tokenizer_only: Path) -> None:
+def test_holding_out_every_row_that_would_be_trained_is_reported(file: Path, tokenizer_only: Path) -> None:
     copy = shutil.copy(file, file.with_name("copy.jsonl"))
     same, equal = (inspect(file, tokenizer_only, "--eval-dataset", str(path)) for path in (file, copy))
     assert (same.exit_code, equal.exit_code) == (2, 2)
@@ -217,14 +217,14 @@ def test_a_page_never_takes_the_place_of_the_data(file: Path, tokenizer_only: Pa
     assert file.read_bytes() == content
 
 
-def test_of_a_stream_the_first_rows_are_looked_at(tokenizer_only: Path, tmp_path: Path) -> None:
+def test_the_first_rows_of_a_stream_are_inspected(tokenizer_only: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "many.jsonl", [{"text": f"row {number}"} for number in range(1500)])
-    found = as_json(path, tokenizer_only, "--set", "data.streaming=true", "--set", "training.max_steps=1")
-    assert found["rows"] == 1000
-    assert "is streamed: its statistics are about the first 1,000 rows" in found["notes"][0]
+    report = as_json(path, tokenizer_only, "--set", "data.streaming=true", "--set", "training.max_steps=1")
+    assert report["rows"] == 1000
+    assert "is streamed: its statistics are about the first 1,000 rows" in report["notes"][0]
 
 
-def test_every_setting_of_the_data_changes_what_is_found(file: Path, tokenizer_only: Path) -> None:
+def test_every_setting_of_the_data_changes_the_report(file: Path, tokenizer_only: Path) -> None:
     plain = as_json(file, tokenizer_only)
     for flags in (
         ("--max-length", "64", "--accept-lost"),
@@ -251,9 +251,9 @@ def _other_template(folder: Path) -> Path:
 def test_a_run_directory_and_an_adapter_are_models_too(file: Path, base_model: Path, tmp_path: Path) -> None:
     arguments = ["train", "--dataset", file, "--model", base_model, "--output", tmp_path / "run", "--max-steps", "1"]
     assert CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"]).exit_code == 0
-    found = as_json(file, base_model)["fingerprint"]
-    assert as_json(file, tmp_path / "run")["fingerprint"] == found
-    assert as_json(file, tmp_path / "run" / "adapter")["fingerprint"] == found
+    fingerprint = as_json(file, base_model)["fingerprint"]
+    assert as_json(file, tmp_path / "run")["fingerprint"] == fingerprint
+    assert as_json(file, tmp_path / "run" / "adapter")["fingerprint"] == fingerprint
 
 
 def test_without_a_terminal_and_with_a_closed_pipe(run_qlora: RunQlora, file: Path, tokenizer_only: Path) -> None:

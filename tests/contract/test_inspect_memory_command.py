@@ -1,4 +1,4 @@
-"""`qlora inspect-memory` as scripts and eyes see it: what is asked, what is refused, exit codes, one JSON object."""
+"""`qlora inspect-memory` as scripts and users see it: what is asked, what is refused, exit codes, one JSON object."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ Ask = Callable[..., MemoryRequest]
 
 
 class Core:
-    """Stands in for the prediction: keeps what it is asked and answers with a fixed report."""
+    """Stands in for the prediction: records its requests and returns a fixed report."""
 
     def __init__(self) -> None:
         self.report: MemoryReport = REPORT
@@ -56,7 +56,7 @@ def qlora_inspect(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def asked(core: Core) -> Ask:
-    """Run the command and return what the core was asked."""
+    """Run the command and return the request that the core received."""
 
     def ask(*arguments: str | Path) -> MemoryRequest:
         done = qlora_inspect(*arguments)
@@ -71,7 +71,7 @@ def evaluates(request: MemoryRequest) -> bool:
 
 
 def refused(*arguments: str | Path) -> str:
-    """Return what is said on stderr of a command that ends with 2, with --json too."""
+    """Return the stderr of a command that ends with exit code 2, with `--json` as well as without."""
     done = qlora_inspect(*arguments)
     assert done.exit_code == 2, done.output
     assert done.stdout == ""
@@ -129,7 +129,7 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
     assert settings.training.optimizer.is_paged
 
 
-def test_flags_without_a_meaning_for_memory_do_not_exist() -> None:
+def test_flags_that_do_not_affect_memory_do_not_exist() -> None:
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
     missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
@@ -194,8 +194,8 @@ def test_ranges_double_and_lists_are_sorted(text: str, expected: tuple[int, ...]
 
 
 def test_all_problems_of_sweeps_are_reported() -> None:
-    found, problems = read_sweeps(["rank=8 rank=9", "alpha=3", "max_length=512", "max-length=4..8", "512"])
-    assert found["rank"] == (8,)
+    sweeps, problems = read_sweeps(["rank=8 rank=9", "alpha=3", "max_length=512", "max-length=4..8", "512"])
+    assert sweeps["rank"] == (8,)
     assert [f"{problem} | {problem.hint}".split("For example")[0] for problem in problems] == [
         "--sweep rank=9: rank is given twice | Give all values at once, as in rank=8,16,64.",
         "--sweep alpha=3: 'alpha' can't be swept | Sweep max-length, micro-batch-size, rank.",
@@ -264,7 +264,7 @@ def test_all_problems_are_reported_at_once(core: Core) -> None:
     assert core.requests == []
 
 
-def test_this_machine_s_gpu_can_t_be_meant_without_one(monkeypatch: pytest.MonkeyPatch, core: Core) -> None:
+def test_the_gpu_of_a_machine_without_one_cannot_be_named(monkeypatch: pytest.MonkeyPatch, core: Core) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "--gpu: no NVIDIA GPU is visible to PyTorch" in refused("base", "--gpu", "auto")
     assert core.requests == []
@@ -305,13 +305,13 @@ def test_the_exit_code_says_whether_it_fits_the_gpus_that_were_named(
 
 def test_json_has_the_keys_that_scripts_rely_on(core: Core) -> None:
     core.report = replace(REPORT, sweep=(sweep_point(max_length=512, rank=8),))
-    found = json.loads(qlora_inspect("base", "--json").stdout)
-    assert set(found) == {field.name for field in fields(MemoryReport)}
-    assert set(found["predicted"]) == {field.name for field in fields(Figures)}
-    assert found["predicted"]["allocated_bytes"] == REPORT.predicted.allocated_bytes
-    assert list(found["components"]) == [f"{name}_bytes" for name in COMPONENTS]
-    assert sum(found["components"].values()) == found["predicted"]["process_bytes"]
-    assert found["sweep"][0]["values"] == {"max-length": 512, "rank": 8}
+    report = json.loads(qlora_inspect("base", "--json").stdout)
+    assert set(report) == {field.name for field in fields(MemoryReport)}
+    assert set(report["predicted"]) == {field.name for field in fields(Figures)}
+    assert report["predicted"]["allocated_bytes"] == REPORT.predicted.allocated_bytes
+    assert list(report["components"]) == [f"{name}_bytes" for name in COMPONENTS]
+    assert sum(report["components"].values()) == report["predicted"]["process_bytes"]
+    assert report["sweep"][0]["values"] == {"max-length": 512, "rank": 8}
 
 
 # ---- the picture

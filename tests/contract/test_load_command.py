@@ -1,4 +1,4 @@
-"""`qlora load` as scripts and eyes see it: text at 80 columns, keys of --json, --error, hints, mistakes, Ctrl-C."""
+"""`qlora load` as scripts and users see it: text at 80 columns, keys of --json, --error, hints, mistakes, Ctrl-C."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def qlora_load(*arguments: str | Path) -> Result:
 def loaded(*arguments: str | Path) -> dict[str, Any]:
     done = qlora_load(*arguments, *CPU, "--json")
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`qlora merge` as scripts and eyes see it: flags, keys of --json, the dry run, where the result goes, refusals."""
+"""`qlora merge` as scripts and users see it: flags, keys of --json, the dry run, where the result goes, refusals."""
 
 import json
 import shutil
@@ -75,11 +75,11 @@ def test_the_figures_are_of_what_was_done(run: Path, result: dict[str, Any]) -> 
     assert result["peak_host_bytes"] > 50 << 20
     assert result["outputs"] == {"hf": str(output)}
     assert result["adapters"][0]["path"] == str(run / "adapter")
-    found = result["verification"]
-    assert found["passed"]
-    assert found["max_divergence"] is None
-    assert found["divergence"]["mean_kl"] < 1e-3
-    assert (found["num_prompts"], found["num_rows"]) == (4, 8)
+    verification = result["verification"]
+    assert verification["passed"]
+    assert verification["max_divergence"] is None
+    assert verification["divergence"]["mean_kl"] < 1e-3
+    assert (verification["num_prompts"], verification["num_rows"]) == (4, 8)
 
 
 def test_auto_takes_the_nearer_base_and_says_how_near_both_are(result: dict[str, Any]) -> None:
@@ -107,18 +107,18 @@ def test_the_text_says_what_was_merged_and_how_near_it_is(run: Path, tmp_path: P
 
 def test_a_dry_run_says_what_each_tensor_becomes_and_writes_nothing(run: Path, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "out")
-    found = merged(run, *output, "--dry-run", "--base", "dequantized", "--dtype", "fp32")
-    assert list(found) == keys(MergeReport)
-    assert list(found["tensors"][0]) == keys(TensorPlan)
-    by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
+    report = merged(run, *output, "--dry-run", "--base", "dequantized", "--dtype", "fp32")
+    assert list(report) == keys(MergeReport)
+    assert list(report["tensors"][0]) == keys(TensorPlan)
+    by_name = {tensor["name"]: tensor for tensor in report["tensors"]}
     query = by_name["model.layers.0.self_attn.q_proj.weight"]
     assert (query["action"], query["base_dtype"], query["dtype"]) == ("merge", "BF16", "F32")
     assert (query["shape"], query["written_bytes"]) == ([256, 256], 4 * 256 * 256)
     assert by_name["model.norm.weight"]["action"] == "cast"
-    actions = {count["action"]: count["num_tensors"] for count in found["actions"]}
+    actions = {count["action"]: count["num_tensors"] for count in report["actions"]}
     assert actions == {"cast": 10, "merge": 28}
-    assert sum(count["written_bytes"] for count in found["actions"]) < found["disk_bytes"]
-    assert found["base"] == "dequantized"
+    assert sum(count["written_bytes"] for count in report["actions"]) < report["disk_bytes"]
+    assert report["base"] == "dequantized"
     text = qlora_merge(run, *output, "--dry-run")
     assert text.exit_code == 0
     assert text.stdout.startswith(f"{tmp_path / 'out'} (not written)\n")
@@ -154,11 +154,11 @@ def test_the_base_the_dtype_and_the_weight_change_what_is_written(run: Path, tmp
         "fp16": (*plain, "--dtype", "fp16"),
         "half": (*plain, "--weight", "0.5"),
     }.items():
-        found = merged(run, "--output", tmp_path / name, *options)
+        report = merged(run, "--output", tmp_path / name, *options)
         contents[name] = (tmp_path / name / "model.safetensors").read_bytes()
-        assert found["base"] == ("dequantized" if name == "dequantized" else "original")
-        assert found["dtype"] == ("float16" if name == "fp16" else "bfloat16")
-        assert found["adapters"][0]["weight"] == (0.5 if name == "half" else 1)
+        assert report["base"] == ("dequantized" if name == "dequantized" else "original")
+        assert report["dtype"] == ("float16" if name == "fp16" else "bfloat16")
+        assert report["adapters"][0]["weight"] == (0.5 if name == "half" else 1)
     assert len(set(contents.values())) == 4
 
 
@@ -179,14 +179,14 @@ def test_several_adapters_are_added_together(run: Path, tmp_path: Path) -> None:
 def test_the_result_of_a_run_goes_into_its_directory_and_that_of_an_adapter_next_to_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = copy_run(run, tmp_path / "own")
+    own_run = copy_run(run, tmp_path / "own")
     plain = ("--no-verify", "--base", "original")
-    assert merged(there, *plain)["output"] == str(there / "merged")
-    assert "contains other files" in refused(there, *plain)
+    assert merged(own_run, *plain)["output"] == str(own_run / "merged")
+    assert "contains other files" in refused(own_run, *plain)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert merged(adapter_alone(there), *plain)["output"] == "alone-merged"
-    assert merged(there / "adapter", *plain)["output"] == "adapter-merged"
+    assert merged(adapter_alone(own_run), *plain)["output"] == "alone-merged"
+    assert merged(own_run / "adapter", *plain)["output"] == "adapter-merged"
     assert sorted(path.name for path in Path().iterdir()) == ["adapter-merged", "alone-merged"]
 
 
@@ -195,7 +195,7 @@ def test_the_result_of_a_run_goes_into_its_directory_and_that_of_an_adapter_next
 
 @pytest.fixture
 def train_file(run: Path, tmp_path: Path) -> Path:
-    """What the run could have been trained by, from the same base in another place."""
+    """A settings file that the run could have been trained with, except that its base has moved."""
     base = shutil.copytree(run.parent / "base", tmp_path / "moved")
     path = tmp_path / "train.yaml"
     path.write_text(
@@ -209,18 +209,18 @@ def train_file(run: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_train_says_which_base_and_nothing_of_what_is_written(
+def test_a_settings_file_of_train_gives_the_base_and_nothing_about_the_output(
     run: Path, train_file: Path, tmp_path: Path
 ) -> None:
     options = ("--config", train_file, "--output", tmp_path / "out", "--no-verify", "--base", "original", "--json")
     done = qlora_merge(run, *options)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["base_model"] == str(tmp_path / "moved")
-    assert (found["dtype"], found["pushed_to"]) == ("bfloat16", None)
+    report = json.loads(done.stdout)
+    assert report["base_model"] == str(tmp_path / "moved")
+    assert (report["dtype"], report["pushed_to"]) == ("bfloat16", None)
 
 
-def test_the_base_of_an_adapter_that_moved_is_found_by_a_file_as_by_the_flag(
+def test_a_base_that_moved_can_be_given_by_a_file_as_well_as_by_the_flag(
     run: Path, train_file: Path, tmp_path: Path
 ) -> None:
     alone = adapter_alone(run, tmp_path / "alone")

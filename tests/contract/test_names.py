@@ -1,4 +1,4 @@
-"""Names of files that several parts read are spelt once, by their owner; docstrings may speak of them."""
+"""Names of files that several parts read are spelt once, by their owner; docstrings may mention them."""
 
 import ast
 from functools import cache
@@ -20,7 +20,7 @@ OWNERS = {
 
 @cache
 def strings_in(package: Path) -> list[tuple[str, str]]:
-    """Return all strings that are no docstrings, each with its file."""
+    """Return all strings that are not docstrings, each with its file."""
     strings = []
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def strings_in(package: Path) -> list[tuple[str, str]]:
 
 
 def spelt(name: str, package: Path) -> list[str]:
-    """Return the files in which a string that is no docstring holds `name`, once for each."""
+    """Return the files in which a string that is not a docstring holds `name`, once for each."""
     return [file for file, string in strings_in(package) if name in string]
 
 
@@ -43,6 +43,6 @@ def test_a_name_is_spelt_once_by_its_owner(name: str) -> None:
     assert spelt(name, PACKAGE) == [OWNERS[name]]
 
 
-def test_a_second_spelling_is_found(tmp_path: Path) -> None:
+def test_a_second_spelling_is_detected(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text('"""About run.json."""\nRUN = "run.json"\nMESSAGE = f"{RUN} or run.json"\n')
     assert spelt("run.json", tmp_path) == ["a.py", "a.py"]

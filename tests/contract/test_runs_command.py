@@ -69,12 +69,12 @@ def test_a_table_fits_into_80_columns_by_shortening_names() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_json_of_the_list_is_one_object_with_every_key() -> None:
-    found = json.loads(qlora("--json").stdout)
-    assert list(found) == ["runs"]
-    assert {run["name"] for run in found["runs"]} == {"stopped", "broken", "gone"}
-    for run in found["runs"]:
+    listing = json.loads(qlora("--json").stdout)
+    assert list(listing) == ["runs"]
+    assert {run["name"] for run in listing["runs"]} == {"stopped", "broken", "gone"}
+    for run in listing["runs"]:
         assert list(run) == [field.name for field in fields(RunSummary)]
-    assert json.loads(qlora("runs/tuning", "--json").stdout)["runs"] != found["runs"]
+    assert json.loads(qlora("runs/tuning", "--json").stdout)["runs"] != listing["runs"]
 
 
 def test_a_directory_without_runs_is_no_error(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_json_of_a_run_has_every_key_and_no_nan() -> None:
     expected += [field.name for field in fields(RunDetail) if field.name != "summary"]
     for name in ("stopped", "tuning/broken", "tuning/gone"):
         done = qlora("show", f"runs/{name}", "--json")
-        found = json.loads(done.stdout, parse_constant=pytest.fail)
-        assert sorted(found) == sorted(expected)
+        detail = json.loads(done.stdout, parse_constant=pytest.fail)
+        assert sorted(detail) == sorted(expected)
     stopped = json.loads(qlora("show", "runs/stopped", "--json").stdout)
     assert stopped["settings"] == {
         "model.name": {"value": "Qwen/Qwen3-0.6B", "origin": "--model"},

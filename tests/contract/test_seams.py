@@ -19,12 +19,12 @@ MOST_PLACES = 119  # it may fall, and not rise: for a new one, take one away or 
 
 @cache
 def used() -> dict[str, list[Place]]:
-    """Return the places of each private name of others in the package."""
-    found: dict[str, list[Place]] = defaultdict(list)
+    """Return where the package uses each private name of another library."""
+    places_by_name: dict[str, list[Place]] = defaultdict(list)
     for place in places_in(ROOT, "qlora_cli"):
         if place.name not in DOCUMENTED and (place.file, place.name) not in ENDS_OF_KEYS:
-            found[place.name].append(place)
-    return found
+            places_by_name[place.name].append(place)
+    return places_by_name
 
 
 @pytest.mark.parametrize("seam", [*SEAMS, *PHRASES], ids=lambda seam: f"{seam.owner}.{seam.name}")
@@ -50,7 +50,7 @@ def test_every_listed_name_is_used() -> None:
     assert len({(seam.owner, seam.name) for seam in SEAMS}) == len(SEAMS)
 
 
-def test_the_places_do_not_become_more() -> None:
+def test_the_number_of_uses_does_not_grow() -> None:
     assert 0 < sum(map(len, used().values())) <= MOST_PLACES
 
 
@@ -76,10 +76,10 @@ def test_a_name_that_is_gone_or_has_another_signature_is_described() -> None:
         assert replace(one, name="_never_there").fault() is not None
 
 
-def test_a_signature_says_what_may_be_left_out() -> None:
-    def function(first: int, second: int = 0, *rest: int, named: int, **others: int) -> None: ...
+def test_a_signature_shows_which_arguments_are_optional() -> None:
+    def function(first: int, second: int = 0, *rest: int, named: int, **options: int) -> None: ...
 
-    assert signature_of(function) == "first, second=, *rest, named, **others"
+    assert signature_of(function) == "first, second=, *rest, named, **options"
 
 
 SAMPLE = """

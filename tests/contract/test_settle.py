@@ -80,7 +80,7 @@ def test_what_was_given_is_what_has_an_origin() -> None:
     assert {path for path in all_settings() if in_code.is_given(path)} == given
 
 
-def test_inferred_values_hold_unless_others_were_given() -> None:
+def test_inferred_values_hold_unless_the_user_gave_others() -> None:
     asked = resolved(lora__rank="8")
     values: Mapping[str, object] = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0, "generate.seed": 1}
     settled = settle(asked, [InferredSettings(values=values, origin=FILE)])

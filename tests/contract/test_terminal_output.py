@@ -1,4 +1,4 @@
-"""Nothing steers the terminal, and no secret is told: every text for people passes through one place."""
+"""Nothing steers the terminal, and no secret is printed: every text for people passes through one place."""
 
 import ast
 import io
@@ -19,14 +19,14 @@ from qlora_cli.cli.stderr import redact, sanitize
 PACKAGE = Path(qlora_cli.__file__).parent
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 CLIPBOARD, TURNED = "\x1b]52;c;ZXZpbA==\x07", "\u202egpj.exe"
-# Who writes by itself, with the reason.
+# The modules that write by themselves, with the reason.
 WRITERS = {
     "cli/app.py": "its own version",
     "cli/commands/chat.py": "the mark of a prompt",
     "cli/console.py": "the one console",
-    "cli/failures.py": "JSON, in which nothing is but ASCII",
-    "cli/json_output.py": "JSON, in which nothing is but ASCII",
-    "cli/progress/plain_lines.py": "lines that were told",
+    "cli/failures.py": "JSON, which is ASCII only",
+    "cli/json_output.py": "JSON, which is ASCII only",
+    "cli/progress/plain_lines.py": "lines of plain progress",
     "cli/rendering/answer_text.py": "answers: harmless on a terminal, as they are in a pipe",
     "cli/stderr.py": "the one place for lines on stderr",
 }
@@ -42,8 +42,8 @@ def writers(path: Path) -> Iterator[str]:
 
 
 def test_text_for_people_is_written_in_few_places() -> None:
-    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if any(writers(path))}
-    assert found == set(WRITERS) - {"cli/console.py"}
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if any(writers(path))}
+    assert modules == set(WRITERS) - {"cli/console.py"}
 
 
 @pytest.mark.parametrize("bad", [CLIPBOARD, TURNED, "\r", "\x9b31m", "\u2066", "\x00", "\x08"])
@@ -69,7 +69,7 @@ def test_styles_stay_next_to_escaped_characters() -> None:
     assert file.getvalue() == "a[U+001B]redb\n"
 
 
-def test_results_tell_no_login_either() -> None:
+def test_results_show_no_login_either() -> None:
     assert printed(Text("model  https://user:pw@host/m", style="dim")) == "model  https://***@host/m\n"
 
 

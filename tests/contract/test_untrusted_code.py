@@ -1,4 +1,4 @@
-"""Code of a model runs only if the user said so: no call of ours leaves it open, since transformers then asks."""
+"""A model's own code runs only if the user allowed it: no call of ours leaves that open for transformers to ask."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ BUILDERS = {"from_pretrained", "from_config"}
 
 
 def _calls() -> Iterator[tuple[str, ast.Call]]:
-    """Yield with its place each call by which transformers may run a model's own code."""
+    """Yield each call by which transformers may run a model's own code, with its location."""
     for path in (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in BUILDERS:
@@ -24,7 +24,7 @@ def _is_decided(call: ast.Call) -> bool:
     return given is not None and not (isinstance(given, ast.Constant) and given.value is not False)
 
 
-def test_each_call_that_may_run_a_models_own_code_says_whether_it_may() -> None:
+def test_each_call_that_may_run_a_models_own_code_decides_about_it() -> None:
     calls = dict(_calls())
     assert sum(place.startswith("qlora_cli/") for place in calls) >= 5
     assert [place for place, call in calls.items() if not _is_decided(call)] == []
