@@ -1,1 +1,1 @@
-"""Memory: measured here; predicted by what follows."""
+"""Predict the memory of a training run before it starts."""

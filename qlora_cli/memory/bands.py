@@ -6,7 +6,7 @@ from qlora_cli.memory.prediction import MemoryReport, SweepPoint
 def process_band(report: MemoryReport, point: SweepPoint) -> tuple[int, int]:
     """Return the lower and the upper end of the band of `point.process_bytes`, in bytes.
 
-    It is that of the run itself: a share of reserved memory, and the uncertainty of the CUDA context.
+    The band is as wide as that of the run itself: a share of reserved memory, and the uncertainty of the CUDA context.
     """
     own = report.predicted
     low = point.reserved_bytes * own.reserved_low_bytes / own.reserved_bytes

@@ -22,8 +22,8 @@ class CatalogueModel:
 
     `aliases` have the same config: chat variants, mirrors, fine-tunes. `is_gated` is about `hub_id` alone.
     `num_parameters` is the published count of the decoder that `config` builds, tied weights once; None where no count
-    was published. `source` says where the config is from. Transformers changes nested values of a config that it is
-    given, so give it a deep copy.
+    was published. `source` is the origin of the config. Transformers changes nested values of a config that is passed
+    to it, so pass a deep copy.
     """
 
     name: str
@@ -36,7 +36,7 @@ class CatalogueModel:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """Every name that this model goes by."""
+        """Every name of this model."""
         return (self.name, self.hub_id, *self.aliases)
 
 
@@ -48,7 +48,7 @@ def catalogue() -> tuple[CatalogueModel, ...]:
 
 
 def find_in_catalogue(name: str) -> CatalogueModel | None:
-    """Return the model of that name, hub id or alias, whatever its case; None if there is none."""
+    """Return the model with this name, hub id or alias, ignoring case; None if there is none."""
     return _by_spelling().get(name.strip().casefold())
 
 
@@ -65,10 +65,10 @@ def nearest_names(name: str) -> list[str]:
 
 @cache
 def _by_spelling() -> Mapping[str, CatalogueModel]:
-    return MappingProxyType(dict(_spelled()))
+    return MappingProxyType(dict(_spellings()))
 
 
-def _spelled() -> Iterator[tuple[str, CatalogueModel]]:
+def _spellings() -> Iterator[tuple[str, CatalogueModel]]:
     for model in catalogue():
         for spelling in model.spellings:
             yield spelling.casefold(), model

@@ -59,7 +59,7 @@ class TracedRun:
         paged_bytes: Optimizer state in unified memory.
         pinned_host_bytes: Activations in host memory, of all layers.
         num_trained: Trained parameters.
-        notes: Messages that attaching the adapter gave.
+        notes: Messages from attaching the adapter.
     """
 
     events: RunEvents
@@ -83,7 +83,7 @@ class Estimator:
     ) -> None:
         """Predict from the model's facts, for settings that are `settled`.
 
-        `evaluates`: whether an evaluation batch is run, too; None if the settings decide. `whole` traces every layer
+        `evaluates`: whether an evaluation batch is run as well; None if the settings decide. `whole` traces all layers
         instead of a few: slower, with the same result.
         """
         self._facts = facts
@@ -201,7 +201,7 @@ class Estimator:
         step = self._step(settings, dtype, kernels_like(gpu.capability))
         training = settings.training
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
-        # All that decides the allocations, and nothing else: sweeps and suggestions ask for the same run again.
+        # Exactly what decides the allocations: sweeps and suggestions ask for the same run repeatedly.
         key = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
         return self._cached(key, lambda: self._trace(settings, dtype, step))
 
@@ -223,7 +223,7 @@ class Estimator:
             decays=training.weight_decay > 0,
             embeddings=embedding_ids(meta_model.model),
         )
-        # Each layer offloads as much, and only the chosen ones were traced.
+        # Each layer offloads the same amount, and only the chosen ones were traced.
         ratio = len(meta_model.stack.kinds) / len(meta_model.chosen) if meta_model.stack else 1
         return TracedRun(
             events=RunEvents(
@@ -286,7 +286,7 @@ class Estimator:
         return self._cached(("meta_model", whole, self._meta_model_key(settings, dtype)), build)
 
     def _meta_model_key(self, settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
-        """Return all that decides what the meta model is."""
+        """Return everything that the meta model depends on."""
         model = settings.model
         return (
             dtype,
@@ -317,7 +317,7 @@ class Estimator:
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
-        """Return the attention implementation; the package that it needs only has to be where the run is."""
+        """Return the attention implementation; the package that it needs is required only for the run itself."""
         shapes, asked = self.shapes(settings, dtype), settings.model.attention
         name = type(shapes).__name__
         if asked == Attention.AUTO:
@@ -364,7 +364,7 @@ class Estimator:
 
 
 def kernels_like(capability: tuple[int, int]) -> tuple[int, int]:
-    """Return the compute capability that represents all whose kernels allocate the same."""
+    """Return the compute capability that stands for all those whose kernels allocate the same."""
     return (7, 5) if capability < AMPERE else (8, 0)
 
 
@@ -374,6 +374,6 @@ def _checkpointing(settings: EstimateSettings) -> str:
 
 
 def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
-    """Return the size of each base parameter that the adapter's file has a copy of and that is not trained."""
+    """Return the size of each untrained base parameter of which the adapter's file has a copy."""
     copies = {id(value): value for name, value in adapter.base_parameters.items() if name not in adapter.trained}
     return [value.numel() * dtype.itemsize for value in copies.values()]

@@ -1,11 +1,11 @@
 """A catalogue of NVIDIA GPUs: the memory that PyTorch sees, and the memory of a training process outside PyTorch.
 
-A marketing size is not what a program gets: error correction takes a sixteenth of GDDR6 boards that have it
-on, the driver's firmware a few hundred MiB, and a process's CUDA context some more. The numbers are of Linux
+A marketing size is not what a program gets: error correction takes a sixteenth of the memory of GDDR6 boards where
+it is on, the driver's firmware a few hundred MiB, and a process's CUDA context some more. The numbers are for Linux
 with recent drivers (550 and later); older drivers leave some 100 MiB more, and Windows shows nearly all of the
 marketing size.
 
-`Gpu.source` says for each card where its total is from:
+`Gpu.source` is the origin of each card's total:
     out-of-memory message: PyTorch's own, quoted in public issue trackers and logs, good to 0.01 GiB;
     device properties: `total_memory` as programs print it, good to 1 MiB;
     nvidia-smi: its total less what the nearest card of the architecture loses to the driver;
@@ -103,11 +103,11 @@ DATA_CENTRE_ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU, as a training process on it sees it. `source` says where `total_bytes` is from.
+    """A GPU, as a training process on it sees it. `source` is the origin of `total_bytes`.
 
     `total_bytes` is PyTorch's `total_memory`. `context_bytes` is what a training process holds outside PyTorch's
-    allocator, the CUDA context and the modules it loads; `context_high_bytes` the most seen. Of a GPU `as asked`,
-    and where this machine's is not in the catalogue, they are those of the card that `source` names.
+    allocator, the CUDA context and the modules it loads; `context_high_bytes` the most seen. For a GPU `as asked`, and
+    for one of this machine that is not in the catalogue, they are those of the card that `source` names.
     """
 
     name: str
@@ -121,10 +121,10 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> int:
-        """What is free before the first process: all of `total_bytes`.
+        """The bytes that are free before the first process: all of `total_bytes`.
 
         In the messages "in use" and "free" add up to the total, and an idle RTX 5090 of 32112 MiB had 32109 free:
-        what the driver keeps is not in the total. A desktop's display does take from it, often 0.3 to 1 GiB.
+        what the driver reserves is not in the total. A desktop's display does take from it, often 0.3 to 1 GiB.
         """
         return self.total_bytes
 
@@ -153,8 +153,9 @@ GPUS = _catalogue()
 def find_gpu(text: str) -> Gpu:
     """Return the GPU that `text` names: a card, a size such as `24GiB` or `24GB`, or `auto` for this machine's.
 
-    Of a name, case, spaces, dashes and the brand do not matter: `4090`, `rtx4090`, `NVIDIA A100-SXM4-80GB`. One that
-    several cards have is refused if their memory differs, else it means the first. GiB are 1024³ bytes, GB 10⁹.
+    In a name, case, spaces, dashes and the brand do not matter: `4090`, `rtx4090`, `NVIDIA A100-SXM4-80GB`. A name
+    shared by several cards is refused if their memory differs; otherwise it means the first. GiB are 1024³ bytes, GB
+    10⁹.
 
     Raises:
         UsageError: no such GPU is known, several with different memory are, or a size has no unit.
@@ -178,7 +179,7 @@ def _cards_named(text: str) -> list[Gpu]:
     """Return the cards of this name in the order of the catalogue, fewest bytes first."""
     base, form, size = _parse(text)
     cards = [card for card in GPUS if _parse(card.name)[0] == base]
-    # PyTorch's names of A100s and V100s have the form, too; the catalogue has it only where forms differ.
+    # PyTorch's names of A100s and V100s include the form, too; the catalogue has it only where forms differ.
     cards = [card for card in cards if form and _parse(card.name)[1] == form] or cards
     low, high = SIZE_RATIOS
     return [card for card in cards if size is None or low <= card.total_bytes / (size * GIB) <= high]
@@ -249,7 +250,7 @@ def _gpu_of_this_machine() -> Gpu:
 
 
 def _nearest_card(name: str, capability: tuple[int, int], num_sms: int, total_bytes: int) -> Gpu:
-    """Return the card whose context fits best: of this name, else of the nearest architecture and SM count."""
+    """Return the card whose context fits best: one with this name, else with the nearest architecture and SM count."""
 
     def distance(card: Gpu) -> tuple[int, int, int]:
         generations = abs(card.capability[0] - capability[0]) * 10 + abs(card.capability[1] - capability[1])

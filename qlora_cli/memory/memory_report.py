@@ -40,7 +40,7 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
     if cached is not None:
         return replace(cached, model=facts.name, estimate_seconds=time.monotonic() - start)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
-    # Garbage collection would take a second, going through all that is imported again and again.
+    # Garbage collection would take a second, since it traverses all imported modules repeatedly.
     with gc_disabled():
         report = _predict(request, facts)
     report = replace(report, estimate_seconds=time.monotonic() - start)
@@ -108,7 +108,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:
-    """Return the verdict for each GPU of the catalogue, and the names of those that can't compute with these."""
+    """Return the verdict for each GPU of the catalogue, and the names of those that can't run these settings."""
     fits: list[GpuFit] = []
     incapable: list[str] = []
     for gpu in GPUS:
@@ -147,7 +147,7 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
 
 
 def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:
-    """Return the settings that memory depends on, by the flag's name without dashes."""
+    """Return the settings that memory depends on, keyed by the flag's name without dashes."""
     lora = settings.lora
     targets = lora.target_modules or lora.target_parameters or ()
     return {

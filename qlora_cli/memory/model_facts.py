@@ -1,4 +1,4 @@
-"""The facts of a model that a prediction needs: the content of its config.json, and where that is from.
+"""The facts of a model that a prediction needs: the content of its config.json, and its origin.
 
 The catalogue has them in memory, a local model in one small file; only another hub id needs the network, for that one
 file. Imports no torch.
@@ -29,9 +29,10 @@ from qlora_cli.settings.models import SECTIONS, EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_from_run, inferred_origin
 
-# The sections in which a run's record gives the defaults of a prediction for it.
-OF_A_RUN = ("model", "quantization", "lora", "data", "training")
-WITHOUT_LORA = tuple(section for section in OF_A_RUN if section != "lora")  # which an adapter's own config gives
+# The sections of a run's record that give the defaults of a prediction for it.
+RUN_SECTIONS = ("model", "quantization", "lora", "data", "training")
+# Those for an adapter, whose own config has the settings of LoRA.
+RUN_SECTIONS_WITHOUT_LORA = tuple(section for section in RUN_SECTIONS if section != "lora")
 NAMES = {"model": {"name", "revision", "base_model"}}
 HOW_TRAINED = "how the run was trained"
 STORED_OTHERWISE = ("mxfp4", "fp8")
@@ -39,14 +40,14 @@ STORED_OTHERWISE = ("mxfp4", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The config of a model, and what an adapter or a run that was named adds to it.
+    """The config of a model, and what a named adapter or run adds to it.
 
     Attributes:
-        name: As it was given, or as the catalogue spells it.
+        name: As the user gave it, or as the catalogue spells it.
         content: Of its config.json.
-        path: Its directory, if it is on this disk.
+        path: Its directory, if the model is local.
         adapter: The adapter that was named, to train further.
-        settings: Defaults that the adapter or the run gives.
+        settings: Defaults from the adapter or the run.
         notes: Sentences for the report.
     """
 
@@ -59,7 +60,7 @@ class ModelFacts:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All that a prediction depends on, for its key in the cache."""
+        """Everything that a prediction depends on, for its key in the cache."""
         adapter = {} if self.adapter is None else {"adapter": self.adapter.description}
         return {**self.content, **adapter, "settings": [fact.values for fact in self.settings], "notes": self.notes}
 
@@ -173,7 +174,7 @@ def _base_of_adapter(path: Path, outline: AdapterOutline, name: str) -> str:
 def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Reporter) -> ModelFacts:
     record = load_record(path)
     base, adapter = record.base(), _adapter_of_run(path, record)
-    settings = [_settings_of_run(record, path, OF_A_RUN if adapter is None else WITHOUT_LORA)]
+    settings = [_settings_of_run(record, path, RUN_SECTIONS if adapter is None else RUN_SECTIONS_WITHOUT_LORA)]
     if adapter is not None:
         check_unchanged(str(path), adapter.config, asked.given("lora"), record.recorded_settings("lora"))
         settings.append(inferred_from_adapter(adapter.config, adapter.directory))
@@ -183,7 +184,7 @@ def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Repor
 
 
 def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> InferredSettings:
-    """Return the settings of a run that a prediction has, too; another version may have recorded others."""
+    """Return the settings of a run that a prediction has as well; another version may have recorded more."""
     known = {section: SECTIONS[section].model_fields.keys() - NAMES.get(section, set()) for section in sections}
     values = {
         f"{section}.{key}": value
@@ -200,13 +201,13 @@ def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:
     No settings describe such an adapter: its outline is read from the weights of the run or, before there are any,
     from the adapter that the run began with.
     """
-    began_with = None if record.base_model is None else record.base_model.adapter
-    if began_with is None:
+    initial_adapter = None if record.base_model is None else record.base_model.adapter
+    if initial_adapter is None:
         return None
     run = RunDirectory(path)
     if may_have_weights(run):
         return read_outline(weights_of(run, record).path)
-    paths = (began_with, *record.candidate_paths(str(began_with)))
+    paths = (initial_adapter, *record.candidate_paths(str(initial_adapter)))
     existing = next((adapter for adapter in paths if (adapter / ADAPTER_CONFIG).is_file()), None)
     if existing is None:
         raise ModelNotFoundError(
@@ -218,12 +219,12 @@ def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:
 
 
 def _locate_base(base: BaseUsed, run: Path) -> str:
-    """Return the path of a run's base on this disk, or its name on the hub."""
+    """Return the local path of a run's base, or its name on the hub."""
     existing = next((str(path) for path in base.places if (path / CONFIG).is_file()), None)
     if existing is None and base.commit is None:
-        looked = " and ".join(map(str, base.places))
+        searched = " and ".join(map(str, base.places))
         raise ModelNotFoundError(
-            f"the base of the run {run} is {base.name}, which is not here (looked for {looked})",
+            f"the base of the run {run} is {base.name}, which is not here (looked for {searched})",
             hint="Put it there, or say where it is: --base-model BASE.",
         )
     return existing or base.name

@@ -1,4 +1,4 @@
-"""A picture of a sweep: process memory against the length of rows, the GPUs as lines across."""
+"""A plot of a sweep: process memory over the length of rows, with the GPUs as horizontal lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from qlora_cli.visible import visible
 from qlora_cli.writing import write_file
 
 LENGTH = "max-length"
-# A card of each size that people have, shown where no GPU was named.
+# A card of each common size, shown where no GPU was named.
 TYPICAL = ("RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090", "RTX 5090", "RTX A6000", "A100 80GB", "H200")
 FONT_POINTS = 10
 COLORS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#c2255c", "#846358", "#1864ab", "#5c940d")
-WIDE_RANGE = 8  # times, from the least to the most memory: above, equal steps are equal ratios
-MOST_ABOVE = 3  # times the most memory: a GPU that is larger would leave the curves at the bottom
-MOST_INSIDE = 5  # lines with a legend among them; of more, it stands below
+WIDE_RANGE = 8  # ratio of the most to the least memory above which the axis is logarithmic
+MOST_ABOVE = 3  # times the most memory: a larger GPU would squeeze the curves to the bottom
+MOST_INSIDE = 5  # lines with the legend inside the axes; with more, it is below them
 MOST_NAMES = 2  # of cards on one line
 LINE_LENGTH = 95  # characters of the subtitle
 LABEL_GAP = 0.05  # of the height, between two labels
-TICK_GAP = 0.6  # doublings, between two lengths that are written down
+TICK_GAP = 0.6  # doublings, between two lengths with a label
 TICKS_GIB = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -47,7 +47,7 @@ class MemoryLine:
 def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
     """Draw a sweep over the length into `path`, complete or not at all; its suffix is the format.
 
-    `gpus` are shown as lines; without any, one of each common size.
+    `gpus` are shown as lines; if it is empty, one GPU of each common size is.
     """
     with drawing_style(FONT_POINTS):
         picture = picture_of(draw(report, gpus), path.suffix.removeprefix(".").lower())
@@ -55,7 +55,7 @@ def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
 
 
 def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
-    """Return the picture. To call in `drawing_style`."""
+    """Return the figure. Call it within `drawing_style`."""
     lines = lines_of(report)
     most, least = max(max(line.high) for line in lines), min(min(line.low) for line in lines)
     shown, beyond = cards(gpus, most)
@@ -77,7 +77,7 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
 
 
 def lines_of(report: MemoryReport) -> list[MemoryLine]:
-    """Return a line for each combination of the settings that were swept besides the length, least memory first."""
+    """Return a line for each combination of the swept settings other than the length, least memory first."""
     groups: dict[str, list[SweepPoint]] = {}
     varied = varied_settings(report.sweep) - {LENGTH}
     for point in report.sweep:
@@ -107,14 +107,14 @@ def varied_settings(sweep: Sequence[SweepPoint]) -> set[str]:
 
 
 def cards(gpus: Sequence[Gpu], most: float) -> tuple[list[Gpu], list[Gpu]]:
-    """Return the GPUs to show, smallest first, and those asked for that lie too far above `most` GiB."""
+    """Return the GPUs to show, smallest first, and the requested ones that are too far above `most` GiB."""
     if gpus:
         ordered = sorted(gpus, key=lambda gpu: gpu.usable_bytes)
         shown = [gpu for gpu in ordered if gpu.usable_bytes <= MOST_ABOVE * most * GIB]
         return shown, [gpu for gpu in ordered if gpu not in shown]
     typical = sorted((gpu for gpu in GPUS if gpu.name in TYPICAL), key=lambda gpu: gpu.usable_bytes)
     num_within = sum(gpu.usable_bytes <= most * GIB for gpu in typical)
-    return typical[: num_within + 1], []  # the next larger one shows where all of it fits
+    return typical[: num_within + 1], []  # the next larger one shows where every run fits
 
 
 def levels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
@@ -135,14 +135,14 @@ def levels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
 
 
 def spread(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
-    """Return rising heights, moved as little as leaves `gap` between each two, and all of them within 0 and 1.
+    """Return rising heights within 0 and 1 with `gap` between each two, moved as little as possible.
 
-    Least squares: less a gap a place they must not fall, which pooling neighbours that do solves exactly.
+    Least squares by the pool-adjacent-violators algorithm: minus `index * gap`, the heights must not fall.
     """
     gap = min(gap, 1 / max(len(heights) - 1, 1))
     pools: list[tuple[float, int]] = []  # mean and count
-    for place, height in enumerate(heights):
-        mean, count = height - place * gap, 1
+    for index, height in enumerate(heights):
+        mean, count = height - index * gap, 1
         while pools and pools[-1][0] > mean:
             before, num_before = pools.pop()
             mean = (before * num_before + mean * count) / (num_before + count)
@@ -150,7 +150,7 @@ def spread(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
         pools.append((mean, count))
     top = 1 - (len(heights) - 1) * gap
     means = [min(max(mean, 0.0), top) for mean, count in pools for _ in range(count)]
-    return [mean + place * gap for place, mean in enumerate(means)]
+    return [mean + index * gap for index, mean in enumerate(means)]
 
 
 def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: float) -> None:
@@ -167,8 +167,8 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
         bottom, top = least / 1.3, most * 1.2
         axes.set_yscale("log", base=2)
         axes.set_ylim(bottom, top)
-        marks = [mark for mark in TICKS_GIB if bottom <= mark <= top]
-        axes.set_yticks(marks, [f"{mark:,}" for mark in marks])
+        ticks_gib = [tick for tick in TICKS_GIB if bottom <= tick <= top]
+        axes.set_yticks(ticks_gib, [f"{tick:,}" for tick in ticks_gib])
         axes.minorticks_off()
     else:
         axes.set_ylim(0, 1.06 * most)
@@ -176,7 +176,7 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
 
 
 def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
-    """Draw each size as a dashed line, its cards' names at the right, tied to it where names had to be moved apart."""
+    """Draw each size as a dashed line, with its cards' names on the right, connected to it if they had to be moved."""
     to_axes = axes.transData + axes.transAxes.inverted()
     labelled = levels(shown)
     heights = [float(to_axes.transform((axes.get_xlim()[0], size))[1]) for size, _ in labelled]
@@ -225,11 +225,11 @@ def _draw_title(axes: Axes, report: MemoryReport) -> None:
 
 
 def _colors(num_lines: int) -> list[str]:
-    """Return a colour a line: told apart by hue, or where that are too many, from dark to light."""
+    """Return a colour for each line: distinct hues or, for too many lines, a ramp from dark to light."""
     if num_lines <= len(COLORS):
         return list(COLORS[:num_lines])
     ramp = mpl.colormaps["viridis"]
-    return [to_hex(ramp(index / num_lines)) for index in range(num_lines)]  # less the yellow end
+    return [to_hex(ramp(index / num_lines)) for index in range(num_lines)]  # without the yellow end
 
 
 def _x_label(beyond: Sequence[Gpu]) -> str:

@@ -84,8 +84,8 @@ class Estimate:
 
     Attributes:
         gpu: Its name in the catalogue.
-        dtype: The compute dtype there.
-        attention_backends: The attention kernels that run there, by name.
+        dtype: The compute dtype on this GPU.
+        attention_backends: The attention kernels that run on it, by name.
         paged_bytes: Optimizer state in unified memory, which the figures leave out.
         pinned_host_bytes: Activations that are offloaded to host memory.
         ruling_phase: The phase with the peak.
@@ -134,7 +134,7 @@ class Suggestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """The largest value of a setting with which the run fits on a GPU; None if it fits with no value of it."""
+    """The largest value of a setting with which the run fits on a GPU; None if it fits with none."""
 
     setting: str
     gpu: str
@@ -145,7 +145,7 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """The memory of a run with other `values` of some settings, by the flag's name without dashes."""
+    """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes."""
 
     values: dict[str, int]
     allocated_bytes: int
@@ -159,10 +159,10 @@ class MemoryReport:
     """The result of `qlora inspect-memory`.
 
     Attributes:
-        fits: For the GPUs that were asked for, or for every GPU of the catalogue.
+        fits: For the requested GPUs, or for every GPU of the catalogue.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
-        suggestions: Changes that make the run fit on the first GPU that was asked for, if it does not.
-        assumptions: In sentences.
+        suggestions: Changes that make the run fit on the first requested GPU, if it does not.
+        assumptions: What the prediction takes for granted, in sentences.
     """
 
     model: str

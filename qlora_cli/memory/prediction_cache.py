@@ -30,8 +30,8 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     """Return the key of the prediction for `request` and a model with this config."""
     settings = request.asked.settings
     values = settings.model_dump(mode="json")
-    about = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
-    asked = {**about, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
+    prediction = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
+    asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
     for path in (path for path in all_settings() if metadata_of(path).affects_memory):
         section, key = path.split(".")
         asked[path] = values[section][key]
@@ -53,7 +53,7 @@ def load(key: str) -> MemoryReport | None:
 
 
 def store(key: str, report: MemoryReport) -> None:
-    """Store a prediction; where the disk does not take it, it is computed again the next time."""
+    """Store a prediction; if it can't be written, it is computed again the next time."""
     folder = cache_folder("memory")
     try:
         private_folder(folder)
@@ -64,7 +64,7 @@ def store(key: str, report: MemoryReport) -> None:
 
 
 def _delete_oldest(folder: Path) -> None:
-    own = [path for path in folder.glob("*.json") if is_digest(path.stem) and not path.is_symlink()]
-    by_age = sorted(own, key=lambda path: path.stat().st_mtime)
+    predictions = [path for path in folder.glob("*.json") if is_digest(path.stem) and not path.is_symlink()]
+    by_age = sorted(predictions, key=lambda path: path.stat().st_mtime)
     for path in by_age[:-MAX_PREDICTIONS]:
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ class MemoryRequest:
 
     Attributes:
         gpus: In the order in which they were named; empty if none was.
-        sweep: The values to predict for, rising, by the flag's name without dashes; every combination is predicted.
+        sweep: The values to predict for, rising, keyed by the flag's name without dashes, in every combination.
             No values for `max-length` mean those of a plot, up to the length of the run, which `swept` fills in.
     """
 
@@ -27,12 +27,12 @@ class MemoryRequest:
 
     @property
     def prediction(self) -> PredictionSettings:
-        """The settings that are about the prediction, not about the run."""
+        """The settings of the prediction itself, not of the run."""
         return self.asked.settings.inspect_memory
 
     @property
     def solve(self) -> tuple[str, ...]:
-        """The settings to find the largest value of, by the flag's name without dashes."""
+        """The settings whose largest value is to be found, by the flag's name without dashes."""
         return tuple(setting.value for setting in self.prediction.solve)
 
     def swept(self, settings: EstimateSettings) -> dict[str, tuple[int, ...]]:
@@ -41,7 +41,7 @@ class MemoryRequest:
 
 
 def runs_evaluation(settings: EstimateSettings, asked: bool | None) -> bool:
-    """Whether an evaluation batch is run, too: as `asked`, else if `train` would evaluate with these settings."""
+    """Return whether an evaluation batch is run as well: as `asked`, else if `train` would evaluate."""
     if asked is not None:
         return asked
     data = settings.data
@@ -59,5 +59,5 @@ def doubled(first: int, last: int) -> tuple[int, ...]:
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:
-    """Return the lengths of a plot, in tokens: from 512 on, or from less if `longest` is short."""
+    """Return the lengths of a plot, in tokens: from 512 on, or from fewer if `longest` is short."""
     return doubled(min(PLOT_START, max(MIN_LENGTH, longest // 8)), longest)

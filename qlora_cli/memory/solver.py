@@ -16,7 +16,7 @@ from qlora_cli.settings.models import EstimateSettings, value_adapter
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.settle import with_settings
 
-# Predicts a run on a GPU; raises a QloraError where the settings can't work together.
+# Predicts a run on a GPU; raises a QloraError if the settings can't be combined.
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 # What can be solved for and swept, by the flag's name without dashes.
@@ -25,34 +25,34 @@ SETTINGS = {
     Solvable.MICRO_BATCH_SIZE.value: "training.micro_batch_size",
     Solvable.RANK.value: "lora.rank",
 }
-LENGTH_STEP = 64  # kernels work in tiles of 64 tokens or more, so that lengths between save next to nothing
+LENGTH_STEP = 64  # kernels work in tiles of 64 tokens or more, so lengths in between save next to nothing
 MAX_TOKENS, MAX_ROWS, MAX_RANK = 2**20, 1024, 4096
 MAX_GROWTH = 8  # from one value that fits to the next that is tried, as a factor
-NUM_INTERPOLATED = 8  # predictions, before the search bisects: it then needs about ten more at most
+NUM_INTERPOLATED = 8  # predictions before the search bisects, which takes at most about ten more
 
 
 @dataclass(frozen=True)
 class Point:
-    """A position in a list of values, and the bytes left on the GPU there; negative if the run does not fit."""
+    """A position in a list of values, and the bytes that its value leaves free; negative if the run does not fit."""
 
     at: int
     headroom: float
 
 
 def headroom_bytes(estimate: Estimate, gpu: Gpu) -> int:
-    """Return the usable bytes left at the upper end of the error band; a run fits if that is not negative."""
+    """Return the usable bytes left at the upper end of the error band; a run fits unless it is negative."""
     return gpu.usable_bytes - estimate.predicted.process_high_bytes
 
 
 def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, *, most: int | None) -> Solution:
     """Return the largest value of `setting` with which the run fits on `gpu`, whole error band included.
 
-    Lengths are tried in multiples of 64, ranks in multiples of 8 (and 1, 2, 4). All other settings stay, gradient
-    accumulation included. `most`, the number of the model's positions if it is known, bounds lengths.
+    Lengths are tried in multiples of 64, ranks in multiples of 8 (and 1, 2, 4). All other settings stay the same,
+    including gradient accumulation. `most`, the model's number of positions if known, bounds lengths.
 
     Raises:
         UsageError: `setting` can't be solved for.
-        QloraError: the settings can't work together, with any value or with one that was tried.
+        QloraError: the settings can't be combined, with any value or with one that was tried.
     """
     _check_known(setting)
     values, bound = _values(setting, most)
@@ -77,11 +77,11 @@ def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, 
 def sweep(
     values: Mapping[str, tuple[int, ...]], settings: EstimateSettings, gpu: Gpu, predict: Predict
 ) -> tuple[SweepPoint, ...]:
-    """Return what the run takes with every combination of `values`, the last setting changing fastest.
+    """Return the memory of the run with every combination of `values`, the last setting changing fastest.
 
     Raises:
         UsageError: a setting can't be swept, or does not take one of its values.
-        QloraError: the settings can't work together with one of the values.
+        QloraError: the settings can't be combined with one of the values.
     """
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     changed = []
@@ -104,10 +104,10 @@ def _point(values: dict[str, int], estimate: Estimate) -> SweepPoint:
 
 
 def with_value(settings: EstimateSettings, setting: str, value: int) -> EstimateSettings:
-    """Return the settings with another value of `setting`, which goes by its flag's name without dashes.
+    """Return the settings with another value of `setting`, the name of its flag without dashes.
 
     Raises:
-        UsageError: there is no such setting here, or it does not take the value.
+        UsageError: no such setting can be varied, or it does not take the value.
     """
     _check_known(setting)
     section, key = SETTINGS[setting].split(".")
@@ -134,35 +134,35 @@ def search_between(
     while high.at - low.at > 1 and num_predictions != max_predictions:
         share = low.headroom / (low.headroom - high.headroom) if num_predictions < NUM_INTERPOLATED else 0.5
         at = min(max(low.at + int((high.at - low.at) * share), low.at + 1), high.at - 1)
-        here = Point(at, headroom_at(at))
+        tried = Point(at, headroom_at(at))
         num_predictions += 1
-        if here.headroom >= 0:
-            low, high = here, replace(high, headroom=high.headroom / 2) if side > 0 else high
+        if tried.headroom >= 0:
+            low, high = tried, replace(high, headroom=high.headroom / 2) if side > 0 else high
             side = 1
         else:
-            low, high = replace(low, headroom=low.headroom / 2) if side < 0 else low, here
+            low, high = replace(low, headroom=low.headroom / 2) if side < 0 else low, tried
             side = -1
     return low.at
 
 
 def _search_upwards(start: int, top: int, headroom_at: Callable[[int], float]) -> int | None:
-    """Return the largest position up to `top` that fits, searched from `start` on; None if none does."""
+    """Return the largest position up to `top` that fits, searching from `start`; None if none does."""
     low = before = Point(start, headroom_at(start))
     if low.headroom < 0:
         least = Point(0, headroom_at(0)) if start else low
         return search_between(least, low, headroom_at) if least.headroom >= 0 else None
     while low.at < top:
         at = min(_next_position(before, low), top)
-        here = Point(at, headroom_at(at))
-        if here.headroom < 0:
-            return search_between(low, here, headroom_at)
-        before, low = low, here
+        tried = Point(at, headroom_at(at))
+        if tried.headroom < 0:
+            return search_between(low, tried, headroom_at)
+        before, low = low, tried
     return top
 
 
 def _next_position(before: Point, low: Point) -> int:
     """Return the position to try next above `low`: just beyond where the line through both points reaches zero."""
-    if before.headroom <= low.headroom:  # one point only, or no growth yet: twice the value
+    if before.headroom <= low.headroom:  # only one point, or no growth yet: double the value
         return 2 * low.at + 1
     num_steps = ceil(low.headroom * (low.at - before.at) / (before.headroom - low.headroom))
     return min(low.at + num_steps + 1, MAX_GROWTH * (low.at + 1))
@@ -181,7 +181,7 @@ def _value(settings: EstimateSettings, setting: str) -> int:
 
 
 def _values(setting: str, most: int | None) -> tuple[Sequence[int], str]:
-    """Return the values of `setting` that are tried, smallest first, and the reason for the largest."""
+    """Return the values of `setting` to try, smallest first, and the reason for the largest."""
     if setting == "micro-batch-size":
         return range(1, MAX_ROWS + 1), f"{MAX_ROWS:,} rows, the most that are tried"
     if setting == "rank":

@@ -20,7 +20,7 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 MAX_SUGGESTIONS = 6
 MIN_SAVING_BYTES = MIB
-# A prediction may take a second. A search for a milder step gets a few; for a combination, none begins after so many.
+# A prediction may take a second. A search for a milder step gets a few; no search begins after so many in total.
 MAX_SEARCH_PREDICTIONS = 4
 MAX_PREDICTIONS = 14
 
@@ -102,7 +102,7 @@ def suggest(settings: EstimateSettings, gpu: Gpu, predict: Predict, base: Estima
 
 
 def _single_changes(trials: "Trials", changes: Iterable[FlagChange]) -> tuple[list[ChosenStep], list[ChosenStep]]:
-    """Return the changes that save memory and, of them, those that fit, all at the step that saves most."""
+    """Return the changes that save memory and those of them that fit, all at the step that saves most."""
     useful: list[ChosenStep] = []
     fitting: list[ChosenStep] = []
     for change in changes:
@@ -117,7 +117,7 @@ def _single_changes(trials: "Trials", changes: Iterable[FlagChange]) -> tuple[li
 
 
 def _combined(trials: "Trials", useful: Sequence[ChosenStep]) -> tuple[Suggestion, ...]:
-    """Return the combination that fits, after its parts; if none fits, the nearest one alone."""
+    """Return the combination that fits, after its parts; if none fits, only the one that comes nearest."""
     combination = _accumulate(trials, useful)
     if trials.headroom_bytes(combination) < 0:
         return (trials.suggestion(combination),) if combination else ()
@@ -140,7 +140,7 @@ def _accumulate(trials: "Trials", useful: Sequence[ChosenStep]) -> list[ChosenSt
 
 
 def _relax(trials: "Trials", combination: list[ChosenStep]) -> list[ChosenStep]:
-    """Return the combination with milder steps that still fit; the changes of most effect on the run relax first."""
+    """Return the combination with milder steps that still fit; changes with the most effect on the run relax first."""
     for index in reversed(range(len(combination))):
         if trials.num_predictions < MAX_PREDICTIONS:
             combination = [*combination[:index], trials.mildest(combination, index), *combination[index + 1 :]]
@@ -172,7 +172,7 @@ class Trials:
         return self._estimates[flags]
 
     def headroom_bytes(self, combination: Sequence[ChosenStep]) -> int:
-        """Return the bytes left with the changes; a run that is not possible has no more than the unchanged one."""
+        """Return the bytes left with the changes; for an impossible run, those of the unchanged one."""
         estimate = self._estimate(combination)
         return self.base_headroom_bytes if estimate is None else headroom_bytes(estimate, self._gpu)
 
@@ -213,7 +213,7 @@ def _values(combination: Sequence[ChosenStep]) -> dict[str, object]:
 
 
 def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]:
-    """Yield the possible changes, those with the least effect on result and speed first."""
+    """Yield the possible changes, least effect on result and speed first."""
     gentle = (
         _checkpointing(base),
         _smaller_micro_batch(settings),
@@ -265,7 +265,7 @@ def _smaller_optimizer(settings: EstimateSettings) -> Iterator[ChangeStep]:
     optimizer = settings.training.optimizer
     if optimizer.is_paged:
         return
-    # Lion stays Lion: another would need another learning rate.
+    # Lion stays Lion: another optimizer would need another learning rate.
     paged, unpaged = (
         (Optimizer.PAGED_LION_8BIT, Optimizer.LION_8BIT)
         if optimizer.is_lion
@@ -294,7 +294,7 @@ def _sdpa(settings: EstimateSettings) -> Iterator[ChangeStep]:
 
 def _fewer_bits(settings: EstimateSettings) -> Iterator[ChangeStep]:
     for method in reversed(settings.quantization.method.smaller()):
-        assert method.traits.proposal is not None, "only what is proposed is smaller"
+        assert method.traits.proposal is not None, "every smaller method has a proposal"
         yield ChangeStep(values={"quantization.method": method}, effect=method.traits.proposal)
 
 

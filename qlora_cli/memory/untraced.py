@@ -1,10 +1,10 @@
-"""Settings that change the memory of a run and are not traced, which every prediction mentions. Imports no torch."""
+"""Settings that change the memory of a run but are not traced; every prediction mentions them. Imports no torch."""
 
 from qlora_cli.settings.models import TrainingSettings
 
 
 def untraced(training: TrainingSettings) -> list[str]:
-    """Return sentences on what a prediction for these settings leaves out."""
+    """Return sentences about what a prediction for these settings leaves out."""
     sentences = []
     if training.torch_compile:
         sentences.append(

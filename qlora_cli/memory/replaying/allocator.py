@@ -3,7 +3,7 @@
 Rules and constants are those of `c10/core/CachingDeviceAllocator` and `c10/cuda/CUDACachingAllocator.cpp` with the
 default configuration (no expandable segments, no maximum split size), on one stream. Addresses are invented, but fall
 from segment to segment as the driver's do on Linux, which maps from the top down. They matter: best fit takes the
-lowest of blocks of equal size, and which one it splits decides which large block stays whole.
+lowest of several blocks of equal size, and the block that it splits decides which large block stays whole.
 """
 
 from bisect import bisect_left, insort
@@ -24,7 +24,7 @@ def round_size(num_bytes: int) -> int:
 
 
 def segment_size(block_bytes: int) -> int:
-    """Return the bytes that the driver is asked for when no free block can hold one of `block_bytes`."""
+    """Return the bytes to request from the driver when no free block can hold one of `block_bytes`."""
     if block_bytes <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if block_bytes < MIN_LARGE_BYTES:
@@ -80,7 +80,7 @@ class CachingAllocator:
         insort(self._free[block.is_small], (block.num_bytes, block.address, block))
 
     def empty_cache(self) -> None:
-        """Return segments that are free as a whole to the driver, as `torch.cuda.empty_cache` does."""
+        """Return entirely free segments to the driver, as `torch.cuda.empty_cache` does."""
         for is_small, free in self._free.items():
             whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
             self.reserved_bytes -= sum(size for size, _, _ in whole)
@@ -100,7 +100,7 @@ class CachingAllocator:
         return block
 
     def _split(self, block: Block, size: int) -> None:
-        """Split off the rest of a block: any of a small one, of a large one only if it is more than 1 MiB."""
+        """Split off the rest of a block; for a large block, only if the rest is more than 1 MiB."""
         rest = block.num_bytes - size
         if rest < MIN_BLOCK_BYTES or (not block.is_small and rest <= SMALL_BYTES):
             return

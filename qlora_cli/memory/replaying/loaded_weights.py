@@ -1,4 +1,4 @@
-"""The allocations of loading: the weights, one after the other, and the adapter.
+"""The allocations of loading: the weights, one after another, and the adapter.
 
 Loading is replayed weight by weight, because the 16-bit copy of a weight that is quantized leaves a free block in the
 allocator's pool. Later tensors go into such blocks, so they decide how much the pool reserves.
@@ -40,12 +40,12 @@ def load_weights(layout: StoragePlan, *, num_experts: int = 1, on_host: Iterable
 
 
 def warm_up(load: Recorder, entries: Sequence[WeightEntry]) -> list[WeightEntry]:
-    """Record the block as large as the model that transformers allocates first; return the weights in its order.
+    """Record the block of the model's size that transformers allocates first; return the weights in loading order.
 
-    With that block (`caching_allocator_warmup`) the driver is asked for memory once.
+    Because of that block (`caching_allocator_warmup`), memory is requested from the driver only once.
     """
     load.free(load.allocate(sum(entry.weight_bytes for entry in entries)))
-    return sorted(entries, key=_natural)
+    return sorted(entries, key=_natural_key)
 
 
 def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> int | None:
@@ -60,25 +60,25 @@ def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_exp
     return None
 
 
-def _natural(entry: WeightEntry) -> list[tuple[int, int, str]]:
-    """Return the key that orders names as `dot_natural_key` of transformers does: numbers as numbers."""
+def _natural_key(entry: WeightEntry) -> list[tuple[int, int, str]]:
+    """Return the key by which transformers sorts names (`dot_natural_key`): numbers as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", entry.name)]
 
 
 def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_pieces: int) -> None:
     """Record the allocations of quantizing a 16-bit weight, and the release of those that do not stay."""
-    passing = []
+    temporary = []
     for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
         number = load.allocate(allocation.num_bytes, LABELS[allocation.part])
         if not allocation.is_persistent:
-            passing.append(number)
-    load.free(*reversed(passing))
+            temporary.append(number)
+    load.free(*reversed(temporary))
 
 
 def load_adapter(passes: Passes, trained: Sequence[nn.Parameter], copied_bytes: Sequence[int] = ()) -> None:
     """Add the allocations of the adapter as pass `adapt`, parameter by parameter.
 
-    `copied_bytes` are the sizes of base parameters that the adapter's file holds a copy of, without training them.
+    `copied_bytes` are the sizes of untrained base parameters of which the adapter's file has a copy.
     """
     adapt = Recorder(passes, ADAPT, ADAPTERS)
     for num_bytes in copied_bytes:

@@ -1,4 +1,4 @@
-"""The allocations of an optimizer step: the state, made in the first step, and temporaries, in every one.
+"""The allocations of an optimizer step: the state, created in the first step, and the temporaries of every step.
 
 Bytes follow from the shapes of the trained parameters. The order follows `step()` of each optimizer in torch,
 bitsandbytes or transformers.
@@ -31,13 +31,13 @@ class OptimizerSteps:
 
     @property
     def state_bytes(self) -> int:
-        """The state, in unified memory or not."""
+        """The size of the state, whether in unified memory or not."""
         permanent = (self.passes.storages[number] for number in self.passes.permanent)
         return self.paged_bytes + sum(storage.num_bytes for storage in permanent)
 
 
 def is_lora_b(name: str) -> bool:
-    """Whether this is the B matrix of a linear layer, which LoRA+ gives a multiple of the learning rate.
+    """Return whether this is the B matrix of a linear layer, which LoRA+ gives a multiple of the learning rate.
 
     The B of an embedding does not count: there PEFT initializes B at random and A with zeros.
     """
@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, trained: Sequence[nn.Parameter], *, lorap
 
 
 def embedding_ids(model: nn.Module) -> set[int]:
-    """Return the `id` of each embedding weight, whose state is in fp32 in the 8-bit optimizers, too."""
+    """Return the `id` of each embedding weight, whose state is in fp32 even in the 8-bit optimizers."""
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
@@ -67,7 +67,7 @@ def optimizer_steps(
 ) -> OptimizerSteps:
     """Return the allocations of the first and of a later step for parameters with the shapes of `groups`.
 
-    `clips`: gradients are clipped before; `decays`: there is weight decay; `embeddings`: see `embedding_ids`.
+    `clips`: gradients are clipped first; `decays`: there is weight decay; `embeddings`: see `embedding_ids`.
     """
     passes = Passes()
     paged_bytes = 0
@@ -111,7 +111,7 @@ def _step(
 def _states(
     recorder: Recorder, optimizer: Optimizer, trained: Sequence[nn.Parameter], embeddings: Collection[int]
 ) -> int:
-    """Record the states of all parameters; return the bytes of them that are paged."""
+    """Record the states of all parameters; return the number of paged bytes."""
     paged_bytes, has_levels = 0, False
     for parameter in trained:
         in_8_bit = is_8bit(optimizer, parameter) and id(parameter) not in embeddings
@@ -124,7 +124,7 @@ def _states(
 
 
 def is_8bit(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Whether the state of a parameter, which is no embedding, is in 8 bit."""
+    """Return whether the state of a parameter, which is not an embedding, is in 8 bit."""
     return optimizer.is_8bit and parameter.numel() >= MIN_8BIT_SIZE
 
 
@@ -133,10 +133,10 @@ def _num_moments(optimizer: Optimizer) -> int:
 
 
 def _state(recorder: Recorder, optimizer: Optimizer, parameter: nn.Parameter, *, in_8_bit: bool) -> int:
-    """Record the state of one parameter; return the bytes of it that are paged."""
+    """Record the state of one parameter; return the number of paged bytes."""
     size = parameter.numel() * parameter.element_size()
     if optimizer == Optimizer.ADAMW_TORCH_FUSED:
-        recorder.allocate(FLOAT_BYTES)  # the step counter; that of the others is on the host
+        recorder.allocate(FLOAT_BYTES)  # the step counter, which other optimizers have on the host
     if optimizer in {Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED}:
         recorder.allocate(size)
         recorder.allocate(size)
@@ -154,14 +154,14 @@ def _state(recorder: Recorder, optimizer: Optimizer, parameter: nn.Parameter, *,
 
 
 def _clip(recorder: Recorder, count: int) -> int:
-    """Record `clip_grad_norm_`: the norm of each gradient, those in a row, and of them all, by which all are scaled.
+    """Record `clip_grad_norm_`: the norm of each gradient, the tensor of all norms, and the total that scales them.
 
-    Returns the last, which the trainer keeps until it has reported the step.
+    Returns the storage of the total norm, which the trainer holds until it has reported the step.
     """
     norms = [recorder.allocate(FLOAT_BYTES) for _ in range(count)]
-    row = recorder.allocate(count * FLOAT_BYTES)
+    stacked = recorder.allocate(count * FLOAT_BYTES)
     total = recorder.allocate(FLOAT_BYTES)
-    recorder.free(row, *reversed(norms))
+    recorder.free(stacked, *reversed(norms))
     sum_, reciprocal, coefficient = (recorder.allocate(FLOAT_BYTES) for _ in range(3))
     recorder.free(reciprocal, sum_)
     clamped = recorder.allocate(FLOAT_BYTES)
@@ -178,7 +178,7 @@ def _foreach(recorder: Recorder, trained: Sequence[nn.Parameter]) -> None:
 def _adafactor(recorder: Recorder, trained: Sequence[nn.Parameter], *, is_first: bool) -> None:
     """Record a step of `transformers.optimization.Adafactor`, without a first moment, scaling or relative steps.
 
-    The update of a parameter lives until that of the next is there.
+    The update of a parameter lives until that of the next one is allocated.
     """
     update: int | None = None
     for parameter in trained:
@@ -206,7 +206,7 @@ def _adafactor(recorder: Recorder, trained: Sequence[nn.Parameter], *, is_first:
 def _factors(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the bytes of the second moment's factors, by rows and by columns, and of the rows' mean.
 
-    The second moment of a vector is not factored: it has none.
+    Empty for a vector, whose second moment is not factored.
     """
     if parameter.dim() < 2:
         return ()
@@ -220,9 +220,9 @@ def _factored(recorder: Recorder, squares: int, factors: tuple[int, ...], size: 
     rows, columns, mean = factors
     for num_bytes in (rows, columns):
         recorder.free(recorder.allocate(num_bytes))
-    of_rows = recorder.allocate(mean)
+    mean_of_rows = recorder.allocate(mean)
     row = recorder.allocate(rows)
-    recorder.free(of_rows)
+    recorder.free(mean_of_rows)
     column, update = recorder.allocate(columns), recorder.allocate(size)
     recorder.free(row, column, squares)
     return update

@@ -10,7 +10,7 @@ from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
 from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES
 from qlora_cli.memory.tracing.passes import Passes
 
-NUM_STEPS = 2  # the first makes the optimizer's state, the second has it
+NUM_STEPS = 2  # the first creates the optimizer's state, the second has it from the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RunEvents:
 class Peaks:
     """Peaks in bytes: of each phase and of the run, and what was allocated at the run's peak, by label.
 
-    `by_label` sums the requested sizes; what blocks are larger than that counts as slack.
+    `by_label` sums the requested sizes; the rest of each block counts as slack.
     """
 
     phases: tuple[Phase, ...]
@@ -39,7 +39,7 @@ class Peaks:
 
 
 class Replay:
-    """The allocator during a run, at first with an empty pool; each cuBLAS handle allocates `workspace_bytes`.
+    """The allocator during a run, starting with an empty pool; each cuBLAS handle allocates `workspace_bytes`.
 
     A training loop that loads in another way is a subclass with its own `load`.
     """
@@ -82,7 +82,7 @@ class Replay:
         self.run("load", resident, [LOAD, ADAPT])
 
     def run(self, phase: str, passes: Passes, names: Iterable[str], *, again: bool = False) -> None:
-        """Replay passes as a part of `phase`; `again`: they ran before, so what is permanent is allocated."""
+        """Replay passes as a part of `phase`; `again`: they ran before, so permanent storages exist already."""
         allocator, live, labels = self.allocator, self._live, self.labels
         allocator.reset_peaks()
         owner = id(passes)
@@ -96,7 +96,7 @@ class Replay:
                     num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
                     leftover = live.get((owner, event))
                     live[owner, event] = allocator.allocate(num_bytes)
-                    if leftover is not None:  # still allocated from the last time: replaced by the new one
+                    if leftover is not None:  # still allocated from the previous pass: replaced by the new one
                         allocator.free(leftover)
                     else:
                         labels[label] = labels.get(label, 0) + num_bytes
@@ -108,9 +108,9 @@ class Replay:
                     storage = passes.storages[~event]
                     allocator.free(live.pop((owner, ~event)))
                     labels[storage.label] -= storage.num_bytes
-        self._note(phase)
+        self._update_phase(phase)
 
-    def _note(self, phase: str) -> None:
+    def _update_phase(self, phase: str) -> None:
         before = self.phases.get(phase)
         self.phases[phase] = Phase(
             name=phase,
@@ -120,6 +120,6 @@ class Replay:
 
 
 def _merged(labels: dict[str, int]) -> dict[str, int]:
-    """Return `labels` with the workspaces of cuBLAS added to the others."""
+    """Return `labels` with the workspaces of cuBLAS added to the other workspaces."""
     total = labels.get(CUBLAS, 0) + labels.get(WORKSPACES, 0)
     return {**{label: size for label, size in labels.items() if label != CUBLAS}, WORKSPACES: total}

@@ -1,1 +1,1 @@
-"""Trace a training step on the meta device: every tensor that is allocate and dies, without its bytes."""
+"""Trace a training step on the meta device: when each tensor is allocated and released, without its bytes."""

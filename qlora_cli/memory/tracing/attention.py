@@ -1,11 +1,12 @@
 """The attention kernel that PyTorch chooses on a GPU, run on tensors without data.
 
 PyTorch chooses a backend of `scaled_dot_product_attention` by device; on the meta device it would always be the one
-that stores all scores. A function mode (`functions`) calls the GPU's choice instead, with what PyTorch does around it.
+that stores all scores. A function mode (`functions`) calls the GPU's choice instead, with the operations that PyTorch
+puts around it.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that everyone knows it by
+import torch.nn.functional as F  # noqa: N812 - its conventional name
 
 from qlora_cli.settings.choices import SdpaBackend
 
@@ -93,7 +94,7 @@ def _efficient(
 
 
 def _as_bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Return a mask as the kernel adds it to the scores, its rows aligned to 16 elements (`preprocess_mask`)."""
+    """Return a mask as the kernel adds it to the scores, with rows aligned to 16 elements (`preprocess_mask`)."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=query.dtype, device=mask.device))
     num_keys = mask.shape[-1]

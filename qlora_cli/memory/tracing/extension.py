@@ -1,8 +1,8 @@
-"""Extend what was recorded for few layers to all of a model's, exactly: event by event.
+"""Extend the trace of a few layers to all layers of a model, exactly: event by event.
 
-A layer between the same neighbours does the same. So each layer of the model repeats the events of its representative
-among the layers that were traced, on storages of its own. Where allocations and releases then do not match, there is
-no extension.
+Layers of one kind between the same neighbours do the same. So each layer of the model repeats the events of its
+representative among the traced layers, on storages of its own. If allocations and releases then do not match, the
+trace can't be extended.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class UnevenError(Exception):
 
 
 def passes_of(trace: MemoryTrace) -> Passes:
-    """Return what was recorded as it is."""
+    """Return the recorded events, unextended."""
     passes = Passes(storages=list(trace.storages))
     for segment in trace.segments:
         passes.events.setdefault(str(segment.mark[0]), []).extend(segment.events)
@@ -30,7 +30,7 @@ def passes_of(trace: MemoryTrace) -> Passes:
 
 
 def extend(trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> Passes:
-    """Return what was recorded for the layers `chosen`, as it is for the whole `stack`.
+    """Return the events that were recorded for the layers `chosen`, extended to the whole `stack`.
 
     Raises:
         UnevenError: it can't be extended.
@@ -41,13 +41,13 @@ def extend(trace: MemoryTrace, stack: LayerStack, chosen: Sequence[int]) -> Pass
 class _Extension:
     """The extension of one trace.
 
-    A *layer* is one of the model's, by its index there. A *part* is one that was traced, by its index among those.
+    A *layer* is any layer of the model, by its index. A *part* is a traced layer, by its index among the traced ones.
 
     Attributes:
         part_of: The part that represents each layer.
         layers_of: The layers in the same context as each part.
         origins: Where each storage of the trace was allocated, if in a layer.
-        numbers: The number in `passes` of a storage: of a layer's by its origin in that layer, of any other by its
+        numbers: The number of each storage in `passes`, by its origin in its layer or, outside of the layers, by its
             number in the trace.
         live: The storages of `passes` that are allocated.
     """
@@ -79,7 +79,7 @@ class _Extension:
         return self.passes
 
     def _extend_pass(self, name: str, segments: list[Segment], layers: list[Segment]) -> None:
-        """Extend a pass through the layers: up in the forward pass, down in the backward pass."""
+        """Extend a pass through the layers: ascending in the forward pass, descending in the backward pass."""
         order = [segment.mark[1] for segment in layers]
         ascending = list(range(len(self.layers_of)))
         if order not in (ascending, ascending[::-1]):
@@ -87,7 +87,7 @@ class _Extension:
         by_part = {segment.mark[1]: segment for segment in layers}
         before = segments[: segments.index(layers[0])]
         after = segments[segments.index(layers[-1]) + 1 :]
-        self._note_origins(name, by_part)
+        self._record_origins(name, by_part)
         for segment in before:
             self._copy(name, segment)
         all_layers = range(len(self.part_of))
@@ -99,26 +99,26 @@ class _Extension:
         for segment in after:
             self._copy(name, segment)
 
-    def _note_origins(self, name: str, by_part: Mapping[int, Segment]) -> None:
-        """Give each allocation its index in its part: the same one in parts of one kind."""
+    def _record_origins(self, name: str, by_part: Mapping[int, Segment]) -> None:
+        """Give each allocation an index within its part, equal in parts of one kind."""
         allocated: dict[int, list[int]] = {
             part: [event for event in segment.events if event >= 0 and event not in self.permanent]
             for part, segment in by_part.items()
         }
-        # Parts of a kind may differ by a few allocations. Those of the shortest one number all others.
+        # Parts of a kind may differ by a few allocations. All are numbered by those of the shortest one.
         shortest: dict[int, list[int]] = {}
         for part in sorted(allocated, key=lambda part: len(allocated[part])):
             sizes = [self.trace.storages[number].num_bytes for number in allocated[part]]
             reference = shortest.setdefault(self.kinds[part], sizes)
             for number, index in zip(allocated[part], _aligned(reference, sizes), strict=True):
                 self.origins[number] = (name, part, index)
-            # What is never released, as the workspace of the first product, is not aligned with anything.
+            # Storages that are never released, such as the workspace of the first product, have no counterparts.
             permanent = (event for event in by_part[part].events if event >= 0 and event in self.permanent)
             for extra, number in enumerate(permanent):
                 self.origins[number] = (name, part, -1 - extra)
 
     def _repeat(self, name: str, layer: int, segment: Segment, *, is_last: bool) -> None:
-        """Repeat the events of a part for one of its layers; `is_last`: the last of them in this pass."""
+        """Repeat the events of a part for one of its layers; `is_last`: the last of these in this pass."""
         part = segment.mark[1]
         for event in segment.events:
             if event >= 0:
@@ -127,16 +127,16 @@ class _Extension:
                 continue
             origin = self.origins.get(~event)
             if origin is None:
-                if is_last:  # allocated outside of the layers, and needed by all of these
+                if is_last:  # allocated outside of the layers, and needed by all layers of this part
                     self._free(name, ~event)
             else:
-                allocated_in, other, index = origin
-                if abs(other - part) > 1:
-                    raise UnevenError(f"{name}: layer {part} releases what layer {other} allocated")
-                self._free(name, (allocated_in, layer + other - part, index))
+                allocated_in, allocating_part, index = origin
+                if abs(allocating_part - part) > 1:
+                    raise UnevenError(f"{name}: layer {part} releases what layer {allocating_part} allocated")
+                self._free(name, (allocated_in, layer + allocating_part - part, index))
 
     def _copy(self, name: str, segment: Segment) -> None:
-        """Copy the events outside of the layers; what they release of a part is released for each of its layers."""
+        """Copy the events outside of the layers; releasing a storage of a part releases it for each of its layers."""
         for event in segment.events:
             if event >= 0:
                 self._allocate(name, event, event)
@@ -147,7 +147,7 @@ class _Extension:
             else:
                 allocated_in, part, index = origin
                 live = [key for layer in self.layers_of[part] if self._is_live(key := (allocated_in, layer, index))]
-                if not live and part in self.part_of:  # else it was released with those of its representative
+                if not live and part in self.part_of:  # otherwise released with those of its representative
                     raise UnevenError(f"{name}: nothing is left of what layer {part} allocated in {allocated_in}")
                 for key in live:
                     self._free(name, key)
@@ -171,9 +171,9 @@ class _Extension:
 
 
 def _aligned(reference: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Return for each of `sizes`, which may be more, the index of its match in `reference`.
+    """Return for each of `sizes` the index of its match in `reference`, which may be shorter.
 
-    What has no match gets an index beyond the end of `reference`.
+    A size without a match gets an index beyond the end of `reference`.
     """
     if len(reference) == len(sizes):
         return list(range(len(sizes)))
@@ -185,7 +185,7 @@ def _aligned(reference: Sequence[int], sizes: Sequence[int]) -> list[int]:
 
 
 def _by_pass(segments: Sequence[Segment]) -> list[tuple[str, list[Segment]]]:
-    """Return segments that follow each other in one pass together, with the name of the pass."""
+    """Group consecutive segments of one pass, with the name of the pass."""
     groups: list[tuple[str, list[Segment]]] = []
     for segment in segments:
         name = str(segment.mark[0])

@@ -1,7 +1,7 @@
-"""What a GPU does at the level of PyTorch's functions, above autograd: choose an attention kernel, and autocast.
+"""The behaviour of a GPU at the level of PyTorch's functions, above autograd: attention kernels, and autocast.
 
 Autocast is a dispatch key of each device, and the meta device has none. Its rules are few and public; this module
-applies them by the name of the function, at the level where the real ones apply.
+applies them by the name of the function, at the same level as PyTorch.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,8 @@ from qlora_cli.settings.choices import SdpaBackend
 
 CUDA, META = "cuda", "meta"
 MAYBE_AUTOCAST = "maybe_autocast"  # of transformers.utils.generic
-# aten/src/ATen/autocast_mode.h, the lists for CUDA: what computes in 16 bit, in fp32, in fp32 unless a dtype is given,
-# and in the widest dtype of its arguments.
+# aten/src/ATen/autocast_mode.h, the lists for CUDA: functions that compute in 16 bit, in fp32, in fp32 unless a dtype
+# is given, and in the widest dtype of their arguments.
 IN_16_BIT = {
     *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv"),
     *("einsum", "conv1d", "conv2d", "conv3d", "chain_matmul", "prelu", "scaled_dot_product_attention"),
@@ -38,7 +38,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class GpuFunctions(TorchFunctionMode):
-    """Calls functions as they are, except for those that a GPU treats differently from the meta device.
+    """Calls functions unchanged, except for those that a GPU treats differently from the meta device.
 
     Attributes:
         backends: The attention kernels that were chosen so far.
@@ -54,18 +54,18 @@ class GpuFunctions(TorchFunctionMode):
         self._backend = backend
         self._dtype = dtype
         self._enabled_before: list[bool] = []
-        # The 16-bit copies of trained weights, for one pass; the weight is kept so that its id stays its own.
+        # The 16-bit copies of trained weights, for one pass; the reference to the weight prevents reuse of its id.
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
-        """Autocast within; the flag that is set is the one for CUDA, which PEFT reads."""
+        """Enable autocast within the context by setting the flag for CUDA, which PEFT reads."""
         if self._dtype is None:
             yield
             return
         before, dtype_before = torch.is_autocast_enabled(CUDA), torch.get_autocast_dtype(CUDA)
         torch.set_autocast_enabled(CUDA, enabled)
-        for device_type in (CUDA, META):  # some code asks for the dtype of the device that a tensor is on
+        for device_type in (CUDA, META):  # some code reads the dtype for the device that a tensor is on
             torch.set_autocast_dtype(device_type, self._dtype)
         try:
             yield
@@ -144,14 +144,14 @@ class GpuFunctions(TorchFunctionMode):
         return self._casts[id(value)][1]
 
     def _grouped_mm(
-        self, func: Any, rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **others: Any
+        self, func: Any, rows: torch.Tensor, weights: torch.Tensor, *, offs: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        """Return the products of experts as a GPU computes them in their dtype; the meta device knows bf16 alone."""
+        """Return the products of experts as a GPU computes them in their dtype; the meta device supports only bf16."""
         result: torch.Tensor
         if self._capability < AMPERE:  # transformers.integrations.moe, `_can_use_grouped_mm`
             result = torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
         elif rows.dtype == torch.bfloat16:
-            result = func(rows, weights, offs=offs, **others)
+            result = func(rows, weights, offs=offs, **options)
         else:
             products: Any = _GroupedProducts.apply
             result = products(rows, weights, offs)
@@ -188,11 +188,11 @@ class GpuFunctions(TorchFunctionMode):
 
 
 class _GroupedProducts(torch.autograd.Function):
-    """`_grouped_mm` of `(rows, in)` and `(experts, in, out)` in any dtype: it allocates its results alone."""
+    """`_grouped_mm` of `(rows, in)` and `(experts, in, out)` in any dtype, which allocates only its results."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        """Return the products, `(rows, out)`; `offs` is where the rows of each expert end."""
+        """Return the products, `(rows, out)`; `offs` is the index at which the rows of each expert end."""
         of_rows, of_weights, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if of_weights else None, weights if of_rows else None, offs)
         ctx.shapes = rows.shape, weights.shape
@@ -201,7 +201,7 @@ class _GroupedProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients that are asked for."""
+        """Return the gradients that autograd needs."""
         saved_rows, saved_weights, saved_offs = ctx.saved_tensors
         (rows, weights), (of_rows, of_weights, _) = ctx.shapes, ctx.needs_input_grad
         gradient_of_weights = gradient.new_empty(weights) if of_weights else None  # first, as in PyTorch

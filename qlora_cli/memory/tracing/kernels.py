@@ -1,7 +1,7 @@
-"""What a CUDA kernel allocates besides its results: temporaries that no tensor shows, and the workspaces of cuBLAS.
+"""The allocations of CUDA kernels other than their results: temporaries without a tensor, and workspaces of cuBLAS.
 
-Each term has its cause in the source of PyTorch or of the kernel, which its comment names. The quantization methods
-say what the products of their weights allocate.
+Each term comes from the source of PyTorch or of the kernel, which its comment names. The quantization methods declare
+the allocations of products with their weights.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Kernels:
         self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
     def temporaries(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries | None:
-        """Return what `func` allocates besides its results; None for nothing."""
+        """Return what `func` allocates in addition to its results; None for nothing."""
         rule = self._rules.get(func)
         if rule is not None:
             return rule(args, kwargs)
@@ -65,14 +65,14 @@ class Kernels:
         return None if operator is None else operator.temporaries(args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the result of `func`, also where its size depends on values, which meta tensors do not have."""
+        """Return the result of `func`, even if its size depends on values, which meta tensors do not have."""
         operator = self._operator(func)
         if operator is None or operator.on_meta is None or args[0].device.type != "meta":
             return func(*args, **kwargs)
         return operator.on_meta(func, args, kwargs)
 
     def _operator(self, func: Any) -> Operator | None:
-        """Return what a quantization method declares of an operator that is not one of PyTorch's own."""
+        """Return what a quantization method declares about an operator that is not one of PyTorch's own."""
         return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
 
     def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:

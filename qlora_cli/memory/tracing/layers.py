@@ -1,8 +1,8 @@
-"""Find the stack of a model's layers, tell their kinds apart, and choose a few that represent all.
+"""Find the stack of a model's layers, distinguish their kinds, and choose a few that represent all.
 
-A step through 80 layers repeats itself. It is traced through the fewest layers that show each kind between the
-neighbours it has, and extended from there (`extension`). Nothing here knows an architecture: the modules themselves
-show their kind.
+A step through 80 layers repeats itself. It is traced through the fewest layers in which each kind occurs between all
+neighbours that it has in the stack, and extended to the rest (`extension`). No architecture is hard-coded: the kinds
+follow from the modules themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class LayerStack:
 def find_stack(model: PreTrainedModel, marks: Mapping[str, str] | None = None) -> LayerStack | None:
     """Return the stack of `model`; None if its structure does not show one.
 
-    `marks` say, by full module name, what else makes layers differ, such as that a module in one is not quantized.
+    `marks` are further differences between layers, by full module name, such as a module that is not quantized.
     """
     config = model.config.get_text_config(decoder=True)
     num_layers = getattr(config, "num_hidden_layers", None)
@@ -76,7 +76,7 @@ def _per_layer_lists(config: Any, num_layers: int) -> dict[str, list[Any]]:
 
 
 def _structure(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what a layer consists of: classes, shapes, and plain attributes except for its number."""
+    """Return the parts of a layer: classes, shapes, and plain attributes except for its number."""
     return tuple(
         (
             name,
@@ -93,9 +93,9 @@ def _structure(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def representatives(kinds: Sequence[int]) -> list[int]:
-    """Return the indices of the fewest layers that show each kind between the neighbours it has.
+    """Return the indices of the fewest layers in which each kind occurs between all neighbours that it has.
 
-    Layers that lie between two with equal neighbours are dropped, as long as every context of the stack still occurs.
+    Runs of layers are dropped as long as every context of the stack still occurs.
     """
     chosen = list(range(len(kinds)))
     shrinks = True
@@ -114,7 +114,7 @@ def representatives(kinds: Sequence[int]) -> list[int]:
 
 
 def contexts(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return for each layer the kinds of its predecessor, its own and of its successor."""
+    """Return for each layer the kinds of its predecessor, of itself and of its successor."""
     around = [EDGE, *kinds, EDGE]
     return list(zip(around[:-2], around[1:-1], around[2:], strict=True))
 
@@ -137,7 +137,7 @@ def reduce_to(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int]) 
 
 
 def renamed(name: str, stack: LayerStack, chosen: Sequence[int]) -> str | None:
-    """Return the name of the module `name` in a model reduced to the layers `chosen`; None if it is not in it."""
+    """Return the name of the module `name` in a model reduced to the layers `chosen`; None if it was dropped."""
     prefix = f"{stack.path}."
     if not name.startswith(prefix):
         return name

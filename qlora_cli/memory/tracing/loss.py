@@ -1,4 +1,4 @@
-"""TRL's fused head and chunked loss with the allocations that they make on a GPU.
+"""TRL's fused head and chunked loss, with the allocations that they make on a GPU.
 
 `trl.kernels.chunked_logprob` reduces tiles of logits to statistics: on a GPU by one Triton kernel, elsewhere by many
 operations with temporaries. This module allocates what the GPU's code does, and a trace on the meta device sees it.
@@ -14,7 +14,7 @@ from qlora_cli.errors import ModelError
 
 TOKEN_CHUNK = 4096  # TOKEN_CHUNK_SIZE
 VOCABULARY_CHUNK = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl.trainer.utils
-NUM_STATISTICS = 7  # a running maximum, sums and the target's logit: one fp32 number each for a token
+NUM_STATISTICS = 7  # a running maximum, sums and the target's logit: one fp32 number each per token
 
 
 def fused_loss(
@@ -37,14 +37,15 @@ def fused_loss(
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     mask = labels != -100
-    # Indexing by a boolean mask computes the positions where it is true, int64, one row a dimension. Here all are.
-    where = torch.zeros((mask.numel(), mask.dim()), dtype=torch.long, device=mask.device).unbind(1)
+    # Indexing by a boolean mask computes the indices where it is true, int64, one row for each dimension. Here it is
+    # true everywhere.
+    indices = torch.zeros((mask.numel(), mask.dim()), dtype=torch.long, device=mask.device).unbind(1)
     head = model.get_output_embeddings()
     apply: Any = _ChunkedLogProbs.apply
-    outputs = apply(hidden[where], head.weight, labels[where], compute_dtype)
-    log_probs, *others = (value.new_zeros(mask.shape).masked_scatter(mask, value) for value in outputs)
+    outputs = apply(hidden[indices], head.weight, labels[indices], compute_dtype)
+    log_probs, *metrics = (value.new_zeros(mask.shape).masked_scatter(mask, value) for value in outputs)
     loss = -log_probs.sum() / mask.sum()
-    return loss, (log_probs, *others, mask)
+    return loss, (log_probs, *metrics, mask)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -75,7 +76,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, _, _, _ = ctx.saved_tensors
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         weight_gradient = None
-        if ctx.needs_input_grad[1]:  # where rows of the head train: a gradient of all of them, in fp32
+        if ctx.needs_input_grad[1]:  # if rows of the head are trained: a gradient of all of them, in fp32
             weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         _tiles(hidden, weight, ctx.compute_dtype, gradient)
         return (
@@ -103,6 +104,6 @@ def _tiles(
 
 
 def _add_product(total: torch.Tensor, tile: torch.Tensor, columns: torch.Tensor) -> None:
-    # cuBLAS itself adds the product of 16-bit factors to an fp32 sum (`addmm` with `out_dtype`), without a temporary.
+    # cuBLAS adds the product of 16-bit factors to an fp32 sum (`addmm` with `out_dtype`) without a temporary.
     if total.dtype == tile.dtype:
         torch.addmm(total, tile, columns, out=total)

@@ -1,4 +1,4 @@
-"""Build the model of a run on the meta device as it is stored: packed codes, constants, adapters, and no bytes.
+"""Build the model of a run on the meta device as it is stored: packed codes, constants and adapters, but no bytes.
 
 The adapter is attached by the code that `train` runs.
 """
@@ -31,8 +31,8 @@ class MetaModel:
     Attributes:
         model: The reduced model that a step is traced through.
         stack: The layers of the whole model; None if it was not reduced.
-        chosen: The indices of those that are in `model`.
-        notes: Messages that attaching the adapter gave.
+        chosen: The indices of the layers that are in `model`.
+        notes: Messages from attaching the adapter.
     """
 
     model: PeftModel
@@ -51,9 +51,9 @@ def build_meta_model(
     adapter: Adapter | None = None,
     whole: bool = False,
 ) -> MetaModel:
-    """Return `model`, which is on the meta device and is changed, stored as `layout` says and with an adapter.
+    """Store `model`, which is on the meta device, as planned by `layout`, attach an adapter and return the result.
 
-    `adapter` is an existing one to train further, instead of a new one by `lora`. `whole` keeps every layer, which
+    `adapter` is an existing one to train further, instead of a new one by `lora`. `whole` retains every layer, which
     takes longer and gives the same result.
 
     Raises:
@@ -66,12 +66,12 @@ def build_meta_model(
             "the memory of adapters on experts can't be predicted where the experts are not quantized",
             hint=f"Use {quant_flag([DEFAULT_METHOD])}, or leave lora.target_parameters out.",
         )
-    names_layers = _names_layers(lora) if adapter is None else _chooses_layers(adapter.lora)
+    names_layers = _names_layers(lora) if adapter is None else _selects_layers(adapter.lora)
     stack, chosen = store_few_layers(model, layout, compute_dtype, whole=whole or names_layers)
     if adapter is not None:
         refusal = quantized_base_problem(adapter.lora) if layout.is_quantized else None
         refusal = refusal or further_training_problem(adapter, model)
-        trained = attach_from_config(model, _to_train(adapter.lora), adapter.directory)
+        trained = attach_from_config(model, _training_config(adapter.lora), adapter.directory)
         train_in_fp32(trained)
         warnings = () if refusal is None else (f"qlora train would refuse this: {refusal}",)
         return MetaModel(model=trained, stack=stack, chosen=chosen, notes=warnings)
@@ -84,9 +84,9 @@ def build_meta_model(
 def store_few_layers(
     model: PreTrainedModel, layout: StoragePlan, compute_dtype: torch.dtype, *, whole: bool = False
 ) -> tuple[LayerStack | None, tuple[int, ...]]:
-    """Reduce `model` to a few layers and store it as `layout` says; return the stack, and the indices of the few.
+    """Reduce `model` to a few layers stored as planned by `layout`; return the stack and the indices of these layers.
 
-    There is no stack, and nothing is reduced, with `whole` or where the structure of the model shows none.
+    With `whole`, or if the structure of the model shows no stack, nothing is reduced and the stack is None.
     """
     marks = {**layout.unquantized, **dict.fromkeys(layout.experts, "quantized")}
     stack = None if whole else find_stack(model, marks)
@@ -103,15 +103,15 @@ def store_few_layers(
 
 
 def _names_layers(lora: LoraSettings) -> bool:
-    """Whether targets are named with the number of their layer: then no layer represents another."""
+    """Return whether targets are named with the number of their layer: then no layer represents another."""
     targets = (lora.target_modules, lora.target_parameters, lora.modules_to_save)
     names = [name for target in targets if isinstance(target, tuple) for name in target]
     names += [*(lora.rank_pattern or {}), *(lora.alpha_pattern or {})]
     return any(part.isdigit() for name in names for part in name.split("."))
 
 
-def _chooses_layers(lora: LoraConfig) -> bool:
-    """Whether an adapter may differ between layers, as far as its config shows."""
+def _selects_layers(lora: LoraConfig) -> bool:
+    """Return whether an adapter may differ between layers, as far as its config shows."""
     if lora.layers_to_transform is not None or lora.layer_replication or isinstance(lora.target_modules, str):
         return True
     names = [*(lora.target_modules or ()), *(lora.target_parameters or ()), *(lora.modules_to_save or ())]
@@ -119,7 +119,7 @@ def _chooses_layers(lora: LoraConfig) -> bool:
     return bool(lora.exclude_modules) or any(character.isdigit() for name in names for character in name)
 
 
-def _to_train(lora: LoraConfig) -> LoraConfig:
+def _training_config(lora: LoraConfig) -> LoraConfig:
     """Return a config for training an adapter further, without an initialization that computes from weights."""
     config = deepcopy(lora)
     config.init_lora_weights, config.inference_mode = True, False
@@ -127,6 +127,6 @@ def _to_train(lora: LoraConfig) -> LoraConfig:
 
 
 def _renamed_all(names: Sequence[str], stack: LayerStack, chosen: Sequence[int]) -> tuple[str, ...]:
-    """Return the names that those of `names` have which are in the reduced model."""
+    """Return the names, in the reduced model, of the modules `names` that it contains."""
     reduced = (renamed(name, stack, chosen) for name in names)
     return tuple(name for name in reduced if name is not None)

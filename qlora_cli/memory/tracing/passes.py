@@ -1,11 +1,11 @@
-"""Allocations and releases of storages, in named passes: what a trace records, and what is known without one."""
+"""Allocations and releases of storages, in named passes, whether recorded by a trace or known without one."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class TracedStorage:
-    """One piece of memory: its size in bytes, and what it is for."""
+    """One piece of memory: its size in bytes, and its purpose."""
 
     num_bytes: int
     label: str
@@ -23,7 +23,7 @@ class Passes:
     permanent: set[int] = field(default_factory=set)
 
     def find_permanent(self) -> None:
-        """Note which storages are never released, once all events are recorded."""
+        """Determine which storages are never released; to be called once all events are recorded."""
         released = {~event for events in self.events.values() for event in events if event < 0}
         allocated = {event for events in self.events.values() for event in events if event >= 0}
         self.permanent = allocated - released

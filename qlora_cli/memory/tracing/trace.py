@@ -1,7 +1,7 @@
 """Record when the memory of each tensor is allocated and released, while real code runs on tensors without data.
 
 On the meta device tensors have shapes, dtypes, strides and autograd history, but no bytes. A dispatch mode sees every
-operation below autograd, as the GPU would: a new storage is an allocation, the end of its last reference a release.
+operation below autograd, as the GPU would: a new storage is an allocation, the loss of its last reference a release.
 """
 
 import sys
@@ -19,7 +19,7 @@ from qlora_cli.memory.tracing.passes import TracedStorage
 
 aten = torch.ops.aten
 ACTIVATIONS = "activations"
-# Functions of transformers that branch on a tensor's value: on whether no sequence is packed, and no row is padded.
+# Functions of transformers that branch on a tensor's value: whether no sequence is packed, or no row is padded.
 NOT_PACKED = ("find_packed_sequence_indices",)
 NOT_PADDED = ("_ignore_causal_mask_sdpa", "flash_attention_mask")
 MAX_FRAMES = 12  # from the operator up to one of those functions
@@ -38,15 +38,15 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         storages: Every storage seen, by number.
-        segments: What happened to them, in order.
+        segments: Their allocations and releases, in order.
     """
 
     def __init__(
         self, kernels: Kernels, branches: Mapping[str, bool] | None = None, *, device_type: str = "meta"
     ) -> None:
-        """Record storages on devices of `device_type` alone.
+        """Record only storages on devices of `device_type`.
 
-        `branches` says, by the name of a function, which way it branches where it looks at a tensor without data.
+        `branches` has, by the name of a function, the branch that it takes where it reads a tensor without data.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._device_type = device_type
@@ -79,19 +79,19 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return number
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Leave the storage of `tensor` out, which is accounted for elsewhere."""
+        """Exclude the storage of `tensor`, which is accounted for elsewhere."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._live[key] = (-1, weakref.ref(storage, self._on_release_of_ignored(key)))
 
     def relabel(self, tensor: torch.Tensor, label: str) -> None:
-        """Say what an existing storage is for, now that it is known."""
+        """Change the label of a recorded storage, once its purpose is known."""
         known = self._live.get(tensor.untyped_storage()._cdata)
         if known is not None and known[0] >= 0:
             self.storages[known[0]].label = label
 
     def allocate_temporary(self, num_bytes: int, label: str) -> int:
-        """Record memory that a kernel allocates and no tensor shows, until `free_temporary`; return its number."""
+        """Record memory of a kernel that belongs to no tensor, until `free_temporary`; return its number."""
         number = len(self.storages)
         self.storages.append(TracedStorage(num_bytes, label))
         self.segments[-1].events.append(number)
@@ -130,7 +130,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = self._kernels.run(func, args, kwargs)
         self._record_all(result)
         if temporaries.uses_cublas and self.in_autograd_thread not in self._have_workspace:
-            # Each thread has a handle of cuBLAS, and autograd runs the backward pass in a thread of its own.
+            # Each thread has its own handle of cuBLAS, and autograd runs the backward pass in a separate thread.
             self._have_workspace.add(self.in_autograd_thread)
             self.allocate_temporary(1, CUBLAS)
         after = [self.allocate_temporary(size, WORKSPACES) for size in temporaries.after]
@@ -144,10 +144,10 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.record(value)
 
     def _scalar_of(self, tensor: torch.Tensor) -> bool | float | int:
-        """Return the value that code reads of a tensor, which on the meta device has none.
+        """Return the value that code reads from a tensor; on the meta device, a made-up one.
 
-        A truth decides which branch the code takes. Which one it would take on data depends on the function that
-        asks, so the nearest known caller decides.
+        A boolean decides which branch the code takes. The branch that it would take on data depends on the function
+        that asks, so the nearest known caller decides.
         """
         if tensor.device.type != "meta":
             value: bool | float | int = tensor.detach().numpy().item()

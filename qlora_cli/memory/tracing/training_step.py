@@ -1,7 +1,8 @@
 """Run one training step, and an evaluation batch, on the meta device, and record their allocations.
 
 The step is the one that `train` runs: the model's own code, autograd, checkpointing, TRL's loss. Marks between the
-layers, in the forward and in the backward pass, make segments, which `extension` repeats for layers not traced.
+layers, in both the forward and the backward pass, divide it into segments, which `extension` repeats for layers that
+were not traced.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,13 +38,13 @@ RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers: no mask w
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step is run with.
+    """The settings of a traced step.
 
     Attributes:
-        length: Of a row, in tokens.
-        is_packed: Rows are packed into one of `batch_size` times the length.
-        is_padded: Rows of a batch differ in length, so that there is an attention mask; never with packing.
-        adds_noise: NEFTune adds noise to the embedded tokens, however much.
+        length: The length of a row, in tokens.
+        is_packed: Whether rows are packed into one of `batch_size` times the length.
+        is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
+        adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
     """
 
     batch_size: int
@@ -64,7 +65,7 @@ class StepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedStep:
-    """The record of a first micro-batch, of one more if there are several, and of an evaluation batch.
+    """The trace of a first micro-batch, of a second one if gradients are accumulated, and of an evaluation batch.
 
     `pinned_host_bytes` are activations of one micro-batch in host memory, for the layers that were traced.
     """
@@ -77,8 +78,8 @@ class TracedStep:
 def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "type[TrainingStep] | None" = None) -> TracedStep:
     """Record a step of `meta_model`, in segments that are marked `(pass, part)`.
 
-    A part is the index of a layer, or `HEAD` or `TAIL` for what comes before and after the layers. `loop` is the
-    training loop whose step it is; by default that of `qlora train`.
+    A part is the index of a layer, or `HEAD` or `TAIL` for what comes before or after the layers. `loop` is the
+    training loop whose step is traced; by default that of `qlora train`.
 
     Raises:
         ModelError: the model can't be trained as asked, or its code needs values.
@@ -109,7 +110,7 @@ def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "type[Traini
 
 
 class TrainingStep:
-    """The passes of a step as `qlora train` runs it, and the hooks that the record needs.
+    """The passes of a step as `qlora train` runs it, and the hooks that tracing needs.
 
     The step of another training loop is a subclass with its own `loss`, `columns` and `zero_gradients`.
     """
@@ -127,7 +128,7 @@ class TrainingStep:
         self.functions = functions
         self.pinned_host_bytes = 0
         self._phase = ""
-        # Attributes without a value: a tensor in one of them later is a state that the module keeps between passes.
+        # Attributes without a value: a tensor in one of them later is state that the module carries between passes.
         self._empty_attributes = [
             (module, name) for module in self.model.modules() for name, v in vars(module).items() if v is None
         ]
@@ -135,7 +136,7 @@ class TrainingStep:
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Set up attention, checkpointing, noise and hooks for the step, and remove them afterwards."""
-        # The weights are part of loading; the record is of what the step itself allocates.
+        # The weights are part of loading; only what the step itself allocates is recorded.
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
             tensors += (tensor for tensor in auxiliary_tensors(module) if tensor.device == self.settings.device)
@@ -185,7 +186,7 @@ class TrainingStep:
         """Run one micro-batch: forward and backward."""
         trace = self.trace
         self.model.train()
-        self.pinned_host_bytes = 0  # those of the pass before are released
+        self.pinned_host_bytes = 0  # those of the previous pass are released
         self._phase = f"{name} forward"
         trace.mark(self._phase, HEAD)
         # The trainer fetches the micro-batches of a step together, before the first of them runs.
@@ -197,7 +198,7 @@ class TrainingStep:
         trace.mark(self._phase, HEAD)
         trace.in_autograd_thread, trace.label = True, LOSS
         try:
-            # `loss.backward()` would leave the function mode, which recomputation needs; from the edge it stays.
+            # `loss.backward()` would leave the function mode, which recomputation needs; the edge stays within it.
             torch.autograd.backward((get_gradient_edge(loss),), (torch.ones_like(loss),))
         finally:
             trace.in_autograd_thread, trace.label = False, ACTIVATIONS
@@ -219,7 +220,7 @@ class TrainingStep:
         self._drop_states()
 
     def _drop_states(self) -> None:
-        """Drop tensors that modules keep after a pass, as recurrent layers do, so that each pass starts alike."""
+        """Drop tensors that modules hold after a pass, as recurrent layers do, so that all passes start alike."""
         for module, name in self._empty_attributes:
             if isinstance(getattr(module, name, None), torch.Tensor):
                 setattr(module, name, None)
@@ -231,7 +232,7 @@ class TrainingStep:
     def columns(self) -> dict[str, int]:
         """Return the columns of a batch, each with the value that fills it.
 
-        With real tensors, transformers reads the mask: all ones are no padding.
+        With real tensors, transformers reads the mask: all ones mean no padding.
         """
         if self.settings.is_packed:
             return {"input_ids": 0, "labels": 0, "position_ids": 0}
@@ -267,7 +268,7 @@ class TrainingStep:
         last = len(self.layers) - 1
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.trace.in_autograd_thread:  # recomputation calls the hooks of a layer, too
+            if self.trace.in_autograd_thread:  # recomputation calls the hooks of a layer as well
                 return
             self.trace.mark(self._phase, index)
             if index == 0 and torch.is_grad_enabled():
@@ -287,7 +288,7 @@ class TrainingStep:
         ]
 
     def _label_loss(self) -> list[Any]:
-        """Label what is allocated from the last hidden states on, until their gradient is complete, as the loss's."""
+        """Label allocations between the last hidden states and the completion of their gradient as the loss's."""
 
         def label_activations(_: torch.Tensor) -> None:
             self.trace.label = ACTIVATIONS
@@ -301,7 +302,7 @@ class TrainingStep:
         return [] if backbone is self.base else [backbone.register_forward_hook(label_loss)]
 
     def _mark_gradient(self, tensor: Any, part: int | str) -> None:
-        """Mark where the gradient of `tensor` is complete: the backward pass of the layer below begins there."""
+        """Mark the completion of the gradient of `tensor`, where the backward pass of the layer below begins."""
 
         def mark(_: torch.Tensor) -> None:
             self.trace.mark(self._phase, part)
@@ -357,7 +358,7 @@ def _flash_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_others: Any,
+    **_options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return attention by flash-attn, `(batch, seq, heads, head_dim)`.
 
