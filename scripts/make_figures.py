@@ -14,7 +14,7 @@ from bitsandbytes import functional
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qlora_cli.charts.canvas import SAME_FILES, drawing_style
+from qlora_cli.charts.canvas import REPRODUCIBLE_METADATA, drawing_style
 from qlora_cli.charts.palette import LIGHT
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "explanation" / "figures"
@@ -160,7 +160,7 @@ def draw_errors(axes: Axes, types: list[DataType]) -> None:
 def save(errors: Mapping[str, float], path: Path) -> None:
     """Draw the figure into `path`: the same bytes for the same errors and version of matplotlib."""
     with drawing_style(FONT_SIZE):
-        draw(errors).savefig(path, metadata={**SAME_FILES["png"], "Description": describe(errors)})
+        draw(errors).savefig(path, metadata={**REPRODUCIBLE_METADATA["png"], "Description": describe(errors)})
 
 
 def write(directory: Path = FIGURES) -> dict[str, float]:

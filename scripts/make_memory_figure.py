@@ -15,7 +15,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from make_figures import FIGURES, FONT_SIZE
 from matplotlib.figure import Figure
 
-from qlora_cli.charts.canvas import SAME_FILES, drawing_style
+from qlora_cli.charts.canvas import REPRODUCIBLE_METADATA, drawing_style
 from qlora_cli.charts.palette import LIGHT
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
@@ -138,4 +138,4 @@ if __name__ == "__main__":
     FIGURES.mkdir(parents=True, exist_ok=True)
     step = second_step()
     with drawing_style(FONT_SIZE):
-        draw(step).savefig(FIGURES / FIGURE, metadata={**SAME_FILES["png"], "Description": describe(step)})
+        draw(step).savefig(FIGURES / FIGURE, metadata={**REPRODUCIBLE_METADATA["png"], "Description": describe(step)})

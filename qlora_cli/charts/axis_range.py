@@ -8,7 +8,7 @@ from itertools import pairwise
 
 SMALLEST = 1e-100
 EQUAL = 1e-9  # relative difference below which values count as equal
-STEPS = (1, 2, 5, 10)  # distances between ticks, times a power of ten
+STEPS = (1, 2, 5, 10)  # distances between ticks, to be multiplied by a power of ten
 SMALLEST_DECIMAL = 1e-3  # smaller ones are written with an exponent: 2e-4
 LARGEST_DECIMAL = 1e7
 LARGEST_EXPONENT = math.log10(sys.float_info.max)
@@ -38,13 +38,13 @@ class AxisRange:
         """Return up to `max_ticks` round values and their labels, lowest first; only integers if `is_whole`."""
         values = self._round_values(max_ticks, is_whole=is_whole)
         largest = max(map(abs, values), default=1.0)
-        smallest = min(values, default=1.0) if self.is_log else largest  # linear ones have the decimals of their step
+        smallest = min(values, default=1.0) if self.is_log else largest  # linear axes have the decimals of the step
         has_exponent = not SMALLEST_DECIMAL <= smallest <= largest < LARGEST_DECIMAL and not is_whole
         between = min((after - value for value, after in pairwise(values)), default=largest or 1.0)
         labels = [tick_label(value, between, has_exponent=has_exponent) for value in values]
-        if self.is_log:  # each with the decimals that it needs, unless they are too close
-            own = [tick_label(value, value, has_exponent=has_exponent) for value in values]
-            labels = own if len(set(own)) == len(own) else labels
+        if self.is_log:  # each with as many decimals as it needs, unless labels would be equal
+            shortest = [tick_label(value, value, has_exponent=has_exponent) for value in values]
+            labels = shortest if len(set(shortest)) == len(shortest) else labels
         return list(zip(values, labels, strict=True))
 
     def _round_values(self, max_ticks: int, *, is_whole: bool) -> list[float]:
@@ -69,7 +69,7 @@ class AxisRange:
 
 
 def tick_label(value: float, step: float, *, has_exponent: bool = False) -> str:
-    """Return a value with the decimals that `step`, which is above zero, has in its first digit."""
+    """Return a value with as many decimals as the first digit of `step`, which is above zero, needs."""
     if value == 0 or abs(value) < step / 1e6:
         return "0"
     decade = math.floor(math.log10(step) + 1e-9)
@@ -83,7 +83,7 @@ def tick_label(value: float, step: float, *, has_exponent: bool = False) -> str:
 def spanning(
     values: Sequence[float], *, from_zero: bool = False, is_log: bool = False, margin: float = 0.05
 ) -> AxisRange:
-    """Return a range that holds `values`, which are drawable, with a margin at its ends."""
+    """Return a range that contains `values`, which are drawable, with a margin at both ends."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if is_log:
         factor = (high / low) ** margin if high > low else 2.0

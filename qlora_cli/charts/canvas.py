@@ -1,6 +1,6 @@
 """An empty figure and its files, the same on every machine, independent of its matplotlibrc.
 
-matplotlib is imported when something is drawn: it takes half a second, which commands that draw nothing do not pay.
+matplotlib is imported only when something is drawn: it takes half a second, which other commands do not pay.
 """
 
 import io
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FONT_PIXELS = 12
-PIXELS_PER_INCH = 72  # of the figures of a page: as in SVG, a point is a pixel, and the page scales them
-SAME_FILES: dict[str, dict[str, None]] = {  # what would make files of equal pictures differ
+PIXELS_PER_INCH = 72  # of the figures on a page: as in SVG, a point is a pixel, and the page scales them
+REPRODUCIBLE_METADATA: dict[str, dict[str, None]] = {  # without what makes files of equal pictures differ
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -32,9 +32,9 @@ LABEL_PAD = 8  # pixels between the axes and their labels
 
 @dataclass(frozen=True, kw_only=True)
 class ChartSize:
-    """A size of a figure on a page, in CSS pixels, with axes and labels. The page scales it a little.
+    """A size of a figure on a page, in CSS pixels, including axes and labels. The page scales it slightly.
 
-    `name` is the class that the page shows and hides it by; `num_ticks` is how many labels fit below the axis.
+    `name` is the class by which the page shows and hides it; `num_ticks` is how many labels fit below the axis.
     """
 
     name: str
@@ -45,12 +45,12 @@ class ChartSize:
 
 @contextmanager
 def drawing_style(font_size: float = FONT_PIXELS) -> Iterator[None]:
-    """Let matplotlib draw in our style, without messages on stderr that are of no use to users, as of its caches."""
+    """Let matplotlib draw in our style, without messages on stderr that are useless to users, as of its caches."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        import matplotlib as mpl  # looks for its caches
+        import matplotlib as mpl  # it looks for its caches
 
         with mpl.rc_context({**mpl.rcParamsDefault, **_settings(font_size)}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it is drawn as a box
@@ -77,14 +77,14 @@ def _settings(font_size: float) -> dict[Any, Any]:
 def picture_of(figure: "Figure", file_format: str) -> bytes:
     """Return a figure as `png`, `svg` or `pdf`: the same bytes for the same figure and version of matplotlib."""
     picture = io.BytesIO()
-    figure.savefig(picture, format=file_format, metadata=SAME_FILES[file_format])
+    figure.savefig(picture, format=file_format, metadata=REPRODUCIBLE_METADATA[file_format])
     return picture.getvalue()
 
 
 def page_figure(
     size: ChartSize, *, left_labels: Sequence[str], low_labels: Sequence[str], left: int = LEFT, top: int = TOP
 ) -> "tuple[Figure, Axes]":
-    """Return a figure for a page and its axes, with space for the labels on the left and the last one below."""
+    """Return a figure for a page and its axes, with space for the labels on the left and for the last label below."""
     from matplotlib.figure import Figure
 
     left += round(PIXELS_PER_CHARACTER * max(map(len, left_labels), default=0))
@@ -95,9 +95,9 @@ def page_figure(
 
 
 def clear_frame(axes: "Axes", grid: str) -> None:
-    """Reduce the frame to what helps to read values: two edges, and faint lines.
+    """Reduce the frame to what helps to read values: two edges, and faint grid lines.
 
-    `grid` is the axis whose values have a line: `x`, `y` or `both`.
+    `grid` is the axis whose ticks have grid lines: `x`, `y` or `both`.
     """
     axes.grid(axis=grid, color=LIGHT.line, linewidth=1)  # type: ignore[arg-type]
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""A histogram: bars of equal width for intervals of any width, and a limit across it."""
+"""A histogram: bars of equal width for intervals of any width, and a line for a limit."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 WIDE_COUNTS = 1000  # ratio of the highest to the lowest bar above which a linear axis would hide the low ones
 BAR_GAP = 0.04
-NEAR = 0.03  # position of a limit that can't be drawn to scale, beyond the bars, as a share of their width
+NEAR = 0.03  # distance from the bars of a limit that can't be drawn to scale, as a share of their total width
 NUM_LEVELS = 5
-LEFT, TOP = 28, 24  # pixels: for the name of the axis, and for the label of the limit
+LEFT, TOP = 28, 24  # pixels: for the label of the axis, and for that of the limit
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LimitLine:
     Attributes:
         position: In bars from the left: 1.5 is the middle of the second.
         label: Its label, at the upper end of the line.
-        is_far: Whether it would make the bars small: then it is next to the last one, and its label says so.
+        is_far: Whether it would make the bars small: then it is drawn next to the last bar, and its label says so.
         is_exceeded: Whether bars beyond it have another colour.
     """
 
@@ -72,9 +72,9 @@ def embedded_histogram(chart: Histogram, name: str, sizes: Sequence[ChartSize], 
 
 def draw_histogram(chart: Histogram, size: ChartSize) -> "Figure":
     """Return the figure of a histogram. Call it within `drawing_style`."""
-    up = _up(chart.counts)
-    levels = up.ticks(NUM_LEVELS, is_whole=True)
-    levels = [(value, label) for value, label in levels if value >= 1 or not up.is_log]
+    count_axis = _count_axis(chart.counts)
+    levels = count_axis.ticks(NUM_LEVELS, is_whole=True)
+    levels = [(value, label) for value, label in levels if value >= 1 or not count_axis.is_log]
     x_ticks = edge_ticks(chart.edges, size.num_ticks)
     figure, axes = page_figure(
         size,
@@ -83,13 +83,13 @@ def draw_histogram(chart: Histogram, size: ChartSize) -> "Figure":
         left=LEFT,
         top=TOP,
     )
-    if up.is_log:
+    if count_axis.is_log:
         axes.set_yscale("log")
     _draw_bars(axes, chart)
     axes.set_xticks(list(x_ticks), [f"{edge:,}" for edge in x_ticks.values()])
-    axes.set(xlim=(0, len(chart.counts)), ylim=(up.low, up.high), xlabel=chart.x_name)
+    axes.set(xlim=(0, len(chart.counts)), ylim=(count_axis.low, count_axis.high), xlabel=chart.x_name)
     axes.set_yticks([value for value, _ in levels], [label for _, label in levels])
-    axes.set_ylabel(f"{chart.y_name}, logarithmic" if up.is_log else chart.y_name)
+    axes.set_ylabel(f"{chart.y_name}, logarithmic" if count_axis.is_log else chart.y_name)
     axes.minorticks_off()
     clear_frame(axes, "y")
     axes.spines["left"].set_visible(False)
@@ -97,11 +97,11 @@ def draw_histogram(chart: Histogram, size: ChartSize) -> "Figure":
     return figure
 
 
-def _up(counts: Sequence[int]) -> AxisRange:
-    seen = [count for count in counts if count]
-    if max(seen) > WIDE_COUNTS * min(seen):
-        return AxisRange(low=0.5, high=2 * max(seen), is_log=True)
-    return AxisRange(low=0, high=1.05 * max(seen))
+def _count_axis(counts: Sequence[int]) -> AxisRange:
+    nonzero = [count for count in counts if count]
+    if max(nonzero) > WIDE_COUNTS * min(nonzero):
+        return AxisRange(low=0.5, high=2 * max(nonzero), is_log=True)
+    return AxisRange(low=0, high=1.05 * max(nonzero))
 
 
 def _draw_bars(axes: "Axes", chart: Histogram) -> None:
@@ -114,7 +114,7 @@ def _draw_bars(axes: "Axes", chart: Histogram) -> None:
 
 
 def edge_ticks(edges: Sequence[int], max_ticks: int) -> dict[int, int]:
-    """Return the edges to label, by their indices: multiples of one number, or those of every nth bar."""
+    """Return the edges to label, by index: multiples of one number or, for bars of unequal width, every nth edge."""
     step = math.ceil(len(edges) / max_ticks)
     widths = {after - edge for edge, after in pairwise(edges)}
     if len(widths) > 1:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PIXELS_PER_POINT = 0.75  # of the chart's width; more points could not be distinguished
-FAR = 1.0  # times the height of the chart, above and below it, at which lines that leave it are clipped
+PIXELS_PER_POINT = 0.75  # of the chart's width; more points would be indistinguishable
+FAR = 1.0  # times the height of the chart, above and below it: the distance at which lines that leave it are clipped
 DASHES = (0, (4, 3))  # times the line's width
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through points, which are in order; `color` is a name of the palette."""
+    """A line through points in order; `color` is a name of the palette."""
 
     color: str
     points: Sequence[Point]
@@ -125,7 +125,7 @@ def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
 
 def _draw_curve(axes: "Axes", curve: Curve, y: AxisRange, max_points: int) -> None:
     steps, values = zip(*curve.points, strict=True)
-    points = list(_seen(thinned(Series(steps, values), max_points), y))
+    points = list(_drawn_points(thinned(Series(steps, values), max_points), y))
     axes.plot(
         [step for step, _ in points],
         [value for _, value in points],
@@ -136,8 +136,8 @@ def _draw_curve(axes: "Axes", curve: Curve, y: AxisRange, max_points: int) -> No
     )
 
 
-def _seen(points: Sequence[Point], y: AxisRange) -> Iterator[Point]:
-    """Yield points to draw: gaps as NaN, none far outside of the chart, one between two gaps as a line of length 0."""
+def _drawn_points(points: Sequence[Point], y: AxisRange) -> Iterator[Point]:
+    """Yield the points to draw: gaps as NaN, distant points clipped, one between two gaps as a line of length 0."""
     low, high = y.at(-FAR), y.at(1 + FAR)
     is_gap = [True, *(not is_drawable(value) for _, value in points), True]
     for index, (step, value) in enumerate(points, start=1):

@@ -7,7 +7,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from qlora_cli.charts.canvas import SAME_FILES
+from qlora_cli.charts.canvas import REPRODUCIBLE_METADATA
 from qlora_cli.charts.palette import DARK, LIGHT
 from qlora_cli.visible import visible
 
@@ -19,10 +19,10 @@ FAMILY = re.compile(r"font-family: [^;]*;? ?")
 LONG_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 COLORS = {color: f"var(--{name})" for name, color in asdict(LIGHT).items()}
 HEX_COLOR = re.compile(r"#[0-9a-f]{6}\b")
-POINTED_AT = 5  # pixels around a point
-Place = float | tuple[float, float] | None
-# The sizes of a chart stand in the page together, the widest first; which of them is seen depends on the width that
-# the chart gets. A browser that knows no container queries shows the medium one.
+HOVER_RADIUS = 5  # pixels around a point
+Extent = float | tuple[float, float] | None
+# The page contains all sizes of a chart, the widest first; the width that the chart gets decides which one is shown.
+# A browser without container queries shows the medium one.
 PAGE_CSS = f"""\
 :root {{
   color-scheme: light dark;
@@ -50,22 +50,22 @@ rect.note:hover {{ fill: var(--ink); fill-opacity: 0.08; }}
 class Note:
     """A tooltip of a point or area of a chart, in lines.
 
-    `x` and `y` are in units of the axes: a value, the two ends of a stretch, or None for all of the axis.
+    `x` and `y` are in units of the axes: a value, the two ends of an interval, or None for the whole axis.
     """
 
     text: str
-    x: Place = None
-    y: Place = None
+    x: Extent = None
+    y: Extent = None
 
 
 def embedded(figure: "Figure", name: str, notes: Sequence[Note], *, size: str, description: str) -> str:
     """Return the `<svg>` of a figure, drawn in the light palette.
 
     Args:
-        figure: A figure with one pair of axes, which the notes refer to.
+        figure: A figure with one `Axes`, to which the notes refer.
         name: A name that is unique on the page.
         notes: The notes; later ones are on top.
-        size: A class of the element.
+        size: The class of the element that names its size.
         description: A description for screen readers.
     """
     root = _parsed(figure, name)
@@ -85,7 +85,7 @@ def _parsed(figure: "Figure", name: str) -> ElementTree.Element:
 
     svg = StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # ids are made from the salt
-        figure.savefig(svg, format="svg", metadata=SAME_FILES["svg"])
+        figure.savefig(svg, format="svg", metadata=REPRODUCIBLE_METADATA["svg"])
     root = ElementTree.fromstring(svg.getvalue())  # noqa: S314 - written by matplotlib, a line above
     for parent in list(root.iter()):
         for child in list(parent):
@@ -102,7 +102,7 @@ def _parsed(figure: "Figure", name: str) -> ElementTree.Element:
 
 def _for_page(key: str, value: str) -> str:
     if key == "style":
-        value = FAMILY.sub("", value)  # it is the page's
+        value = FAMILY.sub("", value)  # the page sets it
         return HEX_COLOR.sub(lambda match: COLORS[match[0]], value)
     if key == "d":
         value = " ".join(value.split()).replace(" L ", "L").replace(" M ", "M").replace("M ", "M")
@@ -116,23 +116,23 @@ def _elements(figure: "Figure", notes: Sequence[Note]) -> Iterator[ElementTree.E
     for note in notes:
         xs, ys = _ends(note.x, axes.get_xlim()), _ends(note.y, axes.get_ylim())
         (left, low), (right, high) = axes.transData.transform(list(zip(xs, ys, strict=True)))
-        left, right = _reached(note.x, left, right, frame.x0, frame.x1)
-        low, high = _reached(note.y, low, high, frame.y0, frame.y1)
-        place = {"x": left, "y": figure.bbox.height - high, "width": right - left, "height": high - low}
-        attributes = {key: f"{value:.1f}" for key, value in place.items()}
+        left, right = _hover_area(note.x, left, right, frame.x0, frame.x1)
+        low, high = _hover_area(note.y, low, high, frame.y0, frame.y1)
+        rectangle = {"x": left, "y": figure.bbox.height - high, "width": right - left, "height": high - low}
+        attributes = {key: f"{value:.1f}" for key, value in rectangle.items()}
         element = ElementTree.Element("rect", {"class": "note", **attributes})
         title = ElementTree.SubElement(element, "title")
         title.text = "\n".join(visible(line, is_end=False) for line in note.text.split("\n"))
         yield element
 
 
-def _ends(place: Place, limits: tuple[float, float]) -> tuple[float, float]:
-    if place is None:
+def _ends(extent: Extent, limits: tuple[float, float]) -> tuple[float, float]:
+    if extent is None:
         return limits
-    return place if isinstance(place, tuple) else (place, place)
+    return extent if isinstance(extent, tuple) else (extent, extent)
 
 
-def _reached(place: Place, start: float, end: float, least: float, most: float) -> tuple[float, float]:
-    """Return the extent of a note in pixels: around a point, and within the axes."""
-    around = POINTED_AT if isinstance(place, int | float) else 0
-    return min(max(start - around, least), most), max(min(end + around, most), least)
+def _hover_area(extent: Extent, start: float, end: float, least: float, most: float) -> tuple[float, float]:
+    """Return where a note is shown, in pixels: around a point, and within the axes."""
+    radius = HOVER_RADIUS if isinstance(extent, int | float) else 0
+    return min(max(start - radius, least), most), max(min(end + radius, most), least)

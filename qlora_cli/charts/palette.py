@@ -23,7 +23,7 @@ class Palette:
         return " ".join(f"--{name}: {color};" for name, color in asdict(self).items())
 
 
-# No two colours of a palette are equal: an embedded chart is drawn with the light ones, which variables then replace.
+# No two colours of a palette are equal: an embedded chart is drawn in the light ones, which variables then replace.
 LIGHT = Palette(
     page="#ffffff",
     ink="#1f2328",

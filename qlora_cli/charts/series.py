@@ -1,4 +1,4 @@
-"""Reduce a long series for drawing: spikes and gaps stay, noise is smoothed."""
+"""Reduce a long series for drawing: spikes and gaps remain, noise is smoothed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class Series:
 
 
 def is_drawable(value: float) -> bool:
-    """Return whether a value is a number, and not so large that it breaks an axis."""
+    """Return whether a value is a number, and small enough for an axis."""
     return -LARGEST < value < LARGEST
 
 
 def thinned(series: Series, max_points: int = MAX_POINTS) -> list[Point]:
     """Return at most `max_points` points: the lowest and the highest of each interval, in their order.
 
-    A interval without a drawable value is a gap: a point whose value is NaN.
+    An interval without a drawable value is a gap: a point whose value is NaN.
     """
     total = len(series)
     if total <= max_points:
@@ -57,7 +57,7 @@ def thinned(series: Series, max_points: int = MAX_POINTS) -> list[Point]:
 
 
 def window_of(num_steps: int) -> int:
-    """Return the number of steps to average: a fortieth of all, and odd."""
+    """Return the number of steps to average: an odd number, about a fortieth of all."""
     return min(MAX_WINDOW, max(MIN_WINDOW, num_steps // 40)) | 1
 
 
