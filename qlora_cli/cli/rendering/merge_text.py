@@ -66,7 +66,7 @@ def render_merge_plan(report: MergeReport) -> None:
             ("merged into", "whichever base is measured to be nearer" if report.base == "auto" else report.base),
             ("tensors", f"{report.num_merged_tensors:,} of {report.num_tensors:,} to merge"),
             ("read", format_bytes(report.base_bytes)),
-            ("room on the disk", f"{format_bytes(report.disk_bytes)} for {', '.join(report.formats)}"),
+            ("free space on the disk", f"{format_bytes(report.disk_bytes)} needed for {', '.join(report.formats)}"),
         ]
     )
     title("What becomes of the tensors")

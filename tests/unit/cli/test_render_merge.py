@@ -197,7 +197,7 @@ def test_a_plan_says_what_each_tensor_becomes(capsys: pytest.CaptureFixture[str]
     text, rows = shown(REPORT, capsys)
     assert text.startswith("out (not written)\n")
     assert rows["merged into"] == "whichever base is measured to be nearer"
-    assert rows["room on the disk"] == "70.00 MiB for hf, nf4"
+    assert rows["free space on the disk"] == "70.00 MiB needed for hf, nf4"
     assert rows["copied as bytes"] == "2 tensors, 1.00 MiB read, 1.00 MiB written"
     assert rows["merged"] == "1 tensor, 2.00 MiB read, 4.00 MiB written"
     assert rows["scale"] == "copied as bytes, scalar, F32, in a.safetensors"
