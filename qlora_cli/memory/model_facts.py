@@ -220,9 +220,9 @@ def _adapter_of_run(path: Path, record: RunRecord) -> AdapterOutline | None:
 
 def _locate_base(base: BaseUsed, run: Path) -> str:
     """Return the local path of a run's base, or its name on the hub."""
-    existing = next((str(path) for path in base.places if (path / CONFIG).is_file()), None)
+    existing = next((str(path) for path in base.candidate_paths if (path / CONFIG).is_file()), None)
     if existing is None and base.commit is None:
-        searched = " and ".join(map(str, base.places))
+        searched = " and ".join(map(str, base.candidate_paths))
         raise ModelNotFoundError(
             f"the base of the run {run} is {base.name}, which is not here (looked for {searched})",
             hint="Put it there, or say where it is: --base-model BASE.",

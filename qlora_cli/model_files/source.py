@@ -323,8 +323,8 @@ def _base_run_source(adapter: Path, record: RunRecord) -> _Base:
     if base.commit is not None:
         return _Base(name=base.name, revision=base.commit)
     own = read_adapter_config(adapter).base_model_name_or_path
-    paths = (*base.places, *((Path(own),) if own else ()))  # the user may have edited it since
-    return _Base(name=str(base.places[0]), paths=paths)
+    paths = (*base.candidate_paths, *((Path(own),) if own else ()))  # the user may have edited it since
+    return _Base(name=str(base.candidate_paths[0]), paths=paths)
 
 
 def _base_of_adapter(adapter: Path) -> _Base:

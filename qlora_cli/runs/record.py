@@ -150,7 +150,7 @@ class BaseUsed:
 
     name: str
     commit: str | None
-    places: tuple[Path, ...]
+    candidate_paths: tuple[Path, ...]
 
 
 class RunRecord(RecordSection):
@@ -249,8 +249,8 @@ class RunRecord(RecordSection):
             raise self.missing_error(purpose, "base_model.base_model")
         if self.base_model_path is None:
             raise self.missing_error(purpose, "base_model_path")
-        places = (self.base_model_path, *self.candidate_paths(loaded.base_model))
-        return BaseUsed(name=loaded.base_model, commit=loaded.commit, places=tuple(dict.fromkeys(places)))
+        paths = (self.base_model_path, *self.candidate_paths(loaded.base_model))
+        return BaseUsed(name=loaded.base_model, commit=loaded.commit, candidate_paths=tuple(dict.fromkeys(paths)))
 
     def candidate_paths(self, name: str) -> tuple[Path, ...]:
         """Return the paths that a relative name may refer to; empty if it is absolute."""

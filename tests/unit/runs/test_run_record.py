@@ -47,7 +47,11 @@ def test_a_record_of_version_0_reads_as_it_was_meant(old_run: Path) -> None:
     assert record.result is not None
     assert (record.result.steps, record.plan.num_steps, record.seed) == (6, 6, 0)
     base = record.base()
-    assert (base.name, base.commit, base.places) == ("/home/ann/project/base", None, (Path("/home/ann/project/base"),))
+    assert (base.name, base.commit, base.candidate_paths) == (
+        "/home/ann/project/base",
+        None,
+        (Path("/home/ann/project/base"),),
+    )
     assert record.settings_of("quantization", "how")["method"] == "nf4"
     assert record.setting("data.dataset") == ["/home/ann/project/train.jsonl"]
     assert record.data.train is not None
@@ -210,7 +214,7 @@ def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
     record = load_record(moved / "runs" / "a")
     assert record.candidate_paths("rows.jsonl") == (project / "rows.jsonl", moved / "rows.jsonl")
     assert record.candidate_paths("/rows.jsonl") == record.candidate_paths("~/rows.jsonl") == ()
-    assert record.base().places == (project / "models" / "base", moved / "models" / "base")
+    assert record.base().candidate_paths == (project / "models" / "base", moved / "models" / "base")
 
 
 def test_a_record_of_version_0_shows_by_its_own_name_where_others_were_given(tmp_path: Path) -> None:
