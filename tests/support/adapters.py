@@ -1,4 +1,4 @@
-"""Adapters on tiny models: loaded, attached as settings say, trained a few steps, saved and loaded again."""
+"""Adapters on tiny models: attached according to settings, trained for a few steps, saved and loaded again."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def settings_of(**values: Any) -> LoraSettings:
-    """Return settings of an adapter of rank 8, unless another is given."""
+    """Return the settings of an adapter, of rank 8 unless another is given."""
     return LoraSettings.model_validate({"rank": 8, **values})
 
 
@@ -42,7 +42,7 @@ def adapt(checkpoint: Path, lora: LoraSettings, **flags: object) -> PeftModel:
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
-    """Return the adapters on layers and, by the name of the parameter, on fused experts."""
+    """Return the adapters by the name of their layer or, on fused experts, of their parameter."""
     return {
         name.removeprefix(PREFIX).replace(".base_layer", "")
         + (f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""): module
@@ -52,12 +52,12 @@ def lora_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
 
 
 def frozen(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that do not train."""
+    """Return the parameters that are not trained."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def train_steps(model: PeftModel, num_steps: int = 2, learning_rate: float = 1e-2) -> list[float]:
-    """Return the losses before each step and after the last."""
+    """Train, and return the losses before each step and after the last one."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     model.train()
     losses = []
@@ -72,7 +72,7 @@ def train_steps(model: PeftModel, num_steps: int = 2, learning_rate: float = 1e-
 
 
 def read_for(model: PreTrainedModel, directory: Path) -> Adapter:
-    """Return the adapter in `directory` as it goes on `model`."""
+    """Return the adapter in `directory`, fitted to `model`."""
     shapes = build_on_meta(deepcopy(model.config), model.dtype)
     base = ModelConfig(config=model.config, key_mapping=None)
     return fit(open_adapter(directory, allow_pickle=False), shapes, base).adapter
@@ -86,5 +86,5 @@ def put_back(model: PreTrainedModel, directory: Path, *, trainable: bool = True)
 def assert_loads_again(model: PeftModel, checkpoint: Path, directory: Path, **flags: object) -> None:
     """Save the adapter of `model`, put it on a fresh base, and compare the logits to the bit."""
     save_adapter(model, directory)
-    again = put_back(load(checkpoint, **flags).base, directory)
-    assert torch.equal(logits(again, IDS), logits(model, IDS))
+    reloaded = put_back(load(checkpoint, **flags).base, directory)
+    assert torch.equal(logits(reloaded, IDS), logits(model, IDS))

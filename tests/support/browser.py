@@ -1,4 +1,4 @@
-"""A real browser without a window, for the pages that commands write."""
+"""A real headless browser, for the pages that commands write."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CSP = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>\n')
 
 @dataclass(frozen=True)
 class Browser:
-    """A browser without a window; `folder` holds its profiles, and the page that it opens."""
+    """A headless browser; `folder` has its profiles, and the page that it opens."""
 
     program: str
     folder: Path
@@ -39,23 +39,23 @@ class Browser:
         return self.folder / "page.html"
 
     def open(self, address: str, *options: str) -> str:
-        """Open a page and return what the browser writes on stdout."""
+        """Open a page and return what the browser prints on stdout."""
         return self._run(address, *options).stdout
 
     def complaints(self, address: str, *options: str) -> list[str]:
-        """Open a page and return what it writes to its console: errors of the page, and what its policy refused."""
+        """Open a page and return the lines on its console: errors of the page, and what its policy refused."""
         done = self._run(address, "--enable-logging=stderr", "--dump-dom", *options)
         return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     def facts(self, path: Path, *options: str) -> dict[str, Any]:
-        """Return what a copy with a script of `with_script` says of itself."""
+        """Return the facts that the script in a copy made by `with_script` reports about the page."""
         body = parse(self.open(path.as_uri(), "--dump-dom", *options)).all("body")[0]
         facts = json.loads(body.attributes["data-facts"])
         assert isinstance(facts, dict)
         return facts
 
     def screenshot(self, address: str, width: int, height: int, *options: str) -> NDArray[np.int16]:
-        """Return what is seen, `(height, width, 3)`."""
+        """Return the visible pixels, `(height, width, 3)`."""
         path = self.folder / "screenshot.png"
         path.unlink(missing_ok=True)
         self.open(address, f"--window-size={width},{height}", f"--screenshot={path}", *options)
@@ -73,7 +73,7 @@ class Browser:
 
 
 def find_browser(folder: Path) -> Browser:
-    """Return a browser; without one the test is skipped, but not where CI should have it."""
+    """Return a browser; without one the test is skipped or, in a CI that should have one, fails."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         missing = f"none of {', '.join(BROWSERS)} is installed"
@@ -91,12 +91,12 @@ def with_script(page: Path, script: str) -> str:
 
 
 def frame(attribute: str, width: int, height: int) -> str:
-    """Return a page that shows another as a phone does: no window of the browser is that narrow."""
+    """Return a page that shows another one in a frame as narrow as a phone, which no window of the browser can be."""
     style = f"border:0; width:{width}px; height:{height}px"
     return f'<!DOCTYPE html><html><body style="margin:0"><iframe style="{style}" {attribute}></iframe></body></html>'
 
 
 def share_of(color: str, pixels: NDArray[np.int16]) -> float:
-    """Return which share of the pixels has a colour, to within rounding."""
+    """Return the share of pixels that have a colour, up to rounding."""
     wanted = np.array([round(255 * part) for part in to_rgb(color)], np.int16)
     return float((np.abs(pixels - wanted).max(axis=2) <= 2).mean())

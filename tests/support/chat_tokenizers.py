@@ -40,14 +40,14 @@ MISTRAL = (
     "[INST] {{ (first if loop.first else '') + message.content }}[/INST]"
     "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
 )
-# Writes reasoning into the last answer only: what was served for an earlier one is another text.
+# Writes reasoning into the last answer only, so an earlier answer was served as a different text.
 REASONING = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# name: template, special tokens, BOS, EOS, what ends a turn, what stands before an answer
+# name: template, special tokens, BOS, EOS, the end of a turn, the text before an answer
 FAMILIES = {
     "chatml": (CHATML, ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|im_end|>", ""),
     "llama": (
@@ -87,7 +87,7 @@ def _trained(specials: tuple[str, ...]) -> str:
 
 
 def make_tokenizer(family: str) -> TextTokenizer:
-    """Return a tokenizer in the style of `family`; where it has a BOS token, it also writes it itself."""
+    """Return a tokenizer in the style of `family`, which prepends its BOS token itself if it has one."""
     template, specials, bos, eos, end_of_turn, _ = FAMILIES[family]
     backend = Tokenizer.from_str(_trained(specials))
     if bos is not None:
@@ -101,7 +101,7 @@ def make_tokenizer(family: str) -> TextTokenizer:
 
 
 def make_sentencepiece() -> TextTokenizer:
-    """Return a tokenizer as SentencePiece makes them: it writes a space before every text that it is given."""
+    """Return a tokenizer like those of SentencePiece: it puts a space before every text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bytes_of_text = [f"<0x{number:02X}>" for number in range(256)]

@@ -1,4 +1,4 @@
-"""The first losses of the demonstration in fp32 on a CPU, and the file that records them for a set of versions."""
+"""The first losses of the demonstration in fp32 on a CPU, and the file that records them for given versions."""
 
 import json
 from importlib.metadata import version
@@ -18,12 +18,12 @@ from qlora_cli.training.session import Session
 
 NUM_STEPS = 20
 FOLDER = Path(__file__).parents[1] / "golden" / "losses"
-# Whose releases may change a loss: what multiplies, what builds the model, what trains it, what adapts and quantizes.
+# The libraries whose releases may change a loss: those that multiply, build the model, train, adapt and quantize it.
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 class _StepLosses:
-    """A reporter that keeps the loss of each step."""
+    """A reporter that records the loss of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -70,7 +70,7 @@ def first_losses(output: Path) -> list[float]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide the losses; a build of torch, as in `2.13.0+cpu`, is left out."""
+    """Return the versions that decide the losses, without the build of torch, as in `2.13.0+cpu`."""
     return {library: version(library).partition("+")[0] for library in LIBRARIES}
 
 

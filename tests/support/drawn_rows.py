@@ -1,4 +1,4 @@
-"""Random rows with every key that rows may have, drawn by a seed; each of their values is unique."""
+"""Random rows with every key that rows may have, drawn from a seed; each of their values is unique."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass
 class Drawn:
-    """A row with its values: by the index of each message, and of its tools."""
+    """A row with its values: those of each message, by its index, and those of its tools."""
 
     conversation: Conversation
     values: dict[int, list[str]]

@@ -1,4 +1,4 @@
-"""Tiny models with stacked experts, 256 wide: code tables of a kilobyte a weight do not rule the bytes then."""
+"""Tiny models with stacked experts, 256 wide, so that code tables of a kilobyte per weight do not dominate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ def save_moe(directory: Path, family: str) -> Path:
 
 
 def parametrized(model: torch.nn.Module) -> dict[str, ParametrizationList]:
-    """Return what each quantized fused weight is stored as, by the name it is read by."""
+    """Return the parametrization by which each quantized fused weight is stored, by the weight's name."""
     return {
         f"{path}.{name}": chain
         for path, module in model.named_modules()

@@ -1,6 +1,6 @@
 """A stand-in for llama.cpp's converter, which no package has: writes a real GGUF of a Llama, with the same arguments.
 
-`WRONG` in the environment names one thing that is written wrongly, as an older converter might.
+`WRONG` in the environment names one thing to write wrongly, as an older converter might.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def gguf_name(name: str) -> str:
-    """Return what llama.cpp calls a tensor of a Llama."""
+    """Return llama.cpp's name of a tensor of a Llama."""
     layer, _, kind = name.rpartition(".")
     if layer in NAMES:
         return f"{NAMES[layer]}.{kind}"
@@ -40,7 +40,7 @@ def gguf_name(name: str) -> str:
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Array]]:
-    """Yield the bf16 tensors of a file as fp16; torch would take longer to import than all of it takes."""
+    """Yield the bf16 tensors of a file as fp16, without torch, whose import would take longer than everything else."""
     for name, stored in deserialize(file.read_bytes()):  # type: ignore[no-untyped-call]
         bits = np.frombuffer(stored["data"], dtype=np.uint16).astype(np.uint32) << 16
         yield name, bits.view(np.float32).astype(np.float16).reshape(stored["shape"])
@@ -83,7 +83,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, stored: Any, config: dict[str, Any]
 
 
 def main() -> None:
-    """Take the converter's arguments."""
+    """Convert according to the command line, which is that of llama.cpp's converter."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--outfile", type=Path, required=True)

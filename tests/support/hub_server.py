@@ -1,8 +1,8 @@
 """A small hub on loopback: repositories with branches and commits, and ways to misbehave.
 
 It answers what the real client asks: info on models and data sets, the file tree, HEAD and GET of files. Files are
-redirected to another host name, `localhost`, as the hub redirects to its CDN; ranges are honoured there. Files may lie
-in a xet storage on the disk. It says whose a token is, creates repositories and takes commits, weights through LFS.
+redirected to another host name, `localhost`, as the hub redirects to its CDN, which honours ranges. Files may be in a
+local xet storage. It identifies the owner of a token, creates repositories and accepts commits, weights through LFS.
 """
 
 import base64
@@ -42,7 +42,7 @@ class Repo:
 
 @dataclass
 class Request:
-    """A request: its path, the offset of its range, and whether a token came with it."""
+    """A request: its path, the offset of its range, and whether it had a token."""
 
     method: str
     path: str
@@ -52,26 +52,26 @@ class Request:
 
 @dataclass
 class Hub:
-    """The state of the server: its repositories, the requests it got, and how it is to fail."""
+    """The state of the server: its repositories, the requests that it received, and how it is to fail."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
-    # By a part of the path: statuses to answer with, one a request, before it works.
+    # By a part of the path: statuses to respond with, one per request, before it works.
     statuses: dict[str, list[int]] = field(default_factory=dict)
-    # By file: after how many bytes to close the connection, one a request.
+    # By file: the number of bytes after which to close the connection, one per request.
     cuts: dict[str, list[int]] = field(default_factory=dict)
-    # By file: after how many bytes to reset the connection, one a request.
+    # By file: the number of bytes after which to reset the connection, one per request.
     resets: dict[str, list[int]] = field(default_factory=dict)
-    # By file: after how many bytes to send nothing more, one a request.
+    # By file: the number of bytes after which to send nothing more, one per request.
     stalls: dict[str, list[int]] = field(default_factory=dict)
-    # By file: what it claims to be long.
+    # By file: the length that the hub claims for it.
     claimed_bytes: dict[str, int] = field(default_factory=dict)
     ignores_ranges: bool = False
-    # By token: what `whoami-v2` answers. Others are not accepted.
+    # By token: the response of `whoami-v2`. No other token is accepted.
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     lfs: dict[str, bytes] = field(default_factory=dict)
-    # By file that lies in the xet storage: the hash that it is found by there; and the address of that storage.
+    # By file in the xet storage: its hash there; and the address of that storage.
     xet_hashes: dict[str, str] = field(default_factory=dict)
     xet_endpoint: str = ""
     # The file whose request moves the branch `main` to the other commit.
@@ -80,7 +80,7 @@ class Hub:
     closing: threading.Event = field(default_factory=threading.Event)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Return the variables of a process that asks this hub."""
+        """Return the environment variables of a process that uses this hub."""
         return {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.port}",
             "HF_HUB_OFFLINE": "0",
@@ -89,7 +89,7 @@ class Hub:
         }
 
     def sent_from(self, file: str) -> list[int]:
-        """Return the offsets from which `file` was requested of the CDN, in order."""
+        """Return the offsets from which `file` was requested from the CDN, in order."""
         return [
             request.start
             for request in self.requests
@@ -113,9 +113,9 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 
 def store_by_xet(content: bytes, store: Path) -> str:
-    """Put `content` into a xet storage on this disk and return the hash that it is found by.
+    """Put `content` into a local xet storage and return its hash there.
 
-    A process of its own, since one process holds such a storage at a time.
+    In a process of its own, since only one process can hold such a storage at a time.
     """
     code = (
         "import sys, hf_xet\n"
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _answer(self) -> None:
         path = unquote(self.path.split("?")[0])
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _take(self, parts: list[str], content: bytes) -> None:
-        """Take a request that writes: a repository, a file or a commit."""
+        """Handle a request that writes: a repository, a file or a commit."""
         address = f"http://127.0.0.1:{self.hub.port}"
         if (
             self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.hub.accounts
@@ -219,10 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts == ["api", "repos", "create"]:
             asked = json.loads(content)
             name = f"{asked['organization']}/{asked['name']}"
-            is_there = name in self.hub.repos
-            if not is_there:
+            exists = name in self.hub.repos
+            if not exists:
                 self.hub.repos[name] = Repo({COMMIT: {}}, is_private=asked.get("visibility") == "private")
-            self._send_json({"url": f"{address}/{name}"}, 409 if is_there else 200)
+            self._send_json({"url": f"{address}/{name}"}, 409 if exists else 200)
         elif parts[-3:] == ["lfs", "objects", "batch"]:
             objects = [
                 {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
@@ -307,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.closing.wait()
 
     def _reset(self) -> None:
-        """Close the connection by a reset, which is an error for whoever reads from it."""
+        """Reset the connection, which is an error for its reader."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.rfile.close()
         self.connection.close()

@@ -1,4 +1,4 @@
-"""Runs that are killed: what is left of one behind a checkpoint, and whether it went on as if nothing had happened."""
+"""Runs that are killed: what is left of one after a checkpoint, and whether it resumes as if nothing had happened."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
 
-# Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to go on exactly.
+# Dropout draws, an epoch ends within a step, and reports come every second step: all of it has to resume exactly.
 EXACT: dict[str, object] = {
     "lora__dropout": 0.1,
     "data__eval_split": "3",
@@ -29,12 +29,12 @@ EXACT: dict[str, object] = {
 
 
 def metrics_of(run: Path) -> list[tuple[Any, ...]]:
-    """Return what a run reported, without times and memory."""
+    """Return the reports of a run, without times and memory."""
     history = read_history(run)
     steps = history.steps
     return [
         *zip(steps.step, steps.loss, steps.learning_rate, steps.grad_norm, steps.num_tokens, strict=True),
-        *((found.step, found.loss, found.is_best) for found in history.evaluations),
+        *((evaluation.step, evaluation.loss, evaluation.is_best) for evaluation in history.evaluations),
     ]
 
 
@@ -57,7 +57,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 class Copier(Recorder):
-    """Copies a run as a process that was killed behind the checkpoint of one of `steps` would leave it."""
+    """Copies a run as a process killed after the checkpoint of one of `steps` would leave it."""
 
     def __init__(self, run: Path, *steps: int) -> None:
         super().__init__()
@@ -73,10 +73,9 @@ def copy_at(run: Path, step: int) -> Path:
 
 
 def place_killed(run: Path, step: int, target: Path) -> None:
-    """Place what a `Copier` copied where it is the run of a process that trained into `target`.
+    """Copy what a `Copier` saved to `target`, as the run of a process that trained there.
 
-    What lay in the same directory as the run, such as its rows, is named where it lies next to `target`, if that has
-    the same name as the run.
+    If `target` has the same name as the run, paths next to the run, such as its rows, become paths next to `target`.
     """
     shutil.copytree(copy_at(run, step), target)
     before, now = (run.parent, target.parent) if run.name == target.name else (run, target)
@@ -88,7 +87,7 @@ def place_killed(run: Path, step: int, target: Path) -> None:
 
 
 def stopped_at(settings: Resolved[TrainSettings], step: int) -> None:
-    """Train, and leave as a killed process would have, behind the checkpoint of `step`."""
+    """Train, and stop after the checkpoint of `step`, leaving the run as a killed process would."""
 
     class Killer(Recorder):
         def report(self, event: object) -> None:

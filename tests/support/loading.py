@@ -18,7 +18,7 @@ from tests.support.tiny_models import save_tiny
 IDS = torch.arange(20, 60)[None]  # of the bundled tokenizer, whose 3072 ids all have rows
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-# Ways in which a pickle of weights can be none, by what is done to its path.
+# Ways to replace a pickle of weights by something that is not one, as functions of its path.
 DAMAGED_PICKLES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage!" * 10),
@@ -46,7 +46,7 @@ class Proofs:
 
 
 def asked_load(model: Path, **flags: object) -> Resolved[LoadSettings]:
-    """Return what flags ask for: fp32 on the CPU; `section__key=value` sets any other, None drops one."""
+    """Return settings from flags: fp32 on the CPU unless changed; `section__key=value` sets a value, None drops it."""
     values = {"model.name": str(model), "model.dtype": "fp32", "model.device": "cpu"}
     given = {**values, **{name.replace("__", "."): value for name, value in flags.items()}}
     sources = Sources(flags={path: (path, value) for path, value in given.items() if value is not None})
@@ -54,7 +54,7 @@ def asked_load(model: Path, **flags: object) -> Resolved[LoadSettings]:
 
 
 def load_settings(model: Path, **flags: object) -> LoadSettings:
-    """Return the settings that `asked_load` asks for."""
+    """Return the settings of `asked_load`."""
     return asked_load(model, **flags).settings
 
 
@@ -64,7 +64,7 @@ def load(model: Path, **flags: object) -> LoadedModel:
 
 
 def refused(model: Path, kind: type[QloraError], **flags: object) -> str:
-    """Return message and hint of the error that `model` is refused with."""
+    """Return message and hint of the error by which `model` is refused."""
     with pytest.raises(kind) as caught:
         load(model, **flags)
     assert caught.value.hint
@@ -73,15 +73,15 @@ def refused(model: Path, kind: type[QloraError], **flags: object) -> str:
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    """Return the logits in evaluation, without gradients and autocast."""
+    """Return the logits in evaluation mode, without gradients and autocast."""
     model.eval()
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids).logits
-    return found
+        outputs: torch.Tensor = model(input_ids=ids).logits
+    return outputs
 
 
 def layers_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> dict[str, Any]:
-    """Return the layers of exactly this class by full name."""
+    """Return the layers of exactly this class, by full name."""
     return {name: module for name, module in model.named_modules() if type(module) is kind}
 
 

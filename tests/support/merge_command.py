@@ -1,4 +1,4 @@
-"""What tests of `qlora merge` share: a run to merge, and the command, run in this process, which has torch already."""
+"""Helpers for tests of `qlora merge`: a run to merge, and the command in this process, which has torch already."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def merge_settings(*adapters: str | Path, **values: Any) -> MergeCommandSettings
 
 
 def qlora_merge(*arguments: str | Path) -> Result:
-    """Run the command and return what came of it."""
+    """Run the command and return its result."""
     return CliRunner().invoke(app, ["merge", *map(str, arguments)])
 
 
@@ -29,8 +29,8 @@ def merged(*arguments: str | Path) -> dict[str, Any]:
     """Run the command, which must succeed, and return its JSON."""
     done = qlora_merge(*arguments, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def refused(*arguments: str | Path) -> str:
@@ -38,13 +38,13 @@ def refused(*arguments: str | Path) -> str:
     done = qlora_merge(*arguments, "--device", "cpu", "--json")
     assert done.exit_code == 2, done.output
     error = json.loads(done.stdout)["error"]
-    told = error["problems"] or [error]
-    assert all(problem["hint"] for problem in told)
-    return "\n".join(f"{problem['message']} | {problem['hint']}" for problem in told)
+    problems = error["problems"] or [error]
+    assert all(problem["hint"] for problem in problems)
+    return "\n".join(f"{problem['message']} | {problem['hint']}" for problem in problems)
 
 
 def trained_run(directory: Path, **flags: object) -> Path:
-    """Train the bundled model for two steps, and return the run: it has its base beside it, as a copy."""
+    """Train a copy of the bundled model for two steps, and return the run, which is next to its base."""
     base = directory / "base"
     shutil.copytree(ASSETS / "base", base)
     rows = directory / "rows.jsonl"
@@ -55,7 +55,7 @@ def trained_run(directory: Path, **flags: object) -> Path:
 
 
 def copy_run(run: Path, directory: Path) -> Path:
-    """Copy a run with its base, so that either can be damaged, and return the run; it names its own base."""
+    """Copy a run with its base, so that either can be damaged, and return the new run, whose base is the copy."""
     shutil.copytree(run.parent, directory, ignore=shutil.ignore_patterns("merged*"))
     for file in ("run.json", "adapter/adapter_config.json"):
         path = directory / "run" / file
@@ -66,7 +66,7 @@ def copy_run(run: Path, directory: Path) -> Path:
 
 
 def adapter_alone(run: Path, directory: Path | None = None) -> Path:
-    """Copy the adapter of a run to where nothing tells that it is of one, and return it."""
+    """Copy the adapter of a run to where nothing shows that it belongs to one, and return it."""
     directory = directory or run.parent / "alone"
     directory.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):

@@ -1,6 +1,6 @@
-"""Merging as the command does it, without what it writes beside; adapters to merge, and what results are held against.
+"""Merging as the command does it, without comparison and card; adapters to merge, and references for the results.
 
-An adapter here is made by plain PEFT on the plain model in fp32, with random values in place of trained ones.
+The adapters are made by plain PEFT on the plain model in fp32, with random values in place of trained ones.
 """
 
 import json
@@ -46,7 +46,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What a merge wrote, and what it was made of."""
+    """The output directory of a merge, with its inputs and its plan."""
 
     directory: Path
     inputs: Inputs
@@ -54,25 +54,25 @@ class Merged:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that was written."""
+        """All tensors that were written."""
         return stored(self.directory)
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def request_of(*adapters: Path, **values: Any) -> MergeCommandSettings:
-    """Return what is asked for by naming these adapters, to be merged into the base as it is stored."""
+    """Return the request to merge these adapters into the base as it is stored."""
     return merge_settings(*adapters, **{"base": "original", **values})
 
 
 def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
-    """Merge, and write the result to `output`, as `qlora merge` does with neither comparison nor card."""
+    """Merge, and write the result to `output`, as `qlora merge` does without comparison and card."""
     inputs, plan = planned(request_of(*adapters, **values))
     output.mkdir(parents=True)
     merger = Merger(inputs.base, Base(inputs.base, plan.base))
@@ -82,14 +82,14 @@ def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
 
 
 def planned(request: MergeCommandSettings) -> tuple[Inputs, MergePlan]:
-    """Return all that is known before a weight is read."""
+    """Return everything that is known before a weight is read."""
     inputs = read_inputs(request, SilentReporter())
     kind = BaseWeights.DEQUANTIZED if inputs.base.packed else BaseWeights(request.merge.base)
     return inputs, plan_merge(inputs.base, inputs.config, inputs.changes, kind, MergeDtype(request.merge.dtype))
 
 
 def refused(*adapters: Path, **values: Any) -> str:
-    """Return message and hint of the error that a merge is refused with before anything is written."""
+    """Return message and hint of the error by which a merge is refused before anything is written."""
     with pytest.raises(QloraError) as caught:
         planned(request_of(*adapters, **values))
     assert caught.value.hint
@@ -98,21 +98,21 @@ def refused(*adapters: Path, **values: Any) -> str:
 
 
 def on_plain(checkpoint: Path, config: LoraConfig) -> PeftModel:
-    """Return the plain model in fp32 with a new adapter by plain PEFT, every value of it random."""
+    """Return the plain model in fp32 with a new adapter by plain PEFT, all of whose values are random."""
     return adapted(plain(checkpoint), config)
 
 
 def adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Return a model with a new adapter, every value of it random."""
+    """Return a model with a new adapter, all of whose values are random."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of ties, which the tests are about, and of how GPT-2 is stored
+        warnings.simplefilter("ignore")  # about ties, which the tests are about, and about how GPT-2 is stored
         model: PeftModel = get_peft_model(base, config)
     randomize(model)
     return model
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Move every value that trains, about as far as training moves it."""
+    """Change every trainable value about as much as training does."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,7 +129,7 @@ def save(model: PeftModel, directory: Path, **how: Any) -> Path:
 
 
 def save_changing(base: Path, directory: Path, kind: str) -> Path:
-    """Write an adapter without which the model is not its base: PiSSA that still trains, OLoRA, repeated `layers`."""
+    """Write an adapter that changes its base as well: PiSSA that still trains, OLoRA, repeated `layers`."""
     values: dict[str, Any] = (
         {"layer_replication": [[0, 2], [1, 2]]} if kind == "layers" else {"init_lora_weights": kind}
     )
@@ -148,7 +148,7 @@ def change_adapter(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
 
 
 def merged_by_peft(model: PeftModel, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors that PEFT's own merge, in fp32, and `save_pretrained` write once all is cast to `dtype`."""
+    """Return the tensors of PEFT's own merge in fp32, cast to `dtype` and written by `save_pretrained`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole: PreTrainedModel = model.merge_and_unload()
@@ -186,23 +186,23 @@ def _delta_by_hand(layer: Any) -> torch.Tensor:
     return torch.stack([one if layer._did_swap_in_out_features else one.T for one in experts])
 
 
-def assert_same(found: Tensors, expected: Tensors) -> None:
-    """Check that tensors are the same to the bit, by name, dtype, shape and values."""
-    assert found.keys() == expected.keys()
+def assert_same(actual: Tensors, expected: Tensors) -> None:
+    """Check that tensors are equal to the bit, by name, dtype, shape and values."""
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
 
 
 def loaded_plain(directory: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """Return a model by plain transformers, which finds every weight, and none too many."""
+    """Return a model loaded by plain transformers, with every weight present and none unexpected."""
     result: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model: PreTrainedModel
     model, info = result
     assert not info["missing_keys"], info
     assert not info["unexpected_keys"], info
     assert not info["mismatched_keys"], info
-    found: PreTrainedModel = model
-    return found
+    return model
 
 
 def streamed_logits(
@@ -222,7 +222,7 @@ def streamed_logits(
 
 
 def verified(merged: Merged) -> Verification:
-    """Return how what was written compares with the base with the adapters on it."""
+    """Return the comparison of the written model with the base and its adapters."""
     choice = BaseChoice(base=merged.plan.base.value, reason="asked", original=None, dequantized=None)
     comparer = ModelComparer(merged.inputs, SilentReporter())
     return verify(comparer, merged.plan, choice, merged.directory, None, SilentReporter())
@@ -236,7 +236,7 @@ def plain_logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tenso
 def random_run(base: Path, place: Path, **how: Any) -> tuple[PeftModel, Path]:
     """Return a loaded base with an adapter of random values on it, and a run of them as training writes it.
 
-    The run tells no more than a merge must know: how the base was stored.
+    Its record contains only what a merge must know: how the base was stored.
     """
     loaded = load(base, **how)
     model, _ = attach_adapter(loaded.base, settings_of(alpha=16), loaded.new_token_ids)

@@ -1,4 +1,4 @@
-"""A prediction made by hand, for what shows one."""
+"""A made-up prediction, for tests of what displays one."""
 
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
@@ -19,7 +19,7 @@ T4, RTX_4090 = find_gpu("T4"), find_gpu("RTX 4090")
 
 
 def fit(gpu: Gpu, process_bytes: int, high_bytes: int) -> GpuFit:
-    """Return how a run fits on a GPU."""
+    """Return the verdict for a GPU."""
     return GpuFit(
         gpu=gpu.name,
         group=gpu.group,
@@ -47,7 +47,7 @@ def sweep_point(**values: int) -> SweepPoint:
 
 
 def grid() -> tuple[SweepPoint, ...]:
-    """Return what `--sweep max-length=512..32768 micro-batch-size=1..8` gives."""
+    """Return the points of `--sweep max-length=512..32768 micro-batch-size=1..8`."""
     return tuple(
         sweep_point(max_length=512 * 2**length, micro_batch_size=2**rows) for length in range(7) for rows in range(4)
     )

@@ -1,4 +1,4 @@
-"""Where a package reaches into other people's code: names with a leading underscore that it does not define itself."""
+"""Where a package uses private names of other libraries: those with a leading underscore that it does not define."""
 
 import ast
 import importlib
@@ -29,30 +29,30 @@ class Place:
 
 
 def is_private(name: str) -> bool:
-    """Whether a name is meant for its own library: one underscore in front, unlike `__len__`."""
+    """Return whether a name is private to its library: one leading underscore, unlike `__len__`."""
     return PRIVATE.fullmatch(name) is not None
 
 
 def private_part(dotted: str) -> str | None:
-    """Return the private part of an identifier or a dotted path, None where there is none."""
+    """Return the private part of an identifier or a dotted path; None if it has none."""
     if not DOTTED.fullmatch(dotted):
         return None
     return next((part for part in dotted.split(".") if is_private(part)), None)
 
 
 def places_in(root: Path, package: str) -> list[Place]:
-    """Return every use of a private name of others in the modules of `package`, which lies in `root`."""
-    found: set[Place] = set()
+    """Return every use of another library's private name in the modules of `package`, a folder of `root`."""
+    uses: set[Place] = set()
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         file = path.relative_to(root).as_posix()
-        found |= set(_Module(file, ast.parse(path.read_text(encoding="utf-8")), _imported(name)).places())
-    return sorted(found)
+        uses |= set(_Module(file, ast.parse(path.read_text(encoding="utf-8")), _imported(name)).places())
+    return sorted(uses)
 
 
 def _imported(name: str) -> ModuleType | None:
-    """Return a module; None for one that needs a library of an extra that is not installed."""
+    """Return a module; None if it needs a library of an extra that is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -62,7 +62,7 @@ def _imported(name: str) -> ModuleType | None:
 
 
 class _Module:
-    """One module, parsed and imported: what its classes inherit is known only when it runs."""
+    """One module, parsed and imported: what its classes inherit is known only at run time."""
 
     def __init__(self, file: str, tree: ast.Module, module: ModuleType | None) -> None:
         self._file = file
@@ -76,7 +76,7 @@ class _Module:
         yield from self._walk(self._tree, ())
 
     def _walk(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[Place]:
-        """Yield the places in `node`; `bases` are those of the class around it that others wrote."""
+        """Yield the uses in `node`; `bases` are the foreign bases of the class around it."""
         for child in ast.iter_child_nodes(node):
             yield from self._at(child, bases)
             yield from self._walk(child, self._foreign_bases(child) if isinstance(child, ast.ClassDef) else bases)
@@ -147,13 +147,13 @@ def _is_super(node: ast.expr) -> bool:
 
 
 def _knows(bases: tuple[type, ...], name: str) -> bool:
-    """Whether a class of others has an attribute, or gives one to its instances."""
+    """Return whether a class in `bases` has an attribute, or gives it to its instances."""
     return any(name in vars(base) or re.search(rf"\bself\.{name}\b", source_of(base)) for base in bases)
 
 
 @cache
 def source_of(thing: object) -> str:
-    """Return the source of a class, a function or a module; nothing for one that is compiled."""
+    """Return the source of a class, a function or a module; empty if it is compiled."""
     try:
         return inspect.getsource(thing)  # type: ignore[arg-type]
     except (TypeError, OSError):

@@ -1,4 +1,4 @@
-"""Run directories as training writes them, made of events, for the tests of what is read from them."""
+"""Run directories as training writes them, built from events, for tests of what reads them."""
 
 import json
 import math
@@ -27,7 +27,7 @@ HOSTILE = (
 
 
 def step_done(step: int, num_steps: int = 100, **other: Any) -> StepDone:
-    """Return a step of a run whose loss falls; its figures tell by `step` which one it is."""
+    """Return a step of a run whose loss falls; all its figures depend on `step`."""
     figures: dict[str, Any] = {
         "loss": 1 + 2 * math.exp(-step / 20),
         "learning_rate": 2e-4 * (1 - step / num_steps),
@@ -56,12 +56,12 @@ def eval_done(step: int, loss: float) -> EvalDone:
 
 
 def sample_done(step: int, prompt: str = "Why?", answer: str | None = None) -> SampleDone:
-    """Return an answer that names its step."""
+    """Return a sample whose answer contains its step."""
     return SampleDone(step=step, prompt=prompt, answer=f"answer {step}" if answer is None else answer)
 
 
 def lines_of(events: Iterable[Event], start: datetime = START) -> list[str]:
-    """Return the lines of `metrics.jsonl`, a second between one and the next."""
+    """Return the lines of `metrics.jsonl` for events that are a second apart."""
     return [event_line(event, start + timedelta(seconds=second)) for second, event in enumerate(events)]
 
 

@@ -1,7 +1,7 @@
-"""Every private name of other libraries that the package uses: whose it is, why, and the version that it was read at.
+"""Every private name of other libraries that the package uses: its owner, the reason, and the version it was read in.
 
-A library may rename any of them without notice. `tests/contract/test_seams.py` holds that the list is complete, that
-nothing on it is unused, and that each is still there and is called as it was.
+A library may rename any of them without notice. `tests/contract/test_seams.py` checks that the list is complete, that
+no entry is unused, and that each name still exists with the same signature.
 """
 
 import importlib
@@ -30,7 +30,7 @@ MARKS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 
 
 class Kind(StrEnum):
-    """What a name is, and so how it is looked for."""
+    """The kind of a name, which decides how it is looked up."""
 
     FUNCTION = "function"  # or method: with its signature
     ATTRIBUTE = "attribute"  # of a class, or given to instances by its methods
@@ -51,7 +51,7 @@ class Seam:
     signature: str | None = None
 
     def fault(self) -> str | None:
-        """Say what is no longer as it was read; None if all is."""
+        """Return a sentence on what has changed since the name was read; None if nothing has."""
         because = f"read at {self.read_at}, used to {self.why}"
         try:
             owner = resolved(self.owner)
@@ -85,7 +85,7 @@ def resolved(dotted: str) -> Any:
 
 
 def signature_of(function: Callable[..., Any]) -> str:
-    """Return the parameters of a function as it is called: names, `*` and `**`, and `=` after what may be left out."""
+    """Return the parameters of a function as callers see them: names, `*` and `**`, and `=` after optional ones."""
     return ", ".join(
         f"{MARKS.get(one.kind.name, '')}{one.name}{'' if one.default is one.empty else '='}"
         for one in inspect.signature(function).parameters.values()
@@ -204,7 +204,7 @@ SEAMS = (
         "transformers.initialization",
         "_is_hf_initialized",
         TRANSFORMERS,
-        "keep a quantized layer from being drawn anew",
+        "keep a quantized layer from being initialized again",
     ),
     _attribute("transformers.BitsAndBytesConfig", "_load_in_4bit", TRANSFORMERS, "leave it out of a config.json"),
     _attribute("transformers.BitsAndBytesConfig", "_load_in_8bit", TRANSFORMERS, "leave it out of a config.json"),
@@ -222,7 +222,7 @@ SEAMS = (
         BITSANDBYTES,
         "quiet its logger, which speaks at each product",
     ),
-    _word("accelerate.hooks", "_hf_hook", ACCELERATE, "find what is kept on the CPU behind a placeholder"),
+    _word("accelerate.hooks", "_hf_hook", ACCELERATE, "find what is on the CPU behind a placeholder"),
     # ---- adapters ----
     _function(
         "peft.tuners.lora.layer.ParamWrapper",
@@ -239,12 +239,12 @@ SEAMS = (
     _attribute(WRAPPER, "_active_adapter", PEFT, "be switched on and off with an adapter"),
     _attribute(WRAPPER, "_disable_adapters", PEFT, "the same"),
     _attribute(WRAPPER, "_adapters", PEFT, "the same"),
-    # ---- files of others, and the command line ----
+    # ---- files of other libraries, and the command line ----
     _word("datasets.arrow_dataset", "_data_files", DATASETS, "read what save_to_disk wrote"),
     _attribute("typer._click.core.Context", "_protected_args", TYPER, "know the subcommand before it is parsed"),
 )
 
-# What the code reads in messages that transformers writes, and there is no other source of: see docs/decisions/0017.
+# Phrases that the code looks for in messages of transformers, for lack of another source: see docs/decisions/0017.
 PHRASES = (
     _word("transformers.core_model_loading", "Loading weights", TRANSFORMERS, "report the bytes that were read"),
     _word("transformers.core_model_loading", "on tensors destined for", TRANSFORMERS, "name a weight that failed"),
@@ -254,14 +254,14 @@ PHRASES = (
     _word("transformers.utils.loading_report", "automatic conversion of the weights", TRANSFORMERS, "the same"),
 )
 
-# Names with an underscore that their makers document for everybody.
+# Names with an underscore that are documented for everybody.
 DOCUMENTED = {
     "_exit": "os: ends a child without clean-up",
     "_getframe": "sys: the frames of the caller",
-    "_missing_": "enum: what a value that is none becomes",
+    "_missing_": "enum: the member for an unknown value",
     "_replace": "collections.namedtuple: the underscore keeps it apart from fields",
 }
-# Ends of keys, which are no names of anybody.
+# Suffixes of keys, which are not names.
 ENDS_OF_KEYS = {
     ("qlora_cli/runs/report/run_page.py", "_seconds"),
     ("qlora_cli/runs/report/run_page.py", "_share"),

@@ -1,4 +1,4 @@
-"""What a file of Python imports, read from its text."""
+"""The imports of a Python file, read from its source."""
 
 import ast
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield every name imported, with its module, its line, and whether it is imported as soon as the file is.
+    """Yield every imported name with its module, its line, and whether it is imported together with the file.
 
     Imports in functions, in `try` and under `TYPE_CHECKING` count too; a relative one is yielded as `.`.
     """
@@ -21,5 +21,5 @@ def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
         elif isinstance(node, ast.ImportFrom) and node.level:
             yield ".", node.lineno, at_once
         elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:  # which may be a module, too
+            for alias in node.names:  # which may be a module as well
                 yield f"{node.module}.{alias.name}", node.lineno, at_once

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY_SIZE = 128
 
-# What nearly every decoder calls the same. Widths are multiples of 64, the block that NF4 is quantized in.
+# Names that nearly all decoders share. Widths are multiples of 64, the block size of NF4.
 COMMON: Mapping[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 64,
@@ -96,7 +96,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "glm4": {},
     "glm4_moe": DENSE_FIRST,
     "deepseek_v3": {**DENSE_FIRST, **LATENT_ATTENTION},
-    "deepseek_v32": {**DENSE_FIRST, **LATENT_ATTENTION},  # with linear layers that are kept in fp32
+    "deepseek_v32": {**DENSE_FIRST, **LATENT_ATTENTION},  # with linear layers that stay in fp32
     "gpt_oss": {**EXPERTS, "intermediate_size": 64, "sliding_window": 32},
     "phimoe": EXPERTS,
     "ernie4_5": {},
