@@ -206,9 +206,9 @@ def loaded_plain(directory: Path, dtype: torch.dtype | str = torch.float32) -> P
 
 
 def streamed_logits(
-    merged: Merged, *, beside: bool, kind: BaseWeights = BaseWeights.ORIGINAL, ids: torch.Tensor = IDS
+    merged: Merged, *, with_adapters: bool, kind: BaseWeights = BaseWeights.ORIGINAL, ids: torch.Tensor = IDS
 ) -> torch.Tensor:
-    """Return the logits, `(tokens, vocabulary)`, of the base, the adapters `beside` it or not, layer by layer."""
+    """Return the logits, `(tokens, vocabulary)`, of the base, `with_adapters` or without, layer by layer."""
     inputs = merged.inputs
     read = base_reader(inputs.base, Base(inputs.base, kind))
     model = StreamedModel(
@@ -216,7 +216,7 @@ def streamed_logits(
         read,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        adapters=[WeightedAdapter(adapter=adapter) for adapter in inputs.adapters if beside],
+        adapters=[WeightedAdapter(adapter=adapter) for adapter in inputs.adapters if with_adapters],
     )
     return model.logits(ids, torch.ones_like(ids))
 

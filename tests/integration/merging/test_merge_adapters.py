@@ -93,7 +93,7 @@ def test_other_keys_of_a_config_change_nothing(llama: Path, adapter: Path, kind:
     merged = merge(other, output=tmp_path / "merged")
     assert_same(merged.tensors, merge(adapter, output=tmp_path / "plain").tensors)
     assert torch.equal(
-        streamed_logits(merged, beside=True), plain_logits(PeftModel.from_pretrained(plain(llama), adapter))
+        streamed_logits(merged, with_adapters=True), plain_logits(PeftModel.from_pretrained(plain(llama), adapter))
     )
 
 
@@ -157,7 +157,7 @@ def test_a_vocabulary_that_was_grown_elsewhere_is_taken_as_it_was_saved(
     assert loaded.config.vocab_size == ROWS + 64
     torch.testing.assert_close(plain_logits(loaded, ids), plain_logits(model, ids), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        streamed_logits(exact, beside=True, ids=ids), plain_logits(model, ids), rtol=1e-5, atol=1e-5
+        streamed_logits(exact, with_adapters=True, ids=ids), plain_logits(model, ids), rtol=1e-5, atol=1e-5
     )
 
 

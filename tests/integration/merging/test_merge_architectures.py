@@ -115,8 +115,8 @@ def test_plain_transformers_finds_every_weight_and_computes_what_was_trained(cas
 
 def test_streaming_gives_the_logits_of_plain_transformers_and_peft_to_the_bit(case: Case) -> None:
     """The reference of a merge must be right even where PEFT, loading the adapter from its file, is not."""
-    assert torch.equal(streamed_logits(case.merged, beside=False), case.base_logits)
-    assert torch.equal(streamed_logits(case.merged, beside=True), case.adapted_logits)
+    assert torch.equal(streamed_logits(case.merged, with_adapters=False), case.base_logits)
+    assert torch.equal(streamed_logits(case.merged, with_adapters=True), case.adapted_logits)
 
 
 def test_each_adapted_module_is_verified_to_compute_the_same(case: Case) -> None:

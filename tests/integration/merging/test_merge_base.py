@@ -161,7 +161,7 @@ def test_merging_into_the_dequantized_base_gives_the_model_that_was_trained(case
     assert (merged_logits - adapted).norm() < (0.8 if case.rounds_products else 1e-3) * (
         original_logits - adapted
     ).norm()
-    exact = streamed_logits(merged, beside=True, kind=BaseWeights.DEQUANTIZED)
+    exact = streamed_logits(merged, with_adapters=True, kind=BaseWeights.DEQUANTIZED)
     torch.testing.assert_close(exact, merged_logits, rtol=1e-4, atol=1e-4)
 
 
@@ -216,7 +216,7 @@ def test_merging_gives_a_16_bit_model_that_plain_transformers_loads(prequantized
         assert (merged_logits - adapted).norm() < 0.1 * adapted.norm()
     else:
         torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
-    streamed = streamed_logits(exact, beside=True, kind=BaseWeights.DEQUANTIZED)
+    streamed = streamed_logits(exact, with_adapters=True, kind=BaseWeights.DEQUANTIZED)
     torch.testing.assert_close(streamed, merged_logits, rtol=1e-4, atol=1e-4)
     merged = merge(prequantized.run, output=tmp_path / "merged", dtype="bf16")
     assert {value.dtype for value in merged.tensors.values()} == {torch.bfloat16}

@@ -107,7 +107,7 @@ def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged,
     assert (adapted - plain_logits(plain(base))).abs().max() > 1e-3
     exact = merge(adapter, output=place / "exact", dtype="fp32")
     torch.testing.assert_close(plain_logits(loaded_plain(exact.directory)), adapted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(streamed_logits(exact, beside=True), adapted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(exact, with_adapters=True), adapted, rtol=1e-5, atol=1e-5)
     merged = merge(adapter, output=place / "merged")
     verification = verified(merged)
     assert verification.is_exact, verification
@@ -166,4 +166,4 @@ def test_a_tied_head_is_untied_only_if_it_differs_from_the_embedding(tied: Path,
     loaded = loaded_plain(exact.directory)
     assert loaded.config.tie_word_embeddings == (not parts)
     torch.testing.assert_close(plain_logits(loaded), adapted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(streamed_logits(exact, beside=True), adapted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(streamed_logits(exact, with_adapters=True), adapted, rtol=1e-5, atol=1e-5)
