@@ -1,1 +1,1 @@
-"""Damaged, hostile and random input for what reads files of others: seconds in the tests, minutes by a script."""
+"""Damaged, hostile and random input for code that reads foreign files: seconds in the tests, minutes by a script."""

@@ -1,4 +1,4 @@
-"""Conversations of any kind through chat templates, whole ones and damaged ones."""
+"""Conversations of any kind through intact and damaged chat templates."""
 
 import json
 from collections.abc import Callable
@@ -70,7 +70,7 @@ PART_KINDS = ["text", "text", "thinking", "refusal", "tool_use", "tool_call", "i
 
 
 def _value(chance: Generator, depth: int = 0) -> Any:
-    """Return a random value as JSON has it, mostly small, sometimes very deep."""
+    """Return a random JSON value, usually small, sometimes very deep."""
     if chance.random() < 0.01:
         deep: Any = 1
         for _ in range(chance.integers(50, 150)):

@@ -1,4 +1,4 @@
-"""Run directories with checkpoints in which files are odd, or are no files: gone on from, and named as a model."""
+"""Run directories with checkpoints whose files are odd, or are not files: resumed from, and named as a model."""
 
 import io
 import json
@@ -27,15 +27,15 @@ from tests.support.run_directories import a_record, lines_of, step_done
 from tests.support.tiny_models import tiny_model
 
 STEPS = (2, 4)
-# Of the files of a checkpoint, those that are JSON.
+# The files of a checkpoint that are JSON.
 JSON = ("checksums.json", "loop_state.json", "trainer_state.json", "adapter_config.json")
-# What a killed process leaves, and where more may lie than a run ever writes.
+# What a killed process leaves, and where there may be more than a run ever writes.
 MORE = ("checkpoints/.saving", "checkpoints/.deleting", ".adapter.dropped", "adapter")
 PRECIOUS = "precious"
 
 
 class _Huge:
-    """What takes memory when it is unpickled."""
+    """An object that takes memory when it is unpickled."""
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return bytearray, (2**31 - 1,)
@@ -83,7 +83,7 @@ def _write_run(run: RunDirectory, base: Path) -> None:
 
 
 def _put_no_file(path: Path, elsewhere: Path, chance: Generator) -> None:
-    """Put something at `path` that is no file, or one of somebody else's, or an endless one."""
+    """Put something at `path` that is not a file, or somebody else's file, or an endless one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -115,33 +115,33 @@ def _spoil(run: RunDirectory, elsewhere: Path, chance: Generator) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file()) if _is_in(run, folder / "a file") else []
     draw = chance.random()
     if draw < 0.3 or not files:
-        places = [*files, folder, run.checkpoints, run.run_file, run.metrics_file, run.path / "run.lock"]
-        places += [run.path / name for name in MORE]
-        place = places[chance.integers(len(places))]
-        if _is_in(run, place):
-            _put_no_file(place, elsewhere, chance)
+        paths = [*files, folder, run.checkpoints, run.run_file, run.metrics_file, run.path / "run.lock"]
+        paths += [run.path / name for name in MORE]
+        path = paths[chance.integers(len(paths))]
+        if _is_in(run, path):
+            _put_no_file(path, elsewhere, chance)
     elif draw < 0.65:
         path = folder / JSON[chance.integers(len(JSON))]
         if path in files and (value := _json_in(path)):
-            _write_anew(path, as_bytes(value, chance))
+            _replace_file(path, as_bytes(value, chance))
     elif draw < 0.8:
         content = io.BytesIO()
         torch.save(PICKLED[chance.integers(len(PICKLED))], content)
-        _write_anew(folder / str(chance.choice(["optimizer.pt", "rng_state.pth"])), content.getvalue())
+        _replace_file(folder / str(chance.choice(["optimizer.pt", "rng_state.pth"])), content.getvalue())
     else:
         path = files[chance.integers(len(files))]
         if 0 < path.stat().st_size < GIB:
-            _write_anew(path, damage(path.read_bytes(), chance))
+            _replace_file(path, damage(path.read_bytes(), chance))
 
 
 def _is_in(run: RunDirectory, path: Path) -> bool:
-    """Whether a path leads to no other place by what an earlier change has put on the way."""
-    here = os.path.realpath(path.parent)
-    return Path(here).is_dir() and here == str(run.path.resolve() / path.parent.relative_to(run.path))
+    """Return whether a path still leads into the run, despite links that an earlier change may have made."""
+    parent = os.path.realpath(path.parent)
+    return Path(parent).is_dir() and parent == str(run.path.resolve() / path.parent.relative_to(run.path))
 
 
-def _write_anew(path: Path, content: bytes) -> None:
-    """Write a file, never through what an earlier change has put there."""
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write a new file, never through a link that an earlier change has put at `path`."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         path.write_bytes(content)
@@ -155,7 +155,7 @@ def _json_in(path: Path) -> Any:
 
 
 def _seal_again(run: RunDirectory) -> None:
-    """Give the checkpoints checksums of what is in them now, as whoever spoils one can."""
+    """Give the checkpoints checksums of their present content, as whoever damages one can."""
     for step in STEPS:
         folder = run.checkpoints / f"step-{step}"
         if (
@@ -168,7 +168,7 @@ def _seal_again(run: RunDirectory) -> None:
 
 
 def _use(run: RunDirectory) -> None:
-    """Do what going on, naming and merging a run begin with. An error of ours is as good as an answer."""
+    """Do the first steps of resuming, naming and merging a run. An error of ours is as good as a result."""
     output = OutputSettings(directory=run.path)
     with suppress(QloraError):
         if (problem := output_problem(output)) is not None:

@@ -1,4 +1,4 @@
-"""Files of rows, damaged: Arrow, Parquet, and text."""
+"""Damaged files of rows: Arrow, Parquet, and text."""
 
 import gzip
 import json
@@ -27,8 +27,8 @@ COMPRESSIONS = (None, "lz4", "zstd")
 
 def _table() -> Any:
     table = pyarrow.Table.from_pylist(ROWS)
-    place = table.schema.get_field_index("kind")
-    return table.set_column(place, "kind", table["kind"].dictionary_encode())
+    index = table.schema.get_field_index("kind")
+    return table.set_column(index, "kind", table["kind"].dictionary_encode())
 
 
 def _arrow(path: Path, compression: str | None, *, as_stream: bool) -> bytes:

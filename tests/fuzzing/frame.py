@@ -1,7 +1,7 @@
-"""What a target of fuzzing is, and one round of it.
+"""A target of fuzzing, and one round of it.
 
-A round makes an input from its seed and reads it. It may be read, or refused by an error of ours (`QloraError`); any
-other exception, more than `MOST_SECONDS` or `MOST_BYTES` is a finding, which its target and seed make again.
+A round makes an input from its seed and reads it. Reading may succeed, or fail with an error of ours (`QloraError`);
+any other exception, more than `MOST_SECONDS` or `MOST_BYTES` is a finding, which target and seed reproduce.
 """
 
 import faulthandler
@@ -20,7 +20,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.units import GIB, format_bytes
 
 MOST_SECONDS = 5.0
-HANGS_AFTER = 6 * MOST_SECONDS  # what hangs longer than is a finding by itself ends the process, with its traceback
+HANGS_AFTER = 6 * MOST_SECONDS  # a round that takes this long ends the process, with its traceback
 MOST_BYTES = GIB  # more than the process had before
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 EDGES = (0, 1, 127, 128, 254, 255)
@@ -31,12 +31,12 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Something that reads input of others.
+    """Something that reads foreign input.
 
     Attributes:
-        name: As the script takes it.
-        prepare: Makes what all rounds share, in an empty directory, and returns what one round does by its generator.
-        seconds: In the tests.
+        name: The name that the script takes.
+        prepare: Makes what all rounds share, in an empty directory, and returns the function that plays one round.
+        seconds: The time for it in the tests.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a round came to: refused or not, and what is wrong with that, if something is."""
+    """The outcome of a round: whether the input was refused, and the finding, if there is one."""
 
     is_refused: bool
     finding: str | None
@@ -60,7 +60,7 @@ def play(target: Target, play_round: Callable[[Generator], None], seed: int) -> 
         play_round(np.random.default_rng([zlib.crc32(target.name.encode()), seed]))
     except QloraError:
         is_refused = True
-    except Exception:  # noqa: BLE001 - whatever else is raised is what is looked for
+    except Exception:  # noqa: BLE001 - any other exception is a finding
         return Outcome(is_refused=False, finding=traceback.format_exc(limit=-12))
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -73,10 +73,10 @@ def play(target: Target, play_round: Callable[[Generator], None], seed: int) -> 
 
 
 def damage(content: bytes, chance: Generator) -> bytes:
-    """Return `content` with a few bytes changed, and sometimes cut short or with a part of it twice."""
+    """Return `content` with a few bytes changed, and sometimes truncated or with a part duplicated."""
     changed = bytearray(content)
-    for place in chance.integers(len(changed), size=chance.integers(1, MOST_CHANGES + 1)):
-        changed[place] = chance.choice(EDGES) if chance.random() < 0.5 else chance.integers(256)
+    for index in chance.integers(len(changed), size=chance.integers(1, MOST_CHANGES + 1)):
+        changed[index] = chance.choice(EDGES) if chance.random() < 0.5 else chance.integers(256)
     if chance.random() < 0.1:
         del changed[chance.integers(len(changed)) :]
     elif chance.random() < 0.1:

@@ -1,4 +1,4 @@
-"""Values of JSON, with some of them changed for others."""
+"""JSON values, some of them replaced by others."""
 
 import json
 from copy import deepcopy
@@ -35,38 +35,38 @@ MOST_CHANGES = 3
 
 
 def changed(value: Any, chance: Generator) -> Any:
-    """Return `value` with up to `MOST_CHANGES` values in it changed, left out, or put elsewhere too."""
-    found = deepcopy(value)
+    """Return a copy of `value` with up to `MOST_CHANGES` values in it changed, removed, or copied elsewhere."""
+    copy = deepcopy(value)
     for _ in range(chance.integers(1, MOST_CHANGES + 1)):
-        places = _places(found)
-        holder, key = places[chance.integers(len(places))]
+        entries = _entries(copy)
+        holder, key = entries[chance.integers(len(entries))]
         draw = chance.random()
         if draw < 0.15:
             del holder[key]
         elif draw < 0.3:
-            other, its_key = places[chance.integers(len(places))]
-            holder[key] = deepcopy(other[its_key])
+            other_holder, other_key = entries[chance.integers(len(entries))]
+            holder[key] = deepcopy(other_holder[other_key])
         elif draw < 0.4 and isinstance(holder, dict):
             holder[str(ODD[chance.integers(len(ODD))])] = holder[key]
         else:
             holder[key] = deepcopy(ODD[chance.integers(len(ODD))])
-        if not found:
-            return found
-    return found
+        if not copy:
+            return copy
+    return copy
 
 
 def as_bytes(value: Any, chance: Generator) -> bytes:
-    """Return `value` changed, as a file holds it, and that damaged now and then."""
+    """Return `value`, changed, as the content of a file, which is sometimes damaged as well."""
     content = json.dumps(changed(value, chance)).encode()
     return damage(content, chance) if chance.random() < 0.15 else content
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Return every holder in `value` and key in it; `value` holds something."""
-    found: list[tuple[Any, Any]] = []
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """Return every container in `value` with each of its keys or indices; `value` is not empty."""
+    entries: list[tuple[Any, Any]] = []
     holders = [value]
     for holder in holders:  # which grows
         keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-        found += [(holder, key) for key in keys]
+        entries += [(holder, key) for key in keys]
         holders += [holder[key] for key in keys if isinstance(holder[key], dict | list)]
-    return found
+    return entries

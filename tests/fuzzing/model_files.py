@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and adapters: their config, put on a base by it."""
+"""Headers of safetensors files, and configs of adapters, which are then fitted to a base."""
 
 import json
 import struct
@@ -21,7 +21,7 @@ from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
 from tests.support.tiny_models import tiny_config, tiny_model
 
-# Keys of a config that PEFT does not write unless they are used, so that they too are changed.
+# Keys of a config that PEFT does not write unless they are used, added so that they are changed as well.
 MORE = {
     "layer_replication": [[0, 1], [0, 2]],
     "layers_to_transform": [0],
@@ -65,8 +65,10 @@ def _headers(directory: Path) -> Callable[[Generator], None]:
             written = as_bytes(header, chance) if chance.random() < 0.95 else json.dumps(header).encode()
             content = struct.pack("<Q", len(written)) + written + data
         path.write_bytes(content)
-        found = read_header(directory, path.name)
-        assert {one.name: one.shape for one in found} == {key: each.shape for key, each in load_file(path).items()}
+        tensors_read = read_header(directory, path.name)
+        assert {one.name: one.shape for one in tensors_read} == {
+            key: each.shape for key, each in load_file(path).items()
+        }
 
     return play_round
 

@@ -1,4 +1,4 @@
-"""Run directories: records and events, read by all that reads them, and gone on from."""
+"""Run directories: records and events, read by everything that reads them, and resumed from."""
 
 import json
 from collections.abc import Callable
@@ -48,19 +48,19 @@ def _records(directory: Path) -> Callable[[Generator], None]:
 
     def play_round(chance: Generator) -> None:
         run.run_file.write_bytes(as_bytes(a_record(chance.choice(["done", "interrupted"]), **MORE), chance))
-        found = read_run(run.path)
-        detail_of(found).as_json()
+        recorded_run = read_run(run.path)
+        detail_of(recorded_run).as_json()
         if chance.random() < 0.1:
-            report_page(found.summary, found.history, found.record)
+            report_page(recorded_run.summary, recorded_run.history, recorded_run.record)
         output_problem(OutputSettings(directory=run.path))
         record = load_record(run.path)
         assert [*record.settings_used] == [*record.updated(status="failed").settings_used]
         TrainResult.of_run(run, record)
         for entry in record.resumed:
             record.checkpoint_candidates(entry)
-        for ask in (record.base, lambda: record.settings_of("model", "x"), lambda: weights_of(run, record)):
+        for read in (record.base, lambda: record.settings_of("model", "x"), lambda: weights_of(run, record)):
             with suppress(ModelError):
-                ask()
+                read()
         find_resume(OutputSettings(directory=run.path))
 
     return play_round
@@ -75,10 +75,10 @@ def _metrics(directory: Path) -> Callable[[Generator], None]:
         lines = [as_bytes(line, chance) if chance.random() < 0.3 else json.dumps(line).encode() for line in EVENTS]
         content = b"\n".join(lines)
         run.metrics_file.write_bytes(damage(content, chance) if chance.random() < 0.2 else content)
-        found = read_run(run.path)
-        detail_of(found).as_json()
+        recorded_run = read_run(run.path)
+        detail_of(recorded_run).as_json()
         if chance.random() < 0.1:
-            report_page(found.summary, found.history, found.record)
+            report_page(recorded_run.summary, recorded_run.history, recorded_run.record)
 
     return play_round
 

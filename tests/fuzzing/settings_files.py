@@ -1,4 +1,4 @@
-"""Settings files: pieces of YAML put where they do not belong."""
+"""Settings files with pieces of YAML where they do not belong."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ training:
   learning_rate: 2e-4
   max_steps: 5
 """
-# What means something in YAML, or is a value that some reader of numbers, dates or texts may not take.
+# Text that means something in YAML, or is a value that some reader of numbers, dates or texts may not take.
 PIECES = [
     *"[]{}:,-?&*!|>'\"%@`#\t\0\n \\",
     *("&a ", "*a", "<<: *a\n", "<<: {rank: 3}\n", "<<: [{rank: 3}, 1]\n", "<<: 1\n", "- ", "? ", ": ", "= ", "<< "),
@@ -32,7 +32,7 @@ PIECES = [
     *("1_000", "190:20:30", "~", "yes", "=", "é", "\ud7ff", "\u2028", "\ufeff", "9" * 5000, "[" * 30, "- " * 30),
     *("{" * 200, "a: " * 50, "'" * 9, "|2-\n  x", ">\n", "lora:\n", "lora: {rank: 1}\n", "  rank: 8\n"),
 ]
-# Tags put before a value, some with a value of their own that is theirs, or is not.
+# Tags put before a value, some with a value of their own, which fits the tag or does not.
 TAGS = [
     *(
         "!x ",
@@ -91,7 +91,7 @@ TAGS = [
         "&a {b: *a}",
     ),
 ]
-VALUES = [found.end() for found in re.finditer(r"[:,] |[\[{]", FILE)]  # where they begin
+VALUE_STARTS = [match.end() for match in re.finditer(r"[:,] |[\[{]", FILE)]
 
 
 def _rounds(directory: Path) -> Callable[[Generator], None]:
@@ -99,10 +99,10 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
 
     def play_round(chance: Generator) -> None:
         text = FILE
-        for place in sorted(chance.choice(VALUES, size=chance.integers(3)), reverse=True):
-            text = text[:place] + TAGS[chance.integers(len(TAGS))] + text[place:]
-        for place in sorted(chance.integers(len(text) + 1, size=chance.integers(4)), reverse=True):
-            text = text[:place] + PIECES[chance.integers(len(PIECES))] + text[place:]
+        for start in sorted(chance.choice(VALUE_STARTS, size=chance.integers(3)), reverse=True):
+            text = text[:start] + TAGS[chance.integers(len(TAGS))] + text[start:]
+        for start in sorted(chance.integers(len(text) + 1, size=chance.integers(4)), reverse=True):
+            text = text[:start] + PIECES[chance.integers(len(PIECES))] + text[start:]
         content = text.encode()
         path.write_bytes(damage(content, chance) if chance.random() < 0.2 else content)
         resolve(Sources(config=path), TrainSettings)

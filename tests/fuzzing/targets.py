@@ -1,4 +1,4 @@
-"""Every target, by name; one more is a module beside this one, and a line here."""
+"""Every target, by name; to add one, write a module next to this one, and a line here."""
 
 from tests.fuzzing.chat_templates import CHAT
 from tests.fuzzing.checkpoints import CHECKPOINT

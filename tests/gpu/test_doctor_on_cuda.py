@@ -1,4 +1,4 @@
-"""`qlora doctor` on a GPU: what it says of the card is so, and NF4 and int8 are right there."""
+"""`qlora doctor` on a GPU: what it reports about the card is true, and NF4 and int8 are correct on it."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def test_the_driver_knows_the_cuda_version_that_pytorch_was_built_for() -> None:
     assert driver[0] >= int(torch.version.cuda.split(".")[0])
 
 
-def test_memory_efficient_attention_is_at_hand() -> None:
+def test_memory_efficient_attention_is_available() -> None:
     backends = checks_hardware.check_attention().details["sdpa_backends"]
     assert isinstance(backends, list)
     assert {"efficient_attention", "math"} <= set(backends)
 
 
-def test_without_visible_gpus_the_machine_still_can_train_and_says_why_it_is_slow(run_qlora: RunQlora) -> None:
+def test_without_visible_gpus_the_machine_can_still_train_and_says_why_it_is_slow(run_qlora: RunQlora) -> None:
     done = run_qlora("doctor", "--json", env={"CUDA_VISIBLE_DEVICES": ""})
     checks = {check["name"]: check for check in done.json["checks"]}
     assert done.code == 0

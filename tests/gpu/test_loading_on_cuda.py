@@ -1,4 +1,4 @@
-"""Loading on a GPU: the same models as on a CPU, within the memory that was said before."""
+"""Loading on a GPU: the same models as on a CPU, within the predicted memory."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-# Two layers of Llama-3.2-1B: its largest weight, of 32 MiB in 16 bit, is one that is quantized.
+# Two layers of Llama-3.2-1B: the largest weight, of 32 MiB in 16 bit, is quantized.
 SHAPE = Shape(
     hidden_size=2048,
     num_layers=2,
@@ -51,7 +51,7 @@ MOE_SHAPE = Shape(
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose head is a weight of its own."""
+    """A tiny Llama whose head has its own weight."""
     return save_model(tmp_path_factory.mktemp("untied") / "model", tie_word_embeddings=False)
 
 
@@ -63,8 +63,8 @@ def cuda_logits(model: torch.nn.Module) -> torch.Tensor:
     return logits(model, IDS.cuda()).float().cpu()
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def dequantized(checkpoint: Path, loaded: LoadedModel) -> torch.nn.Module:
@@ -97,15 +97,15 @@ def test_4_bit_logits_are_those_of_the_dequantized_weights(
     assert {parameter.device.type for parameter in loaded.model.parameters()} == {"cuda"}
     assert len(layers_of(loaded.base, Linear4bit)) == 2 * 7
     assert loaded.inventory == loaded.layout.inventory
-    assert relative(cuda_logits(loaded.model), cuda_logits(dequantized(untied, loaded))) < tolerance
+    assert relative_error(cuda_logits(loaded.model), cuda_logits(dequantized(untied, loaded))) < tolerance
 
 
 def test_a_gpu_stores_what_a_cpu_stores(untied: Path) -> None:
-    here, there = load(untied), on_cuda(untied)
-    assert relative(cuda_logits(there.model), logits(here.model)) < 1e-2
-    others = dict(there.base.named_parameters())
-    for name, layer in layers_of(here.base, Linear4bit).items():
-        codes = others[f"{name}.weight"].data.cpu()
+    on_cpu, on_gpu = load(untied), on_cuda(untied)
+    assert relative_error(cuda_logits(on_gpu.model), logits(on_cpu.model)) < 1e-2
+    gpu_parameters = dict(on_gpu.base.named_parameters())
+    for name, layer in layers_of(on_cpu.base, Linear4bit).items():
+        codes = gpu_parameters[f"{name}.weight"].data.cpu()
         # A weight half-way between two levels may fall to either side.
         assert (codes != layer.weight.data).float().mean() < 1e-3
 
@@ -118,30 +118,30 @@ def test_features_above_the_threshold_are_multiplied_in_16_bit(tmp_path: Path) -
             weights[name][17] = 60.0  # the feature that it scales exceeds 6 in many tokens
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     exact = cuda_logits(on_cuda(model, quantization__method="none").model)
-    found = {
+    by_threshold = {
         threshold: cuda_logits(
             on_cuda(model, quantization__method="int8", quantization__int8_threshold=threshold).model
         )
         for threshold in (0.0, 6.0)
     }
-    assert 2 * relative(found[6.0], exact) < relative(found[0.0], exact)
+    assert 2 * relative_error(by_threshold[6.0], exact) < relative_error(by_threshold[0.0], exact)
 
 
 def test_int8_logits_are_close_to_those_of_the_dequantized_weights(untied: Path) -> None:
     loaded = on_cuda(untied, quantization__method="int8")
     assert loaded.inventory == loaded.layout.inventory
-    expected = cuda_logits(dequantized(untied, loaded))  # before the first product, which takes the scales away
-    assert relative(cuda_logits(loaded.model), expected) < 0.03  # inputs are rounded to 8 bits too
+    expected = cuda_logits(dequantized(untied, loaded))  # before the first product, which removes the scales
+    assert relative_error(cuda_logits(loaded.model), expected) < 0.03  # inputs are rounded to 8 bits too
 
 
-def test_int8_with_offload_to_the_cpu_loads_and_is_the_same_where_all_fits(untied: Path) -> None:
+def test_int8_with_offload_to_the_cpu_loads_and_is_the_same_if_everything_fits(untied: Path) -> None:
     whole = on_cuda(untied, quantization__method="int8")
-    spread = on_cuda(untied, quantization__method="int8", quantization__int8_cpu_offload=True)
-    assert len(layers_of(spread.base, Linear8bitLt)) == len(layers_of(whole.base, Linear8bitLt)) == 2 * 7
-    torch.testing.assert_close(cuda_logits(spread.model), cuda_logits(whole.model))
+    offloading = on_cuda(untied, quantization__method="int8", quantization__int8_cpu_offload=True)
+    assert len(layers_of(offloading.base, Linear8bitLt)) == len(layers_of(whole.base, Linear8bitLt)) == 2 * 7
+    torch.testing.assert_close(cuda_logits(offloading.model), cuda_logits(whole.model))
 
 
-# ---- within the memory that was said
+# ---- within the predicted memory
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_nor_does_it_with_experts(moe: Path, method: str) -> None:
     check_peak(measure(moe, model__device="cuda", quantization__method=method))
 
 
-def test_what_was_saved_is_loaded_without_anything_besides(dense: Path, tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_without_extra_memory(dense: Path, tmp_path: Path) -> None:
     first = measure(dense, "--save", tmp_path / "saved", model__device="cuda")
     again = measure(tmp_path / "saved", model__device="cuda")
     assert again["model_bytes"] == first["model_bytes"]
@@ -192,8 +192,8 @@ def test_an_offloaded_embedding_gives_the_same_logits_and_takes_no_device_memory
     offloaded = on_cuda(untied, quantization__method=method, model__offload_embedding=True)
     embedding = embedding_of(offloaded.base)
     assert embedding.weight.device.type == "cpu"
-    others = [parameter for parameter in offloaded.base.parameters() if parameter is not embedding.weight]
-    assert {parameter.device.type for parameter in others} == {"cuda"}
+    other_parameters = [parameter for parameter in offloaded.base.parameters() if parameter is not embedding.weight]
+    assert {parameter.device.type for parameter in other_parameters} == {"cuda"}
     assert torch.equal(cuda_logits(offloaded.model), cuda_logits(whole.model))
 
 
@@ -226,7 +226,7 @@ def test_an_offloaded_embedding_stays_on_the_host_while_it_trains(
         assert embedding.weight.device.type == ("cpu" if offload else "cuda")
         losses[offload] = [event.loss for event in recorder.events if isinstance(event, StepDone)]
     assert len(losses[True]) == 3
-    # Sums on a GPU are not always made in one order.
+    # The order of summation on a GPU varies.
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: a run that goes on exactly, scaled gradients, memory that really runs out before the first step."""
+"""On a GPU: a run that resumes exactly, scaled gradients, memory that really runs out before the first step."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 class Killer(Recorder):
-    """Leaves behind the checkpoint of a step."""
+    """Kills the run after the checkpoint of a step."""
 
     def report(self, event: Event) -> None:
         if isinstance(event, CheckpointSaved) and event.step == 4:
@@ -31,7 +31,7 @@ class Killer(Recorder):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_8bit"])
-def test_a_run_goes_on_exactly(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
+def test_a_run_resumes_exactly(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
     changed = {
         **ON_CUDA,
         "lora__dropout": 0.1,
@@ -58,7 +58,7 @@ def test_gradients_that_a_scaler_makes_infinite_do_not_stop_a_run(
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """A GPU of which a process may take some hundred MiB."""
+    """A GPU of which a process may use a few hundred MiB."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((256 << 20) / total)
     yield
@@ -66,7 +66,9 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_what_does_not_fit_shows_before_the_first_step(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_step_that_does_not_fit_is_reported_before_the_first_one(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
     changed = {**ON_CUDA, "training__micro_batch_size": 12, "training__gradient_checkpointing": "off"}
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     held = torch.empty(200 << 20, dtype=torch.uint8, device="cuda")

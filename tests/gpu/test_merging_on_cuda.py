@@ -1,4 +1,4 @@
-"""What was trained on a GPU is merged on the CPU: the 4-bit weights that both see are equal, and so is the model."""
+"""A run trained on a GPU is merged on the CPU: both have equal 4-bit weights, and so the same model."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_the_round_trip_on_the_cpu_is_what_the_gpu_computes_with(ended: Path) ->
 
 
 @pytest.mark.parametrize("base", ["auto", "original", "dequantized"])
-def test_a_run_on_the_gpu_is_merged_and_compared_there(ended: Path, tmp_path: Path, base: str) -> None:
+def test_a_run_on_the_gpu_is_merged_and_compared_on_the_gpu(ended: Path, tmp_path: Path, base: str) -> None:
     settings = merge_settings(ended, output=tmp_path / "merged", base=base, device=Device.CUDA)
     result = merge(settings, Recorder())
     assert result.verification is not None

@@ -1,4 +1,4 @@
-"""Packed rows on a GPU: every attention kernel that is installed keeps them apart."""
+"""Packed rows on a GPU: no installed attention kernel mixes them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ KERNELS = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "mixtral"])
-def test_packed_rows_are_kept_apart_in_bf16(family: str, kernel: str) -> None:
+def test_packed_rows_do_not_attend_to_each_other_in_bf16(family: str, kernel: str) -> None:
     device = torch.device("cuda")
     model = torch.nn.Module.to(tiny_model(family), device, torch.bfloat16)
     model.set_attn_implementation(kernel)

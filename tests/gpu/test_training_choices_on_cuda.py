@@ -15,12 +15,12 @@ from tests.conftest import Recorder, train_settings
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.filterwarnings("default"),  # those of compilers are their own
+    pytest.mark.filterwarnings("default"),  # compilers raise warnings of their own
 ]
 
 
 class Losses(Recorder):
-    """Keeps the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self) -> None:
         super().__init__()
