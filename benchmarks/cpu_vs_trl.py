@@ -2,8 +2,8 @@
 
 A 107M Llama with random weights in NF4 with double quantization, LoRA of rank 16 on all linear layers,
 batches of 2 rows of 512 tokens. The programs run in turn, each in a process of its own. Both are counted
-alike: tokens fed, padding left out, over the seconds of the training loop; loading and checkpoints are left
-out. `trl sft` runs in its CPU-capable setting, fp32, with its own defaults elsewhere.
+alike: tokens fed, without padding, over the seconds of the training loop, without loading and checkpoints.
+`trl sft` runs in its CPU-capable setting, fp32, with its own defaults elsewhere.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Run as a file, a script finds its siblings only so.
+# Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measured import Finished, run_measured, write_model_in_process
@@ -37,7 +37,7 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_P
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Where a run finds its model and data and writes its output."""
+    """The paths of a run: its model, its data and its output."""
 
     model: Path
     data: Path
@@ -46,7 +46,7 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One contestant: which program, in which setting."""
+    """One contestant: a program in one setting."""
 
     name: str
     title: str
@@ -63,7 +63,7 @@ PROGRAMS = (
     Program(name=BASELINE, title="trl sft, fp32"),
     Program(name="qlora-auto", title="qlora train", arguments=("--dtype", "auto")),
     Program(name="qlora-fp32", title="qlora train --dtype fp32", arguments=("--dtype", "fp32")),
-    # `trl sft` starts its script with one thread; this is what it does when it is given every core.
+    # `trl sft` starts its script with one thread; this gives it every core.
     Program(name="trl-all-threads", title="trl sft, fp32, OMP_NUM_THREADS = cores", all_threads=True),
 )
 
@@ -112,7 +112,7 @@ def measure(program: Program, paths: Paths, num_steps: int, timeout_seconds: flo
     """Run `program` once.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: it failed; with the end of its output.
     """
     environment = dict(ENVIRONMENT)
     if program.all_threads:
@@ -156,12 +156,12 @@ def prepare(directory: Path, num_rows: int) -> Paths:
     paths.data.parent.mkdir()
     paths.output.mkdir()
     write_rows(paths.data, paths.model, num_rows=num_rows, num_tokens=MAX_LENGTH)
-    os.sync()  # else the first program to flush a file would wait for the model's bytes
+    os.sync()  # otherwise the first program to flush a file would wait for the model's bytes
     return paths
 
 
 def compare(arguments: argparse.Namespace, programs: Sequence[Program], results: Path) -> dict[str, list[Measurement]]:
-    """Run every program `--repeats` times, in turn, and write each run down."""
+    """Run every program `--repeats` times, in turn, and record each run."""
     measured: dict[str, list[Measurement]] = {program.name: [] for program in programs}
     context = {"hardware": cpu_hardware(), "versions": versions(), "revision": revision()}
     with tempfile.TemporaryDirectory(prefix="qlora-benchmark-") as directory:

@@ -1,4 +1,4 @@
-"""Prepare one file once, as one program does it, and print how long it took: the case of `data_vs_trl.py`.
+"""Prepare one file once, as one program does, and print how long it took: the case of `data_vs_trl.py`.
 
     python benchmarks/data_case.py trl|trl-2-processes|qlora FILE MODEL MAX_LENGTH
 
@@ -52,7 +52,7 @@ def prepare_with_trl(file: Path, model: Path, max_length: int, num_processes: in
 
 
 def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float, Any]:
-    """Let `qlora` prepare the file, nothing of it cached."""
+    """Let `qlora` prepare the file, with an empty cache."""
     from qlora_cli.data.feeding.prepare import prepare_data
     from qlora_cli.data.tokenizing.encode import TextTokenizer
     from qlora_cli.events import SilentReporter
@@ -68,7 +68,7 @@ def prepare_with_qlora(file: Path, model: Path, max_length: int) -> tuple[float,
 
 
 def digest(rows: Any) -> str:
-    """Return a digest of the tokens and of which of them are trained, of every row in order."""
+    """Return a digest of the tokens and labels of every row, in order."""
     digest = hashlib.sha256()
     for row in rows.select_columns(["input_ids", "labels"]):
         digest.update(json.dumps([row["input_ids"], row["labels"][1:]]).encode())

@@ -3,8 +3,8 @@
     python benchmarks/data_vs_trl.py [--rows 100000] [--repeats 3]
 
 Both programs run in turn on the same file, each in a process of its own with empty caches; the ratio is the median of
-the pairs. Rows are conversations of one to three turns put together from the bundled questions. The chat template
-has the marks by which TRL finds the answers. Both must come to the same tokens and labels, or it is an error.
+the pairs. Rows are conversations of one to three turns made from the bundled questions. The chat template has the
+marks by which TRL finds the answers. It is an error if the programs do not produce the same tokens and labels.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def write_rows(path: Path, num_rows: int) -> None:
-    """Write conversations of one to three turns, of which no message is there twice."""
+    """Write conversations of one to three turns, in which no message occurs twice."""
     chance = random.Random(0)  # noqa: S311 - a seeded choice, no secret
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()
     turns = [json.loads(line)["messages"] for line in lines]
@@ -49,7 +49,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def copy_model(path: Path) -> None:
-    """Copy the bundled tokenizer, with a template that both programs can find the answers by."""
+    """Copy the bundled tokenizer, with a template in which both programs can find the answers."""
     shutil.copytree(ASSETS / "base", path)
     (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
@@ -114,7 +114,7 @@ def main() -> None:
                     },
                 )
             if len(digests) > 1:
-                raise RuntimeError("the programs do not come to the same tokens and labels")
+                raise RuntimeError("the programs do not produce the same tokens and labels")
     for program in arguments.programs[1:]:
         pairs = [theirs / ours for ours, theirs in zip(seconds["qlora"], seconds[program], strict=True)]
         print(f"{program} / qlora: {statistics.median(pairs):.2f} x")

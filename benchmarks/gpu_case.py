@@ -1,6 +1,6 @@
-"""Run one case of the GPU suite in this process and write what was measured; `gpu_suite` starts it.
+"""Run one case of the GPU suite in this process and write the measurements; `gpu_suite` starts it.
 
-A process for each case: peaks start at zero, and a case that runs out of memory takes nothing with it.
+Each case has its own process: peaks start at zero, and a case that runs out of memory affects no other.
 """
 
 import argparse
@@ -30,21 +30,21 @@ SAMPLE_SECONDS = 0.02
 
 
 class Recorder:
-    """Keeps the steps of a run."""
+    """Records the steps of a run."""
 
     def __init__(self) -> None:
         self.steps: list[StepDone] = []
 
     def report(self, event: Event) -> None:
-        """Keep a step."""
+        """Record a step."""
         if isinstance(event, StepDone):
             self.steps.append(event)
 
 
 class ProcessPeak:
-    """The largest use of the GPU while this process ran, in bytes, less what was in use before it.
+    """The largest use of the GPU while this process ran, in bytes, minus what was in use before.
 
-    The driver's figure: the allocator's pool and the CUDA context. Other programs on the GPU would count.
+    This is the driver's figure: the allocator's pool and the CUDA context. Other programs on the GPU would count.
     """
 
     def __init__(self, used_before_bytes: int) -> None:
@@ -53,7 +53,7 @@ class ProcessPeak:
         self.peak_bytes = 0
 
     def sample(self) -> None:
-        """Look once."""
+        """Sample once."""
         free, total = torch.cuda.mem_get_info()
         self.peak_bytes = max(self.peak_bytes, total - free - self._used_before)
 
@@ -63,7 +63,7 @@ class ProcessPeak:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look every few milliseconds while the block runs."""
+        """Sample every few milliseconds while the block runs."""
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         try:
@@ -75,7 +75,7 @@ class ProcessPeak:
 
 
 def run_case(case: Case, model: Path, device: str, directory: Path, used_before_bytes: int | None) -> dict[str, Any]:
-    """Load and train as `case` says and return the figures; times in seconds, sizes in bytes."""
+    """Load and train according to `case` and return the figures; times in seconds, sizes in bytes."""
     if not case.num_steps:
         return load_only(case, model, device)
     resolved = _settings(case, model, device, directory)
@@ -120,7 +120,7 @@ def _compared(result: TrainResult) -> dict[str, Any] | None:
 
 
 def load_only(case: Case, model: Path, device: str) -> dict[str, Any]:
-    """Load as `case` says; whether the peak is at most the model and one 16-bit tensor is None without a GPU."""
+    """Load according to `case` and return the figures; those on the device's peak are None without a GPU."""
     figures = load_with_qlora(model, {**case.settings, "model.device": device})
     peak, most = figures["peak_device_bytes"], figures["device_model_bytes"] + figures["one_tensor_bytes"]
     return {
@@ -143,7 +143,7 @@ def _settings(case: Case, model: Path, device: str, directory: Path) -> Resolved
         "output.directory": str(directory / "run"),
     }
     num_rows = values["training.micro_batch_size"] * values["training.gradient_accumulation_steps"] * case.num_steps
-    # Packed rows are made of four short ones.
+    # Each packed row consists of four short ones.
     share = 4 if values.get("data.packing") else 1
     num_tokens = values["data.max_length"] // share
     write_rows(directory / "train.jsonl", model, num_rows=num_rows * share, num_tokens=num_tokens)
@@ -166,7 +166,7 @@ def _steps(case: Case, steps: list[StepDone]) -> dict[str, Any]:
 
 
 def _device(device: str) -> dict[str, Any]:
-    """Return what PyTorch says of the device."""
+    """Return the properties of the device that PyTorch reports."""
     if device == "cpu":
         return {"name": "cpu", "num_threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -174,7 +174,7 @@ def _device(device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the case given as JSON and write `result.json`; a failure is a result too."""
+    """Run the case given as JSON and write `result.json`; a failure is a result as well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", required=True, help="the case, as JSON")
     parser.add_argument("--model", type=Path, required=True)
@@ -191,7 +191,7 @@ def main() -> None:
     try:
         figures = run_case(case, arguments.model, arguments.device, arguments.directory, arguments.used_before_bytes)
         record |= {"status": "done", **figures, "device": _device(arguments.device)}
-    except Exception as error:  # noqa: BLE001 - whatever ends a case is its result; the suite goes on
+    except Exception as error:  # noqa: BLE001 - whatever ends a case is its result; the suite continues
         traceback.print_exc()
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     (arguments.directory / "result.json").write_text(json.dumps(record), encoding="utf-8")

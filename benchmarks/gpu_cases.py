@@ -1,4 +1,4 @@
-"""The cases of the GPU suite, as data; new ones are rows here."""
+"""The cases of the GPU suite, as data; to add one, add a row."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 class Case:
     """One row of the suite: a model size, the settings that differ from the defaults, and how long to run.
 
-    Settings are by their full name. What is not named has its default, except that a step is one row of
-    1024 tokens. A case without steps loads the model and measures that.
+    Settings go by their full names. All others have their defaults, except that a step is one row of 1024 tokens. A
+    case without steps measures loading only.
     """
 
     name: str
@@ -29,7 +29,7 @@ def _loads(size: str, *methods: str) -> tuple[Case, ...]:
 
 
 def _memory(size: str, what: str, **settings: Any) -> Case:
-    """Return a case that is there to compare what was predicted with what is measured: few steps are enough."""
+    """Return a case that compares the predicted with the measured memory, for which a few steps are enough."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
     return Case(name=f"{size}-memory-{what}", size=size, settings=values, num_steps=3, num_warmup_steps=1)
 

@@ -1,12 +1,12 @@
 """Measure loading and training at true sizes on this machine's NVIDIA GPU, unattended, in under ten minutes.
 
 Llama- and Qwen3-MoE-shaped models with random weights are made in a temporary directory, loaded by the shared loader
-and trained for a few steps by the code that `qlora train` runs. One JSON line a case: seconds to load, seconds a step,
-tokens/s, and the peaks of memory allocated, reserved and used by the process, next to those predicted; for a case
-that only loads, bytes predicted, counted and allocated at the peak.
+and trained for a few steps by the code that `qlora train` runs. The results have one JSON line per case: seconds to
+load, seconds per step, tokens/s, and the peaks of memory allocated, reserved and used by the process, next to those
+predicted; for a case that only loads, bytes predicted, counted and allocated at the peak.
 
-The cases named `*-memory-*` compare predictions with measurements; with the others they take more than ten minutes, so
-run `--cases '*-memory-*'` by itself.
+The cases named `*-memory-*` compare predictions with measurements; together with the rest they take more than ten
+minutes, so run `--cases '*-memory-*'` by itself.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-# Run as a file, a script finds its siblings only so.
+# Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_cases import CASES, Case
@@ -51,7 +51,7 @@ def select_cases(patterns: Sequence[str], sizes: Sequence[str], without: Sequenc
 
 
 class Suite:
-    """One run of the suite: its directory, its deadline and what all records share."""
+    """One run of the suite: its directory, its deadline, and the fields that all records share."""
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         self._device: str = arguments.device
@@ -80,11 +80,11 @@ class Suite:
         return self._deadline - time.monotonic()
 
     def _model(self, size: str) -> Path:
-        """Return the model of this size; it is made at its first use and takes the place of the one before."""
+        """Return the model of this size; it is made at its first use and replaces the previous one."""
         path = self._directory / f"model-{size}"
         if not path.exists():
-            for other in self._directory.glob("model-*"):
-                shutil.rmtree(other)
+            for previous in self._directory.glob("model-*"):
+                shutil.rmtree(previous)
             seconds = write_model_in_process(
                 sys.executable, size, path, environment=ENVIRONMENT, timeout_seconds=self._seconds_left()
             )
@@ -121,10 +121,10 @@ def _shown(text: str, directory: Path) -> str:
 
 
 def query_gpu() -> dict[str, Any]:
-    """Return name, memory and driver of the GPU that PyTorch takes, without starting CUDA in this process.
+    """Return name, memory and driver of the GPU that PyTorch uses, without starting CUDA in this process.
 
     Raises:
-        RuntimeError: nvidia-smi is not there or finds no GPU.
+        RuntimeError: nvidia-smi is not installed or finds no GPU.
     """
     nvidia_smi = shutil.which("nvidia-smi")
     if nvidia_smi is None:
@@ -147,12 +147,12 @@ def query_gpu() -> dict[str, Any]:
 
 
 def _mib(text: str) -> int | None:
-    """Return MiB in bytes; None where nvidia-smi does not tell, as within a MIG slice."""
+    """Return MiB in bytes; None where nvidia-smi gives no number, as within a MIG slice."""
     return int(text) * 1024**2 if text.isdigit() else None
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return one line on a case."""
+    """Return one line about a case."""
     name = record["case"]["name"]
     if record["status"] != "done":
         first_line = record["error"].strip().splitlines()[-1]
@@ -169,7 +169,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def _describe_error(memory: dict[str, Any] | None) -> str:
-    """Return how far off the prediction was, if there was one."""
+    """Return the errors of the prediction, if there was one."""
     if memory is None:
         return ""
     errors = " / ".join(f"{memory[kind]['error_percent']:+.1f} %" for kind in ("allocated", "reserved"))
@@ -206,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the suite: 0 if every case was measured, 1 if one was not, 2 if nothing can be run."""
+    """Run the suite; return 0 if every case was measured, 1 if one was not, 2 if nothing can be run."""
     arguments = parse_arguments()
     cases = select_cases(arguments.cases, arguments.sizes, arguments.without)
     if not cases:

@@ -1,9 +1,9 @@
-"""Time `qlora inspect-memory` from the shell, new questions and known ones, against importing what it needs.
+"""Time `qlora inspect-memory` from the shell, with and without a cached prediction, against importing its libraries.
 
     python benchmarks/inspect_memory.py [--repeats 3] [--models llama-3.1-8b ...]
 
-Medians in seconds. A new question has an empty folder of answers; a known one was asked before. The imports of torch,
-transformers, bitsandbytes and PEFT are the floor of a new question.
+Medians in seconds. A new prediction begins with an empty cache; a known one is in the cache. The imports of torch,
+transformers, bitsandbytes and PEFT are the floor of a new prediction.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Run as a file, a script finds its siblings only so.
+# Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.records import RESULTS, append, cpu_hardware, now, results_file, revision, versions
@@ -27,7 +27,7 @@ IMPORTS = "import torch, transformers, bitsandbytes, peft; from transformers imp
 
 
 def seconds(command: Sequence[str], environment: Mapping[str, str]) -> float:
-    """Return how long a command takes; its output is dropped, and exit code 3 is an answer too."""
+    """Return how long a command takes; its output is dropped, and exit code 3 counts as success."""
     start = time.perf_counter()
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
     if done.returncode not in (0, 3):
@@ -36,7 +36,7 @@ def seconds(command: Sequence[str], environment: Mapping[str, str]) -> float:
 
 
 def measure(model: str, options: Sequence[str], repeats: int) -> dict[str, float]:
-    """Return the medians of a question that is new, and of the same when it is known."""
+    """Return the medians for a new prediction, and for the same one from the cache."""
     command = [str(Path(sys.executable).parent / "qlora"), "inspect-memory", model, *options]
     new, known = [], []
     for _ in range(repeats):

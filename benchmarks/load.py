@@ -1,7 +1,7 @@
 """Compare programs that load one model in 4 bit: seconds, host memory, device memory; in one run, on CPU and GPU.
 
-A Llama of 1.1 billion parameters with random weights, 2.1 GiB in bf16, its files in the page cache. They run in
-turn, each in a process of its own; importing the libraries is left out.
+A Llama of 1.1 billion parameters with random weights, 2.1 GiB in bf16, its files in the page cache. The programs run
+in turn, each in a process of its own; importing the libraries does not count.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Run as a file, a script finds its siblings only so.
+# Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_suite import query_gpu
@@ -32,9 +32,9 @@ FIGURES = ("load_seconds", "peak_host_bytes", "peak_device_bytes")
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """One way to load: which program of `load_case`, from which checkpoint, and how OpenMP threads wait.
+    """One way to load: the program of `load_case`, the checkpoint, and how OpenMP threads wait.
 
-    The command `qlora` makes them wait passively; on a busy machine that alone decides much.
+    The command `qlora` makes them wait passively, which alone makes a large difference on a busy machine.
     """
 
     name: str
@@ -61,7 +61,7 @@ def measure(arguments: Sequence[str], timeout_seconds: float, *, waits_passively
     """Run `load_case` in a process of its own.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: it failed; with the end of its output.
     """
     command = [sys.executable, "-m", "benchmarks.load_case", *arguments]
     environment = {**ENVIRONMENT, **({"OMP_WAIT_POLICY": "PASSIVE"} if waits_passively else {})}
@@ -77,7 +77,7 @@ def measure(arguments: Sequence[str], timeout_seconds: float, *, waits_passively
 
 
 def prepare(size: str, directory: Path, dtype: str, timeout_seconds: float) -> tuple[Path, Path]:
-    """Make the model, and what `--save` writes of it."""
+    """Make the model, and its quantized copy by `--save`."""
     model, saved = directory / "model", directory / "saved"
     write_model_in_process(sys.executable, size, model, environment=ENVIRONMENT)
     options = json.dumps({"model.dtype": dtype, "model.device": "cpu"})
@@ -87,7 +87,7 @@ def prepare(size: str, directory: Path, dtype: str, timeout_seconds: float) -> t
 
 
 def compare(arguments: argparse.Namespace, devices: Sequence[str], results: Path) -> dict[str, dict[str, list[Any]]]:
-    """Load in every way `--repeats` times on each device, in turn, and write each load down."""
+    """Load in every way `--repeats` times on each device, in turn, and record each load."""
     measured: dict[str, dict[str, list[Any]]] = {device: {way.name: [] for way in LOADERS} for device in devices}
     context = {
         "hardware": cpu_hardware(),
@@ -133,7 +133,7 @@ def describe(figures: Mapping[str, Any]) -> str:
 
 
 def summarize(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return, for each way, its medians and what they are of the baseline's."""
+    """Return, for each way, its medians and their ratios to the baseline's."""
     medians = {name: _medians(runs) for name, runs in measured.items()}
     base = medians[BASELINE]
     return [
@@ -142,10 +142,10 @@ def summarize(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[
             "way": name,
             "baseline": BASELINE,
             "num_loads": len(measured[name]),
-            **{f"median_{figure}": value for figure, value in found.items()},
-            **{f"{figure}_ratio": None if value is None else value / base[figure] for figure, value in found.items()},
+            **{f"median_{figure}": value for figure, value in own.items()},
+            **{f"{figure}_ratio": None if value is None else value / base[figure] for figure, value in own.items()},
         }
-        for name, found in medians.items()
+        for name, own in medians.items()
     ]
 
 
@@ -154,10 +154,10 @@ def _medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def find_devices(asked: str) -> list[str]:
-    """Return the devices to compare on: the CPU, and the GPU if there is one and it is not refused.
+    """Return the devices to compare on: with `auto`, the CPU and a GPU, if there is one.
 
     Raises:
-        RuntimeError: a GPU was asked for and there is none.
+        RuntimeError: a GPU was asked for, and none is available.
     """
     if asked != "auto":
         if asked == "cuda":

@@ -1,8 +1,8 @@
-"""Load a model once, in this process, and print what that took as one JSON object.
+"""Load a model once, in this process, and print time and memory as one JSON object.
 
-A process for each load: nothing that another one left behind counts. The host's figure is *anonymous* memory, what
-a process can't give back: pages of the checkpoint in the page cache are left out. It is counted from where the
-libraries are imported.
+Each load has its own process, so that nothing left by another one counts. The host's figure is *anonymous* memory,
+which a process can't give back: pages of the checkpoint in the page cache do not count. It starts at zero after the
+imports.
 """
 
 import argparse
@@ -19,7 +19,7 @@ STATUS = Path("/proc/self/status")
 
 
 def anonymous_bytes() -> int:
-    """Return the anonymous memory that is resident in this process; Linux only."""
+    """Return the resident anonymous memory of this process; Linux only."""
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -27,7 +27,7 @@ def anonymous_bytes() -> int:
 
 
 class AnonymousPeak:
-    """The most anonymous memory beyond that of the start, sampled every few milliseconds."""
+    """The peak of anonymous memory above that at the start, sampled every few milliseconds."""
 
     def __init__(self) -> None:
         self.start_bytes = anonymous_bytes()
@@ -55,8 +55,8 @@ class AnonymousPeak:
 def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None = None) -> dict[str, Any]:
     """Load by `load_model` with settings by their full names, and save if asked to.
 
-    Of the bytes, `model_bytes` are counted and `predicted_bytes` known before; `device_model_bytes` leave out an
-    embedding in host memory, and `needed_bytes` add what is held for a moment, as predicted.
+    `model_bytes` are counted and `predicted_bytes` predicted; `device_model_bytes` exclude an embedding in host
+    memory, and `needed_bytes` include the predicted transient memory.
     """
     from qlora_cli.events import SilentReporter
     from qlora_cli.loading.loader import load_model
@@ -136,7 +136,7 @@ def _figures(watcher: AnonymousPeak, seconds: float, peak_device_bytes: int | No
 
 
 def main() -> None:
-    """Load as the arguments say and print the figures."""
+    """Load according to the arguments and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("qlora", "transformers"))
     parser.add_argument("model", type=Path)

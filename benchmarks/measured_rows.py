@@ -2,8 +2,8 @@
 
     python benchmarks/measured_rows.py [FILE] [--json]
 
-The rows are of a plain loop around PEFT's own preparation (`plain_loop.py`), in fp16, with AdamW, attention pinned to
-the memory-efficient kernel where it is not eager. Source: the open measurements of fitcheck-llm 0.3.1 (MIT).
+The rows come from a plain loop around PEFT's own preparation (`plain_loop.py`), in fp16, with AdamW, attention pinned
+to the memory-efficient kernel unless it is eager. Source: the open measurements of fitcheck-llm 0.3.1 (MIT).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 A Llama of 3.2 billion parameters with random weights, 6.4 GB in bf16, and LoRA of rank 16 on all linear layers. The
 programs take turns, each in a process of its own, and before each the files are dropped from the page cache. Every
-program ends when what it wrote is on the disk (`sync`), which is counted apart. What the merges wrote is compared.
+program ends when its output is on the disk (`sync`), which is timed separately. The merged weights are compared.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Run as a file, a script finds its siblings only so.
+# Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measured import run_measured, write_model_in_process
@@ -38,7 +38,7 @@ LIMIT = "cp"
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One way from base and adapter to a merged directory; `arguments` are those of `merge_case`."""
+    """One way to get from base and adapter to a merged directory; `arguments` are those of `merge_case`."""
 
     name: str
     title: str
@@ -60,15 +60,15 @@ PROGRAMS = (
 def run_program(program: Program, base: Path, adapter: Path, output: Path, timeout_seconds: float) -> dict[str, Any]:
     """Run a program on cold files and return its figures.
 
-    `seconds` are those of the work: without imports, and without the time until all is on the disk.
+    `seconds` are those of the work: without imports, and without the time until everything is on the disk.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: it failed; with the end of its output.
     """
     drop_from_cache(base)
     if program.name == LIMIT:
         start = time.monotonic()
-        subprocess.run(["cp", "-r", base, output], check=True)  # noqa: S607 - whichever cp there is
+        subprocess.run(["cp", "-r", base, output], check=True)  # noqa: S607 - whichever cp is installed
         figures: dict[str, Any] = {"seconds": time.monotonic() - start}
     else:
         name, *options = program.arguments
@@ -84,7 +84,7 @@ def run_program(program: Program, base: Path, adapter: Path, output: Path, timeo
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Drop the files in a directory from the page cache; what is written to them is on the disk first."""
+    """Drop the files in a directory from the page cache, after syncing them to the disk."""
     os.sync()
     for path in directory.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -97,18 +97,18 @@ def largest_difference(one: Path, other: Path) -> float:
     import torch
     from safetensors import safe_open
 
-    def tensors(directory: Path) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def files_by_tensor(directory: Path) -> dict[str, Path]:
+        files: dict[str, Path] = {}
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+                files |= dict.fromkeys(file.keys(), path)
+        return files
 
-    places, other_places = tensors(one), tensors(other)
-    assert places.keys() == other_places.keys(), "the merges hold other tensors"
+    files, other_files = files_by_tensor(one), files_by_tensor(other)
+    assert files.keys() == other_files.keys(), "the merges have different tensors"
     worst = 0.0
-    for name, path in places.items():
-        with safe_open(path, "pt") as file, safe_open(other_places[name], "pt") as other_file:
+    for name, path in files.items():
+        with safe_open(path, "pt") as file, safe_open(other_files[name], "pt") as other_file:
             mine, theirs = file.get_tensor(name).float(), other_file.get_tensor(name).float()
         unit = torch.maximum(mine.abs(), theirs.abs()) * 2**-7
         worst = max(worst, float(((mine - theirs).abs() / unit.clamp_min(1e-30)).max()))
@@ -116,7 +116,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def compare(arguments: argparse.Namespace, results: Path) -> dict[str, list[dict[str, Any]]]:
-    """Run every program `--repeats` times, in turn, and write each run down."""
+    """Run every program `--repeats` times, in turn, and record each run."""
     measured: dict[str, list[dict[str, Any]]] = {program.name: [] for program in PROGRAMS}
     context = {"hardware": cpu_hardware(), "versions": versions(), "revision": revision()}
     with tempfile.TemporaryDirectory(prefix="qlora-benchmark-", dir=arguments.work_dir) as name:
@@ -168,12 +168,12 @@ def describe(figures: Mapping[str, Any]) -> str:
 
 
 def summarize(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the medians of each program, and what they are of `cp -r` in the same turn."""
-    found = []
+    """Return the medians of each program, and of its ratios to `cp -r` in the same turn."""
+    summaries = []
     for name, runs in measured.items():
         limits = measured[LIMIT]
         pairs = list(zip(runs, limits, strict=True))
-        found.append(
+        summaries.append(
             {
                 "benchmark": "merge",
                 "program": name,
@@ -184,7 +184,7 @@ def summarize(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[
                 "median_anonymous_bytes": statistics.median(run.get("anonymous_bytes", 0) for run in runs),
             }
         )
-    return found
+    return summaries
 
 
 def _on_disk(run: Mapping[str, Any]) -> float:

@@ -1,7 +1,8 @@
-"""Merge an adapter into its base once, in this process, and print what that took as one JSON object.
+"""Merge an adapter into its base once, in this process, and print time and memory as one JSON object.
 
-A process for each merge. Besides the seconds, the host's figures are the most *anonymous* memory beyond that after the
-imports, which is what a process can't give back, and the largest resident set, which counts mapped files too.
+Each merge has its own process. In addition to the seconds, the host's figures are the peak of *anonymous* memory,
+which a process can't give back, above that after the imports, and the largest resident set, which includes mapped
+files.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def _figures(watcher: AnonymousPeak, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Merge as the arguments say and print the figures."""
+    """Merge according to the arguments and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("qlora", "peft", "adapter"), help="adapter: write a random one")
     parser.add_argument("adapter", type=Path)

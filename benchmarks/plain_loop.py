@@ -1,8 +1,8 @@
-"""Predict a plain training loop around PEFT's `prepare_model_for_kbit_training`, which public measurements are of.
+"""Predict a plain training loop around PEFT's `prepare_model_for_kbit_training`, of which there are measurements.
 
-The tracer, the extension and the allocator are those of `qlora inspect-memory`. What such a loop does differently:
+The tracer, the extension and the allocator are those of `qlora inspect-memory`. Such a loop differs in that
 
-- all but the quantized weights is cast to fp32 after loading, and the allocator's cache is emptied;
+- everything but the quantized weights is cast to fp32 after loading, and the allocator's cache is emptied;
 - the model computes its own loss, from full logits, without autocast and without an attention mask;
 - the outputs of the forward pass live until the optimizer has stepped, and gradients are not clipped.
 """
@@ -49,9 +49,9 @@ FLOAT_BYTES = 4
 def predict_plain_loop(
     content: Mapping[str, Any], settings: EstimateSettings, gpu: Gpu, backend: SdpaBackend
 ) -> Estimate:
-    """Return what the loop takes on `gpu` for the model of a config.json, one micro-batch a step, every row as long.
+    """Return the memory of the loop on `gpu` for the model of a config.json, with one micro-batch of full rows a step.
 
-    The compute dtype, the attention and the checkpointing of `settings` are named, not automatic.
+    The compute dtype, the attention and the checkpointing of `settings` must be explicit, not automatic.
     """
     dtype = TORCH_DTYPES[settings.model.dtype]
     config = config_from(settings.model.name, content).config
@@ -99,7 +99,7 @@ def predict_plain_loop(
 
 
 def prepare(model: PreTrainedModel, layout: StoragePlan, lora: LoraSettings, *, whole: bool = False) -> MetaModel:
-    """Return `model`, reduced and stored as `layout` says, as PEFT prepares and adapts it: all else in fp32."""
+    """Return `model`, reduced and stored as planned by `layout`, prepared and adapted by PEFT: all else in fp32."""
     stack, chosen = store_few_layers(model, layout, layout.dtype, whole=whole)
     model.requires_grad_(False)
     if layout.settings.method.is_quantized:
@@ -118,7 +118,7 @@ def prepare(model: PreTrainedModel, layout: StoragePlan, lora: LoraSettings, *, 
 
 
 def load_and_upcast(layout: StoragePlan) -> Passes:
-    """Return what loading takes and leaves, and the cast to fp32 after it, in the order of the model.
+    """Return the allocations of loading, and of the cast to fp32 after it, in the order of the model.
 
     A model that is not quantized is moved from host memory as a whole, and stays in 16 bit.
     """
@@ -141,7 +141,7 @@ def load_and_upcast(layout: StoragePlan) -> Passes:
 
 
 class PlainStep(TrainingStep):
-    """A step that calls the model with labels, and lets go of its outputs after the optimizer's step."""
+    """A step that calls the model with labels, and drops its outputs after the optimizer's step."""
 
     outputs: Any = None
 
@@ -151,7 +151,7 @@ class PlainStep(TrainingStep):
         return self.outputs.loss, self.outputs
 
     def columns(self) -> dict[str, int]:
-        """Return the columns of a batch whose rows are all as long."""
+        """Return the columns of a batch whose rows have equal length."""
         return {"input_ids": 0, "labels": 0}
 
     def zero_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""Record what every benchmark states next to its numbers, as JSON lines: hardware, versions, revision."""
+"""Record the context of every benchmark next to its numbers, as JSON lines: hardware, versions, revision."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu_hardware() -> dict[str, Any]:
-    """Return processor, cores and memory; no name of the machine."""
+    """Return processor, cores and memory, but not the name of the machine."""
     return {
         "cpu": _cpu_model(),
         "num_cpus": os.cpu_count(),
@@ -81,7 +81,7 @@ def now() -> str:
 
 
 def results_file(directory: Path, name: str) -> Path:
-    """Return `directory/name-YYYY-MM-DD.jsonl`; `name` is made fit for a file name."""
+    """Return `directory/name-YYYY-MM-DD.jsonl`, with `name` made suitable for a file name."""
     slug = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     return directory / f"{slug}-{datetime.now(UTC):%Y-%m-%d}.jsonl"
 

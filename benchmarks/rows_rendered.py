@@ -1,4 +1,4 @@
-"""Render drawn rows of every kind with each chat template of the tests, and count: accepted, noted, refused, lost.
+"""Render random rows of every kind with each chat template of the tests, and count: accepted, noted, refused, lost.
 
     python benchmarks/rows_rendered.py [--rows 200]
 

@@ -1,7 +1,7 @@
-"""Make models of true shapes with random weights, and rows for them, in seconds and without a network.
+"""Make models of real shapes with random weights, and rows for them, in seconds and without a network.
 
-Speed and memory do not depend on what the weights are, so nothing needs to be downloaded, and one pool of normal
-numbers is enough: every tensor is a stretch of it from a place of its own. Files are written as a stream, as bf16
+Speed and memory do not depend on the values of weights, so nothing needs to be downloaded, and one pool of normal
+numbers is enough: every tensor is a slice of it from a random offset. Files are streamed to the disk as bf16
 safetensors shards; no tensor of the model, let alone a shard, is ever in memory as a whole.
 """
 
@@ -24,7 +24,7 @@ SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The shape of a Llama model; with experts, of a Qwen3-MoE model, whose `intermediate_size` is that of one."""
+    """The shape of a Llama model; with experts, of a Qwen3-MoE model and the `intermediate_size` of an expert."""
 
     hidden_size: int
     num_layers: int
@@ -137,7 +137,7 @@ SHAPES = {
         vocab_size=128_256,
         tied=False,
     ),
-    # As wide as Llama-3.1-70B, with 4 of its 80 layers: what a layer of it takes fits on a small disk.
+    # As wide as Llama-3.1-70B, with 4 of its 80 layers, so that it fits on a small disk.
     "70b-wide": Shape(
         hidden_size=8192,
         num_layers=4,
@@ -214,7 +214,7 @@ def write_model(directory: Path, shape: Shape, *, sparse: bool = False) -> None:
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
-    """Return what `config.json` holds."""
+    """Return the content of `config.json`."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -282,7 +282,7 @@ def _write_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, sp
 
 
 def safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """Return how a safetensors file of these tensors in bf16, one after another, begins."""
+    """Return the header of a safetensors file of these tensors in bf16, one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, size in shapes.items():
@@ -294,7 +294,7 @@ def safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 
 
 class Pool:
-    """Normal numbers in bf16 that tensors are taken from."""
+    """Normal numbers in bf16 from which tensors are taken."""
 
     def __init__(self) -> None:
         import torch
@@ -303,18 +303,18 @@ class Pool:
         numbers = torch.empty(POOL_SIZE).normal_(std=INITIAL_STD, generator=generator).bfloat16()
         self._numbers = memoryview(numbers.view(torch.uint8).numpy().data)
         self._ones = torch.ones(2**16, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-        self._places = random.Random(0)  # noqa: S311 - reproducible weights, no secret
+        self._offsets = random.Random(0)  # noqa: S311 - reproducible weights, no secret
 
     def write(self, file: BinaryIO, size: Sequence[int]) -> None:
         """Write one tensor; a vector is a norm's, all ones."""
-        left = 2 * prod(size)
+        remaining = 2 * prod(size)
         if len(size) == 1:
-            file.write(self._ones[:left])
+            file.write(self._ones[:remaining])
             return
-        place = 2 * self._places.randrange(POOL_SIZE)
-        while left:
-            left -= file.write(self._numbers[place : place + left])
-            place = 0
+        offset = 2 * self._offsets.randrange(POOL_SIZE)
+        while remaining:
+            remaining -= file.write(self._numbers[offset : offset + remaining])
+            offset = 0
 
 
 def sample_text(generator: random.Random, num_words: int) -> str:
@@ -346,7 +346,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def write_rows(path: Path, model: Path, *, num_rows: int, num_tokens: int) -> None:
-    """Write `text` rows that are as long as they can be within `num_tokens`, counting the end token."""
+    """Write `text` rows that are as long as possible within `num_tokens`, including the end token."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -361,7 +361,7 @@ def write_rows(path: Path, model: Path, *, num_rows: int, num_tokens: int) -> No
 
 
 def main() -> None:
-    """Write one model, in a process of its own: its memory must not count as that of what is measured."""
+    """Write one model, in a process of its own, so that its memory does not count towards a measurement."""
     parser = argparse.ArgumentParser(description="Write a model with random weights.")
     parser.add_argument("--size", choices=SHAPES, required=True)
     parser.add_argument("--output", type=Path, required=True, help="directory to make")

@@ -1,7 +1,7 @@
-"""Feed what reads files of others with damaged and random ones, for minutes, each target in a process of its own.
+"""Feed damaged and random files to the code that reads foreign ones, for minutes, each target in its own process.
 
-scripts/fuzz.py --minutes 5 arrow chat      # all targets without a name
-scripts/fuzz.py --seed 1234 --rounds 1 arrow  # one finding again
+scripts/fuzz.py --minutes 5 arrow chat      # without names, all targets
+scripts/fuzz.py --seed 1234 --rounds 1 arrow  # reproduce one finding
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tests.fuzzing.targets import TARGETS  # noqa: E402
 
 
 def main() -> int:
-    """Run the targets that were asked for; return 1 if one has a finding."""
+    """Run the requested targets; return 1 if one has a finding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], help="all of them by default")
     parser.add_argument("--minutes", type=float, default=5.0, help="for all targets together")
@@ -37,12 +37,12 @@ def main() -> int:
 
 
 def fuzz(name: str, seed: int, seconds: float, most_rounds: int | None) -> int:
-    """Play rounds of a target until the time is over; return 1 if there are findings, which are printed."""
+    """Play rounds of a target until the time is over, and print findings; return 1 if there are any."""
     target, counts, begin = TARGETS[name], Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         play_round = target.prepare(Path(directory))
         while time.monotonic() - begin < seconds and counts["rounds"] != most_rounds:
-            # Before the round: it may be the last thing that this process says.
+            # Before the round: it may be the last thing that this process prints.
             print(f"\r{name} --seed {seed + counts['rounds']}", end="", flush=True)
             outcome = play(target, play_round, seed + counts["rounds"])
             if outcome.finding:

@@ -3,8 +3,8 @@
     python scripts/make_demo_assets.py            # about 20 minutes on two CPU cores
 
 The only source of text is the Python that runs this script: the docstrings of its standard library
-and the language reference that `pydoc` carries, both under the PSF licence, which is copied beside
-the result. Functions whose answers are held out for evaluation are held out of pre-training too.
+and the language reference that `pydoc` contains, both under the PSF licence, which is copied next to
+the result. Functions whose answers are held out for evaluation are held out of pre-training as well.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def _walk(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.Module | ast
 
 
 def is_question(function: Function) -> bool:
-    """Whether the function makes a good row: public, with a summary of one short sentence."""
+    """Return whether the function makes a good row: public, with a summary of one short sentence."""
     parts = function.name.split(".")
     return (
         not any(part.startswith("_") for part in parts)
@@ -125,7 +125,7 @@ def is_question(function: Function) -> bool:
 
 
 def split_rows(functions: list[Function]) -> tuple[list[Function], list[Function]]:
-    """Return train and held-out functions; no summary stands on both sides."""
+    """Return train and held-out functions; no summary is in both."""
     unique = {function.summary: function for function in functions if is_question(function)}
     rows = sorted(unique.values(), key=lambda function: hashlib.sha256(function.name.encode()).hexdigest())
     held_out = rows[:NUM_HELD_OUT_ROWS]

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/explanation, and measure the numbers that stand in its text.
+"""Draw the figures of docs/explanation, and measure the numbers in its text.
 
 python scripts/make_figures.py          # a test fails when figure or text are stale
 """
@@ -26,7 +26,7 @@ FONT_SIZE = 10
 
 @dataclass(frozen=True)
 class DataType:
-    """A 4-bit data type with one constant a block."""
+    """A 4-bit data type with one constant per block."""
 
     name: str
     levels: torch.Tensor
@@ -58,7 +58,7 @@ def evenly_spaced(weight: torch.Tensor, low: torch.Tensor, high: torch.Tensor, n
 
 
 def by_int8(weight: torch.Tensor) -> float:
-    """Return the same for LLM.int8(): a constant a row."""
+    """Return the same for LLM.int8(), with one constant per row."""
     codes, tops, _ = functional.int8_vectorwise_quant(weight.half())
     return relative_rms(functional.int8_vectorwise_dequant(codes, tops), weight)
 
@@ -81,12 +81,12 @@ def measure(weight: torch.Tensor) -> dict[str, float]:
 
 
 def in_percent(error: float) -> str:
-    """Return an error as figure and text show it."""
+    """Return an error in the format of figure and text."""
     return f"{100 * error:.1f} %"
 
 
 def describe(errors: Mapping[str, float]) -> str:
-    """Return the numbers as one line, which the figure carries within its file."""
+    """Return the numbers as one line, which is stored in the figure's file."""
     return "relative RMS error: " + "; ".join(f"{name} {in_percent(error)}" for name, error in errors.items())
 
 

@@ -1,6 +1,6 @@
 """Draw docs/explanation/figures/memory-step.png: the memory of one training step, allocation by allocation.
 
-python scripts/make_memory_figure.py          # a test fails when it shows other peaks than are predicted now
+python scripts/make_memory_figure.py          # a test fails when its peaks are not those predicted now
 """
 
 import os
@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-# Nothing is compiled here, and the compiler of PyTorch takes a second to import.
+# Nothing is compiled here, and PyTorch's compiler takes a second to import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from make_figures import FIGURES, FONT_SIZE
@@ -31,8 +31,8 @@ from qlora_cli.units import GIB
 
 FIGURE = "memory-step.png"
 MODEL, CARD, LENGTH = "llama-3.1-8b", "RTX 4090", 8192
-NUM_COLUMNS = 1200  # of the picture; each shows the moment in it at which most was held
-# What is drawn over one another, from the bottom: name, labels, colour.
+NUM_COLUMNS = 1200  # of the figure; each shows the moment of its interval with the most memory
+# The stacked areas, from the bottom: name, labels, colour.
 PARTS: tuple[tuple[str, frozenset[str], str], ...] = (
     ("4-bit weights and constants", frozenset({"quantized_weights", "quantization_constants"}), "#0b7285"),
     ("16-bit weights", frozenset({"unquantized_weights"}), "#3bc9db"),
@@ -44,14 +44,14 @@ PARTS: tuple[tuple[str, frozenset[str], str], ...] = (
 
 @dataclass
 class Timeline:
-    """What is held after each event, in bytes by label, and where each phase begins."""
+    """The live bytes by label after each event, and the event at which each phase begins."""
 
     moments: list[dict[str, int]] = field(default_factory=list)
     phases: dict[str, int] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
 
     def play(self, passes: Passes, name: str, workspace_bytes: int, *, phase: str | None, again: bool) -> None:
-        """Replay a pass; without a `phase`, off the picture. `again`: what is permanent is there already."""
+        """Replay a pass; without a `phase`, it is not drawn. `again`: permanent storages exist already."""
         if phase is not None:
             self.phases.setdefault(phase, len(self.moments))
         for event in passes.events.get(name, ()):
@@ -97,7 +97,7 @@ def _timeline(run: RunEvents, workspace_bytes: int) -> Timeline:
 
 
 def describe(timeline: Timeline) -> str:
-    """Return the peak of each phase as one line, which the figure carries within its file."""
+    """Return the peak of each phase as one line, which is stored in the figure's file."""
     starts = [*timeline.phases.values(), len(timeline.moments)]
     peaks = (max(sum(held.values()) for held in timeline.moments[start:end]) / GIB for start, end in pairwise(starts))
     return "peak of " + "; ".join(
@@ -106,14 +106,14 @@ def describe(timeline: Timeline) -> str:
 
 
 def columns(timeline: Timeline) -> list[Mapping[str, int]]:
-    """Return for each column of the picture what was held at its peak."""
+    """Return the live bytes at the peak of each column of the figure."""
     moments = timeline.moments
     width = -(-len(moments) // NUM_COLUMNS)
     return [max(moments[at : at + width], key=lambda held: sum(held.values())) for at in range(0, len(moments), width)]
 
 
 def draw(timeline: Timeline) -> Figure:
-    """Draw the parts over one another, the phases as marks above them."""
+    """Draw the parts as stacked areas, with marks where the phases begin."""
     shown = columns(timeline)
     width = len(timeline.moments) / len(shown)
     rows = [[sum(held.get(label, 0) for label in labels) / GIB for held in shown] for _, labels, _ in PARTS]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
-# Nothing is compiled here, and the compiler of PyTorch takes a second to import.
+# Nothing is compiled here, and PyTorch's compiler takes a second to import.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from qlora_cli.errors import QloraError
@@ -37,7 +37,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "Qwen3": (
         *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-30b-a3b", "qwen3-32b"),
-        # Qwen3.5 takes a minute and a half a model: its linear attention goes through rows in small steps.
+        # Qwen3.5 takes a minute and a half per model: its linear attention goes through rows in small steps.
     ),
     "Gemma": ("gemma-3-1b", "gemma-2-2b", "gemma-3-4b", "gemma-2-9b", "gemma-3-12b", "gemma-3-27b"),
     "Mistral": ("mistral-7b-v0.3", "mistral-nemo-12b", "mistral-small-24b", "mixtral-8x7b"),
@@ -74,7 +74,7 @@ A T4 has no bf16 and no flash attention, so that longer rows take more there tha
 
 
 def memory_page() -> str:
-    """Return the page: a table a family."""
+    """Return the page: one table per family."""
     lines = [HEAD]
     for family, names in FAMILIES.items():
         lines += ["", f"## {family}", "", *header(), *(row(name) for name in names)]
@@ -92,7 +92,7 @@ def row(name: str) -> str:
     model = find_in_catalogue(name)
     assert model is not None, f"{name} is not in the catalogue"
     gc.collect()
-    gc.disable()  # what is freed, and when, must not depend on when the collector runs
+    gc.disable()  # releases must not depend on when the collector runs
     try:
         estimator = Estimator(_facts(model))
         short = _settings(model, SHORT)

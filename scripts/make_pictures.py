@@ -29,7 +29,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Photographer:
-    """A live display on a terminal that nobody sees, copied once when a step is done."""
+    """A live display on an invisible terminal, copied once, after a certain step."""
 
     def __init__(self) -> None:
         terminal = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS)
@@ -37,7 +37,7 @@ class Photographer:
         self.picture: str | None = None
 
     def report(self, event: Event) -> None:
-        """Hand the event to the display, and copy what it shows after `SHOWN_STEP`."""
+        """Pass the event to the display, and copy the display after `SHOWN_STEP`."""
         self._display.report(event)
         if isinstance(event, StepDone) and event.step == SHOWN_STEP:
             copy = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, record=True)
@@ -46,7 +46,7 @@ class Photographer:
 
 
 def photograph_page(page: Path, picture: Path) -> None:
-    """Write the top of a page as a PNG of few colours.
+    """Write the top of a page as a PNG with few colours.
 
     Raises:
         SystemExit: no browser is installed.

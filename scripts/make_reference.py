@@ -78,7 +78,7 @@ EXAMPLES = {
 
 
 def settings_page() -> str:
-    """Return the page of the settings: a table a section."""
+    """Return the page of the settings: one table per section."""
     lines = [SETTINGS_HEAD.format(dtypes="; ".join(map(_alike, DTYPE_NAMES)))]
     for section, model in SECTIONS.items():
         lines += ["", f"## {section}", "", (model.__doc__ or "").strip(), ""]
@@ -89,7 +89,7 @@ def settings_page() -> str:
 
 
 def commands_page() -> str:
-    """Return the page of the commands: what each does, and every flag that it takes."""
+    """Return the page of the commands: the purpose of each, and every flag that it takes."""
     commands = dict(_commands(typer.main.get_command(app)))
     lines = [COMMANDS_HEAD, "", *_table("command", "")]
     for name, command in commands.items():
@@ -106,7 +106,7 @@ def commands_page() -> str:
 
 
 def _commands(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each command with its name, and each group that does something without one, but for hidden ones."""
+    """Yield each visible command with its name, including groups that do something without a subcommand."""
     for name, command in group.commands.items():
         if command.hidden:
             continue
@@ -122,7 +122,7 @@ def _paragraphs(command: Any) -> list[str]:
 
 
 def _parameters(command: Any) -> list[str]:
-    """Return the arguments and flags of a command, those of settings by their section."""
+    """Return the arguments and flags of a command; those of settings come last."""
     own = [parameter for parameter in command.params if SEPARATOR not in parameter.name and not parameter.hidden]
     of_settings = [parameter for parameter in command.params if SEPARATOR in parameter.name]
     positional = [parameter for parameter in of_settings if parameter.param_type_name == "argument"]

@@ -1,6 +1,6 @@
 """Record the first losses of the demonstration with the installed versions, for tests to compare with.
 
-Run it when a version was raised and its losses were looked at: a file in tests/golden/losses says that they are right.
+Run it after a version was raised and its losses were reviewed: a file in tests/golden/losses means they are right.
 """
 
 import json

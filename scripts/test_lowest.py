@@ -3,8 +3,8 @@
 
 Makes a virtual environment with exactly the lower bound of every dependency, so that each bound is a version that
 was tried. Two things are not lowered. torch stays at the version of constraints.txt: on the package index the lowest
-release exists only as a build with CUDA, which takes gigabytes (`--torch-too` lowers it for those who have them). And
-what the tests need is what constraints.txt says, for it is no part of the product.
+release exists only as a build with CUDA, which takes gigabytes (`--torch-too` lowers it nevertheless). And the tools
+of the tests have the versions of constraints.txt, since they are not part of the product.
 
     scripts/test_lowest.py                         # private names, a prediction, a training, a resume, a merge
     scripts/test_lowest.py --venv DIR              # in an environment that is used again
@@ -45,7 +45,7 @@ def main() -> int:
         python = install(asked.venv or Path(scratch) / "venv", torch_too=asked.torch_too)
         start = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        # Warnings are no errors here: an old release may use what a newer one of its own dependencies deprecates.
+        # Warnings are not errors here: an old release may use what a newer one of its own dependencies deprecates.
         options = ["-q", "-p", "no:cacheprovider", "-W", "default"]
         command = [python, "-m", "pytest", *options, *(asked.tests or TESTS)]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
