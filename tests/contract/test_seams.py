@@ -8,38 +8,38 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.private_names import Place, places_in
+from tests.support.private_names import PrivateUse, private_uses_in
 from tests.support.seams import DOCUMENTED, ENDS_OF_KEYS, PHRASES, SEAMS, Kind, Seam, signature_of
 
 ROOT = Path(__file__).parents[2]
 # Where the trainers' private side may be touched.
 TRAINER_SEAM = "qlora_cli/training/trainer_seam.py"
-MOST_PLACES = 119  # it may fall, and not rise: for a new one, take one away or argue for it in a decision
+MOST_USES = 119  # it may fall, but not rise: for a new one, remove one or argue for it in a decision
 
 
 @cache
-def used() -> dict[str, list[Place]]:
+def used() -> dict[str, list[PrivateUse]]:
     """Return where the package uses each private name of another library."""
-    places_by_name: dict[str, list[Place]] = defaultdict(list)
-    for place in places_in(ROOT, "qlora_cli"):
-        if place.name not in DOCUMENTED and (place.file, place.name) not in ENDS_OF_KEYS:
-            places_by_name[place.name].append(place)
-    return places_by_name
+    uses_by_name: dict[str, list[PrivateUse]] = defaultdict(list)
+    for use in private_uses_in(ROOT, "qlora_cli"):
+        if use.name not in DOCUMENTED and (use.file, use.name) not in ENDS_OF_KEYS:
+            uses_by_name[use.name].append(use)
+    return uses_by_name
 
 
 @pytest.mark.parametrize("seam", [*SEAMS, *PHRASES], ids=lambda seam: f"{seam.owner}.{seam.name}")
 def test_a_private_name_exists_and_has_the_expected_signature(seam: Seam) -> None:
     fault = seam.fault()
     library, _, version = seam.read_at.partition(" ")
-    places = "".join(f"\n  {place}" for place in used().get(seam.name, ()))
-    assert fault is None, f"{library} {importlib.metadata.version(library)}: {fault}{places}"
+    uses = "".join(f"\n  {use}" for use in used().get(seam.name, ()))
+    assert fault is None, f"{library} {importlib.metadata.version(library)}: {fault}{uses}"
     assert version
     assert seam.why
 
 
 def test_every_private_name_that_the_package_uses_is_listed() -> None:
     listed = {seam.name for seam in SEAMS}
-    unlisted = [str(place) for name, places in used().items() if name not in listed for place in places]
+    unlisted = [str(use) for name, uses in used().items() if name not in listed for use in uses]
     assert not unlisted, "list them in tests/support/seams.py, with the reason, or use a public way:\n" + "\n".join(
         unlisted
     )
@@ -51,12 +51,12 @@ def test_every_listed_name_is_used() -> None:
 
 
 def test_the_number_of_uses_does_not_grow() -> None:
-    assert 0 < sum(map(len, used().values())) <= MOST_PLACES
+    assert 0 < sum(map(len, used().values())) <= MOST_USES
 
 
 def test_the_trainers_private_side_is_touched_in_one_module() -> None:
     of_trainers = {seam.name for seam in SEAMS if seam.owner.rpartition(".")[2] in ("Trainer", "SFTTrainer")}
-    assert {place.file for name in of_trainers for place in used()[name]} == {TRAINER_SEAM}
+    assert {use.file for name in of_trainers for use in used()[name]} == {TRAINER_SEAM}
 
 
 def test_a_name_that_is_gone_or_has_another_signature_is_described() -> None:
@@ -110,7 +110,7 @@ def test_the_search_finds_every_kind_of_use(tmp_path: Path, monkeypatch: pytest.
     package.mkdir()
     (package / "__init__.py").write_text(SAMPLE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    assert {(place.name, place.kind) for place in places_in(tmp_path, package.name)} == {
+    assert {(use.name, use.kind) for use in private_uses_in(tmp_path, package.name)} == {
         ("_pytree", "import"),
         ("_save_to_state_dict", "override"),
         ("_parameters", "access"),

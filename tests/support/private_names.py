@@ -16,7 +16,7 @@ OF_TEXT = {"endswith", "removesuffix", "startswith", "removeprefix"}  # their ar
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class PrivateUse:
     """One use of a private name: `kind` is access, import, override, keyword or text."""
 
     name: str
@@ -40,14 +40,14 @@ def private_part(dotted: str) -> str | None:
     return next((part for part in dotted.split(".") if is_private(part)), None)
 
 
-def places_in(root: Path, package: str) -> list[Place]:
+def private_uses_in(root: Path, package: str) -> list[PrivateUse]:
     """Return every use of another library's private name in the modules of `package`, a folder of `root`."""
-    uses: set[Place] = set()
+    uses: set[PrivateUse] = set()
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         file = path.relative_to(root).as_posix()
-        uses |= set(_Module(file, ast.parse(path.read_text(encoding="utf-8")), _imported(name)).places())
+        uses |= set(_Module(file, ast.parse(path.read_text(encoding="utf-8")), _imported(name)).uses())
     return sorted(uses)
 
 
@@ -72,39 +72,39 @@ class _Module:
         self._own = set(_defined(tree))
         self._parts = {id(argument) for node in ast.walk(tree) for argument in _parts_of_names(node)}
 
-    def places(self) -> Iterator[Place]:
+    def uses(self) -> Iterator[PrivateUse]:
         yield from self._walk(self._tree, ())
 
-    def _walk(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[Place]:
+    def _walk(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[PrivateUse]:
         """Yield the uses in `node`; `bases` are the foreign bases of the class around it."""
         for child in ast.iter_child_nodes(node):
             yield from self._at(child, bases)
             yield from self._walk(child, self._foreign_bases(child) if isinstance(child, ast.ClassDef) else bases)
 
-    def _at(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[Place]:
+    def _at(self, node: ast.AST, bases: tuple[type, ...]) -> Iterator[PrivateUse]:
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             is_of_self = _is_self(node.value)
             is_inherited = _is_super(node.value) or (is_of_self and _knows(bases, node.attr))
             if is_inherited or not (is_of_self or node.attr in self._own):
-                yield self._place(node.attr, node, "access")
+                yield self._use(node.attr, node, "access")
         elif isinstance(node, ast.ImportFrom | ast.Import):
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
                 for name in filter(is_private, whole.split(".")):
-                    yield self._place(name, node, "import")
+                    yield self._use(name, node, "import")
         elif isinstance(node, ast.FunctionDef) and is_private(node.name) and _knows(bases, node.name):
-            yield self._place(node.name, node, "override")
+            yield self._use(node.name, node, "override")
         elif isinstance(node, ast.Call):
             for keyword in node.keywords:
                 if keyword.arg and is_private(keyword.arg) and keyword.arg not in self._own:
-                    yield self._place(keyword.arg, keyword, "keyword")
+                    yield self._use(keyword.arg, keyword, "keyword")
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in self._parts:
             part = private_part(node.value)
             if part is not None and part not in self._own:
-                yield self._place(part, node, "text")
+                yield self._use(part, node, "text")
 
-    def _place(self, name: str, node: ast.expr | ast.stmt | ast.keyword, kind: str) -> Place:
-        return Place(name=name, file=self._file, line=node.lineno, kind=kind)
+    def _use(self, name: str, node: ast.expr | ast.stmt | ast.keyword, kind: str) -> PrivateUse:
+        return PrivateUse(name=name, file=self._file, line=node.lineno, kind=kind)
 
     def _foreign_bases(self, node: ast.ClassDef) -> tuple[type, ...]:
         if self._module is None:
