@@ -19,7 +19,7 @@ from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading.test_load_memory import PROMISED_BYTES, measure
 from tests.support.loading import IDS, layers_of, load, logits, save_model, weight_of
-from tests.support.plain import plain
+from tests.support.reference_models import plain
 
 pytestmark = [
     pytest.mark.gpu,

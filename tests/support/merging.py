@@ -39,7 +39,7 @@ from qlora_cli.settings.models import MergeCommandSettings
 from tests.support.adapters import PREFIX, settings_of
 from tests.support.loading import load, logits
 from tests.support.merge_command import merge_settings
-from tests.support.plain import IDS, plain
+from tests.support.reference_models import IDS, plain
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tests.support.loading import copy_tokenizer
-from tests.support.plain import ROWS
+from tests.support.reference_models import ROWS
 from tests.support.tiny_models import COMMON, EXPERTS, LINEAR_ATTENTION
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -19,7 +19,7 @@ from tests.conftest import Recorder, train_settings
 from tests.support.adapters import adapt, assert_loads_again, frozen, lora_layers, settings_of, train_steps
 from tests.support.experts import save_moe
 from tests.support.loading import load, logits, save_model
-from tests.support.plain import IDS, ROWS, dequantized
+from tests.support.reference_models import IDS, ROWS, dequantized
 from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

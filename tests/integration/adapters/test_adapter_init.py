@@ -36,7 +36,7 @@ from tests.support.adapters import (
 from tests.support.experts import save_moe
 from tests.support.loading import asked_load, load, logits, refused, save_model, weight_of
 from tests.support.merging import save_changing
-from tests.support.plain import IDS, ROWS, plain
+from tests.support.reference_models import IDS, ROWS, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,7 +31,7 @@ from tests.support.loading import asked_load, logits, refused, save_model
 from tests.support.merging import adapted, change_adapter, merge, on_plain, save
 from tests.support.merging import plain_logits as logits_of_merged
 from tests.support.merging import refused as not_merged
-from tests.support.plain import ROWS, plain
+from tests.support.reference_models import ROWS, plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")

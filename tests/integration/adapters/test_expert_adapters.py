@@ -18,7 +18,7 @@ from tests.integration.training.test_training import base_digest
 from tests.support.adapters import put_back
 from tests.support.experts import MOE, parametrized, save_moe
 from tests.support.loading import load, logits, save_model
-from tests.support.plain import IDS, ROWS, dequantized, plain
+from tests.support.reference_models import IDS, ROWS, dequantized, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

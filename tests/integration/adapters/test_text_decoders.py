@@ -14,7 +14,7 @@ from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.models import LoraSettings
 from tests.support.loading import load, logits, refused
-from tests.support.plain import IDS, round_trip_weights
+from tests.support.reference_models import IDS, round_trip_weights
 from tests.support.vision_language import FULL_MODELS, load_full, rewrite, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
 from tests.support.loading import load, logits, save_model
-from tests.support.plain import IDS, ROWS, dequantized
+from tests.support.reference_models import IDS, ROWS, dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

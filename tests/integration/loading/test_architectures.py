@@ -23,7 +23,7 @@ from qlora_cli.settings.models import LoraSettings
 from tests.integration.training.test_training import base_digest
 from tests.support.adapters import put_back
 from tests.support.loading import load, logits, refused, save_model
-from tests.support.plain import IDS, ROWS, dequantized, plain
+from tests.support.reference_models import IDS, ROWS, dequantized, plain
 from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from qlora_cli.quantization.methods import four_bit_quantizer
 from qlora_cli.units import format_bytes
 from tests.support.experts import MOE, parametrized, save_moe
 from tests.support.loading import copy_tokenizer, load, logits, refused
-from tests.support.plain import IDS, dequantized, plain, quantized_whole
+from tests.support.reference_models import IDS, dequantized, plain, quantized_whole
 from tests.support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

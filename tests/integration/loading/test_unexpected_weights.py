@@ -22,7 +22,7 @@ from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.support.loading import copy_tokenizer, load, logits, refused, save_model
 from tests.support.merging import merge, on_plain, save, stored
 from tests.support.merging import refused as merge_refused
-from tests.support.plain import IDS
+from tests.support.reference_models import IDS
 from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
 
 Tensors = Mapping[str, torch.Tensor]

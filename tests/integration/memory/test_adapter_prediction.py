@@ -26,7 +26,7 @@ from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.loading import asked_load, save_model
 from tests.support.merging import adapted, save, save_changing
-from tests.support.plain import ROWS, plain
+from tests.support.reference_models import ROWS, plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -29,7 +29,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.plain import ROWS, plain
+from tests.support.reference_models import ROWS, plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")

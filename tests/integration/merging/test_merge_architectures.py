@@ -31,7 +31,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.plain import ROWS, plain
+from tests.support.reference_models import ROWS, plain
 from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

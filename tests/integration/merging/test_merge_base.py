@@ -32,7 +32,7 @@ from tests.support.merging import (
     request_of,
     streamed_logits,
 )
-from tests.support.plain import ROWS
+from tests.support.reference_models import ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

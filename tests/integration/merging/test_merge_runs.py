@@ -26,7 +26,7 @@ from tests.support.loading import load, save_model
 from tests.support.merge_command import merge_settings
 from tests.support.merging import loaded_plain, plain_logits, random_run, stored
 from tests.support.merging import merge as merge_weights
-from tests.support.plain import ROWS
+from tests.support.reference_models import ROWS
 from tests.support.vision_language import FULL_MODELS, load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,7 +23,7 @@ from qlora_cli.settings.choices import BaseWeights
 from tests.conftest import Recorder
 from tests.support.loading import save_model
 from tests.support.merging import on_plain, planned, request_of, save
-from tests.support.plain import IDS, ROWS, plain
+from tests.support.reference_models import IDS, ROWS, plain
 from tests.support.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

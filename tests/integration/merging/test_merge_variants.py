@@ -20,7 +20,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.plain import ROWS, plain
+from tests.support.reference_models import ROWS, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

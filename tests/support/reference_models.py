@@ -1,4 +1,4 @@
-"""The same models by plain transformers and bitsandbytes: what a load of ours is compared with."""
+"""Models loaded by plain transformers and bitsandbytes, as references for those that we load."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ IDS = torch.randint(3, 3000, (2, 24), generator=torch.Generator().manual_seed(0)
 
 
 def plain(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model as transformers loads it by itself."""
+    """Return the model as transformers alone loads it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     return model
 
@@ -24,7 +24,7 @@ def plain(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 def quantized_whole(
     weight: torch.Tensor, quant_type: str = "nf4", *, double: bool = True
 ) -> tuple[torch.Tensor, QuantState]:
-    """Quantize a weight at once by bitsandbytes."""
+    """Quantize a whole weight with bitsandbytes."""
     packed, state = functional.quantize_4bit(
         weight.contiguous(), blocksize=64, quant_type=quant_type, compress_statistics=double
     )
@@ -32,7 +32,7 @@ def quantized_whole(
 
 
 def round_trip_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Put each of these weights of `model` through 4 bit (nf4, double quantization), whole, by bitsandbytes."""
+    """Quantize and dequantize each of these weights of `model` with bitsandbytes (nf4, double quantization)."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in names:
@@ -42,7 +42,7 @@ def round_trip_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def dequantized(checkpoint: Path, loaded: LoadedModel) -> PreTrainedModel:
-    """Return the plain model with the weights that are quantized in `loaded` put through 4 bit."""
+    """Return the plain model, in which the weights that `loaded` has quantized are quantized and dequantized."""
     model = plain(checkpoint)
     round_trip_weights(model, [entry.name for entry in loaded.inventory.entries if entry.is_quantized])
     return model
