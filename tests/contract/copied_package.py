@@ -1,4 +1,4 @@
-"""A copy of the package, to which a recipe of CONTRIBUTING.md is applied, and what its commands say."""
+"""A copy of the package, to which a recipe of CONTRIBUTING.md is applied, and the output of its commands."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from tests.conftest import ASSETS
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 
 
-def ask_copy(place: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapping[str, str], script: str) -> Any:
-    """Return what `script` prints as JSON in its last line, run on a copy of the package in `place`.
+def ask_copy(directory: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapping[str, str], script: str) -> Any:
+    """Return the JSON that `script` prints in its last line, run on a copy of the package in `directory`.
 
-    `edits` are the lines that are put before a text, which stands in a file once; `files` are new. The script gets the
-    bundled base, a file of a few rows, and `place`.
+    `edits` are lines to insert before a text that occurs once in a file; `files` are new files. The script gets the
+    bundled base, a file of a few rows, and `directory`.
     """
-    package = place / "qlora_cli"
+    package = directory / "qlora_cli"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     for name, added in edits.items():
         source = (package / name).read_text(encoding="utf-8")
@@ -30,13 +30,13 @@ def ask_copy(place: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapp
         (package / name).write_text(source, encoding="utf-8")
     for name, text in files.items():
         (package / name).write_text(text, encoding="utf-8")
-    rows = place / "rows.jsonl"
+    rows = directory / "rows.jsonl"
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", script, ASSETS / "base", rows, place],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(place)},
+        [sys.executable, "-c", script, ASSETS / "base", rows, directory],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory)},
         capture_output=True,
         text=True,
         timeout=600,

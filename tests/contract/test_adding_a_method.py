@@ -1,6 +1,6 @@
 """The recipe of CONTRIBUTING.md, "Add a quantization method": an entry and a module, and every command knows it.
 
-The package is copied, and a method is added to it that stores weights in steps of 1/256, in 8 bit, without constants.
+The package is copied, and a method is added that stores weights in steps of 1/256, in 8 bit, without constants.
 """
 
 import re

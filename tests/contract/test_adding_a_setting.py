@@ -1,6 +1,6 @@
 """The recipe of CONTRIBUTING.md, "Add a training setting": one line in one file, and every table knows it.
 
-The package is copied, fields are added to the sections that a run has, and nothing else is touched.
+The package is copied, fields are added to the sections of a run, and nothing else is changed.
 """
 
 import json
@@ -135,7 +135,7 @@ def add_fields(section: Path, fields: str) -> None:
 
 @pytest.fixture(scope="module")
 def derived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what is derived from the settings of a copy in which the sections have fields more."""
+    """Return what is derived from the settings of a copy whose sections have additional fields."""
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "qlora_cli", copy / "qlora_cli", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copytree(ROOT / "scripts", copy / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
@@ -184,7 +184,7 @@ def test_the_prediction_cache_key_has_exactly_the_values_that_memory_depends_on(
     assert derived["memory"] == [*sized, "training.surprise_ratio", "quantization.int8_surprise"]
 
 
-def test_a_setting_of_quantization_goes_with_the_methods_that_its_field_names(derived: dict[str, Any]) -> None:
+def test_a_setting_of_quantization_applies_to_the_methods_that_its_field_names(derived: dict[str, Any]) -> None:
     assert sorted(derived["quantization takes"]) == ["chat", "evaluate", "generate", "inspect-memory", "load", "train"]
     assert "quantization.int8_surprise has no effect with --quant nf4" in derived["without 8 bit"]
     assert "Leave it out, or use --quant int8." in derived["without 8 bit"]

@@ -1,4 +1,4 @@
-"""`qlora merge` in a process of its own, forked from one that has imported all, to be killed or sent signals."""
+"""`qlora merge` in a process of its own, forked from one that has everything imported, to be killed or signalled."""
 
 import sys
 from multiprocessing.process import BaseProcess
@@ -15,5 +15,5 @@ def _merge(arguments: list[str], log: Path) -> None:
 
 
 def start_merge(*arguments: str | Path, log: Path) -> BaseProcess:
-    """Start the command; what it prints is appended to `log`."""
+    """Start the command, whose output is appended to `log`."""
     return start_process(_merge, [str(argument) for argument in arguments], log)

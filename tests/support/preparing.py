@@ -68,7 +68,7 @@ def trained(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0
 def refusal(
     directory: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **settings: Any
 ) -> DataError:
-    """Return the error for which `rows` are refused."""
+    """Return the error with which `rows` are refused."""
     with pytest.raises(DataError) as caught:
         prepare(directory, tokenizer, rows, **settings)
     return caught.value

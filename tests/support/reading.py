@@ -1,4 +1,4 @@
-"""Helpers of reader tests: write small files, and read their rows."""
+"""Helpers for tests of readers: write small files, and read their rows."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Helpers of tests that read rows of messages into conversations."""
+"""Helpers for tests that read rows of messages into conversations."""
 
 from typing import Any
 

@@ -66,7 +66,7 @@ def meta_model_of(
     **lora: Any,
 ) -> MetaModel:
     """Return the meta model of a config as `inspect-memory` builds it for a GPU."""
-    shapes = build_on_meta(deepcopy(config), torch.bfloat16)  # which is changed into the meta model, its config too
+    shapes = build_on_meta(deepcopy(config), torch.bfloat16)  # turned into the meta model, together with its config
     layout = plan_layout(shapes, quantization or QuantizationSettings(), torch.bfloat16, device=CUDA)
     return build_meta_model(
         shapes,

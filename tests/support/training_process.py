@@ -14,11 +14,11 @@ from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
 from tests.support.forks import redirect, start_process
 
-INTERRUPTED = 77  # what a run that a signal stopped exits with here
+INTERRUPTED = 77  # the exit code of a run that a signal stopped
 
 
 class SignalAt(Recorder):
-    """Sends this process a signal when an event of a kind and step is reported."""
+    """Sends this process a signal when an event of a certain kind and step is reported."""
 
     def __init__(self, kind: type, step: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def _train(settings: Resolved[TrainSettings], log: Path, deadly_write: int | Non
 
 
 def _die_at_write(number: int) -> None:
-    """Have this process killed as it does something, for the `number`-th time, to a checkpoint that is not whole."""
+    """Kill this process when it touches an incomplete checkpoint for the `number`-th time."""
     numbers = itertools.count(1)
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
@@ -51,8 +51,8 @@ def _die_at_write(number: int) -> None:
 
 
 def start_training(settings: Resolved[TrainSettings], log: Path, deadly_write: int | None = None) -> BaseProcess:
-    """Start a run; what it prints is appended to `log`. It exits with 0, or `INTERRUPTED` if a signal stopped it.
+    """Start a run, whose output is appended to `log`. It exits with 0, or `INTERRUPTED` if a signal stopped it.
 
-    `deadly_write` kills it from within, the so many-th time that it touches a checkpoint that is being written.
+    `deadly_write` kills it from within, when it touches a checkpoint that is being written for that many-th time.
     """
     return start_process(_train, settings, log, deadly_write)

@@ -1,4 +1,4 @@
-"""Tiny vision-language models: the text decoders that `qlora load` takes out of them, with towers around."""
+"""Tiny vision-language models: the text decoders that `qlora load` extracts, together with their towers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +83,7 @@ FULL_MODELS: Mapping[str, Mapping[str, Any]] = {
 
 
 def full_class(family: str) -> Any:
-    """Return the class of the whole model, towers and all."""
+    """Return the class of the whole model, including its towers."""
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.for_model(family))]
 
 
@@ -104,7 +104,7 @@ def load_full(directory: Path, family: str) -> PreTrainedModel:
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    """Change the weights that are stored."""
+    """Change the stored weights."""
     file = directory / "model.safetensors"
     save_file({k: v.clone() for k, v in change(load_file(file)).items()}, file, metadata={"format": "pt"})
     return directory
