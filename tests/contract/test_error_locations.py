@@ -214,7 +214,7 @@ def test_every_command_has_a_case() -> None:
     assert {case.command for case in CASES} == set(Command)
 
 
-RESULTS_OF_A_RUN = {"resume.py"}  # it names settings that changed since the run began, in what it compares
+RESULTS_OF_A_RUN = {"resume.py"}  # it names the settings that have changed since the run began
 
 
 def test_no_error_spells_out_the_flag_or_the_name_of_its_setting() -> None:

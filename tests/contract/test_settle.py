@@ -1,4 +1,4 @@
-"""Settings have one owner: they are settled once, and nobody changes them later, or knows which of them were given."""
+"""Settings have one owner: they are settled once, and nothing else changes them later, or knows which were given."""
 
 import re
 from collections import Counter
@@ -19,24 +19,24 @@ OWNED = re.compile(r"model_fields_set|model_copy\(|model_construct\(")
 FLAGS = {"model.name": "m", "data.dataset": "d", "output.directory": "o"}
 FILE = inferred_origin("run.json")
 
-# Who settles, and how often: each command once, and what is asked again whenever a machine says that it must be less.
+# The modules that settle, and how often: each command once, and a value that is lowered when a machine demands it.
 SETTLES = {
-    "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not looked for
-    "loading/model_outline.py": 3,  # what loads a model, whose load says its number of positions; and a merge's base
-    "memory/estimator.py": 2,  # a prediction, for which no file is looked for: the same two steps
+    "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not needed
+    "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
+    "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
     "training/run_plan.py": 1,  # a smaller micro-batch, when memory ran out
 }
-# Who asks about another load, run or look at the data that is like this one but for a value.
+# The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {
-    "data/showing/inspection.py": 1,  # the rows themselves are looked at, not packed ones
+    "data/showing/inspection.py": 1,  # the rows themselves are inspected, not packed ones
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
-    "data/feeding/prepare.py": 1,  # a look goes on where training would be refused
-    "memory/suggestions.py": 1,  # what would fit instead
+    "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
+    "memory/suggestions.py": 1,  # runs that would fit instead
     "memory/solver.py": 1,  # the largest that fits
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
-    "quantization/memory_check.py": 1,  # what would fit instead
+    "quantization/memory_check.py": 1,  # loads that would fit instead
     "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
 }
 
@@ -57,7 +57,7 @@ def calls(*names: str) -> dict[str, int]:
     return {name: number for name, number in sorted(counted.items()) if number}
 
 
-def test_only_the_settings_change_settings_and_know_which_were_given() -> None:
+def test_only_the_settings_package_changes_settings_and_knows_which_were_given() -> None:
     owners = [
         str(path.relative_to(PACKAGE))
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -71,7 +71,7 @@ def test_settings_are_settled_where_a_command_does_it_and_nowhere_else() -> None
     assert calls("with_values", "with_settings") == VARIES
 
 
-def test_what_was_given_is_what_has_an_origin() -> None:
+def test_the_given_settings_are_those_with_an_origin() -> None:
     asked = resolved(lora__rank="8", training__seed="0")
     given = {f"{name}.{key}" for name in TrainSettings.model_fields for key in asked.given(name)}
     assert given == set(asked.origins) == {*FLAGS, "lora.rank", "training.seed"}
@@ -123,7 +123,7 @@ def test_values_of_a_file_are_validated_but_those_of_a_foreign_adapter_are_not()
     assert (lora.rank, lora.target_modules) == (9000, ())
 
 
-def test_no_file_switches_on_what_runs_code() -> None:
+def test_no_file_switches_on_settings_that_run_code() -> None:
     by_hand = [path for path in all_settings() if metadata_of(path).is_forbidden_in_files]
     assert by_hand
     asked = resolved()
