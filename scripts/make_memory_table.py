@@ -17,7 +17,7 @@ from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import REFERENCE
-from qlora_cli.memory.model_facts import STORED_OTHERWISE, ModelFacts
+from qlora_cli.memory.model_facts import PREDICTED_IN_16_BIT, ModelFacts
 from qlora_cli.memory.suggestions import judge_fit
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
@@ -106,7 +106,7 @@ def row(name: str) -> str:
 
 def _facts(model: CatalogueModel) -> ModelFacts:
     content = deepcopy(dict(model.config))
-    if content.get("quantization_config", {}).get("quant_method") in STORED_OTHERWISE:
+    if content.get("quantization_config", {}).get("quant_method") in PREDICTED_IN_16_BIT:
         del content["quantization_config"]  # a 16-bit copy, as `qlora inspect-memory` takes it
     return ModelFacts(name=model.name, content=content)
 

@@ -198,7 +198,7 @@ class Estimator:
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
         """Return the allocations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
-        step = self._step(settings, dtype, kernels_like(gpu.capability))
+        step = self._step(settings, dtype, representative_capability(gpu.capability))
         training = settings.training
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
         # Exactly what decides the allocations: sweeps and suggestions ask for the same run repeatedly.
@@ -363,7 +363,7 @@ class Estimator:
         return value
 
 
-def kernels_like(capability: tuple[int, int]) -> tuple[int, int]:
+def representative_capability(capability: tuple[int, int]) -> tuple[int, int]:
     """Return the compute capability that stands for all those whose kernels allocate the same."""
     return (7, 5) if capability < AMPERE else (8, 0)
 

@@ -33,9 +33,10 @@ from qlora_cli.settings.settle import InferredSettings, inferred_from_run, infer
 RUN_SECTIONS = ("model", "quantization", "lora", "data", "training")
 # Those for an adapter, whose own config has the settings of LoRA.
 RUN_SECTIONS_WITHOUT_LORA = tuple(section for section in RUN_SECTIONS if section != "lora")
-NAMES = {"model": {"name", "revision", "base_model"}}
+NAME_SETTINGS = {"model": {"name", "revision", "base_model"}}
 HOW_TRAINED = "how the run was trained"
-STORED_OTHERWISE = ("mxfp4", "fp8")
+# Storage of repositories whose models are predicted as 16-bit copies.
+PREDICTED_IN_16_BIT = ("mxfp4", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ def _facts_by_name(name: str, revision: str | None, reporter: Reporter) -> Model
     content = dict(known.config)
     notes = [f"architecture of {known.hub_id} from the catalogue"]
     stored = content.get("quantization_config")
-    if isinstance(stored, Mapping) and stored.get("quant_method") in STORED_OTHERWISE:
+    if isinstance(stored, Mapping) and stored.get("quant_method") in PREDICTED_IN_16_BIT:
         del content["quantization_config"]
         notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
     return ModelFacts(name=known.name, content=content, notes=tuple(notes))
@@ -185,7 +186,9 @@ def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Repor
 
 def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> InferredSettings:
     """Return the settings of a run that a prediction has as well; another version may have recorded more."""
-    known = {section: SECTIONS[section].model_fields.keys() - NAMES.get(section, set()) for section in sections}
+    known = {
+        section: SECTIONS[section].model_fields.keys() - NAME_SETTINGS.get(section, set()) for section in sections
+    }
     values = {
         f"{section}.{key}": value
         for section, keys in known.items()
