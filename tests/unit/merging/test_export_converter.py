@@ -1,4 +1,4 @@
-"""llama.cpp's converter: where it is looked for, what is said if it is missing or fails, and that nothing is left."""
+"""llama.cpp's converter: where it is looked for, the error if it is missing or fails, and that no file is left."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from qlora_cli.merging.exports import converter as converting
 from qlora_cli.merging.exports.converter import SCRIPT, VARIABLE, Converter, convert, find_converter
 from qlora_cli.settings.choices import GgufType
 
-# A converter that starts another process, as one that reads with several would; both write their numbers down.
+# A converter that starts another process, as one that reads in several does; both write down their process ids.
 HANGS_IN_TWO = """
 import os, subprocess, sys, time
 open(sys.argv[3], "w").write("half")
@@ -41,7 +41,7 @@ except TerminatedError as error:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_converter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
@@ -54,15 +54,13 @@ def script(directory: Path, code: str = "", name: str = SCRIPT) -> Path:
     return path.resolve()
 
 
-def test_it_is_found_in_the_checkout_or_as_the_script_that_is_named(tmp_path: Path) -> None:
+def test_it_is_found_in_the_checkout_or_as_the_named_script(tmp_path: Path) -> None:
     path = script(tmp_path / "llama.cpp")
     assert find_converter(tmp_path / "llama.cpp").script == path
     assert find_converter(path).script == path
 
 
-def test_a_name_goes_before_the_environment_and_that_before_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_precedes_the_environment_and_that_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path, in_env, named = (script(tmp_path / name) for name in ("bin", "env", "named"))
     assert find_converter(None).script == on_path
     monkeypatch.setenv(VARIABLE, str(in_env.parent))
@@ -85,7 +83,7 @@ def test_none_is_an_error_that_says_how_to_get_it() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_a_place_that_has_none_is_an_error_though_the_path_has_one(
+def test_a_named_place_without_one_is_an_error_although_the_path_has_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(tmp_path / "bin")
@@ -122,7 +120,7 @@ def failing(tmp_path: Path, code: str) -> ExportError:
     return caught.value
 
 
-def test_a_failure_tells_the_last_lines_and_leaves_no_file(tmp_path: Path) -> None:
+def test_a_failure_quotes_the_last_lines_and_leaves_no_file(tmp_path: Path) -> None:
     code = (
         "import sys; open(sys.argv[3], 'w').write('half'); [print('line', n) for n in range(100)]; sys.exit('no luck')"
     )
@@ -150,7 +148,7 @@ def test_common_failures_are_explained(tmp_path: Path, says: str, hint: str) -> 
     assert hint in str(failing(tmp_path, f"import sys; sys.exit({says!r})").hint)
 
 
-def test_one_that_is_killed_or_writes_nothing_has_failed_too(tmp_path: Path) -> None:
+def test_a_converter_that_is_killed_or_writes_nothing_has_failed(tmp_path: Path) -> None:
     assert "ended by SIGKILL" in str(failing(tmp_path, "import os; os.kill(os.getpid(), 9)"))
     assert "wrote no a.gguf" in str(failing(tmp_path, "print('done')"))
 
@@ -179,7 +177,7 @@ def _wait_for(file: Path, process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def _runs(pid: int) -> bool:
-    deadline = time.monotonic() + 5  # one whose parent is gone is a zombie until the system has seen to it
+    deadline = time.monotonic() + 5  # a process whose parent is gone is a zombie until the system reaps it
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             return True

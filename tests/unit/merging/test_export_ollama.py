@@ -1,4 +1,4 @@
-"""The Modelfile: what it names, how it prompts, where it stops, and what a user is told of it."""
+"""The Modelfile: what it names, how it prompts, where it stops, and what is reported about it."""
 
 import json
 import re
@@ -21,14 +21,14 @@ Write = Callable[..., OllamaExport]
 def read_modelfile(path: Path) -> dict[str, list[str]]:
     """Return the arguments of each command, unquoted as Ollama's parser does."""
     text = path.read_text(encoding="utf-8")
-    found: dict[str, list[str]] = {}
+    arguments: dict[str, list[str]] = {}
     pattern = r'^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) ("""(?:.|\n)*?"""|"[^"\n]*"|[^"\n]+)$'
     for command, value in re.findall(pattern, text, re.MULTILINE):
         bare = value[3:-3] if value.startswith('"""') else value.strip('"')
-        found.setdefault(command.removeprefix("PARAMETER "), []).append(bare)
+        arguments.setdefault(command.removeprefix("PARAMETER "), []).append(bare)
     rest = re.sub(pattern, "", text, flags=re.MULTILINE)
     assert not rest.strip(), rest
-    return found
+    return arguments
 
 
 def notes(recorder: Recorder, level: str | None = None) -> str:
@@ -45,20 +45,20 @@ def model(base_model: Path, tmp_path: Path) -> Path:
 def change(file: Path, **values: Any) -> None:
     """Set keys of a JSON file; None takes one out."""
     merged = {**json.loads(file.read_text(encoding="utf-8")), **values}
-    kept = {key: value for key, value in merged.items() if value is not None}
-    file.write_text(json.dumps(kept), encoding="utf-8")
+    remaining = {key: value for key, value in merged.items() if value is not None}
+    file.write_text(json.dumps(remaining), encoding="utf-8")
 
 
 def test_a_gguf_is_prompted_and_stopped_as_the_model(model: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     export = write_modelfile(model, tmp_path / "Modelfile", source="./tiny.gguf", reporter=recorder)
-    found = read_modelfile(tmp_path / "Modelfile")
-    assert found["FROM"] == ["./tiny.gguf"]
-    assert found["stop"] == ["<|im_end|>"]
-    assert found["num_ctx"] == ["512"]
-    assert found["TEMPLATE"][0].startswith("{{ range $i, $_ := .Messages }}")  # llama.cpp writes BOS itself
-    assert "<|im_start|>assistant\n{{ else if" in found["TEMPLATE"][0]
-    assert "SYSTEM" not in found
+    modelfile = read_modelfile(tmp_path / "Modelfile")
+    assert modelfile["FROM"] == ["./tiny.gguf"]
+    assert modelfile["stop"] == ["<|im_end|>"]
+    assert modelfile["num_ctx"] == ["512"]
+    assert modelfile["TEMPLATE"][0].startswith("{{ range $i, $_ := .Messages }}")  # llama.cpp writes BOS itself
+    assert "<|im_start|>assistant\n{{ else if" in modelfile["TEMPLATE"][0]
+    assert "SYSTEM" not in modelfile
     assert export.has_template
     assert (export.stops, export.parameters) == (("<|im_end|>",), {"num_ctx": 512})
     assert not notes(recorder)
@@ -104,8 +104,8 @@ def test_sampling_is_as_in_the_generation_config(model: Path, tmp_path: Path) ->
     values = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
     change(model / "generation_config.json", **values)
     write_modelfile(model, tmp_path / "Modelfile", source="./a.gguf", reporter=Recorder())
-    found = read_modelfile(tmp_path / "Modelfile")
-    assert {key: found[key] for key in ("temperature", "top_p", "top_k", "repeat_penalty")} == {
+    modelfile = read_modelfile(tmp_path / "Modelfile")
+    assert {key: modelfile[key] for key in ("temperature", "top_p", "top_k", "repeat_penalty")} == {
         "temperature": ["0.6"],
         "top_p": ["0.95"],
         "top_k": ["20"],

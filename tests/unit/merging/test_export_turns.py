@@ -1,4 +1,4 @@
-"""A chat template as texts around turns: found for the common ones, the same prompt, refused where that can't be."""
+"""A chat template as texts around turns: derived for common ones with the same prompt, else refused."""
 
 import re
 
@@ -10,7 +10,7 @@ from qlora_cli.merging.exports.go_template import go_template, literal
 from qlora_cli.merging.exports.template_turns import SystemPosition, derive_turns, strips_contents, writes_bos
 from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_tokenizer
 
-# In the style of templates that are about; by the family whose tokens they use.
+# In the style of common templates, by the family whose tokens they use.
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helper.<|im_end|>\n{% endif %}" + CHATML
 )
@@ -122,7 +122,7 @@ def test_bos_that_begins_each_turn_is_dropped_before_the_first_only() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_template_that_trims_contents_is_found_out(family: str) -> None:
+def test_a_template_that_trims_contents_is_detected(family: str) -> None:
     tokenizer = make_tokenizer(family).tokenizer
     assert strips_contents(tokenizer, derive_turns(tokenizer, drops_bos=True)) == (family in TRIMS)
 
@@ -146,7 +146,7 @@ def test_a_template_that_writes_something_else_is_an_error_that_says_what_to_do(
     assert "by hand" in str(caught.value.hint)
 
 
-# ---- in Go's language. These texts were rendered by Ollama's own parser and engine to what the templates render to.
+# In Go's language. Ollama's own parser and engine render these texts to what the templates render to.
 
 GO = {
     "chatml": '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
@@ -192,8 +192,8 @@ def test_what_go_or_a_modelfile_would_misread_is_written_by_number(text: str) ->
     assert plain.isprintable()
     assert "{{" not in plain
     assert '"""' not in written
-    numbers = re.sub(r'\{\{ "((?:\\U[0-9a-f]{8})+)" \}\}', lambda found: found[1], written)
-    assert re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), numbers) == text
+    numbers = re.sub(r'\{\{ "((?:\\U[0-9a-f]{8})+)" \}\}', lambda match: match[1], written)
+    assert re.sub(r"\\U([0-9a-f]{8})", lambda match: chr(int(match[1], 16)), numbers) == text
 
 
 def test_other_text_and_line_breaks_stay_as_they_are() -> None:

@@ -39,9 +39,9 @@ def test_lora_adds_the_scaled_product() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_in_16_bit_are_multiplied_in_fp32(dtype: torch.dtype) -> None:
     left, right = LEFT.to(dtype), RIGHT.to(dtype)
-    found = LowRankUpdate(left=left, right=right, scale=1.5).delta()
-    assert found.dtype == torch.float32
-    assert torch.equal(found, left.float() @ right.float() * 1.5)
+    delta = LowRankUpdate(left=left, right=right, scale=1.5).delta()
+    assert delta.dtype == torch.float32
+    assert torch.equal(delta, left.float() @ right.float() * 1.5)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -66,39 +66,39 @@ def test_dora_gives_each_row_its_magnitude_and_the_direction_of_the_sum(is_trans
     moved = WEIGHT + PRODUCT
     expected = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
     weight, expected = (WEIGHT.T, expected.T) if is_transposed else (WEIGHT, expected)
-    found = change.apply(weight.clone())
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found.norm(dim=0 if is_transposed else 1), magnitude)
+    changed = change.apply(weight.clone())
+    torch.testing.assert_close(changed, expected)
+    torch.testing.assert_close(changed.norm(dim=0 if is_transposed else 1), magnitude)
 
 
 def test_a_bias_is_scaled_too() -> None:
     torch.testing.assert_close(AddedVector(values=LEFT[:, 0], scale=2.0).apply(torch.ones(6)), 1 + 2 * LEFT[:, 0])
 
 
-def test_rows_and_whole_parameters_take_the_place_of_those_that_were_there() -> None:
+def test_rows_and_whole_parameters_replace_those_of_the_base() -> None:
     rows = RowUpdate(indices=(4, 1), values=values(2, 4).bfloat16())
-    found = rows.apply(WEIGHT.clone())
-    assert torch.equal(found[[4, 1]], rows.values.float())
-    assert torch.equal(found[[0, 2, 3, 5]], WEIGHT[[0, 2, 3, 5]])
+    updated = rows.apply(WEIGHT.clone())
+    assert torch.equal(updated[[4, 1]], rows.values.float())
+    assert torch.equal(updated[[0, 2, 3, 5]], WEIGHT[[0, 2, 3, 5]])
     whole = values(6, 4)
     assert torch.equal(WholeParameter(values=whole).apply(WEIGHT), whole)
     assert torch.equal(WholeParameter(values=whole).apply(WEIGHT, 2), whole[2:3])
     replaced = ReplacedParameter(values=whole, change=low_rank())
-    kept = whole.clone()
+    original = whole.clone()
     torch.testing.assert_close(replaced.apply(WEIGHT), whole + PRODUCT)
-    assert torch.equal(whole, kept)  # the adapter's own values stay as they are
+    assert torch.equal(whole, original)  # the adapter's own values stay as they are
 
 
-def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> None:
+def test_several_changes_are_summed_by_weight_and_zeros_are_dropped() -> None:
     zero = LowRankUpdate(left=torch.zeros(6, 2), right=RIGHT, scale=3.0)
     many = [
         WeightedChange(change=low_rank(), weight=0.5),
         WeightedChange(change=zero),
         WeightedChange(change=low_rank(), weight=-2),
     ]
-    found = total_delta(many)
-    assert found is not None
-    torch.testing.assert_close(found, -1.5 * PRODUCT)
+    delta = total_delta(many)
+    assert delta is not None
+    torch.testing.assert_close(delta, -1.5 * PRODUCT)
     assert total_delta([WeightedChange(change=zero), WeightedChange(change=zero)]) is None
     assert total_delta([]) is None
 
@@ -106,7 +106,7 @@ def test_of_several_each_counts_by_its_weight_and_zeros_count_for_nothing() -> N
 SAME = LowRankUpdate(left=RIGHT.T.clone(), right=LEFT.T.clone(), scale=1.5, is_transposed=True)
 PAIRS: dict[str, tuple[WeightChange, WeightChange, bool]] = {
     "copies": (low_rank(), low_rank(), True),
-    "held the other way round": (low_rank(), SAME, True),
+    "transposed factors": (low_rank(), SAME, True),
     "transposed": (low_rank(), low_rank(is_transposed=True), False),
     "another scale": (low_rank(), low_rank(scale=2.0), False),
     "other values": (low_rank(), LowRankUpdate(left=LEFT, right=RIGHT + 1, scale=1.5), False),
@@ -128,7 +128,7 @@ PAIRS: dict[str, tuple[WeightChange, WeightChange, bool]] = {
         ReplacedParameter(values=WEIGHT, change=SAME),
         True,
     ),
-    "replaced by others": (
+    "replaced by another": (
         ReplacedParameter(values=WEIGHT, change=low_rank()),
         ReplacedParameter(values=WEIGHT + 1, change=low_rank()),
         False,
@@ -137,6 +137,6 @@ PAIRS: dict[str, tuple[WeightChange, WeightChange, bool]] = {
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_two_changes_are_the_same_if_they_do_the_same(kind: str) -> None:
+def test_two_changes_are_equal_if_they_have_the_same_effect(kind: str) -> None:
     one, other, is_same = PAIRS[kind]
     assert one.equals(other) == other.equals(one) == is_same

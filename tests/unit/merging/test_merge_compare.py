@@ -17,44 +17,49 @@ def logits(seed: int = 0) -> torch.Tensor:
 TARGETS = torch.arange(TOKENS) % 11
 
 
-def test_the_same_is_no_distance_apart() -> None:
-    found = divergence(logits(), logits().clone(), TARGETS)
-    assert (found.max_logit_difference, found.mean_logit_difference, found.max_kl, found.mean_kl) == (0, 0, 0, 0)
-    assert found.top_token_agreement == 1
-    assert found.num_tokens == TOKENS
-    assert found.perplexity == found.reference_perplexity
+def test_identical_logits_do_not_diverge() -> None:
+    measured = divergence(logits(), logits().clone(), TARGETS)
+    assert (measured.max_logit_difference, measured.mean_logit_difference, measured.max_kl, measured.mean_kl) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert measured.top_token_agreement == 1
+    assert measured.num_tokens == TOKENS
+    assert measured.perplexity == measured.reference_perplexity
 
 
 def test_it_is_the_divergence_of_the_distributions_averaged_over_tokens() -> None:
     one, other = logits(), logits(1)
-    found = divergence(one, other, TARGETS)
+    measured = divergence(one, other, TARGETS)
     p, q = one.softmax(1), other.softmax(1)
     kl = (p * (p / q).log()).sum(1)
-    assert found.mean_kl == pytest.approx(float(kl.mean()), rel=1e-5)
-    assert found.max_kl == pytest.approx(float(kl.max()), rel=1e-5)
-    assert found.max_logit_difference == pytest.approx(float((one - other).abs().max()))
-    assert found.mean_logit_difference == pytest.approx(float((one - other).abs().mean()), rel=1e-5)
-    assert found.top_token_agreement == pytest.approx(float((one.argmax(1) == other.argmax(1)).float().mean()))
+    assert measured.mean_kl == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert measured.max_kl == pytest.approx(float(kl.max()), rel=1e-5)
+    assert measured.max_logit_difference == pytest.approx(float((one - other).abs().max()))
+    assert measured.mean_logit_difference == pytest.approx(float((one - other).abs().mean()), rel=1e-5)
+    assert measured.top_token_agreement == pytest.approx(float((one.argmax(1) == other.argmax(1)).float().mean()))
 
 
-def test_two_tokens_by_hand() -> None:
+def test_two_tokens_match_values_computed_by_hand() -> None:
     one = torch.tensor([[math.log(0.75), math.log(0.25)]])
     other = torch.tensor([[math.log(0.5), math.log(0.5)]])
-    found = divergence(one, other, torch.tensor([1]))
-    assert found.mean_kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert found.reference_perplexity == pytest.approx(4)
-    assert found.perplexity == pytest.approx(2)
+    measured = divergence(one, other, torch.tensor([1]))
+    assert measured.mean_kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert measured.reference_perplexity == pytest.approx(4)
+    assert measured.perplexity == pytest.approx(2)
 
 
 def test_tokens_that_nothing_follows_do_not_count_for_perplexity() -> None:
     targets = TARGETS.clone()
     targets[::2] = -100
-    found = divergence(logits(), logits(1), targets)
+    measured = divergence(logits(), logits(1), targets)
     expected = torch.nn.functional.cross_entropy(logits(1)[1::2], TARGETS[1::2]).exp()
-    assert found.perplexity == pytest.approx(float(expected), rel=1e-5)
+    assert measured.perplexity == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_token_that_both_forbid_does_not_tell_them_apart_and_one_that_one_forbids_does() -> None:
+def test_a_token_that_only_one_forbids_is_an_infinite_divergence() -> None:
     one = logits()
     one[:, 3] = -math.inf
     targets = torch.where(TARGETS == 3, -100, TARGETS)
@@ -68,7 +73,7 @@ def test_a_token_that_both_forbid_does_not_tell_them_apart_and_one_that_one_forb
 def test_nan_is_not_hidden() -> None:
     broken = logits()
     broken[70, 2] = math.nan
-    found = divergence(logits(), broken, TARGETS)
-    assert math.isnan(found.mean_kl)
-    assert math.isnan(found.max_logit_difference)
-    assert not found.mean_kl <= 1e-3
+    measured = divergence(logits(), broken, TARGETS)
+    assert math.isnan(measured.mean_kl)
+    assert math.isnan(measured.max_logit_difference)
+    assert not measured.mean_kl <= 1e-3

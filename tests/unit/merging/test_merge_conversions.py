@@ -59,7 +59,7 @@ def test_every_parameter_is_made_as_transformers_makes_it_and_every_tensor_comes
     assert {key for group in conversions.groups for key in group.keys} | {*conversions.unexpected} == tensors.keys()
 
 
-def test_slices_are_converted_alone_as_within_the_whole(
+def test_slices_are_converted_as_they_are_within_the_whole(
     case: tuple[str, dict[str, torch.Tensor], Conversions],
 ) -> None:
     family, tensors, conversions = case
@@ -88,19 +88,21 @@ def test_unexpected_tensors_are_listed() -> None:
 def test_a_key_mapping_renames_first() -> None:
     model = build_on_meta(tiny_config("llama"), torch.float32)
     names = [f"text.{name}" for name, _ in model.named_parameters()]
-    found = read_conversions(model, names, {r"^text\.": ""})
-    assert not found.unexpected
-    assert {group.targets[0]: group.keys[0] for group in found.groups} == {
+    conversions = read_conversions(model, names, {r"^text\.": ""})
+    assert not conversions.unexpected
+    assert {group.targets[0]: group.keys[0] for group in conversions.groups} == {
         name: f"text.{name}" for name, _ in model.named_parameters()
     }
 
 
-def test_names_that_are_stored_without_the_prefix_of_the_base_model_are_found() -> None:
+def test_names_stored_without_the_prefix_of_the_base_model_are_matched() -> None:
     model = build_on_meta(tiny_config("gpt2"), torch.float32)
     names = [name.removeprefix("transformer.") for name, _ in model.named_parameters()]
-    found = read_conversions(model, names)
-    assert not found.unexpected
-    assert {name for group in found.groups for name in group.targets} == {name for name, _ in model.named_parameters()}
+    conversions = read_conversions(model, names)
+    assert not conversions.unexpected
+    assert {name for group in conversions.groups for name in group.targets} == {
+        name for name, _ in model.named_parameters()
+    }
 
 
 def test_what_transformers_does_not_undo_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Where a merge writes unless it is told: into its run, or the working directory, and through no link there."""
+"""The default output of a merge: inside its run, or the working directory, and never through a link."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("is_run", [True, False])
 @pytest.mark.parametrize("target", ["empty", "absent", "merged"])
-def test_a_link_in_the_default_place_is_refused_and_followed_only_if_named(
+def test_a_link_at_the_default_output_is_followed_only_if_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, is_run: bool, target: str
 ) -> None:
     monkeypatch.chdir(run.parent)
