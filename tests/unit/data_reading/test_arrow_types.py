@@ -33,7 +33,7 @@ NOWHERE = {None: None, 0: BAD}
 
 
 def leaf(kind: Any, values: dict[Any, Any]) -> Callable[[list[Any]], Drawn]:
-    """Return what makes an array of some of the keys; times are given as the numbers that they are kept as."""
+    """Return a function that makes an array of some of the keys; times are given as the numbers that store them."""
     stored = getattr(kind, "storage_type", kind)
     if pyarrow.types.is_temporal(kind):
         stored = pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
@@ -160,7 +160,7 @@ def repeated(draw: st.DrawFn, children: st.SearchStrategy[Drawn]) -> Drawn:
     ends = pyarrow.array([sum(lengths[: place + 1]) for place in range(len(lengths))], pyarrow.int32())
     try:
         made = pyarrow.RunEndEncodedArray.from_arrays(ends, array)
-    except pyarrow.ArrowInvalid:  # of what is no text pyarrow makes none
+    except pyarrow.ArrowInvalid:  # pyarrow makes none of invalid text
         reject()
     return made, [value for value, length in zip(values, lengths, strict=True) for _ in range(length)]
 
@@ -172,7 +172,7 @@ def nested(children: st.SearchStrategy[Drawn]) -> st.SearchStrategy[Drawn]:
 
 @st.composite
 def parts(draw: st.DrawFn, arrays: st.SearchStrategy[Drawn]) -> Drawn:
-    """Draw a part of an array, which pyarrow keeps with the rest of it."""
+    """Draw a slice of an array, which still holds the rest of its memory."""
     array, values = draw(arrays)
     begin = draw(st.integers(0, len(array)))
     return array.slice(begin), values[begin:]
@@ -182,7 +182,7 @@ COLUMNS = parts(st.recursive(leaves(), lambda children: nested(parts(children)),
 
 
 def is_bad(value: Any) -> bool:
-    """Whether there is something in `value` that can't be read."""
+    """Whether any part of `value` can't be read."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value is BAD or any(map(is_bad, inner))
 
@@ -206,7 +206,7 @@ def test_values_of_any_type_round_trip(tmp_path: Path, column: Drawn, as_stream:
     rows = read(path)
     assert [row.problem is not None for row in rows] == list(map(is_bad, values))
     good = [(row.value, value) for row, value in zip(rows, values, strict=True) if not is_bad(value)]
-    assert [found for found, _ in good] == [{"text": (found or {})["text"], "a": value} for found, value in good]
+    assert [actual for actual, _ in good] == [{"text": (actual or {})["text"], "a": value} for actual, value in good]
     only_text = Selection(columns=lambda _: ["text"])
     unread = read_rows(find_dataset(str(path)), split="train", seed=0, selection=only_text)
     assert [row.value for row in unread] == [{"text": str(number), "a": None} for number in range(len(values))]

@@ -30,7 +30,7 @@ NOT_TEXT = b"caf\xe9"
 
 
 def of(kind: Any, *numbers: int) -> Array:
-    """Return an array that keeps `numbers` as they are, whatever its type makes of them."""
+    """Return an array that stores `numbers` unchanged, whatever its type makes of them."""
     stored = pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
     return pyarrow.array(numbers, stored).view(kind)
 
@@ -125,10 +125,10 @@ VALUES: dict[str, tuple[Array, Sequence[Any]]] = {
 @pytest.mark.parametrize("kind", VALUES)
 def test_values_of_each_type_equal_their_json(tmp_path: Path, kind: str) -> None:
     array, expected = VALUES[kind]
-    found = [row["a"] for row in values_of(write_arrow(tmp_path / "a.arrow", {"a": array}))]
-    assert found == list(expected)
-    assert list(map(type, found)) == list(map(type, expected))
-    json.dumps(found)
+    values = [row["a"] for row in values_of(write_arrow(tmp_path / "a.arrow", {"a": array}))]
+    assert values == list(expected)
+    assert list(map(type, values)) == list(map(type, expected))
+    json.dumps(values)
 
 
 BAD: dict[str, tuple[Array, str]] = {
@@ -165,10 +165,10 @@ def test_an_unreadable_value_makes_its_row_bad_and_is_located(tmp_path: Path, ki
     texts = pyarrow.array([f"t{place}" for place in range(len(array))])
     for as_stream in (True, False):
         path = write_arrow(tmp_path / "a.arrow", {"text": texts, "a": array}, as_stream=as_stream)
-        first, *others = read(path)
+        first, *rest = read(path)
         assert first.value is None
         assert problem in str(first.problem)
-        assert [row.problem for row in others] == [None] * len(others)
+        assert [row.problem for row in rest] == [None] * len(rest)
         assert [row.value for row in read_in_use(path)] == [{"text": text, "a": None} for text in texts.to_pylist()]
 
 
@@ -209,7 +209,7 @@ def test_an_unused_duplicate_column_of_a_table_is_not_an_error(tmp_path: Path) -
 
 
 def write_months(path: Path) -> None:
-    """Write a column of months, of which pyarrow makes none: of another kind of intervals, with its name changed."""
+    """Write a column of months, a type that pyarrow can't make: another type of interval, renamed in the file."""
     write_arrow(
         path, {"text": pyarrow.array(["t"]), "a": pyarrow.array([pyarrow.MonthDayNano([1, 2, 3])])}, as_stream=True
     )
@@ -322,8 +322,8 @@ def test_json_columns_of_datasets_equal_json_lines(
 
 
 def test_text_columns_of_datasets_stay_text(tmp_path: Path) -> None:
-    told = {"huggingface": json.dumps({"info": {"features": WHOLE.to_dict()}})}
-    table = pyarrow.table({"extra": pyarrow.array(["1.5"])}).replace_schema_metadata(told)
+    metadata = {"huggingface": json.dumps({"info": {"features": WHOLE.to_dict()}})}
+    table = pyarrow.table({"extra": pyarrow.array(["1.5"])}).replace_schema_metadata(metadata)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert datasets.Features.from_arrow_schema(table.schema) == {"extra": datasets.Value("string")}
     assert values_of(tmp_path / "a.parquet") == [{"extra": "1.5"}]
@@ -351,7 +351,7 @@ def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
     for named in ({}, {"text": "when"}, {"text": "picture"}):
         settings = DataSettings(dataset="owner/name", columns=named, format=DataFormat.TEXT)
         selection = Selection(columns=partial(columns_in_use, settings=settings, name="a"))
-        found, expected = (
+        rows_of_hub, rows_of_file = (
             list(
                 read_rows(
                     find_dataset(f"{name}{sample}"), split="train", seed=3, streaming=is_stream, selection=selection
@@ -359,11 +359,11 @@ def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
             )
             for name in ("owner/name", tmp_path / "a.parquet")
         )
-        if is_stream and sample:  # a sample of a stream is another
-            assert len(found) == len(expected)
+        if is_stream and sample:  # a sample of a stream differs
+            assert len(rows_of_hub) == len(rows_of_file)
         else:
-            assert [row[1:5] for row in found] == [row[1:5] for row in expected]
-        assert all(row.columns == list(columns) for row in found)
+            assert [row[1:5] for row in rows_of_hub] == [row[1:5] for row in rows_of_file]
+        assert all(row.columns == list(columns) for row in rows_of_hub)
 
 
 def load_from_hub(monkeypatch: pytest.MonkeyPatch, rows: datasets.Dataset | datasets.IterableDataset) -> None:

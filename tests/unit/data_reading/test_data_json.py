@@ -293,8 +293,8 @@ def test_an_unreadable_value_in_an_unused_column_is_harmless(
 def test_an_unreadable_value_in_a_used_column_makes_its_row_bad(
     tmp_path: Path, column: str, value: str, problem: str
 ) -> None:
-    others = {name: "one" for name in ("text", "user") if name != column}
-    path = write(tmp_path / "a.jsonl", f'{json.dumps(others)[:-1]}, "{column}": {value}}}')
+    other_column = {name: "one" for name in ("text", "user") if name != column}
+    path = write(tmp_path / "a.jsonl", f'{json.dumps(other_column)[:-1]}, "{column}": {value}}}')
     (row,) = read_used(path, eval_group="user")
     assert row.value is None
     assert row.problem is not None

@@ -48,7 +48,7 @@ def write_column(path: Path, column: Any, *, as_stream: bool) -> Path:
 
 
 def damaged(path: Path, before: list[int], after: list[int], wrap: Callable[[Any], Any], *, as_stream: bool) -> Path:
-    """Write a column of text, the offsets in whose file are then changed."""
+    """Write a column of text, and change the offsets in its file."""
     write_column(path, wrap(text_column(before)), as_stream=as_stream)
     old, new = (
         b"".join(number.to_bytes(4, "little", signed=True) for number in numbers) for numbers in (before, after)
@@ -103,10 +103,10 @@ def test_unused_columns_are_named_but_not_decompressed(tmp_path: Path, suffix: s
         read(path)
     settings = DataSettings(dataset=[str(path)])
     selection = Selection(columns=lambda columns: columns_in_use(columns, settings, "a"))
-    found = [row.value for row in read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection)]
-    assert found == [{"prompt": p, "completion": c, "junk": None} for p, c in (("a", "c"), ("b", "d"))]
+    values = [row.value for row in read_rows(find_dataset(str(path)), split="train", seed=0, selection=selection)]
+    assert values == [{"prompt": p, "completion": c, "junk": None} for p, c in (("a", "c"), ("b", "d"))]
     sample = read_rows(find_dataset(f"{path}#1"), split="train", seed=0, selection=selection)
-    assert [row.value for row in sample if row.value not in found] == []
+    assert [row.value for row in sample if row.value not in values] == []
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
@@ -279,7 +279,7 @@ def test_a_row_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: pytest
     problems = [problem for _, _, problem in problems_of(write(tmp_path / name, content))]
     assert problems[0] is None
     assert "longer than 64.00 MiB" in str(problems[1])
-    if name != "a.json":  # where what follows can't be told from the text
+    if name != "a.json":  # where the end of the long row is unknown
         assert problems[2] is None
 
 

@@ -52,9 +52,9 @@ def test_a_bad_record_is_a_row_with_a_problem_and_reading_continues(
     tmp_path: Path, record: bytes, problem: str
 ) -> None:
     path = write(tmp_path / "a.csv", b'a,b\n"1\n",2\n' + record + b"\n3,4\n")
-    (first, _, _), (number, line, found), (last, last_line, _) = problems_of(path)
+    (first, _, _), (number, line, reported), (last, last_line, _) = problems_of(path)
     assert (first, number, line, last, last_line) == (1, 2, 4, 3, 5)
-    assert str(found).startswith(problem)
+    assert str(reported).startswith(problem)
 
 
 def test_an_unclosed_quote_does_not_silently_swallow_rows(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_fields_may_be_long(tmp_path: Path) -> None:
 TABLE = [
     {"a": number, "b": None if number % 2 else [{"c": number}, {"d": [None, {"e": None}]}]} for number in range(2500)
 ]
-# What is read of it: nulls inside are keys that were not there.
+# What is read of it: keys of nested objects whose value is null are absent.
 PLAIN = [{"a": row["a"], "b": row["b"] and [{"c": row["a"]}, {"d": [None, {}]}]} for row in TABLE]
 
 
@@ -191,10 +191,10 @@ def write_long(path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "wrapped.json", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
 def test_every_reader_estimates_the_bytes_of_a_row(tmp_path: Path, name: str) -> None:
     write_long(tmp_path / name)
-    first, *others = read(tmp_path / name)
+    first, *rest = read(tmp_path / name)
     assert first.value is not None
     assert 100_000 <= first.num_bytes <= 100_200
-    assert all(0 < row.num_bytes < 100 for row in others)
+    assert all(0 < row.num_bytes < 100 for row in rest)
 
 
 def test_nested_texts_count_in_the_estimate() -> None:

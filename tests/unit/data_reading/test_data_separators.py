@@ -27,7 +27,7 @@ def note_of(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz"])
 @pytest.mark.parametrize(
-    ("separator", "said"),
+    ("separator", "name"),
     [
         (",", "commas"),
         (";", "semicolons"),
@@ -38,14 +38,14 @@ def note_of(path: Path) -> list[str]:
     ],
 )
 def test_the_separator_of_the_first_rows_is_detected_and_reported(
-    tmp_path: Path, suffix: str, separator: str, said: str
+    tmp_path: Path, suffix: str, separator: str, name: str
 ) -> None:
     content = written(separator).encode()
     path = write(tmp_path / f"a.{suffix}", gzip.compress(content) if suffix.endswith("gz") else content)
     assert values_of(path) == ROWS
     assert values_of(f"{path}#2") == ROWS
     is_usual = separator == ("\t" if suffix == "tsv" else ",")
-    assert note_of(path) == ([] if is_usual else [f"{path}: fields are separated by {said}"])
+    assert note_of(path) == ([] if is_usual else [f"{path}: fields are separated by {name}"])
 
 
 def test_the_first_line_may_declare_the_separator(tmp_path: Path) -> None:

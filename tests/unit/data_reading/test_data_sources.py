@@ -112,9 +112,9 @@ def test_sample_and_weight_follow_every_kind_of_name(
     data: Path, name: str, options: str, num_rows: int | None, weight: str
 ) -> None:
     assert data == Path.cwd()
-    plain, found = find_dataset(name), find_dataset(name + options)
-    assert (found.files, found.repository, found.split) == (plain.files, plain.repository, plain.split)
-    assert (found.name, found.num_rows, found.weight) == (name + options, num_rows, Fraction(weight))
+    plain, source = find_dataset(name), find_dataset(name + options)
+    assert (source.files, source.repository, source.split) == (plain.files, plain.repository, plain.split)
+    assert (source.name, source.num_rows, source.weight) == (name + options, num_rows, Fraction(weight))
 
 
 @pytest.mark.parametrize("real", ["a.jsonl*2.jsonl", "a#5.jsonl", "a.jsonl#5", "b[1].jsonl"])
@@ -154,9 +154,9 @@ def test_a_weight_is_not_a_glob_over_sibling_files(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_hub_id_is_parsed(name: str, expected: tuple[str | None, ...]) -> None:
-    found = find_dataset(name)
-    assert (found.repository, found.revision, found.config, found.split) == expected
-    assert not found.is_local
+    source = find_dataset(name)
+    assert (source.repository, source.revision, source.config, source.split) == expected
+    assert not source.is_local
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_the_output_of_save_to_disk_is_read_without_metadata_and_caches(tmp_path
     rows = Dataset.from_dict({"text": ["a", "b"]})
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     folder = tmp_path / "saved" / "train"
-    (folder / "cache-0123456789abcdef.arrow").write_text("x")  # of a map over what was loaded from there
+    (folder / "cache-0123456789abcdef.arrow").write_text("x")  # of a map over the loaded data
     arrow = folder / "data-00000-of-00001.arrow"
     assert {path.name for path in folder.iterdir()} > {"state.json", "dataset_info.json"}
     assert find_dataset(str(folder)).files == (arrow,)

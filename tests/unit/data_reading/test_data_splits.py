@@ -107,8 +107,10 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
 def test_a_split_has_the_files_that_datasets_reads(make_directory: Callable[..., str], layout: str) -> None:
     names, splits = LAYOUTS[layout]
     path = make_directory(*names)
-    found = datasets.load_dataset_builder(path).config.data_files
-    assert {str(split): [str(Path(file).relative_to(path)) for file in found[split]] for split in found} == splits
+    data_files = datasets.load_dataset_builder(path).config.data_files
+    assert {
+        str(split): [str(Path(file).relative_to(path)) for file in data_files[split]] for split in data_files
+    } == splits
     for split, files in splits.items():
         assert files_of(path, split) == files_of(f"{path}::{split}") == files
         assert find_dataset(path, split).split == split
@@ -458,7 +460,7 @@ def test_shards_in_a_cache_belong_to_their_split(make_directory: Callable[..., s
     assert files_of(path, "pretrain") == ["n-pretrain.arrow"]
 
 
-# What is said
+# Notes
 
 
 def test_named_files_of_several_splits_are_all_read_with_a_note(make_directory: Callable[..., str]) -> None:
@@ -511,8 +513,8 @@ def test_data_that_is_both_trained_and_held_out_is_detected(
 ) -> None:
     monkeypatch.chdir(make_directory("train.jsonl", "test.jsonl"))
     data = DataSettings(dataset=(trained,), eval_dataset=(evaluated,))
-    found = overlapping_source(trained_sources(data), held_out_sources(data), data)
-    assert (found is not None) == is_same
+    overlap = overlapping_source(trained_sources(data), held_out_sources(data), data)
+    assert (overlap is not None) == is_same
 
 
 STEMS = st.sampled_from(
@@ -549,8 +551,8 @@ def test_no_file_of_another_split_is_trained_and_each_is_read_or_reported(names:
         directory = source.directory
         assert directory is not None
         for path in source.files:
-            told = [splits_in_name(part) for part in path.relative_to(top).parts if splits_in_name(part)]
-            assert told[:1] in ([], [{"train"}])
+            named_splits = [splits_in_name(part) for part in path.relative_to(top).parts if splits_in_name(part)]
+            assert named_splits[:1] in ([], [{"train"}])
         by_split = [path for split in directory.splits for path in split.files]
         known = {*source.files, *by_split, *directory.ambiguous, *directory.unassigned, *directory.files}
         left = {path for path in top.rglob("*.jsonl") if path not in known}

@@ -121,7 +121,7 @@ def test_the_turns_and_answers_of_one_row_are_not_rows(
 @pytest.mark.parametrize("content", [{"conversations": ["hi", "yo"]}, {"messages": ["hi"]}])
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_texts_in_place_of_messages_are_not_rows(tmp_path: Path, content: dict[str, object], suffix: str) -> None:
-    opened(write(tmp_path / f"a.{suffix}", json.dumps(content)))  # which of its row, as ever, says what is wrong
+    opened(write(tmp_path / f"a.{suffix}", json.dumps(content)))  # the usual error of the row says what is wrong
 
 
 def test_a_line_with_lists_under_its_columns_is_a_row(tmp_path: Path) -> None:
