@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what a run wrote goes when it is old, what anybody else put there never does."""
+"""The folder of a run's checkpoints: the run deletes its old ones, and never what anybody else put there."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def names(store: CheckpointStore) -> list[str]:
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def test_the_oldest_go_and_nothing_else_is_left(store: CheckpointStore) -> None:
+def test_the_oldest_checkpoints_are_deleted_without_leftovers(store: CheckpointStore) -> None:
     assert save(store, 1, 2, 3, 4) == {}
     assert names(store) == ["step-3", "step-4"]
 
@@ -56,7 +56,7 @@ def test_the_oldest_go_and_nothing_else_is_left(store: CheckpointStore) -> None:
         ".kept-step-3",
     ],
 )
-def test_a_folder_of_the_users_stays_whatever_its_name(store: CheckpointStore, name: str, held: str) -> None:
+def test_a_folder_of_the_user_stays_whatever_its_name(store: CheckpointStore, name: str, held: str) -> None:
     mine = store.folder / name
     mine.mkdir()
     (mine / held).touch()
@@ -70,7 +70,7 @@ def test_a_folder_of_the_users_stays_whatever_its_name(store: CheckpointStore, n
     assert names(store) == sorted([name, moved.name, "step-3", "step-4"])
 
 
-def test_a_damaged_checkpoint_that_was_set_aside_is_not_lost_to_the_next(store: CheckpointStore) -> None:
+def test_a_second_damaged_checkpoint_does_not_replace_the_first_one_set_aside(store: CheckpointStore) -> None:
     moved = []
     for _ in range(2):
         save(store, 5)
@@ -112,7 +112,7 @@ def test_an_old_checkpoint_with_an_edited_file_stays_and_is_reported(store: Chec
 
 
 @pytest.mark.parametrize("digits", [19, 250])
-def test_a_folder_with_a_number_that_no_step_has_is_no_checkpoint(store: CheckpointStore, digits: int) -> None:
+def test_a_folder_with_an_impossible_step_number_is_not_a_checkpoint(store: CheckpointStore, digits: int) -> None:
     odd = store.folder / f"step-{'9' * digits}"
     odd.mkdir()
     assert save(store, 1, 2, 3) == {}
@@ -121,20 +121,20 @@ def test_a_folder_with_a_number_that_no_step_has_is_no_checkpoint(store: Checkpo
     assert [path.name for path in list_checkpoints(store.folder)] == ["step-2"]
 
 
-def test_a_folder_or_a_link_by_the_name_of_a_checkpoint_stays(store: CheckpointStore, tmp_path: Path) -> None:
+def test_a_folder_or_a_link_named_like_a_checkpoint_stays(store: CheckpointStore, tmp_path: Path) -> None:
     (store.folder / "step-1").mkdir()
     (store.folder / "step-1" / "thesis").touch()
     (store.folder / "step-2").symlink_to(tmp_path)
     (store.folder / "step-3").write_text("thesis")
-    kept = save(store, 4, 5, 6)
-    assert {path.name: reason.split()[1] for path, reason in kept.items()} == {
+    not_deleted = save(store, 4, 5, 6)
+    assert {path.name: reason.split()[1] for path, reason in not_deleted.items()} == {
         **{"step-1": "has", "step-2": "is", "step-3": "has"}
     }
     assert (store.folder / "step-1" / "thesis").exists()
     assert names(store) == ["step-1", "step-2", "step-3", "step-5", "step-6"]
 
 
-def test_what_is_at_the_path_of_a_new_checkpoint_is_moved_aside_unless_a_run_wrote_it(store: CheckpointStore) -> None:
+def test_anything_at_the_path_of_a_new_checkpoint_is_moved_aside_unless_a_run_wrote_it(store: CheckpointStore) -> None:
     (store.folder / "step-1").mkdir()
     (store.folder / "step-1" / "thesis").touch()
     assert save(store, 1) == {store.folder / ".kept-step-1": "it has no checksums.json that can be read"}
@@ -143,7 +143,7 @@ def test_what_is_at_the_path_of_a_new_checkpoint_is_moved_aside_unless_a_run_wro
     assert names(store) == [".kept-step-1", "step-1"]
 
 
-def test_a_checkpoint_that_has_lost_files_goes_when_it_is_old(store: CheckpointStore) -> None:
+def test_an_old_checkpoint_with_missing_files_is_deleted(store: CheckpointStore) -> None:
     save(store, 1, 2)
     (store.path_of(1) / "folder" / "weights").unlink()
     (store.path_of(2) / TRAINER_STATE).unlink()
@@ -167,7 +167,7 @@ with store.staging(2) as place:
 
 
 @pytest.mark.parametrize("while_", ["writing", "deleting"])
-def test_what_a_process_leaves_that_is_killed_is_no_checkpoint_and_goes_with_the_next(
+def test_leftovers_of_a_killed_process_are_not_checkpoints_and_are_deleted_by_the_next_save(
     store: CheckpointStore, while_: str
 ) -> None:
     save(store, 1)
@@ -177,7 +177,7 @@ def test_what_a_process_leaves_that_is_killed_is_no_checkpoint_and_goes_with_the
     assert left
     assert all({path.name for path in (store.folder / name).iterdir()} <= {MARK, WHOLE} for name in left)
     assert [path.name for path in list_checkpoints(store.folder)] == ["step-1" if while_ == "writing" else "step-2"]
-    # Of this very number is the writer in a container that was started again.
+    # The writer in a restarted container has the same process id.
     own = store.folder / f".step-7.{os.getpid()}-a.saving"
     own.mkdir()
     (own / MARK).touch()

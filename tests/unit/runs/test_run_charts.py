@@ -1,4 +1,4 @@
-"""The charts of a run: what each shows, where marks stand, and that odd runs have charts too."""
+"""The charts of a run: what each shows, where its marks are, and that odd runs have charts too."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +29,8 @@ def points_of(chart: LineChart, color: str, *, is_faint: bool = False) -> list[P
 
 
 def test_a_run_has_a_chart_for_each_figure_with_its_unit(tmp_path: Path) -> None:
-    found = charts(tmp_path, [step_done(step) for step in range(1, 101)], a_record())
-    units = {name: chart.labels.unit for name, chart in found.items()}
+    named_charts = charts(tmp_path, [step_done(step) for step in range(1, 101)], a_record())
+    units = {name: chart.labels.unit for name, chart in named_charts.items()}
     assert units == {
         "loss": "nats a token",
         "learning_rate": "",
@@ -38,7 +38,7 @@ def test_a_run_has_a_chart_for_each_figure_with_its_unit(tmp_path: Path) -> None
         "tokens_per_second": "tokens a second",
         "memory": "GiB",
     }
-    for named in found.values():
+    for named in named_charts.values():
         chart = named.chart
         assert 3 <= len(chart.y.ticks(chart.num_levels)) <= 8
         assert [label for _, label in chart.x.ticks(5, is_whole=True)] == ["0", "50", "100"]
@@ -69,11 +69,11 @@ def test_events_are_marked_with_their_steps(tmp_path: Path) -> None:
     events += [StepSkipped(step=30, reason="nan", rows=()), CheckpointSaved(step=20, path=Path("c"))]
     events += [TrainingResumed(step=40, num_steps=100, checkpoint=Path("c"))]
     events += [step_done(step) for step in range(41, 81)]
-    found = charts(tmp_path, events)
-    marks = {mark.look: mark for mark in found["loss"].chart.marks}
+    named_charts = charts(tmp_path, events)
+    marks = {mark.look: mark for mark in named_charts["loss"].chart.marks}
     assert marks[SKIPPED].text == "step 30: skipped: not finite"
     assert (marks[SAVED].x, marks[SAVED].text) == (20, "step 20: checkpoint")
-    for named in found.values():
+    for named in named_charts.values():
         (rule,) = [rule for rule in named.chart.rules if not rule.is_level]
         assert (rule.at, rule.text) == (40, "resumed after step 40")
 
@@ -99,7 +99,7 @@ def test_a_single_spike_neither_flattens_the_loss_nor_is_hidden(tmp_path: Path) 
     assert (50, 1e6) in points_of(loss, "first", is_faint=True)
 
 
-def test_gradient_norms_are_logarithmic_only_where_they_are_wide_and_above_zero(tmp_path: Path) -> None:
+def test_gradient_norms_are_logarithmic_only_if_their_range_is_wide_and_positive(tmp_path: Path) -> None:
     for name, spike, unit in (("wide", 50.0, "logarithmic"), ("narrow", 1.0, ""), ("zero", 0.0, "")):
         norms = {9: spike, 10: 60.0 if name == "zero" else 0.3}
         events: list[Event] = [
@@ -111,7 +111,7 @@ def test_gradient_norms_are_logarithmic_only_where_they_are_wide_and_above_zero(
         assert [(rule.at, rule.text) for rule in named.chart.rules] == [(0.3, "clipped above 0.3")]
 
 
-def test_memory_has_the_prediction_as_a_line_above_what_was_used(tmp_path: Path) -> None:
+def test_the_memory_chart_shows_the_prediction_as_a_line_above_the_usage(tmp_path: Path) -> None:
     chart = charts(tmp_path, [step_done(step) for step in range(1, 21)], a_record())["memory"].chart
     (allocated,) = [rule for rule in chart.rules if rule.color == "first"]
     assert allocated.text == "allocated, predicted: 9.00 GiB"

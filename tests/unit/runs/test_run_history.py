@@ -1,4 +1,4 @@
-"""What is read from `metrics.jsonl`: whole, cut, damaged, resumed, and long."""
+"""Reading `metrics.jsonl`: whole, truncated, damaged, resumed, and long."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def saved(step: int) -> CheckpointSaved:
 
 
 def of_a_run(history: RunHistory) -> tuple[object, ...]:
-    """Return what must not depend on whether a run was interrupted."""
+    """Return everything that must not depend on whether a run was interrupted."""
     steps = [list(getattr(history.steps, name)) for name in ("step", "loss", "grad_norm", "host_bytes")]
     events = (history.evaluations, history.samples, history.skipped, history.checkpoints)
     return (steps, *events, history.num_steps, history.notes, history.last_step, history.best)
@@ -102,7 +102,7 @@ def test_a_worse_or_unmeasurable_evaluation_is_not_the_best(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60, -1])
-def test_a_cut_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     write_run(tmp_path, [STARTED, *between(1, 5)])
     whole = read_history(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -112,7 +112,7 @@ def test_a_cut_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     assert history.num_damaged_lines == 0
 
 
-def test_damaged_lines_in_the_middle_are_counted_and_all_others_read(tmp_path: Path) -> None:
+def test_damaged_lines_in_the_middle_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     damaged = [
         *('{"event": "step_done", "ti', "[1, 2]", "null", "no json", '{"event": "step_done"}', '{"no": "event"}'),
         *('{"event": "step_done", "step": "x"}', '{"event": "eval_done", "step": 1}', '{"event": ["step_done"]}'),
@@ -131,23 +131,23 @@ def test_damaged_lines_in_the_middle_are_counted_and_all_others_read(tmp_path: P
 @pytest.mark.parametrize("last", [4, 5, 6, 7, 8, 9, 10])
 def test_a_resumed_run_reads_as_if_it_was_never_interrupted(tmp_path: Path, last: int) -> None:
     whole = [STARTED, sample_done(0), *between(1, 10)]
-    behind = last // 4 * 4
+    checkpoint_step = last // 4 * 4
     stopped = TrainingEnded(step=last, num_steps=10, interrupted_by="SIGTERM")
-    again = [STARTED, resumed(behind), *between(behind + 1, 10)]
+    again = [STARTED, resumed(checkpoint_step), *between(checkpoint_step + 1, 10)]
     history = read(tmp_path / "resumed", [STARTED, sample_done(0), *between(1, last), stopped, *again])
     assert of_a_run(history) == of_a_run(read(tmp_path / "whole", whole))
-    assert [event.step for event in history.resumes] == [behind]
+    assert [event.step for event in history.resumes] == [checkpoint_step]
     assert history.stops == (stopped,)
     assert history.end is None
 
 
-def test_the_evaluation_of_the_step_after_which_it_resumes_stays_or_is_repeated(tmp_path: Path) -> None:
+def test_the_evaluation_at_the_step_of_the_checkpoint_is_retained_or_repeated(tmp_path: Path) -> None:
     history = read(tmp_path, [STARTED, *between(1, 10), resumed(8), eval_done(8, 1.0), *between(9, 9)])
     assert [(done.step, done.loss) for done in history.evaluations] == [(4, 2.6), (8, 1.0)]
     assert history.steps.step[-1] == 9
 
 
-def test_a_run_resumed_twice_further_back_forgets_the_first_resumption(tmp_path: Path) -> None:
+def test_resuming_again_from_an_earlier_step_discards_the_first_resumption(tmp_path: Path) -> None:
     skipped = StepSkipped(step=7, reason="nan", rows=())
     events = [STARTED, *between(1, 9), resumed(8), *between(9, 10), skipped, resumed(4), *between(5, 6)]
     history = read(tmp_path, events)
@@ -160,7 +160,7 @@ def test_a_run_resumed_twice_further_back_forgets_the_first_resumption(tmp_path:
 @pytest.mark.parametrize("again", [[STARTED], [STARTED, resumed(0)]])
 def test_a_run_that_restarted_without_a_checkpoint_counts_once(tmp_path: Path, again: list[Event]) -> None:
     before: list[Event] = [STARTED, sample_done(0), *between(1, 3), eval_done(3, 0.1)]
-    history = read(tmp_path / "anew", [*before, *again, sample_done(0), *between(1, 10)])
+    history = read(tmp_path / "restarted", [*before, *again, sample_done(0), *between(1, 10)])
     assert of_a_run(history) == of_a_run(read(tmp_path / "whole", [STARTED, sample_done(0), *between(1, 10)]))
     assert history.resumes == ()
 
@@ -182,7 +182,7 @@ def test_the_night_between_two_sessions_is_not_training_time(tmp_path: Path) -> 
     assert history.last_event == next_day + timedelta(seconds=5)
 
 
-def test_no_file_and_an_empty_one_are_an_empty_history(tmp_path: Path) -> None:
+def test_a_missing_or_empty_file_is_an_empty_history(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     for folder in (tmp_path, tmp_path / "none"):
         history = read_history(folder)
@@ -190,7 +190,7 @@ def test_no_file_and_an_empty_one_are_an_empty_history(tmp_path: Path) -> None:
         assert history.active_seconds == 0
 
 
-def test_figures_that_are_missing_or_no_number_are_gaps(tmp_path: Path) -> None:
+def test_figures_that_are_missing_or_not_a_number_are_gaps(tmp_path: Path) -> None:
     line = json.loads(lines_of([step_done(1)])[0])
     line |= {"loss": None, "grad_norm": "big", "memory": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -207,7 +207,7 @@ def write_steps(folder: Path, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["num_tokens", "tokens_per_second", "loss"])
-def test_a_figure_that_no_float_can_hold_leaves_every_column_as_long(tmp_path: Path, key: str) -> None:
+def test_a_figure_beyond_a_float_leaves_all_columns_equally_long(tmp_path: Path, key: str) -> None:
     lines = [*lines_of([step_done(1)]), json.dumps({**json.loads(lines_of([step_done(2)])[0]), key: 10**400})]
     write_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -234,15 +234,15 @@ def test_200_000_lines_are_read_in_seconds(tmp_path: Path) -> None:
     write_steps(tmp_path, 200_000)
     start = time.process_time()
     history = read_history(tmp_path)
-    assert time.process_time() - start < 6  # 1.6 where it was written; others may be at work here
+    assert time.process_time() - start < 6  # 1.6 where it was measured; this machine may be busy
     assert len(history.steps) == history.last_step == 200_000
 
 
 @pytest.mark.parametrize("kind", [eval_done, sample_done, skipped_step, saved])
-def test_events_of_many_steps_and_one_that_comes_again_and_again_are_read_in_linear_time(
+def test_many_events_and_one_step_repeated_as_often_are_read_in_linear_time(
     tmp_path: Path, kind: Callable[..., Event]
 ) -> None:
-    """Of each kind 30,000, and then as often a step that undoes none, one or all of them."""
+    """30,000 events of each kind, and then a step repeated as often that undoes none, one or all of them."""
     line = lines_of([step_done(1)])[0]
     for after in (0, 29_999, 40_000):
         events = lines_of([kind(step, **{"loss": 1.0} if kind is eval_done else {}) for step in range(30_000)])
@@ -256,18 +256,18 @@ def test_events_of_many_steps_and_one_that_comes_again_and_again_are_read_in_lin
         assert history.num_damaged_lines == 0
 
 
-def test_more_events_of_a_kind_than_any_run_has_are_counted_as_damage(
+def test_events_beyond_the_limit_of_a_kind_are_counted_as_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history_module, "MAX_EVENTS_OF_KIND", 3)
     ended = [TrainingEnded(step=5, num_steps=9, interrupted_by="SIGTERM")] * 5
     events = [make(step) for make in (sample_done, skipped_step, saved) for step in range(5)]
     evaluations = [eval_done(step, 1.0) for step in range(5)]
-    found = read(tmp_path, [*events, *evaluations, *ended])
-    assert {len(one) for one in (found.samples, found.skipped, found.checkpoints, found.evaluations, found.stops)} == {
-        3
-    }
-    assert found.num_damaged_lines == 10
+    history = read(tmp_path, [*events, *evaluations, *ended])
+    assert {
+        len(one) for one in (history.samples, history.skipped, history.checkpoints, history.evaluations, history.stops)
+    } == {3}
+    assert history.num_damaged_lines == 10
 
 
 def test_a_step_takes_less_memory_than_its_line(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_step_takes_less_memory_than_its_line(tmp_path: Path) -> None:
     assert peak_bytes < 20_000 * 150 < (tmp_path / "metrics.jsonl").stat().st_size
 
 
-def test_a_gap_is_that_of_a_field_of_its_event() -> None:
+def test_gaps_are_declared_for_existing_fields_of_events() -> None:
     for kind, gaps in GAPS.items():
         assert gaps.keys() <= {field.name for field in fields(kind)}, kind
         assert kind in EVENT_NAMES

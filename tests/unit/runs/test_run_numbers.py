@@ -1,4 +1,4 @@
-"""Numbers in the files of a run that no run has: the figure is left out and said, and every view shows the rest."""
+"""Impossible numbers in the files of a run: the figure is omitted and reported, and every view shows the rest."""
 
 import json
 import math
@@ -32,7 +32,7 @@ CONTENT["result"] = {**RESULT, "peak_memory": dict.fromkeys(("host_bytes", "devi
 
 
 def places(content: Any, *path: str) -> list[tuple[str, ...]]:
-    """Return where a number is in objects within each other."""
+    """Return the path of every number in nested objects."""
     if isinstance(content, dict):
         return [place for key, part in content.items() for place in places(part, *path, key)]
     return [path] if isinstance(content, int | float) and not isinstance(content, bool) else []
@@ -57,7 +57,7 @@ def show(run: Run, *, on_page: bool) -> None:
 
 
 @pytest.mark.parametrize("place", places(CONTENT), ids=".".join)
-def test_a_number_in_a_record_is_shown_or_left_out_and_reported(tmp_path: Path, place: tuple[str, ...]) -> None:
+def test_a_number_in_a_record_is_shown_or_omitted_and_reported(tmp_path: Path, place: tuple[str, ...]) -> None:
     for value in NUMBERS:
         write_run(tmp_path / "run", record=changed(CONTENT, place, value))
         is_drawn = value in HUGE[:1]  # the curves do not depend on the record, and drawing them takes half a second
@@ -92,7 +92,7 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert [run.name for run in runs if not run.problems] == ["good"]
 
 
-def test_what_is_nested_too_deeply_is_left_out_and_reported(tmp_path: Path) -> None:
+def test_values_nested_too_deeply_are_omitted_and_reported(tmp_path: Path) -> None:
     for depth in (60, 400, 900, 5_000):
         write_run(tmp_path / "run")
         nested = "[" * depth + "]" * depth
@@ -110,7 +110,7 @@ def test_every_number_has_a_text(number: Any) -> None:
         assert format_count(number)
 
 
-def test_the_steps_of_a_run_that_can_not_be_read_are_no_length_to_compare_with(tmp_path: Path) -> None:
+def test_an_unreadable_number_of_steps_is_an_error_where_it_is_compared(tmp_path: Path) -> None:
     record = read_record(write_run(tmp_path / "run", record=changed(CONTENT, ("plan", "num_steps"), 10**400)))
     assert record.plan.num_steps is None
     with pytest.raises(QloraError, match=r"does not say how many .*: plan\.num_steps: a number that no run has"):

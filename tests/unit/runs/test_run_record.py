@@ -64,7 +64,7 @@ def test_a_record_of_version_0_reads_as_it_was_meant(old_run: Path) -> None:
     assert summary.model == "/home/ann/project/base"
 
 
-def test_the_result_of_version_0_is_that_of_the_directory_it_is_in_now(old_run: Path) -> None:
+def test_paths_of_a_version_0_result_are_those_of_its_present_directory(old_run: Path) -> None:
     (old_run / "checkpoints" / "step-6").mkdir(parents=True)
     result = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
     assert result is not None
@@ -74,7 +74,7 @@ def test_the_result_of_version_0_is_that_of_the_directory_it_is_in_now(old_run: 
 
 @pytest.mark.parametrize("field", fields(TrainResult), ids=lambda field: str(field.name))
 @pytest.mark.parametrize("damage", ["missing", {"x": 1}])
-def test_a_result_with_a_gap_is_a_result(old_run: Path, field: Field[Any], damage: object) -> None:
+def test_a_result_with_a_missing_or_damaged_field_is_read(old_run: Path, field: Field[Any], damage: object) -> None:
     whole = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
     assert whole is not None
     written = {key: value for key, value in WHOLE["result"].items() if key != field.name}
@@ -88,7 +88,7 @@ def test_a_result_with_a_gap_is_a_result(old_run: Path, field: Field[Any], damag
     assert getattr(result, field.name) in ((known[field.name],) if field.name in known else (None, 0))
 
 
-def test_an_empty_result_is_that_of_all_steps_planned(old_run: Path) -> None:
+def test_an_empty_result_counts_all_planned_steps(old_run: Path) -> None:
     change(old_run, result={})
     result = TrainResult.of_run(RunDirectory(old_run), load_record(old_run))
     assert result is not None
@@ -105,7 +105,7 @@ def test_a_merge_record_of_version_0_reads_as_it_was_meant() -> None:
     assert record.data[0].rows_trained == 1500
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_a_written_record_is_read_back(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     written = new_record(directory, {**a_record("interrupted"), "unknown": {"kept": [1, None]}})
     write_record(directory, written)
@@ -125,14 +125,14 @@ def test_a_record_of_a_newer_version_says_so(old_run: Path, version: object) -> 
         load_record(old_run)
     assert caught.value.exit_code == 2
     assert caught.value.hint == "Update qlora: pip install -U qlora-cli"
-    assert read_run(old_run).summary.problems  # a list of runs goes on
+    assert read_run(old_run).summary.problems  # a list of runs continues
     problem = output_problem(OutputSettings(directory=old_run))
     assert problem is not None
     assert problem.hint == "Update qlora: pip install -U qlora-cli, or choose another --output."
 
 
 @pytest.mark.parametrize("version", ["2", None, True, 1.5, [1]])
-def test_a_version_that_is_no_whole_number_is_damage(old_run: Path, version: object) -> None:
+def test_a_version_that_is_not_a_whole_number_is_damage(old_run: Path, version: object) -> None:
     change(old_run, schema_version=version)
     with pytest.raises(
         ModelError, match=r"run\.json is damaged: schema_version is .*, which is no whole number"
@@ -147,13 +147,13 @@ def test_a_version_that_is_no_whole_number_is_damage(old_run: Path, version: obj
 
 def test_a_merge_record_of_a_newer_version_or_a_damaged_one_says_so(tmp_path: Path) -> None:
     assert read_merge_record(tmp_path) is None
-    for content, said in (
+    for content, message in (
         ({"schema_version": MERGE_SCHEMA_VERSION + 1}, "is of schema version"),
         ({"adapters": 3}, "is damaged: adapters"),
         ([], "is damaged"),
     ):
         (tmp_path / "merge.json").write_text(json.dumps(content))
-        with pytest.raises(ModelError, match=said) as caught:
+        with pytest.raises(ModelError, match=message) as caught:
             read_merge_record(tmp_path)
         assert caught.value.hint
     (tmp_path / "merge.json").write_text("{")
@@ -173,7 +173,7 @@ WHOLE = json.loads((VERSION_0 / "run.json").read_text())
 
 
 @pytest.mark.parametrize("damage", [17.5, -1, "x", None, [], ["x"], {"x": 1}, [{"step": "x"}], {"x": {"x": []}}])
-def test_whatever_is_damaged_the_rest_is_read_and_the_damage_is_no_crash(old_run: Path, damage: object) -> None:
+def test_the_rest_of_a_damaged_record_is_read_without_a_crash(old_run: Path, damage: object) -> None:
     for place in places(WHOLE):
         content = json.loads(json.dumps(WHOLE))
         holder = content
@@ -200,7 +200,7 @@ def test_a_command_that_needs_what_is_missing_names_file_and_key(old_run: Path, 
     assert key in str(caught.value)
 
 
-def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
+def test_relative_names_resolve_from_the_original_and_the_moved_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tmp_path / "project"
@@ -217,9 +217,9 @@ def test_relative_names_resolve_from_where_they_were_given_and_where_that_moved(
     assert record.base().candidate_paths == (project / "models" / "base", moved / "models" / "base")
 
 
-def test_a_record_of_version_0_shows_by_its_own_name_where_others_were_given(tmp_path: Path) -> None:
+def test_relative_names_in_a_version_0_record_resolve_by_its_output_directory(tmp_path: Path) -> None:
     run = Path(shutil.copytree(VERSION_0, tmp_path / "project" / "runs" / "old"))
-    for output, found in (
+    for output, candidates in (
         ("runs/old", (tmp_path / "project" / "rows.jsonl",)),
         ("./runs/old/", (tmp_path / "project" / "rows.jsonl",)),
         ("elsewhere/old", ()),
@@ -227,14 +227,14 @@ def test_a_record_of_version_0_shows_by_its_own_name_where_others_were_given(tmp
         ("../old", ()),
     ):
         change(run, settings={**WHOLE["settings"], "output": {"directory": output}})
-        assert load_record(run).candidate_paths("rows.jsonl") == found
+        assert load_record(run).candidate_paths("rows.jsonl") == candidates
 
 
 @pytest.mark.parametrize(
     ("prompts", "error", "is_private"),
     [(None, None, False), ([], None, False), (["What ails me?"], None, True), (None, "rows.jsonl, row 7: …", True)],
 )
-def test_a_record_that_may_quote_rows_or_prompts_is_for_its_owner_alone(
+def test_a_record_that_may_quote_rows_or_prompts_is_readable_by_its_owner_only(
     tmp_path: Path, prompts: list[str] | None, error: str | None, is_private: bool
 ) -> None:
     (tmp_path / "usual").touch()
@@ -254,7 +254,7 @@ def test_paths_of_the_run_are_recorded_relative_to_it(tmp_path: Path, monkeypatc
     assert recorded_path(directory, Path("other/checkpoints/step-2")) == tmp_path / "other/checkpoints/step-2"
 
 
-def test_a_run_that_came_from_another_still_did_when_both_moved(tmp_path: Path) -> None:
+def test_a_resumed_run_recognises_its_origin_after_both_moved(tmp_path: Path) -> None:
     project = tmp_path / "project"
     first, second = RunDirectory(project / "first"), RunDirectory(project / "second")
     for run in (first, second):
@@ -276,20 +276,23 @@ def test_a_run_that_came_from_another_still_did_when_both_moved(tmp_path: Path) 
             project.rename(place)
         again = OutputSettings(directory=place / "second", resume=str(place / "first" / "checkpoints" / "step-3"))
         assert output_problem(again) is None
-        found = find_resume(again)
-        assert found is not None
-        assert (found.run.path, found.step) == (place / "second", 4)  # from its own, and no more from the other's
+        resume = find_resume(again)
+        assert resume is not None
+        assert (resume.run.path, resume.step) == (
+            place / "second",
+            4,
+        )  # from its own checkpoint, and no longer from the other's
         other = OutputSettings(directory=place / "second", resume=str(place / "first" / "checkpoints" / "step-4"))
         assert "already holds a run, other than the one" in str(output_problem(other))
 
 
-def test_an_empty_record_has_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_missing_record_is_empty_with_a_reason(tmp_path: Path) -> None:
     record = read_record(tmp_path)
     assert (record.content, record.problems) == ({}, ("there is no run.json",))
     assert RunRecord().settings_used == ()
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "x\0y"])
-def test_a_name_in_a_record_that_no_disk_can_hold_is_one_of_nothing(name: str) -> None:
+def test_an_impossible_file_name_in_a_record_is_harmless(name: str) -> None:
     record = RunRecord.model_validate({"resumed": [{"step": 1, "checkpoint": name, "from_run": ".."}]})
     assert len(record.checkpoint_candidates(record.resumed[0])) == 2

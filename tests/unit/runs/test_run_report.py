@@ -1,4 +1,4 @@
-"""`run_page.html`: what stands in it, that it needs nothing, and that neither text nor figures break it."""
+"""`run_page.html`: its contents, that it is self-contained, and that neither text nor figures break it."""
 
 import re
 import stat
@@ -77,7 +77,7 @@ def words(element: Element) -> str:
     return " ".join(element.text.split())
 
 
-def test_it_says_first_what_became_of_the_run(root: Element) -> None:
+def test_the_page_begins_with_the_outcome_of_the_run(root: Element) -> None:
     header = root.all("header")[0]
     (state,) = header.all("p", "state")
     assert state.text == "Failed after step 62 of 100"
@@ -94,7 +94,9 @@ def test_it_says_first_what_became_of_the_run(root: Element) -> None:
 
 
 def test_headings_are_in_order(root: Element) -> None:
-    headings = [found for found in root.all() if re.fullmatch("h[1-4]", found.tag) and found.tag in {"h1", "h2"}]
+    headings = [
+        element for element in root.all() if re.fullmatch("h[1-4]", element.tag) and element.tag in {"h1", "h2"}
+    ]
     assert [heading.text for heading in headings][1:] == [
         *("Answers before and after", "Notes and warnings", "Peak memory", "Rows and tokens", "Settings", "How it ran")
     ]
@@ -123,7 +125,7 @@ def test_charts_have_curves_ticks_units_and_a_description(root: Element) -> None
     assert "2 steps with a loss that is no finite number" in loss.all("p", "remark")[0].text
 
 
-def test_answers_stand_before_and_after_and_hostile_ones_are_text(root: Element) -> None:
+def test_answers_before_and_after_training_are_shown_and_hostile_ones_are_text(root: Element) -> None:
     samples = root.all("article", "sample")
     assert len(samples) == len(HOSTILE)
     for prompt, sample in zip(HOSTILE, samples, strict=True):
@@ -135,7 +137,7 @@ def test_answers_stand_before_and_after_and_hostile_ones_are_text(root: Element)
         assert all(element.attributes["dir"] == "auto" for element in sample.all("p", "text"))
 
 
-def test_settings_come_with_their_origin_those_that_were_set_first(root: Element) -> None:
+def test_settings_are_listed_with_their_origin_and_given_ones_first(root: Element) -> None:
     changed, default = root.all("table", "settings")
     rows = [[cell.text for cell in row.all() if cell.tag in {"th", "td"}] for row in changed.all("tr")[1:]]
     assert [(name, origin) for name, _, origin in rows] == [
@@ -194,21 +196,21 @@ def test_a_run_that_crashed_before_its_first_step_has_a_page(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 7, True, [1, "a", None], {"a": [1]}, 1e400, -0.5])
 @pytest.mark.parametrize("key", ["settings", "origins", "versions", "hardware", "data", "plan", "result", "error"])
-def test_there_is_a_page_whatever_the_record_contains(tmp_path: Path, key: str, value: object) -> None:
+def test_every_record_has_a_page_whatever_it_contains(tmp_path: Path, key: str, value: object) -> None:
     for record in (a_record("failed", **{key: value}), a_record("failed", **{key: {"train": value, "x": value}})):
         parse(page_of(tmp_path, [step_done(1)], record))
 
 
-def test_the_report_lies_in_the_run_complete_and_for_its_owner(tmp_path: Path) -> None:
+def test_the_report_is_complete_in_the_run_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     write_run(tmp_path, events_of_a_run(), hostile_record())
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
     parse(path.read_text("utf-8"))
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600  # it holds samples and rows
 
 
-def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, [step_done(1)], a_record())
     path = write_report(tmp_path)
     before = path.read_bytes()
@@ -220,7 +222,7 @@ def test_a_report_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, mon
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path)
     assert path.read_bytes() == before
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
 
 
 def test_the_template_is_part_of_the_package() -> None:

@@ -1,4 +1,4 @@
-"""A run in a few figures: what became of it, also where its files are missing, broken or of another machine."""
+"""The summary of a run: its outcome and figures, also where its files are missing, broken or from another machine."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def ended_pid() -> int:
 
 
 @pytest.mark.parametrize("status", ["done", "interrupted", "failed"])
-def test_a_run_that_ended_is_what_it_says(tmp_path: Path, status: str) -> None:
+def test_a_run_that_ended_has_its_recorded_status(tmp_path: Path, status: str) -> None:
     assert summary_of(tmp_path, [*STEPS], a_record(status, error="E: it broke")).state == status
 
 
@@ -49,14 +49,14 @@ def test_a_run_is_running_while_its_process_exists(tmp_path: Path) -> None:
     assert summary_of(tmp_path, [*STEPS], dead).state == "killed"
 
 
-def test_a_process_that_began_after_the_record_was_written_is_another_one(tmp_path: Path) -> None:
+def test_a_process_that_began_after_the_record_was_written_is_another(tmp_path: Path) -> None:
     write_run(tmp_path, [*STEPS], a_record("running", pid=os.getpid(), **HERE))
     os.utime(tmp_path / "run.json", (1_000_000, 1_000_000))
     assert read_run(tmp_path).summary.state == "killed"
 
 
 @pytest.mark.parametrize("known", [{}, {"pid": 1, "host": "another-host"}, {"pid": os.getpid()}, {**HERE}])
-def test_a_process_that_can_not_be_asked_for_is_taken_for_dead_after_15_minutes(
+def test_a_process_that_cannot_be_checked_counts_as_dead_after_15_minutes(
     tmp_path: Path, known: dict[str, Any]
 ) -> None:
     record = a_record("running", **known)
@@ -67,7 +67,7 @@ def test_a_process_that_can_not_be_asked_for_is_taken_for_dead_after_15_minutes(
 
 
 @pytest.mark.parametrize("pid", [-1, 2**70, 1.5, "7", None, True])
-def test_a_nonsensical_process_is_no_crash(tmp_path: Path, pid: object) -> None:
+def test_a_nonsensical_process_id_does_not_crash(tmp_path: Path, pid: object) -> None:
     assert summary_of(tmp_path, [*STEPS], a_record("running", pid=pid, **HERE)).state in {"running", "killed"}
 
 
@@ -75,7 +75,9 @@ def test_a_nonsensical_process_is_no_crash(tmp_path: Path, pid: object) -> None:
     ("signal", "expected"),
     [(None, "done"), ("SIGTERM", "interrupted")],
 )
-def test_without_a_record_the_events_tell_how_it_ended(tmp_path: Path, signal: str | None, expected: str) -> None:
+def test_without_a_record_the_outcome_is_read_from_the_events(
+    tmp_path: Path, signal: str | None, expected: str
+) -> None:
     ended = TrainingEnded(step=10, num_steps=100, interrupted_by=signal)
     summary = summary_of(tmp_path, [*STEPS, ended], None)
     assert (summary.state, summary.step, summary.num_steps) == (expected, 10, 100)
@@ -124,7 +126,7 @@ def test_figures_are_those_of_the_run(tmp_path: Path) -> None:
     assert summary.sentence == "Done, 10 of 100 steps"
 
 
-def test_the_peak_of_a_run_that_did_not_end_is_the_largest_that_was_seen(tmp_path: Path) -> None:
+def test_the_peak_of_an_unfinished_run_is_the_largest_observed(tmp_path: Path) -> None:
     rehearsed = Rehearsed(
         micro_batch_size=1,
         longest_row_tokens=9,
@@ -136,7 +138,7 @@ def test_the_peak_of_a_run_that_did_not_end_is_the_largest_that_was_seen(tmp_pat
     assert (summary.peak_allocated_bytes, summary.peak_reserved_bytes) == (7 * GIB, 8 * GIB)
 
 
-def test_without_a_record_the_prediction_is_that_of_the_events(tmp_path: Path) -> None:
+def test_without_a_record_the_prediction_is_read_from_the_events(tmp_path: Path) -> None:
     begun = TrainingStarted(
         num_steps=10, output=tmp_path, predicted_allocated_bytes=GIB, predicted_reserved_bytes=2 * GIB
     )
@@ -144,7 +146,7 @@ def test_without_a_record_the_prediction_is_that_of_the_events(tmp_path: Path) -
     assert (summary.predicted_allocated_bytes, summary.predicted_reserved_bytes) == (GIB, 2 * GIB)
 
 
-def test_the_speed_is_that_of_all_steps_but_those_that_are_not_known(tmp_path: Path) -> None:
+def test_the_speed_is_averaged_over_all_steps_with_a_known_time(tmp_path: Path) -> None:
     fast: list[Event] = [step_done(step, tokens_per_second=1000.0) for step in range(1, 4)]  # 500 tokens each
     unknown, slow = step_done(4, tokens_per_second=float("nan")), step_done(5, tokens_per_second=100.0)
     speed = summary_of(tmp_path, [*fast, unknown, slow], None).tokens_per_second
@@ -154,7 +156,7 @@ def test_the_speed_is_that_of_all_steps_but_those_that_are_not_known(tmp_path: P
     assert (summary.tokens_per_second, summary.loss) == (None, None)
 
 
-def test_a_resumed_run_began_when_it_began_first(tmp_path: Path) -> None:
+def test_a_resumed_run_began_with_its_first_session(tmp_path: Path) -> None:
     resumed = TrainingResumed(step=5, num_steps=100, checkpoint=Path("c"))
     later = (START + timedelta(days=2)).isoformat(timespec="seconds")
     summary = summary_of(tmp_path, [*STEPS, resumed], {**a_record(), "started": later})
@@ -162,7 +164,7 @@ def test_a_resumed_run_began_when_it_began_first(tmp_path: Path) -> None:
     assert (summary.step, summary.num_resumes) == (5, 1)
 
 
-def test_runs_are_found_at_any_depth_but_not_in_runs_and_sorted_by_their_start(tmp_path: Path) -> None:
+def test_runs_are_found_at_any_depth_but_not_within_runs_and_sorted_by_start(tmp_path: Path) -> None:
     for name, day in (("b/deep/second", 2), ("a/third", 3), ("first", 1)):
         write_run(tmp_path / name, [*STEPS], None, start=START + timedelta(days=day))
     write_run(tmp_path / "first" / "checkpoints" / "step-1", [], a_record())
@@ -170,8 +172,8 @@ def test_runs_are_found_at_any_depth_but_not_in_runs_and_sorted_by_their_start(t
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
-    found = find_runs(tmp_path)
-    assert [run.path.relative_to(tmp_path).as_posix() for run in found] == [
+    runs = find_runs(tmp_path)
+    assert [run.path.relative_to(tmp_path).as_posix() for run in runs] == [
         "broken",
         "first",
         "b/deep/second",
@@ -179,7 +181,7 @@ def test_runs_are_found_at_any_depth_but_not_in_runs_and_sorted_by_their_start(t
     ]
 
 
-def test_a_directory_may_be_a_run_itself_or_hold_none(tmp_path: Path) -> None:
+def test_a_directory_may_be_a_run_itself_or_contain_none(tmp_path: Path) -> None:
     assert find_runs(tmp_path) == []
     assert not is_run(tmp_path)
     write_run(tmp_path / "run", [])

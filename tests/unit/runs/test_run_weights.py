@@ -1,4 +1,4 @@
-"""Which weights are a run's, however it was stopped, killed, resumed or damaged; no model is needed to tell."""
+"""The weights of a run, however it was stopped, killed, resumed or damaged; determined without loading a model."""
 
 import json
 import os
@@ -60,13 +60,13 @@ def fill_adapter(folder: Path) -> None:
     (folder / ADAPTER_WEIGHTS).write_text("weights")
 
 
-def found(run: RunDirectory) -> RunWeights:
+def find_weights(run: RunDirectory) -> RunWeights:
     return weights_of(run, load_record(run.path))
 
 
 def test_the_weights_of_a_run_that_ended_are_its_adapter(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="done", steps=10, adapter=True, good=(8, 10))
-    weights = found(run)
+    weights = find_weights(run)
     assert (weights.path, weights.step, weights.num_steps) == (run.adapter, 10, 10)
     assert weights.is_done
     assert weights.is_result
@@ -74,42 +74,42 @@ def test_the_weights_of_a_run_that_ended_are_its_adapter(tmp_path: Path) -> None
     assert is_complete(run, load_record(run.path))
 
 
-def test_a_run_that_was_stopped_is_the_adapter_of_that_stop(tmp_path: Path) -> None:
+def test_the_weights_of_a_stopped_run_are_the_adapter_of_that_stop(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="interrupted", steps=5, adapter=True, good=(4, 5))
-    weights = found(run)
+    weights = find_weights(run)
     assert (weights.path, weights.step, weights.is_done, weights.is_result) == (run.adapter, 5, False, False)
     assert "step 5 of 10; the run has not ended" in weights.sentence
 
 
-# As a version that left adapter/ of an earlier stop behind wrote it: the record says that the run went on since.
+# As written by a version that left the adapter/ of an earlier stop in place: the record says that the run continued.
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_the_adapter_of_an_earlier_stop_never_passes_for_a_later_state(tmp_path: Path, status: str) -> None:
     run = make_run(tmp_path, status=status, steps=None, adapter=True, good=(3, 6, 8))
-    weights = found(run)
+    weights = find_weights(run)
     assert (weights.path, weights.step, weights.is_done) == (run.checkpoints / "step-8", 8, False)
     part = weights_of_part(run.adapter, run, load_record(run.path))
     assert (part.step, part.is_done) == (None, False)
     assert "of an unknown step" in part.sentence
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="running", steps=None, adapter=False, good=(2, 4), damaged=(6, 8))
-    weights = found(run)
+    weights = find_weights(run)
     assert weights.step == 4
     assert [damage.split(":")[0] for damage in weights.damaged] == ["step-8", "step-6"]
 
 
-def test_a_run_without_weights_says_what_was_looked_at(tmp_path: Path) -> None:
+def test_a_run_without_weights_is_an_error_that_names_damaged_checkpoints(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", status="running", steps=None, adapter=False, damaged=(2,))
     assert may_have_weights(run)
     with pytest.raises(
         ModelError, match=r"has no weights any more.*1 checkpoint can't be used \(step-2: trainer_state"
     ):
-        found(run)
+        find_weights(run)
     empty = make_run(tmp_path / "b", status="failed", steps=None, adapter=False)
     assert not may_have_weights(empty)
     with pytest.raises(ModelError, match="has no weights yet"):
-        found(empty)
+        find_weights(empty)
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", "done"])
@@ -123,7 +123,7 @@ def test_the_command_is_proposed_again_only_where_it_restarts(
         run.adapter.mkdir()
         (run.adapter / left).write_text("{}")
     with pytest.raises(ModelError, match="has no weights") as caught:
-        found(run)
+        find_weights(run)
     output = OutputSettings(directory=run.path)
     try:
         restarts = find_resume(output) is not None
@@ -134,9 +134,9 @@ def test_the_command_is_proposed_again_only_where_it_restarts(
     assert ("yet" in str(caught.value)) is restarts
 
 
-def test_a_done_run_without_its_adapter_is_its_last_checkpoint(tmp_path: Path) -> None:
+def test_the_weights_of_a_done_run_without_an_adapter_are_its_last_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="done", steps=10, adapter=False, good=(8, 10))
-    weights = found(run)
+    weights = find_weights(run)
     assert (weights.step, weights.is_done, weights.is_result) == (10, True, True)
     assert not is_complete(run, load_record(run.path))
 
@@ -146,50 +146,52 @@ def test_a_folder_without_a_complete_adapter_is_not_an_adapter(tmp_path: Path, l
     run = make_run(tmp_path, status="done", steps=10, adapter=False, good=(10,))
     run.adapter.mkdir()
     (run.adapter / left).touch()
-    assert (found(run).path, found(run).is_result) == (run.checkpoints / "step-10", True)
+    assert (find_weights(run).path, find_weights(run).is_result) == (run.checkpoints / "step-10", True)
     assert not is_complete(run, load_record(run.path))
     assert run.holds_adapter_weights == left.startswith("adapter_model")
     (run.adapter / ADAPTER_CONFIG).touch()
     assert run.has_adapter == run.holds_adapter_weights
 
 
-def test_an_adapter_that_is_a_link_is_dropped_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
+def test_removing_a_linked_adapter_removes_the_link_only(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=False, good=(4,))
     fill_adapter(tmp_path / "elsewhere")
     run.adapter.symlink_to(tmp_path / "elsewhere")
-    assert found(run).path == run.adapter
+    assert find_weights(run).path == run.adapter
     run.remove_adapter(())
     assert not run.adapter.is_symlink()
     assert (tmp_path / "elsewhere" / ADAPTER_WEIGHTS).read_text() == "weights"
-    for is_there in (True, False):  # and a folder is dropped whole, whether it is there or not
-        if is_there:
+    for exists in (True, False):  # a folder is removed whole, and a missing one is no error
+        if exists:
             fill_adapter(run.adapter)
         assert run.remove_adapter([{}, checksums_of(run.adapter), {"tokenizer.json": {}}]) is None
         assert {path.name for path in run.path.iterdir()} == {"run.json", "checkpoints"}
 
 
-def test_an_adapter_that_holds_something_of_the_users_is_moved_aside_instead(tmp_path: Path) -> None:
+def test_an_adapter_with_a_file_of_the_user_is_moved_aside_instead_of_removed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=False, good=(4,))
-    mine = run.path / ".adapter.dropped"  # by which name what is dropped was once deleted
+    mine = run.path / ".adapter.dropped"  # the name that an adapter once had while it was deleted
     mine.mkdir()
-    kept = []
+    moved_to = []
     for _ in range(2):
         fill_adapter(run.adapter)
         sums = checksums_of(run.adapter)
         (run.adapter / "thesis").touch()
         place = run.remove_adapter([sums])
         assert place is not None
-        kept.append(place)
+        moved_to.append(place)
         assert not run.adapter.exists()
-    assert kept[0] == run.path / "adapter-kept"
-    assert kept[1] != kept[0]
-    assert all((place / "thesis").exists() and (place / ADAPTER_WEIGHTS).exists() for place in kept)
+    assert moved_to[0] == run.path / "adapter-kept"
+    assert moved_to[1] != moved_to[0]
+    assert all((place / "thesis").exists() and (place / ADAPTER_WEIGHTS).exists() for place in moved_to)
     assert mine.is_dir()
 
 
 @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
 @pytest.mark.parametrize("content", ["my notes", ""])
-def test_an_adapter_of_which_a_file_was_edited_is_moved_aside_instead(tmp_path: Path, name: str, content: str) -> None:
+def test_an_adapter_with_an_edited_file_is_moved_aside_instead_of_removed(
+    tmp_path: Path, name: str, content: str
+) -> None:
     run = make_run(tmp_path / "run", status="interrupted", steps=4, adapter=True, good=(4,))
     (run.adapter / "README.md").write_text("card")
     sums = checksums_of(run.adapter)
@@ -200,19 +202,21 @@ def test_an_adapter_of_which_a_file_was_edited_is_moved_aside_instead(tmp_path: 
     assert (place / "README.md").read_text() == "card"
 
 
-def test_a_done_run_that_took_its_best_evaluation_is_that_step(tmp_path: Path) -> None:
+def test_a_done_run_that_loaded_its_best_model_has_the_weights_of_that_step(tmp_path: Path) -> None:
     best = {"settings": {"training": {"load_best_model_at_end": True}}, "result": {"steps": 10, "best_step": 6}}
     run = make_run(tmp_path / "a", status="done", steps=None, adapter=True, good=(6, 10), record=best)
-    assert (found(run).path, found(run).step, found(run).is_result) == (run.adapter, 6, True)
-    gone = make_run(tmp_path / "b", status="done", steps=None, adapter=False, good=(6, 10), record=best)
-    assert (found(gone).step, found(gone).is_result) == (6, True)
-    lost = make_run(tmp_path / "c", status="done", steps=None, adapter=False, good=(10,), damaged=(6,), record=best)
-    assert (found(lost).step, found(lost).is_result) == (10, False)
-    assert "the run ended with others" in found(lost).sentence
+    assert (find_weights(run).path, find_weights(run).step, find_weights(run).is_result) == (run.adapter, 6, True)
+    no_adapter = make_run(tmp_path / "b", status="done", steps=None, adapter=False, good=(6, 10), record=best)
+    assert (find_weights(no_adapter).step, find_weights(no_adapter).is_result) == (6, True)
+    no_best_step = make_run(
+        tmp_path / "c", status="done", steps=None, adapter=False, good=(10,), damaged=(6,), record=best
+    )
+    assert (find_weights(no_best_step).step, find_weights(no_best_step).is_result) == (10, False)
+    assert "the run ended with others" in find_weights(no_best_step).sentence
 
 
 def test_the_newest_good_state_is_used_in_any_combination(tmp_path: Path) -> None:
-    """Over every combination: nothing older than a good checkpoint, unless it is what the run ended with."""
+    """For every combination: no state older than a good checkpoint, unless the run ended with it."""
     states = product(
         ("running", "failed", "interrupted", "done"), (False, True), ((), (4,), (4, 8)), ((), (9,)), (None, 4, 8)
     )
@@ -221,9 +225,9 @@ def test_the_newest_good_state_is_used_in_any_combination(tmp_path: Path) -> Non
         run = make_run(tmp_path / str(number), status=status, steps=steps, adapter=adapter, good=good, damaged=damaged)
         if not adapter and not good:
             with pytest.raises(ModelError):
-                found(run)
+                find_weights(run)
             continue
-        weights = found(run)
+        weights = find_weights(run)
         num_cases += 1
         if status == "done" and steps is not None and (adapter or steps in good):
             assert (weights.step, weights.is_result) == (steps, True)
@@ -237,7 +241,7 @@ def test_the_newest_good_state_is_used_in_any_combination(tmp_path: Path) -> Non
     assert num_cases > 100
 
 
-def test_a_folder_next_to_the_checkpoints_is_of_an_unknown_step(tmp_path: Path) -> None:
+def test_a_folder_next_to_the_checkpoints_has_an_unknown_step(tmp_path: Path) -> None:
     run = make_run(tmp_path, status="running", steps=None, adapter=False, good=(2,))
     other = run.checkpoints / ".damaged-step-1"
     assert weights_of_part(other, run, load_record(run.path)).step is None
@@ -247,7 +251,7 @@ def test_a_folder_next_to_the_checkpoints_is_of_an_unknown_step(tmp_path: Path) 
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "checkpoints", "run.lock", "skipped_rows_of_stream.jsonl", "tensorboard", "mlflow.db"]
 )
-def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
+def test_a_run_with_a_link_in_place_of_its_files_is_not_resumed(tmp_path: Path, name: str) -> None:
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     elsewhere.write_text("precious")
     run.mkdir()
@@ -261,7 +265,9 @@ def test_a_run_with_a_link_in_place_of_what_it_writes_is_not_gone_on_with(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.lock", "skipped_rows_of_stream.jsonl", "mlflow.db"])
-def test_nor_one_with_what_another_user_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_run_with_a_file_of_another_user_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     file = tmp_path / name
     file.write_text("theirs")
     if os.getuid() == 0:
@@ -278,7 +284,7 @@ def test_nor_one_with_what_another_user_owns(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["another name", "no file"])
-def test_nor_one_with_a_hard_link_or_a_pipe(tmp_path: Path, kind: str) -> None:
+def test_a_run_with_a_hard_link_or_a_pipe_is_not_resumed(tmp_path: Path, kind: str) -> None:
     (tmp_path / "elsewhere").write_text("precious")
     (tmp_path / "run").mkdir()
     if kind == "no file":
@@ -288,7 +294,7 @@ def test_nor_one_with_a_hard_link_or_a_pipe(tmp_path: Path, kind: str) -> None:
     assert kind in str(output_problem(OutputSettings(directory=tmp_path / "run")))
 
 
-def test_pipes_in_a_run_are_no_files_and_hang_nothing(tmp_path: Path) -> None:
+def test_pipes_in_a_run_are_rejected_without_waiting(tmp_path: Path) -> None:
     for name in ("run.json", "metrics.jsonl"):
         os.mkfifo(tmp_path / name)
     assert read_record(tmp_path).problems == ("run.json is no file",)
@@ -305,7 +311,7 @@ def test_pipes_in_a_run_are_no_files_and_hang_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pipe", "link to itself", "link to nothing", "endless"])
-def test_what_is_not_a_file_in_a_checkpoint_is_damage_with_or_without_a_checksum(tmp_path: Path, name: str) -> None:
+def test_anything_but_a_file_in_a_checkpoint_is_damage_with_or_without_a_checksum(tmp_path: Path, name: str) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
     seal(tmp_path)
     assert damage_of(tmp_path) is None
@@ -320,7 +326,7 @@ def test_what_is_not_a_file_in_a_checkpoint_is_damage_with_or_without_a_checksum
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "sparse"], ids=["deep", "large"])
-def test_records_are_read_no_further_than_any_is_large_or_deep(tmp_path: Path, content: str) -> None:
+def test_records_that_are_too_large_or_too_deep_are_not_read(tmp_path: Path, content: str) -> None:
     for name in ("checksums.json", "run.json"):
         (tmp_path / name).write_text(content)
         if content == "sparse":
@@ -329,14 +335,14 @@ def test_records_are_read_no_further_than_any_is_large_or_deep(tmp_path: Path, c
     assert "run.json is damaged" in read_record(tmp_path).problems[0]
 
 
-def test_checkpoints_that_are_no_folder_are_no_place_to_go_on_in(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_not_a_folder_is_not_resumed(tmp_path: Path) -> None:
     for make in (os.mkfifo, Path.touch):
         make(tmp_path / "checkpoints")
         assert "checkpoints is no folder" in str(output_problem(OutputSettings(directory=tmp_path)))
         (tmp_path / "checkpoints").unlink()
 
 
-def test_what_a_directory_holds_of_the_users_is_no_beginning_of_a_run_and_is_never_cleared(tmp_path: Path) -> None:
+def test_files_of_the_user_are_not_startup_files_and_are_never_cleared(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "thesis").mkdir(parents=True)
     (tmp_path / "checkpoints" / "thesis" / "t").write_text("mine")
     assert not has_only_startup_files(tmp_path, is_copying=True)
@@ -350,5 +356,5 @@ def test_what_a_directory_holds_of_the_users_is_no_beginning_of_a_run_and_is_nev
     (other / "checkpoints" / "step-1").mkdir(parents=True)
     (other / "checkpoints" / "step-1" / "checksums.json").write_text("{}")
     assert has_only_startup_files(other, is_copying=True)
-    clear_startup_files(other, {"metrics.jsonl"}, ())  # which was there before
+    clear_startup_files(other, {"metrics.jsonl"}, ())  # which existed before
     assert [path.name for path in other.iterdir()] == ["metrics.jsonl"]
