@@ -33,10 +33,10 @@ def test_4_bit_in_pieces_is_4_bit_of_the_whole(
     packed, state = quantize([weight], weight.shape, FourBitFormat(quant_type=quant_type, double_quant=double))
     whole, expected = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double)
     assert torch.equal(packed, whole)
-    found, wanted = state.as_dict(packed=True), expected.as_dict(packed=True)
-    assert found.keys() == wanted.keys()
+    actual, wanted = state.as_dict(packed=True), expected.as_dict(packed=True)
+    assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
     assert torch.equal(weight, before)
 
 

@@ -1,4 +1,4 @@
-"""The embedding: kept on the host, grown, and what both take; on a CPU, with the host standing in for the device."""
+"""The embedding: held on the host or extended, and the memory of both; on a CPU, the host stands in for the device."""
 
 import dataclasses
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_an_embedding_kept_on_the_host_is_whole_and_gives_the_same_logits(tmp_pa
     expected = load_model(settings).base.eval()(input_ids=IDS).logits
     load_plan = plan_load(resolved_in_code(settings), SilentReporter())
     offloading = settings.model.model_copy(update={"offload_embedding": True})
-    # Planning refuses this on a CPU, where it saves nothing; what loading does is the same on any device.
+    # Planning refuses this on a CPU, where it saves nothing; loading works the same on any device.
     planned = dataclasses.replace(load_plan, settings=settings.model_copy(update={"model": offloading}))
     model = load_planned(planned, SilentReporter()).base.eval()
     assert embedding_of(model).weight.device.type == "cpu"
@@ -68,7 +68,7 @@ def test_both_kinds_of_offloading_at_once_are_refused(tmp_path: Path, monkeypatc
         plan_load(resolved_in_code(settings), SilentReporter())
 
 
-def test_growing_takes_no_more_than_a_second_embedding() -> None:
+def test_extending_takes_no_more_than_a_second_embedding() -> None:
     model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=True)
     embedding = embedding_of(model)
     mean = embedding.weight.detach().double().mean(0)
@@ -98,7 +98,7 @@ def test_a_model_that_overflows_fp16_is_never_computed_in_it(
     assert choose_compute_dtype(Dtype.AUTO, device, "llama").name == (Dtype.BF16 if has_bf16 else Dtype.FP16)
 
 
-def test_a_compute_dtype_of_its_own_obeys_the_same_rules(tmp_path: Path) -> None:
+def test_an_explicit_compute_dtype_obeys_the_same_rules(tmp_path: Path) -> None:
     settings = settings_of(save_model(tmp_path / "model"), "nf4")
     quantization = settings.quantization.model_copy(update={"compute_dtype": Dtype.FP16})
     with pytest.raises(HardwareError, match="fp16 is not trained on a CPU"):

@@ -1,4 +1,4 @@
-"""What is free on the host, in a container too."""
+"""The free memory of the host, also in a container."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_the_limit_of_a_container_counts_and_its_page_cache_does_not(
     assert free_bytes(CPU) == 0
 
 
-def test_without_a_limit_it_is_what_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_limit_the_memory_of_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none = tmp_path / "none"
     for limits in ((), (limit(tmp_path, "max"),), (CgroupFiles(none, none, none, "inactive_file"),)):
         monkeypatch.setattr(memory_check, "CGROUP_FILES", limits)

@@ -1,11 +1,11 @@
-"""What real models take, from their published configs alone: on the meta device, no weight is read.
+"""The bytes of real models from their published configs alone: on the meta device, no weight is read.
 
 The closed form (QLoRA, arXiv 2305.14314, section 3) for n weights in 4 bit, in bytes:
 
     n/2 + n/64 + 4 n/(64 x 256)    with double quantization
     n/2 + 4 n/64                   without
 
-and beside it a table of 16 levels a weight, and with double quantization one of 256 levels and an offset.
+In addition, each weight has a table of 16 levels, and with double quantization one of 256 levels and an offset.
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from qlora_cli.units import GIB, MIB
 from tests.support.tiny_models import tiny_config
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is a label: nothing is put there
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is a label: nothing is put on it
 LEVELS_BYTES = 16 * 4
 NESTED_BYTES = 256 * 4 + 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A model as its config.json on the hub describes it, and what is known of its size."""
+    """A model as its config.json on the hub describes it, and its known size."""
 
     family: str
     config: Mapping[str, Any]
@@ -174,7 +174,7 @@ def plan(model: PreTrainedModel, device: torch.device = CUDA, **settings: Any) -
 
 
 def closed_form(num_weights: int, *, double: bool = True) -> int:
-    """Return the bytes of codes and constants; every weight here has whole blocks of blocks."""
+    """Return the bytes of codes and constants; every weight has whole blocks of constants."""
     assert num_weights % (64 * 256) == 0
     constants = num_weights // 64 + 4 * num_weights // (64 * 256) if double else 4 * num_weights // 64
     return num_weights // 2 + constants
@@ -190,9 +190,7 @@ def shapes(published: Published) -> PreTrainedModel:
     return shapes_of(published)
 
 
-def test_a_real_model_has_the_parameters_that_are_published_of_it(
-    published: Published, shapes: PreTrainedModel
-) -> None:
+def test_a_real_model_has_its_published_number_of_parameters(published: Published, shapes: PreTrainedModel) -> None:
     inventory = plan(shapes).inventory
     assert inventory.num_parameters == published.num_parameters
     assert inventory.num_quantized_parameters == published.num_quantized
@@ -203,7 +201,7 @@ def test_a_real_model_has_the_parameters_that_are_published_of_it(
 @pytest.mark.parametrize("method", ["nf4", "fp4"])
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_its_bytes_are_the_closed_form_and_the_tables_of_each_weight(
+def test_the_bytes_are_the_closed_form_plus_the_tables_of_each_weight(
     published: Published, shapes: PreTrainedModel, method: str, device: torch.device, double: bool
 ) -> None:
     inventory = plan(shapes, device, method=method, double_quant=double).inventory
@@ -237,7 +235,7 @@ def test_known_figures_come_out(name: str, double: bool, quantized_mib: float, w
         assert total / MIB == pytest.approx(with_rest_mib, abs=0.05)
 
 
-def test_packed_codes_and_constants_of_qwen_2_5_7b_are_those_that_were_measured_on_a_gpu() -> None:
+def test_packed_codes_and_constants_of_qwen_2_5_7b_equal_those_measured_on_a_gpu() -> None:
     inventory = plan(shapes_of(QWEN_2_5_7B), double_quant=False).inventory
     assert inventory.quantized_weight_bytes / MIB == pytest.approx(3111.5, abs=0.05)
     # That figure counts the tables, which are an eightieth of a MiB.
@@ -306,7 +304,7 @@ EXPECTED: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "skip_modules": ({"skip_modules": ("down_proj",)}, NF4 + DOWN_KEPT),
     "skip_modules: by layer": ({"skip_modules": ("layers.0.mlp.down_proj",)}, NF4 + DOWN_KEPT // 32),
     "int8_has_fp16_weight": ({"method": "int8", "int8_has_fp16_weight": True}, 2 * N + REST),
-    # How it is computed, in which dtype codes are kept, and where: not how much.
+    # How values are computed, the dtype that holds codes, and the device: no effect on bytes.
     "quant_storage": ({"quant_storage": "bf16"}, NF4),
     "compute_dtype": ({"compute_dtype": "fp32"}, NF4),
     "int8_threshold": ({"method": "int8", "int8_threshold": 0.0}, N + 4 * ROWS + REST),
@@ -320,13 +318,13 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("case", EXPECTED)
-def test_a_setting_changes_the_bytes_by_what_it_says(llama: PreTrainedModel, case: str) -> None:
+def test_a_setting_changes_the_bytes_as_documented(llama: PreTrainedModel, case: str) -> None:
     settings, expected = EXPECTED[case]
     inventory = plan(llama, **settings).inventory
     assert inventory.total_bytes - inventory.buffer_bytes == expected
 
 
-def test_every_quantization_setting_has_its_bytes_here() -> None:
+def test_the_bytes_of_every_quantization_setting_are_tested() -> None:
     assert {case.partition(":")[0] for case in EXPECTED} - {"defaults"} == set(QuantizationSettings.model_fields)
 
 
@@ -340,7 +338,7 @@ def test_every_quantization_setting_has_its_bytes_here() -> None:
         ({"method": "none"}, {"bfloat16"}),
     ],
 )
-def test_codes_are_in_the_dtype_that_holds_them(
+def test_bytes_are_counted_under_the_dtype_that_stores_codes(
     llama: PreTrainedModel, settings: Mapping[str, Any], dtypes: set[str]
 ) -> None:
     assert set(plan(llama, **settings).inventory.bytes_by_dtype()) == dtypes
@@ -351,7 +349,7 @@ def test_at_most_one_unquantized_weight_is_in_memory_with_the_model(
     llama: PreTrainedModel, method: Quantization
 ) -> None:
     largest = 14336 * 4096
-    # Of the constants of double quantization, the first ones are in fp32.
+    # With double quantization, the constants are in fp32 at first.
     expected = {
         Quantization.NF4: 2 * largest + 4 * largest // 64,
         Quantization.FP4: 2 * largest + 4 * largest // 64,

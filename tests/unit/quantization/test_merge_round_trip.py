@@ -1,4 +1,4 @@
-"""Weights through the storage of training and back: the bits of bitsandbytes, of whole weights and of slices."""
+"""Weights quantized as in training and restored: bit-identical to bitsandbytes, whole and in slices."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from qlora_cli.quantization.round_trip import quantized
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import QuantizationSettings
 
-ODD_SHAPES = [(5, 96), (3, 40), (7, 1), (1, 1), (2, 3, 40)]  # of which rows or the whole do not end with a block
+ODD_SHAPES = [(5, 96), (3, 40), (7, 1), (1, 1), (2, 3, 40)]  # rows, or the whole weight, end within a block
 SHAPES = [(6, 64), (4, 192), (3, 8, 64)]
 
 
@@ -23,7 +23,7 @@ def how(quant_type: str = "nf4", *, double: bool = True) -> FourBitFormat:
 
 
 def by_hand(weight: torch.Tensor, quant_type: str) -> torch.Tensor:
-    """Return the nearest of 16 levels times the largest magnitude of each 64 weights, without double quantization."""
+    """Return the nearest of 16 levels times the largest magnitude in each block of 64, without double quantization."""
     flat = weight.float().flatten()
     padded = torch.cat([flat, torch.zeros(-len(flat) % 64)]).view(-1, 64)
     largest = padded.abs().amax(1, keepdim=True)
@@ -37,36 +37,36 @@ def by_hand(weight: torch.Tensor, quant_type: str) -> torch.Tensor:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_is_what_bitsandbytes_makes_of_the_whole(
+def test_a_round_trip_equals_that_of_bitsandbytes(
     shape: tuple[int, ...], double: bool, quant_type: str, dtype: torch.dtype
 ) -> None:
     weight = weight_of(shape, dtype)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=double)
-    found = quantized([weight], weight.shape, how(quant_type, double=double)).dequantized()
-    assert found.dtype == dtype
-    assert torch.equal(found, functional.dequantize_4bit(packed, state).view(shape))
-    assert not torch.equal(found, weight)
+    restored = quantized([weight], weight.shape, how(quant_type, double=double)).dequantized()
+    assert restored.dtype == dtype
+    assert torch.equal(restored, functional.dequantize_4bit(packed, state).view(shape))
+    assert not torch.equal(restored, weight)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *ODD_SHAPES])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_it_is_right_also_where_a_row_does_not_end_with_a_block(shape: tuple[int, ...], quant_type: str) -> None:
-    """Bitsandbytes' own kernel for CPUs with AVX-512 is not: it takes the constants of other blocks there."""
+def test_a_round_trip_is_correct_where_rows_end_within_a_block(shape: tuple[int, ...], quant_type: str) -> None:
+    """Bitsandbytes' own kernel for CPUs with AVX-512 is wrong in this case: it takes the constants of other blocks."""
     weight = weight_of(shape)
-    found = quantized([weight], weight.shape, how(quant_type, double=False)).dequantized()
-    torch.testing.assert_close(found, by_hand(weight, quant_type), rtol=1e-6, atol=1e-7)
+    restored = quantized([weight], weight.shape, how(quant_type, double=False)).dequantized()
+    torch.testing.assert_close(restored, by_hand(weight, quant_type), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 64), (5, 4, 32), (2, 3, 40), (4, 1, 96)])
 @pytest.mark.parametrize("double", [True, False])
-def test_a_slice_is_that_of_the_whole(shape: tuple[int, ...], double: bool) -> None:
+def test_the_round_trip_of_a_slice_equals_the_slice_of_the_whole(shape: tuple[int, ...], double: bool) -> None:
     weight = weight_of(shape, torch.bfloat16)
     stack = quantized([weight], weight.shape, how(double=double))
     for index in range(shape[0]):
         assert torch.equal(stack.slice(index), stack.dequantized()[index : index + 1])
 
 
-def test_a_weight_of_many_pieces_is_that_of_one() -> None:
+def test_a_weight_in_many_pieces_equals_one_in_a_single_piece() -> None:
     weight = weight_of((3, PIECE_SIZE // 2 + 64), torch.bfloat16)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     expected = functional.dequantize_4bit(packed, state)
@@ -77,10 +77,10 @@ def test_a_weight_of_many_pieces_is_that_of_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_has_a_scale_for_each_row(dtype: torch.dtype) -> None:
     weight = weight_of((6, 40), dtype)
-    found = method_of(Quantization.INT8).round_trip(weight, QuantizationSettings(method=Quantization.INT8))
+    restored = method_of(Quantization.INT8).round_trip(weight, QuantizationSettings(method=Quantization.INT8))
     half = weight.half().float()  # bitsandbytes quantizes from fp16
     largest = half.abs().amax(1, keepdim=True)
     expected = (half * 127 / largest).round() * largest / 127
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2, atol=1e-6)
-    assert ((found - expected.to(dtype)).abs() <= largest / 127 / 8).all()
+    assert restored.dtype == dtype
+    torch.testing.assert_close(restored, expected.to(dtype), rtol=1e-2, atol=1e-6)
+    assert ((restored - expected.to(dtype)).abs() <= largest / 127 / 8).all()

@@ -1,4 +1,4 @@
-"""The quantization methods: complete, every setting of theirs has an effect with one, and what they say agrees."""
+"""The quantization methods: each is complete, each setting has an effect with one, and their figures agree."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.settle import with_values
 from tests.support.tiny_models import tiny_config
 
-CUDA = torch.device("cuda")  # a label: nothing is put there
+CUDA = torch.device("cuda")  # a label: nothing is put on it
 WAYS = {
     "nf4": QuantizationSettings(),
     "nf4, single": QuantizationSettings(double_quant=False),
@@ -58,11 +58,11 @@ def test_every_setting_has_an_effect_with_a_method_and_none_without_quantization
         "none": "not quantized",
     }.items(),
 )
-def test_every_method_says_how_it_stores(way: str, words: str) -> None:
+def test_every_method_describes_how_it_stores_weights(way: str, words: str) -> None:
     assert layout_of("llama", WAYS[way]).describe() == words
 
 
-def test_the_settings_that_are_shown_are_those_of_the_method() -> None:
+def test_only_the_settings_of_the_method_are_shown() -> None:
     shown = {way: display_flags(settings) for way, settings in WAYS.items()}
     assert shown["nf4"] == {"quant": "nf4", "double-quant": "on"}
     assert shown["nf4, single"] == {"quant": "nf4", "double-quant": "off"}
@@ -78,23 +78,23 @@ def test_the_settings_that_are_shown_are_those_of_the_method() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_method_says_would_save_memory_does_and_stores_by_the_same_method(way: str) -> None:
+def test_proposed_savings_of_a_method_take_less_memory(way: str) -> None:
     settings = WAYS[way]
     method = method_of(settings.method)
     savings = list(method.savings(settings))
     assert [saving.key for saving in savings] == (["double_quant"] if way == "nf4, single" else [])
     for saving in savings:
         less = with_values(settings, **{saving.key: saving.value})
-        # Of a small weight, the table of levels would take more than its constants.
+        # For a small weight, the table of levels would take more than its constants.
         shape = torch.Size((4096, 4096))
         few, many = (method.entry("a", "linear layers", shape, torch.bfloat16, one) for one in (less, settings))
         assert few.weight_bytes + few.constant_bytes < many.weight_bytes + many.constant_bytes
         assert list(method.savings(less)) == []
 
 
-def test_what_is_proposed_takes_less_and_what_changes_the_model_least_comes_first() -> None:
-    found = {method.value: [str(smaller) for smaller in method.smaller()] for method in Quantization}
-    assert found == {"nf4": [], "fp4": [], "int8": ["nf4"], "none": ["int8", "nf4"]}
+def test_smaller_methods_are_proposed_the_least_lossy_first() -> None:
+    proposed = {method.value: [str(smaller) for smaller in method.smaller()] for method in Quantization}
+    assert proposed == {"nf4": [], "fp4": [], "int8": ["nf4"], "none": ["int8", "nf4"]}
 
 
 def test_a_hint_names_every_method_that_would_do() -> None:
@@ -108,7 +108,7 @@ def test_every_method_has_a_module_and_a_module_may_have_several_names() -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
-def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
+def test_loading_stores_the_planned_bytes(way: str, family: str) -> None:
     layout = layout_of(family, WAYS[way])
     for entry in layout.inventory.entries:
         if not entry.is_quantized:
@@ -121,7 +121,7 @@ def test_what_loading_keeps_is_what_was_planned(way: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: str) -> None:
+def test_the_model_on_the_meta_device_has_the_planned_bytes(way: str, family: str) -> None:
     layout = layout_of(family, WAYS[way])
     model = build_on_meta(tiny_config(family), torch.bfloat16)
     layout.method.store_on_meta(
@@ -132,14 +132,14 @@ def test_the_model_on_the_meta_device_holds_what_was_planned(way: str, family: s
         experts=layout.experts,
         compute_dtype=torch.bfloat16,
     )
-    found = {}
+    held = {}
     for name, module, parameter in unique_parameters(model):
         stored = stored_weight(module, name.rpartition(".")[2], parameter)
-        found[name] = (stored.shape.numel(), parameter.nbytes, sum(tensor.nbytes for tensor in stored.constants))
+        held[name] = (stored.shape.numel(), parameter.nbytes, sum(tensor.nbytes for tensor in stored.constants))
     planned = {
         entry.name: (entry.num_parameters, entry.weight_bytes, entry.constant_bytes)
         for entry in layout.inventory.entries
     }
-    assert found == planned
+    assert held == planned
     replaced = any(is_quantized_layer(module) or restores_weight(module) for module in model.modules())
     assert replaced == layout.settings.method.is_quantized

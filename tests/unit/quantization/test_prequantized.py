@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already: bitsandbytes is recognised, every other quantizer refused with a way out."""
+"""Checkpoints that are already quantized: bitsandbytes is recognised, every other quantizer refused with a hint."""
 
 import inspect
 from typing import Any
@@ -42,17 +42,17 @@ def refusal_of(config: dict[str, Any]) -> ModelError:
 def test_a_bitsandbytes_checkpoint_is_recognised(
     config: dict[str, Any], method: Quantization, double_quant: bool
 ) -> None:
-    found = read_prequantized({"quantization_config": config}, "x")
-    assert found is not None
-    assert found.method == found.settings["method"] == method
-    assert found.settings.get("double_quant", False) == double_quant
-    assert found.config == config
+    prequantized = read_prequantized({"quantization_config": config}, "x")
+    assert prequantized is not None
+    assert prequantized.method == prequantized.settings["method"] == method
+    assert prequantized.settings.get("double_quant", False) == double_quant
+    assert prequantized.config == config
 
 
 def test_our_own_checkpoints_and_nested_configs_are_recognised() -> None:
-    found = read_prequantized({"text_config": {"quantization_config": {**NF4, "quant_method": "qlora"}}}, "x")
-    assert found is not None
-    assert found.method == Quantization.NF4
+    prequantized = read_prequantized({"text_config": {"quantization_config": {**NF4, "quant_method": "qlora"}}}, "x")
+    assert prequantized is not None
+    assert prequantized.method == Quantization.NF4
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_every_other_method_of_transformers_is_refused_by_name_with_a_reason_and
     assert error.hint
 
 
-def test_what_transformers_can_dequantize_says_how() -> None:
+def test_a_checkpoint_that_transformers_can_dequantize_gets_a_hint() -> None:
     for method, config_class in {
         "mxfp4": "Mxfp4Config",
         "fp8": "FineGrainedFP8Config",
@@ -91,19 +91,19 @@ def test_what_transformers_can_dequantize_says_how() -> None:
         ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}}, "neither nf4 nor fp4"),
     ],
 )
-def test_what_is_unknown_is_refused_too(config: dict[str, Any], expected: str) -> None:
+def test_an_unknown_method_is_refused(config: dict[str, Any], expected: str) -> None:
     assert expected in str(refusal_of(config))
 
 
-def test_only_settings_that_were_given_can_contradict_and_all_are_listed() -> None:
-    found = read_prequantized({"quantization_config": NF4}, "x")
-    assert found is not None
-    check_settings(found, {}, "x")
+def test_only_given_settings_can_contradict_and_all_are_listed() -> None:
+    prequantized = read_prequantized({"quantization_config": NF4}, "x")
+    assert prequantized is not None
+    check_settings(prequantized, {}, "x")
     agreeing = {"method": "nf4", "double_quant": True, "quant_storage": "bf16", "skip_modules": ("q_proj",)}
-    check_settings(found, {**agreeing, "compute_dtype": "fp32"}, "x")
+    check_settings(prequantized, {**agreeing, "compute_dtype": "fp32"}, "x")
     wrong = {"method": "fp4", "double_quant": False, "quant_storage": "uint8"}
     with pytest.raises(ModelError) as caught:
-        check_settings(found, wrong, "x")
+        check_settings(prequantized, wrong, "x")
     for expected in (
         "quantization.method is fp4, the checkpoint has nf4",
         "quantization.double_quant is false, the checkpoint has true",
@@ -112,9 +112,9 @@ def test_only_settings_that_were_given_can_contradict_and_all_are_listed() -> No
         assert expected in str(caught.value)
 
 
-def test_of_an_int8_checkpoint_the_method_and_kept_16_bit_weights_are_compared() -> None:
-    found = read_prequantized({"quantization_config": INT8}, "x")
-    assert found is not None
-    check_settings(found, {"double_quant": True, "int8_threshold": 3.0}, "x")
+def test_the_method_and_16_bit_weights_of_an_int8_checkpoint_are_compared() -> None:
+    prequantized = read_prequantized({"quantization_config": INT8}, "x")
+    assert prequantized is not None
+    check_settings(prequantized, {"double_quant": True, "int8_threshold": 3.0}, "x")
     with pytest.raises(ModelError, match=r"int8_has_fp16_weight is true.*method is nf4"):
-        check_settings(found, {"method": Quantization.NF4, "int8_has_fp16_weight": True}, "x")
+        check_settings(prequantized, {"method": Quantization.NF4, "int8_has_fp16_weight": True}, "x")

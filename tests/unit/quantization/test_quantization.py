@@ -1,4 +1,4 @@
-"""The quantization that everything is built on: bitsandbytes, on a CPU, against references of a few lines.
+"""The underlying quantization, bitsandbytes on a CPU, compared with references of a few lines.
 
 Each reference follows the papers (QLoRA, arXiv 2305.14314, sections 2 and 3; LLM.int8(), arXiv 2208.07339, section 3)
 and, where bits depend on it, the order of operations in bitsandbytes 0.50.2. Values are compared exactly. Zeros may
@@ -18,12 +18,12 @@ BLOCK = 64
 NESTED_BLOCK = 256
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-# As the paper's definition is printed everywhere, each number rounded where it ends.
+# The levels of the paper's definition as they are commonly printed, each rounded to its last digit.
 PRINTED_NF4 = (
     *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
     *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
 )
-# Rows whole in blocks; several blocks a row; blocks across rows; a last block of 24; one of 40, alone and not; of 37.
+# Rows of whole blocks; several blocks a row; blocks across rows; a last block of 24; one of 40, alone or not; of 37.
 SHAPES = [(7, 64), (5, 192), (128, 8), (3, 72), (1, 40), (9, 40), (5, 33)]
 
 
@@ -73,7 +73,7 @@ def double_quantized(constants: torch.Tensor) -> torch.Tensor:
     """Return the constants after their own quantization: mean subtracted, 8 bits, in blocks of 256.
 
     The CPU kernel of bitsandbytes first rounds a scaled value to one of 65,536 steps on [-1, 1], then takes the level
-    nearest to that step. Here a short last block is scaled like the others.
+    nearest to that step. It scales a short last block like the rest.
     """
     mean = constants.mean()
     centred = constants - mean
@@ -84,7 +84,7 @@ def double_quantized(constants: torch.Tensor) -> torch.Tensor:
 
 
 def round_trip(weight: torch.Tensor, kind: str, *, double: bool) -> torch.Tensor:
-    """Quantize and dequantize by the reference."""
+    """Quantize and dequantize with the reference."""
     flat = weight.flatten().float()
     constants = absolute_maxima(flat, BLOCK)
     values = LEVELS[kind][nearest(scale(flat, constants, BLOCK), LEVELS[kind])]
@@ -94,7 +94,7 @@ def round_trip(weight: torch.Tensor, kind: str, *, double: bool) -> torch.Tensor
 
 
 def bitsandbytes_round_trip(weight: torch.Tensor, kind: str, *, double: bool = False) -> torch.Tensor:
-    """Quantize and dequantize by bitsandbytes."""
+    """Quantize and dequantize with bitsandbytes."""
     packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
     restored: torch.Tensor = functional.dequantize_4bit(packed, state)
     return restored
@@ -115,7 +115,7 @@ def test_the_nf4_levels_of_bitsandbytes_are_quantiles_of_the_normal_distribution
     assert torch.equal(functional.get_4bit_type("nf4", device="cpu"), normal_quantile_levels())
 
 
-def test_the_nf4_levels_are_the_printed_ones() -> None:
+def test_the_nf4_levels_equal_the_published_ones() -> None:
     levels = functional.get_4bit_type("nf4", device="cpu").tolist()
     decimals = [len(repr(printed).partition(".")[2]) for printed in PRINTED_NF4]
     assert tuple(round(level, places) for level, places in zip(levels, decimals, strict=True)) == PRINTED_NF4
@@ -132,7 +132,7 @@ def test_the_fp4_levels_are_a_sign_two_exponent_bits_and_one_of_mantissa() -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_round_trip_is_that_of_the_reference_to_the_bit(
+def test_a_round_trip_equals_the_reference_to_the_bit(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, double: bool
 ) -> None:
     weight = random_weight(*shape, dtype=dtype)
@@ -140,7 +140,7 @@ def test_a_round_trip_is_that_of_the_reference_to_the_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_large_weight_with_many_blocks_of_constants_and_a_short_last_one_is_exact_too(dtype: torch.dtype) -> None:
+def test_a_large_weight_with_a_short_last_block_of_constants_is_exact(dtype: torch.dtype) -> None:
     weight = random_weight(513, 1024, dtype=dtype)  # 8208 constants: 32 blocks of them and one of 16
     for kind in ("nf4", "fp4"):
         assert torch.equal(bitsandbytes_round_trip(weight, kind, double=True), round_trip(weight, kind, double=True))
@@ -151,7 +151,7 @@ def test_a_value_halfway_between_two_levels_goes_to_the_lower(kind: str) -> None
     levels = LEVELS[kind]
     halfway = (levels[:-1] + levels[1:]) / 2
     weight = torch.zeros(1, BLOCK)
-    weight[0, : len(halfway)], weight[0, -1] = halfway, 1.0  # the last makes the block's constant 1
+    weight[0, : len(halfway)], weight[0, -1] = halfway, 1.0  # the last value makes the block's constant 1
     assert torch.equal(bitsandbytes_round_trip(weight, kind)[0, : len(halfway)], levels[:-1])
 
 
@@ -198,7 +198,7 @@ def test_a_quantized_layer_multiplies_by_the_dequantized_weight_forwards_and_bac
 def test_on_avx512_rows_that_end_within_a_block_are_restored_with_constants_of_other_blocks(
     shape: tuple[int, int],
 ) -> None:
-    """A fault of bitsandbytes 0.50.2, pinned: when this fails, it is mended, and what avoids it can go.
+    """A bug of bitsandbytes 0.50.2, pinned: when this test fails, it is fixed, and the workaround can be removed.
 
     `dequantizeBlockwise4bitCpu` (csrc/cpu_ops.cpp) looks for the constant of row r, column k at r * (row // 64) +
     k // 64, as if each row began a block. Rows of a multiple of 16 that is none of 64 get wrong ones.
@@ -211,7 +211,7 @@ def test_on_avx512_rows_that_end_within_a_block_are_restored_with_constants_of_o
     restored: torch.Tensor = functional.dequantize_4bit(packed, state)
     assert torch.equal(restored, LEVELS["nf4"][codes] * taken)
     assert relative_rms(restored, weight) > 1.4 * relative_rms(round_trip(weight, "nf4", double=False), weight)
-    state.shape = torch.Size((1, weight.numel()))  # as a single row it is right: the rows are what it gets wrong
+    state.shape = torch.Size((1, weight.numel()))  # correct as a single row: only its handling of rows is wrong
     as_one_row = functional.dequantize_4bit(packed, state).view(shape)
     assert torch.equal(as_one_row, round_trip(weight, "nf4", double=False))
 
@@ -244,7 +244,7 @@ def errors() -> dict[str, float]:
     return {name: relative_rms(value.view_as(weight), weight) for name, value in restored.items()}
 
 
-def test_on_normal_weights_nf4_errs_least_of_the_types_with_one_constant_a_block_and_fp4_most(
+def test_on_normal_weights_nf4_has_the_least_error_of_types_with_one_constant_a_block(
     errors: dict[str, float],
 ) -> None:
     assert errors["nf4"] < errors["uniform"] < errors["int4"] < errors["fp4"]
@@ -274,11 +274,11 @@ def test_where_a_few_weights_are_large_nf4_beats_even_two_constants_a_block() ->
 
 # ---- LLM.int8()
 
-OUTLIER = 17  # the feature that is planted
+OUTLIER = 17  # the outlier feature
 
 
 def int8_layer(weight: torch.Tensor, threshold: float) -> Linear8bitLt:
-    """Return a quantized layer in evaluation."""
+    """Return a quantized layer in evaluation mode."""
     num_outputs, num_inputs = weight.shape
     layer = Linear8bitLt(num_inputs, num_outputs, bias=False, has_fp16_weights=False, threshold=threshold)
     layer.weight = Int8Params(weight.clone(), has_fp16_weights=False, requires_grad=False)
@@ -295,7 +295,7 @@ def int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def int8_product(inputs: torch.Tensor, weight: torch.Tensor, outliers: list[int]) -> torch.Tensor:
     """LLM.int8(): whole numbers multiplied, scaled by row and by column, and the outlier features in full precision.
 
-    bitsandbytes writes 1 / 127² as 6.200124e-05, which is 1.8e-5 of it too large; far below what rounding costs.
+    bitsandbytes writes 1 / 127² as 6.200124e-05, too large by 1.8e-5 of its value, far below rounding errors.
     """
     inner = inputs.clone()
     inner[:, outliers] = 0
