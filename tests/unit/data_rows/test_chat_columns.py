@@ -92,7 +92,7 @@ def test_parameters_of_apply_chat_template_are_reserved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "expected"),
+    ("extra_columns", "expected"),
     [
         ({"chat_template_kwargs": {"enable_thinking": False}}, "<think></think>42"),
         ({"enable_thinking": False}, "<think></think>42"),
@@ -101,11 +101,11 @@ def test_parameters_of_apply_chat_template_are_reserved() -> None:
     ],
 )
 def test_template_inputs_are_refused_in_plain_text_with_flags_that_use_a_template(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, beside: dict[str, Any], expected: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, extra_columns: dict[str, Any], expected: str
 ) -> None:
-    rows = [{"prompt": "6 times 7?", "response": "42", **beside}]
+    rows = [{"prompt": "6 times 7?", "response": "42", **extra_columns}]
     error = refusal(tmp_path, tokenizer, rows)
-    assert f"{next(iter(beside))!r} is for a chat template, but this row is plain text" in str(error)
+    assert f"{next(iter(extra_columns))!r} is for a chat template, but this row is plain text" in str(error)
     assert "--format question_answer --columns question=prompt,answer=response," in str(error.hint)
     data = prepare(tmp_path, tokenizer, rows, format="question_answer", columns="question=prompt,answer=response")
     assert expected in whole(data, tokenizer)
@@ -236,7 +236,7 @@ BY_CALLS = (
     ],
     ids=["no calls", "old calls", "several calls", "parts by value", "ms-swift", "verl", "llama-factory"],
 )
-def test_rows_of_other_tools_are_trained_as_they_are_meant(
+def test_rows_of_other_tools_are_trained_as_intended(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str, expected: list[str]
 ) -> None:
     tokenizer.chat_template = template

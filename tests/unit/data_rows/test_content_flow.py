@@ -1,4 +1,4 @@
-"""A row is rendered without the template only where that is proven to give the template's own text."""
+"""A row is rendered without the template only if that is proven to give the same text."""
 
 import random
 from typing import Any
@@ -15,7 +15,7 @@ from tests.chat_templates import SHIPPED, TEMPLATES, tokenizer_with
 from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
 
 EACH = "{{% for message in messages %}}[{{{{ message.role }}}}]{}</s>{{% endfor %}}"
-# Contents on which templates decide, or that look like a part of a template.
+# Contents that templates test, or that look like a part of a template.
 CONTENTS = (
     *(
         "text",
@@ -134,12 +134,12 @@ def rendered(text: TextTokenizer, messages: list[dict[str, Any]], loss_on: LossO
         row = renderer.fit(Conversation(messages=messages, trained=trained))
         inserted = renderer.insert(row)
         return inserted, renderer.render(row, renderer.text(row))
-    except (RowError, ModelError) as error:  # ModelError: Jinja makes no valid Python of some nonsense
+    except (RowError, ModelError) as error:  # ModelError: Jinja compiles some nonsense to invalid Python
         return None, error
 
 
 def draw_messages(chance: random.Random) -> list[dict[str, Any]]:
-    """Return messages of random roles, most of them in their usual order, with contents that templates decide on."""
+    """Return messages of random roles, mostly in their usual order, with contents that templates test."""
     num_turns = chance.randint(1, 3)
     roles = [*chance.sample(("system",), chance.randint(0, 1)), *(["user", "assistant"] * num_turns)]
     if chance.random() < 0.3:
@@ -182,7 +182,7 @@ def test_inserted_rows_are_what_the_template_renders(seed: int, loss_on: LossOn)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_parts_that_decide_by_contents_are_noticed_among_others(seed: int) -> None:
+def test_parts_that_depend_on_contents_are_detected_among_others(seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311
     for _ in range(300):
         parts = chance.sample(INSERTING, chance.randint(1, 3))
@@ -192,7 +192,7 @@ def test_parts_that_decide_by_contents_are_noticed_among_others(seed: int) -> No
 
 
 def draw_expression(chance: random.Random, depth: int) -> str:
-    """Return an expression of a template, in which contents and messages are used in any way."""
+    """Return an expression of a template that uses contents and messages in any way."""
     if depth == 0:
         leaves = ("message.content", "message['content']", "message", "messages", "message.role", "x", "y", "'a'", "0")
         return chance.choice((*leaves, "loop.index0", "loop.previtem", "eos_token", "none", "message.other"))

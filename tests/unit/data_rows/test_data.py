@@ -51,7 +51,7 @@ def test_every_assistant_turn_is_trained_to_its_end_and_nothing_else(
     assert trained_text(data, tokenizer) == "first answer<|im_end|>second answer<|im_end|>"
 
 
-def test_the_tokens_are_those_that_a_server_would_render(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokens_equal_those_that_a_server_renders(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     data = prepare(write_jsonl(tmp_path / "d.jsonl", [{"messages": CHAT}]), tokenizer)
     served: Any = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)
     assert data.dataset[0]["input_ids"] == served["input_ids"]
@@ -118,12 +118,12 @@ def test_every_kind_of_file_gives_the_same_tokens(
         frame.to_csv(path, index=False)
     else:
         frame.to_parquet(path)
-    found = prepare(path, tokenizer).report.fingerprint
-    assert found == prepare(write_jsonl(tmp_path / "same.jsonl", rows), tokenizer).report.fingerprint
+    fingerprint = prepare(path, tokenizer).report.fingerprint
+    assert fingerprint == prepare(write_jsonl(tmp_path / "same.jsonl", rows), tokenizer).report.fingerprint
     folder = tmp_path / "folder"
     folder.mkdir()
     path.rename(folder / path.name)
-    assert prepare(folder, tokenizer).report.fingerprint == found
+    assert prepare(folder, tokenizer).report.fingerprint == fingerprint
 
 
 @pytest.mark.parametrize(

@@ -125,9 +125,11 @@ class Element:
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, tag: str = "", kind: str = "") -> list["Element"]:
-        """Return the elements within of a tag and a class, in order."""
+        """Return the descendants with a tag and a class, in order."""
         return [
-            found for found in self._within() if (not tag or found.tag == tag) and (not kind or kind in found.kinds)
+            element
+            for element in self._within()
+            if (not tag or element.tag == tag) and (not kind or kind in element.kinds)
         ]
 
     @property
@@ -142,7 +144,7 @@ class Element:
 
 
 class Strict(HTMLParser):
-    """Reads a page into elements; what is not closed, or closed in the wrong order, is a failure."""
+    """Parses a page into elements; a tag that is unclosed, or closed in the wrong order, is a failure."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +202,7 @@ def test_the_page_begins_with_data_set_model_and_format(root: Element) -> None:
 
 
 def test_headings_are_in_order(root: Element) -> None:
-    headings = [found for found in root.all() if re.fullmatch("h[1-6]", found.tag)]
+    headings = [element for element in root.all() if re.fullmatch("h[1-6]", element.tag)]
     assert [(heading.tag, heading.text) for heading in headings] == [
         ("h1", "chats.jsonl, more.parquet"),
         ("h2", "Rows and tokens"),
@@ -231,7 +233,7 @@ def test_the_page_is_self_contained_and_runs_no_script(html: str, root: Element)
     assert [meta.attributes["content"] for meta in root.all("meta") if "http-equiv" in meta.attributes] == [
         "default-src 'none'; style-src 'unsafe-inline'"
     ]
-    rest = html.replace("&lt;img src=https://example.com/x.png onerror=alert(1)&gt;", "")  # that one is a row's text
+    rest = html.replace("&lt;img src=https://example.com/x.png onerror=alert(1)&gt;", "")  # the text of a row
     assert not re.search(r"https?://", rest)
 
 
@@ -435,7 +437,7 @@ def test_an_invalid_page_path_is_reported_before_anything_is_read(
 def test_the_page_needs_only_required_dependencies() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))["project"]
     assert any(re.match(r"matplotlib\b", requirement) for requirement in project["dependencies"])
-    assert "plot" in project["optional-dependencies"]  # asked for by those who installed it before
+    assert "plot" in project["optional-dependencies"]  # for those who install by the name of earlier versions
 
 
 def test_the_template_is_part_of_the_package() -> None:

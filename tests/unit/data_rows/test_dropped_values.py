@@ -17,7 +17,7 @@ from tests.support.chat_tokenizers import make_tokenizer
 from tests.support.drawn_rows import Drawn, draw_row
 
 SEEDS = range(25)  # benchmarks/rows_rendered.py draws more
-# They end no turn, or ask for a thought that they take out of every answer.
+# They end no turn, or prompt for a thought that they remove from every answer.
 REFUSE_ALL = {"no_end", "glm4moe", "reasoning_taken_out", "deepseek_r1_distill"}
 
 
@@ -103,7 +103,7 @@ TOOL = {"type": "function", "function": {"name": "lookup", "description": "Looks
 
 
 def asked(*messages: dict[str, Any], tools: list[Any] | None = None, trained: tuple[int, ...] = ()) -> Conversation:
-    """Return messages behind a question, of which the last is trained unless `trained` says otherwise."""
+    """Return a question and `messages`, of which the last is trained unless `trained` says otherwise."""
     return Conversation(
         messages=[{"role": "user", "content": "Look up iron."}, *messages],
         trained=trained or (len(messages),),
@@ -130,7 +130,7 @@ def whole_text(name: str, conversation: Conversation) -> str:
 
 
 def with_template(template: str) -> tuple[TextTokenizer, RowTokenizer]:
-    """Return a tokenizer with a template that writes turns as ChatML does, of which only the inside is given."""
+    """Return a tokenizer with a template that writes turns as ChatML does; `template` writes the inside of a turn."""
     text = make_tokenizer("chatml")
     text.tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n" + template + "<|im_end|>\n{% endfor %}"
@@ -193,7 +193,7 @@ def test_a_template_that_removes_reasoning_from_every_answer_is_recognised() -> 
     problem = refused_by("reasoning_taken_out", reasoned)
     assert "removes reasoning from every answer" in str(problem)
     assert "--chat-template chatml" in str(problem.hint)
-    assert "--accept-lost" not in str(problem.hint)  # which would not help: a thought is asked for
+    assert "--accept-lost" not in str(problem.hint)  # which would not help: the template prompts for a thought
     assert trained_by("contents_alone", reasoned) == ["<think>\n30 and 12\n</think>\n\n42<|im_end|>"]
 
 

@@ -38,7 +38,7 @@ def users_of(data: PreparedData | None) -> set[str]:
 
 
 def of_users(sizes: dict[str, int]) -> list[Row]:
-    """Return rows whose text begins with their user, in turns."""
+    """Return rows whose text begins with their user, the users taking turns."""
     rows = [(number, user) for user, size in sizes.items() for number in range(size)]
     return [
         {"prompt": f"{user}: {number} ", "completion": f"it is {number}", "user": user}
@@ -63,7 +63,7 @@ def test_groups_are_not_divided_and_about_as_many_rows_as_requested_are_held_out
     assert not trained & held
     assert (
         32 <= len(texts(prepared.evaluation)) <= 52
-    )  # of 210 rows 42 are wanted, and a group is half of what is lacking
+    )  # 42 of 210 rows are requested, and each group is at most half of the rest
     assert prepared.train.report.held_out_rows == prepared.evaluation.report.rows_trained
     assert (prepared.train.report.groups, prepared.evaluation.report.groups) == (len(trained), len(held))
     again = prepare(path, eval_split="20%", eval_group="user", seed=seed)
@@ -191,7 +191,7 @@ def test_a_missing_group_column_is_an_error_that_names_the_nearest(tmp_path: Pat
     error = refused(path, eval_split="2", eval_group="users")
     assert "d.jsonl has no column 'users'" in str(error)
     assert (error.hint, error.setting) == ("Did you mean user?", "data.eval_group")
-    # Every data set needs one: groups that nothing is known of could be on both sides.
+    # Every data set needs one: rows of an unknown group could be on both sides.
     assert "other.jsonl has no column 'user'" in str(refused(path, other, eval_split="2", eval_group="user"))
     held = refused(path, eval_dataset=(str(other),), eval_group="user")
     assert "other.jsonl has no column 'user'" in str(held)
@@ -210,8 +210,8 @@ def test_a_group_that_is_not_a_single_value_is_a_bad_row(tmp_path: Path) -> None
 def test_a_group_does_not_depend_on_how_its_value_is_written() -> None:
     same = [digest_group({"user": value}, "user") for value in (7, 7.0, "7")]
     assert len(set(same)) == 1
-    others = [digest_group({"user": value}, "user") for value in (7, 8, 7.5, "seven", True, False)]
-    assert len(set(others)) == len(others)
+    different = [digest_group({"user": value}, "user") for value in (7, 8, 7.5, "seven", True, False)]
+    assert len(set(different)) == len(different)
     for none in ({}, {"user": None}, {"user": ""}, {"user": float("nan")}):
         assert digest_group(none, "user") == NO_GROUP
     assert digest_group({"user": 7}, None) == NO_GROUP

@@ -1,4 +1,4 @@
-"""Which tokens are trained, for any conversation: exactly the answers and the ends of their turns."""
+"""The trained tokens of any conversation are exactly the answers and the ends of their turns."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from qlora_cli.settings.choices import LossOn
 from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
-# Text as people write it, and as they do not: line breaks and spaces at the ends, control tokens, any character.
+# Usual and unusual text: line breaks and spaces at the ends, control tokens, any character.
 WORDS = st.sampled_from(
     [
         "one",
@@ -44,7 +44,7 @@ ANSWER = TEXT.filter(lambda text: text.strip() != "")
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
-    """Draw a conversation of some turns, of which any answers are trained."""
+    """Draw a conversation of some turns, with any of its answers trained."""
     messages: list[dict[str, Any]] = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(TEXT)})
@@ -53,7 +53,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
         messages.append({"role": "assistant", "content": draw(ANSWER)})
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     trained = tuple(index for index in answers if draw(st.booleans()))
-    if draw(st.booleans()):  # what ends with a question is cut off, not answered
+    if draw(st.booleans()):  # a question at the end has no answer
         messages.append({"role": "user", "content": draw(TEXT)})
     return Conversation(messages=messages, trained=trained)
 
@@ -64,9 +64,9 @@ def asked(question: str, answer: str) -> Conversation:
 
 
 def tokens_of(text: TextTokenizer, example: Any, loss_on: LossOn = LossOn.COMPLETIONS) -> Tokens:
-    (found,) = RowTokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
-    assert isinstance(found, Tokens), found
-    return found
+    (row,) = RowTokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
+    assert isinstance(row, Tokens), row
+    return row
 
 
 def trained_text(text: TextTokenizer, tokens: Tokens) -> str:
@@ -74,7 +74,7 @@ def trained_text(text: TextTokenizer, tokens: Tokens) -> str:
 
 
 def expected(family: str, conversation: Conversation) -> str:
-    """Return what is to be trained: the answers as the template writes them, each with the end of its turn."""
+    """Return the text to train: the answers as the template writes them, each with the end of its turn."""
     *_, end, before = FAMILIES[family]
     answers = [conversation.messages[index]["content"] for index in conversation.trained]
     return "".join(before + (answer.strip() if family in TRIMS else answer) + end for answer in answers)
@@ -172,7 +172,7 @@ def test_a_bos_in_the_text_is_not_doubled() -> None:
 
 def test_a_token_across_the_start_of_an_answer_is_split() -> None:
     text = TOKENIZERS["chatml"]
-    assert len(text.tokenizer(" function")["input_ids"]) == 1  # so it would lie across
+    assert len(text.tokenizer(" function")["input_ids"]) == 1  # so it would span both
     tokens = tokens_of(text, PromptCompletion(prompt="Which func", completion="tion returns"))
     served = text.tokenizer("Which func")["input_ids"]
     assert tokens.input_ids.tolist()[: len(served)] == served
@@ -188,9 +188,9 @@ def test_text_is_not_split_for_a_tokenizer_that_adds_a_space() -> None:
 
 
 def refusal(text: TextTokenizer, example: Any) -> RowError:
-    (found,) = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids).tokenize([example])
-    assert isinstance(found, RowError)
-    return found
+    (row,) = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids).tokenize([example])
+    assert isinstance(row, RowError)
+    return row
 
 
 TWO_TURNS = Conversation(
@@ -263,7 +263,7 @@ def test_the_generation_prompt_may_depend_on_the_contents() -> None:
         messages=[{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], trained=(1,)
     )
     tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids)
-    tokens, problem = tokenizer.tokenize([plain, asked])  # the first settles what stands around the contents
+    tokens, problem = tokenizer.tokenize([plain, asked])  # the first row determines the text around the contents
     assert isinstance(tokens, Tokens)
     assert isinstance(problem, RowError)
     assert "with a different text" in str(problem)
@@ -329,7 +329,7 @@ def test_control_tokens_in_the_text_are_counted() -> None:
     ("example", "is_twice"),
     [
         (PromptCompletion(prompt="a", completion="b"), False),
-        (PromptCompletion(prompt="a", completion="b<|im_end|>"), False),  # that one is taken
+        (PromptCompletion(prompt="a", completion="b<|im_end|>"), False),  # the row's own end is used
         (PromptCompletion(prompt="a", completion="b<|im_end|>\n"), True),
         (PromptCompletion(prompt="a<|im_end|>", completion="b"), False),
         (PromptCompletion(prompt="", completion="<|im_start|>user\na<|im_end|>\n"), True),
@@ -346,8 +346,8 @@ def test_a_text_that_already_contains_the_end_token_is_counted(
     assert isinstance(tokens, Tokens)
     assert tokenizer.num_doubled_ends == is_twice
     end = text.tokenizer.eos_token
-    found = str(text.tokenizer.decode(tokens.input_ids)).replace(" ", "").replace("\n", "")
-    assert (f"{end}{end}" in found) == is_twice
+    decoded = str(text.tokenizer.decode(tokens.input_ids)).replace(" ", "").replace("\n", "")
+    assert (f"{end}{end}" in decoded) == is_twice
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -366,7 +366,7 @@ def test_a_prompt_has_the_tokens_that_are_served_whatever_the_tokenizer_adds(
 
 
 def _with_post_processor(*, ends: bool, trims: bool) -> TextTokenizer:
-    """Return a tokenizer that writes EOS behind every text, or takes spaces out of the positions of tokens."""
+    """Return a tokenizer that writes EOS after every text, or excludes spaces from the offsets of tokens."""
     text = make_tokenizer("chatml")
     eos, backend = str(text.tokenizer.eos_token), text.tokenizer.backend_tokenizer
     adds = processors.TemplateProcessing(

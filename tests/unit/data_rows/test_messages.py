@@ -359,7 +359,7 @@ VALUES = st.recursive(
 @given(key=KEYS, value=VALUES)
 @settings(max_examples=400, deadline=None)
 def test_each_key_of_a_message_is_read_passed_on_reported_or_refused(key: str, value: Any) -> None:
-    """A switch of an answer says whether it is trained; all else is in the message, noted if no list knows it."""
+    """A switch of an answer says whether it is trained; any other key is in the message, reported if it is unknown."""
     row = {"messages": [USER, {**ANSWER, key: value}]}
     reader = reader_of(row)
     try:
@@ -375,7 +375,7 @@ def test_each_key_of_a_message_is_read_passed_on_reported_or_refused(key: str, v
         is_on = SWITCHES[key] if is_blank(value) else value in (1, "1")
         assert (conversation.trained == (1,)) is (is_on is SWITCHES[key])
         assert message == ANSWER
-    elif key in ("from", "value") or (key == "refusal" and value == ANSWER["content"]):  # the same by another name
+    elif key in ("from", "value") or (key == "refusal" and value == ANSWER["content"]):  # the same, by another name
         assert message == ANSWER
     else:
         assert message.get(key) == value or (key == "content" and message["content"] == "".join(value))

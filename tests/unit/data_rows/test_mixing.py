@@ -69,7 +69,7 @@ def test_weights_are_fractions_of_data_sets_or_shares_of_the_mixture(
     times = Counter(rows)
     for file, number in {"small": 30, "large": 140}.items():
         counts = [times[f"{file} {i}"] for i in range(number)]
-        assert max(counts) - min(counts) <= 1  # no row is fed twice before all others are once
+        assert max(counts) - min(counts) <= 1  # no row is fed twice before each is fed once
     assert [part.rows for part in data.train.report.mixture] == list(expected.values())
     assert fed(prepare(f"{small}*0.3", f"{large}*0.7", mixing=mixing)) == rows
 
@@ -147,13 +147,13 @@ def test_the_contribution_of_each_data_set_is_reported(small: Path, large: Path)
 def test_weights_that_sum_to_1_get_a_note_about_probabilities(small: Path, large: Path) -> None:
     note = "to mix by probability give --mixing first_exhausted or all_exhausted"
 
-    def is_told(*names: str, **settings: Any) -> bool:
+    def gets_note(*names: str, **settings: Any) -> bool:
         return any(note in each for each in prepare(*names, **settings).train.notes)
 
-    assert is_told(f"{small}*0.3", f"{large}*0.7")
-    assert not is_told(f"{small}*0.3", f"{large}*0.7", mixing="first_exhausted")
-    assert not is_told(f"{small}*0.3", f"{large}*0.5")
-    assert not is_told(str(small))
+    assert gets_note(f"{small}*0.3", f"{large}*0.7")
+    assert not gets_note(f"{small}*0.3", f"{large}*0.7", mixing="first_exhausted")
+    assert not gets_note(f"{small}*0.3", f"{large}*0.5")
+    assert not gets_note(str(small))
 
 
 @pytest.mark.parametrize(

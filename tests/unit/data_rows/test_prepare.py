@@ -83,7 +83,7 @@ def test_losing_more_than_a_hundredth_is_an_error_unless_accepted(tmp_path: Path
     with pytest.raises(DataError, match=r"[0-9.]+ % of the tokens to train are lost") as caught:
         prepare(path, max_length=24, on_long=on_long)
     assert "--accept-lost" in (caught.value.hint or "")
-    # A few of many are told, and go on.
+    # A small share is reported, and preparation continues.
     many = write_jsonl(tmp_path / "many.jsonl", [*pairs(1500), {"prompt": "a ", "completion": "word " * 20}])
     report = prepare(many, max_length=24, on_long=on_long).train.report
     assert 0 < report.supervised_tokens_lost / report.supervised_tokens < 0.01
@@ -210,7 +210,7 @@ def test_bad_rows_are_skipped_if_asked_counted_and_listed(tmp_path: Path) -> Non
     path = write_jsonl(tmp_path / "d.jsonl", BAD)
     with path.open("ab") as file:
         file.write(b'{"prompt": "caf\xe9"}\n[1]\n{"prompt": \n')
-    for _ in range(2):  # made, and from where it is kept
+    for _ in range(2):  # tokenized, then loaded from the cache
         data = prepare(path, on_bad_row="skip").train
         assert (data.report.rows, data.report.bad_rows, data.report.empty_answers) == (3, 5, 1)
         (listed,) = data.skipped

@@ -47,7 +47,7 @@ OF_A_SCHEMA = (
     "{% for m in messages %}{{ m.content }}{% endfor %}"
     "{% macro f(v) %}{% if v is mapping %}{{ f(v.a) }}{% endif %}{% endmacro %}{{ f(tools[0]) }}"
 )
-# One operation each that takes gigabytes, before anything that counts comes back from it.
+# Single operations that take gigabytes before any counter can run.
 AT_ONCE = (
     "'x' * 10**9",
     "[0] * 10**9",
@@ -76,7 +76,7 @@ BIT_BY_BIT = (
     "{% set x %}{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}{% endset %}",
 )
 MEMORY = [*(f"{{{{ {operation} }}}}" for operation in AT_ONCE), *BIT_BY_BIT]
-# What Python can't interrupt, or what overflows the stack; the first two when they are compiled already.
+# Operations that Python can't interrupt, or that overflow the stack; the first two already while compiling.
 DOUBLED = "{% set ns=namespace(a=(), b=()) %}{% for i in range(60) %}{% set ns.a=(ns.a,ns.a) %}"
 NEVER_ENDS = (
     "{{ ([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 1000] * 9999)|sum(start=[])|length }}",
@@ -94,7 +94,7 @@ DEEP = "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_tried() -> None:
+def _no_cached_trials() -> None:
     try_template.cache_clear()
 
 
@@ -107,7 +107,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limit the time of a conversation, for what never ends: on a busy machine anything may take as long."""
+    """Limit the time of a conversation, only for endless templates: on a busy machine, any other may take as long."""
     monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.3)
     monkeypatch.setattr(bounded, "REPEAT_SECONDS", 0.1)
 
@@ -211,7 +211,7 @@ def test_limits_grow_with_the_length_of_messages(tokenizer: PreTrainedTokenizerB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_a_stricter_limit_of_the_user_is_kept() -> None:
+def test_a_stricter_limit_of_the_user_is_retained() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     own = (8 * GIB, before[1])
     resource.setrlimit(resource.RLIMIT_DATA, own)
@@ -250,9 +250,9 @@ def test_tools_that_a_template_can_not_iterate_over_are_an_error_of_their_row(
     with pytest.raises(TemplateRefusalError, match="recurses too deeply for what its tools"):
         render(tokenizer, CHAT, tools=[schema])
     conversation = Conversation(messages=CHAT, trained=(1,), tools=[schema])
-    (found,) = RowTokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
-    assert isinstance(found, RowError)
-    assert "the chat template refuses it: it recurses too deeply" in str(found)
+    (row,) = RowTokenizer(tokenizer, LossOn.ALL, frozenset()).tokenize([conversation])
+    assert isinstance(row, RowError)
+    assert "the chat template refuses it: it recurses too deeply" in str(row)
 
 
 def test_the_previous_signal_handler_is_restored_and_no_alarm_follows(
@@ -276,16 +276,16 @@ def test_the_previous_signal_handler_is_restored_and_no_alarm_follows(
 
 
 def test_a_conversation_is_rendered_outside_of_the_main_thread(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template, found = "{{ messages[1].content }}", []
-    thread = threading.Thread(target=lambda: found.append(render(tokenizer, CHAT)))
+    tokenizer.chat_template, outputs = "{{ messages[1].content }}", []
+    thread = threading.Thread(target=lambda: outputs.append(render(tokenizer, CHAT)))
     thread.start()
     thread.join()
-    assert found == ["yes"]
+    assert outputs == ["yes"]
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a conversation so much time that an interrupt comes before, on a busy machine too."""
+    """Give a conversation so much time that an interrupt comes first, even on a busy machine."""
     monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 60.0)
 
 
@@ -338,7 +338,7 @@ def test_a_trial_leaves_handlers_timers_and_signals_as_they_were() -> None:
     assert signal.getitimer(signal.ITIMER_PROF) == signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_an_operation_that_can_not_be_interrupted_ends_the_process_at_last_and_shows_where() -> None:
+def test_an_operation_that_cannot_be_interrupted_finally_ends_the_process_and_shows_where() -> None:
     script = (
         "from qlora_cli import bounded\n"
         "bounded.LAST_RESORT_SECONDS = 0.2 / bounded._num_cores()\n"
@@ -385,8 +385,8 @@ def test_a_slow_template_is_reported_once(
     encoder = Encoder(
         RowLayout(format=DataFormat.MESSAGES, columns={"messages": "messages"}), DataSettings(dataset="rows"), text
     )
-    found = encoder.tokenizer.tokenize(rows)
-    assert not any(isinstance(row, RowError) for row in found)
+    tokenized = encoder.tokenizer.tokenize(rows)
+    assert not any(isinstance(row, RowError) for row in tokenized)
     (event,) = recorder.events
     assert isinstance(event, Noted)
     assert re.search(r"the chat template is slow: 0 s so far, with \d rows? done; Ctrl-C stops it", event.message)

@@ -1,4 +1,4 @@
-"""Cached tokens are loaded exactly as this user wrote them, or written again; other files are never touched."""
+"""Cached tokens are loaded exactly as this user wrote them, or rewritten; other files are never touched."""
 
 import hashlib
 import json

@@ -106,15 +106,15 @@ def test_arguments_are_read_under_every_known_key_or_refused(inside: dict[str, A
     call = {"type": "function", "function": {"name": "f", **inside}, **outside}
     given = [*inside.values(), *outside.values()]
     values = [json.loads(each) if isinstance(each, str) and each else each for each in given]
-    said = [value for value in values if value not in (None, "", {})]
+    non_empty = [value for value in values if value not in (None, "", {})]
     try:
         conversation = chat(USER, {**ANSWER, "tool_calls": [call]})
     except RowError as error:
-        differs = "which differ" in str(error) and any(value != said[0] for value in said)
+        differs = "which differ" in str(error) and any(value != non_empty[0] for value in non_empty)
         assert differs, error  # noqa: PT017 - any of them may be refused
         return
-    expected = said[0] if said else {}
-    assert all(value == expected for value in said)
+    expected = non_empty[0] if non_empty else {}
+    assert all(value == expected for value in non_empty)
     assert conversation.messages[1]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": expected}}
     ]

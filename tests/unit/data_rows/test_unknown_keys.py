@@ -60,15 +60,15 @@ def test_an_unknown_key_is_rendered_or_reported(template: str, place: str, key: 
         reader = RowReader(recognise(list(row), settings, "rows.jsonl"), LossOn.COMPLETIONS, use_chat=True)
         tokenizer = RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids, accepts_lost=True)
         try:
-            (found,) = tokenizer.tokenize([reader.read(row)])
+            (tokens,) = tokenizer.tokenize([reader.read(row)])
         except RowError:
             continue
-        if isinstance(found, RowError):
+        if isinstance(tokens, RowError):
             continue
         num_read += 1
         notes = " ".join(row_notes.on_unknown_keys(reader, tokenizer.renderer))
-        is_told = f"{key} (1 row)" in notes
-        assert is_told is (HELD not in text.tokenizer.decode(found.input_ids)), (value, notes)
+        is_reported = f"{key} (1 row)" in notes
+        assert is_reported is (HELD not in text.tokenizer.decode(tokens.input_ids)), (value, notes)
     assert num_read or (key, place) in REFUSED
 
 
