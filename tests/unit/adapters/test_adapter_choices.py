@@ -93,7 +93,7 @@ def test_pissa_needs_weights_as_they_are(method: str) -> None:
     assert "would have to be quantized again, to a base that fits this adapter only" in said
 
 
-def test_what_works_together_is_taken() -> None:
+def test_settings_that_work_together_are_accepted() -> None:
     assert settings(lora__init_lora_weights="pissa", quantization__method="none").init_lora_weights == "pissa"
     for method in ("nf4", "fp4"):
         assert settings(lora__init_lora_weights="loftq", quantization__method=method).init_lora_weights == "loftq"

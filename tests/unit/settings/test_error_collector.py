@@ -1,4 +1,4 @@
-"""Errors that are collected: the one that there is, or all as problems, and first what is wrong with the input."""
+"""Collected errors: a single one unchanged, several as problems, and errors in the input before those of memory."""
 
 import pytest
 
@@ -14,14 +14,14 @@ def test_nothing_collected_is_no_error() -> None:
     assert wrong.error is None
 
 
-def test_one_error_stays_what_it_is() -> None:
+def test_a_single_error_is_raised_unchanged() -> None:
     wrong, error = ErrorCollector(), ModelError("is none", hint="Look.")
     wrong.add("model.name", error)
     wrong.add("data.dataset", ModelError("is none", hint="Look."))  # the same again
     assert wrong.error is error
 
 
-def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
+def test_several_errors_become_problems_of_one_each_with_its_setting() -> None:
     wrong = ErrorCollector()
     wrong.add("model.name", SettingsError([Problem(where="a", message="1"), Problem(where="b", message="2")]))
     wrong.extend([("data.dataset", DataError("has no column", hint="Name it.", setting="data.columns"))])
@@ -34,7 +34,7 @@ def test_several_are_the_problems_of_one_each_where_it_was_given() -> None:
     )
 
 
-def test_what_does_not_fit_in_memory_is_reported_after_errors_in_the_input() -> None:
+def test_a_lack_of_memory_is_reported_after_errors_in_the_input() -> None:
     wrong = ErrorCollector()
     with pytest.raises(OutOfMemoryError), wrong.collecting("model.name"):
         raise OutOfMemoryError("too large")

@@ -54,7 +54,7 @@ def test_all_problems_are_reported_at_once_with_file_line_and_flag(tmp_path: Pat
         tmp_path / "run.yaml",
         "model:\n  dtpe: bf16\ntraning:\n  seed: 1\ntraining:\n  optimizer: adamw_toch\n  seed: -1\n",
     )
-    found = problems_of(
+    problems = problems_of(
         Sources(config=config, assignments=["lora.alpa=1", "lora"], flags={"training.epochs": ("--epochs", "many")})
     )
     for expected in (
@@ -69,15 +69,15 @@ def test_all_problems_are_reported_at_once_with_file_line_and_flag(tmp_path: Pat
         "data.dataset: is missing",
         "output.directory: is missing",
     ):
-        assert any(expected in line for line in found), (expected, found)
-    assert len(found) == 10
+        assert any(expected in line for line in problems), (expected, problems)
+    assert len(problems) == 10
 
 
-def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+def test_a_key_in_the_wrong_section_gets_a_hint_at_the_right_one(tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", "training:\n  rank: 8\nrank: 8\n")
-    found = problems_of(Sources(config=config, flags=REQUIRED))
-    assert [line for line in found if "Did you mean lora.rank?" in line] == found
-    assert len(found) == 2
+    problems = problems_of(Sources(config=config, flags=REQUIRED))
+    assert [line for line in problems if "Did you mean lora.rank?" in line] == problems
+    assert len(problems) == 2
 
 
 @pytest.mark.parametrize(
@@ -98,24 +98,24 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
     config = write(tmp_path / "run.yaml", text)
-    found = problems_of(Sources(config=config, flags=REQUIRED))
-    assert any(expected in line for line in found), found
+    problems = problems_of(Sources(config=config, flags=REQUIRED))
+    assert any(expected in line for line in problems), problems
 
 
-def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     config = tmp_path / "pipe"
     os.mkfifo(config)
     threading.Thread(target=config.write_text, args=["lora:\n  rank: 3\n"], daemon=True).start()
     assert resolve(Sources(config=config, flags=REQUIRED), TrainSettings).settings.lora.rank == 3
 
 
-def test_a_pipe_that_does_not_end_is_read_no_further_than_a_file_may_be_large(tmp_path: Path) -> None:
+def test_an_endless_pipe_is_read_only_up_to_the_size_limit_of_a_file(tmp_path: Path) -> None:
     config = tmp_path / "pipe"
     os.mkfifo(config)
     with subprocess.Popen(["/bin/sh", "-c", 'while :; do echo "# more"; done > "$1"', "sh", str(config)]) as endless:
-        found = problems_of(Sources(config=config, flags=REQUIRED))
+        problems = problems_of(Sources(config=config, flags=REQUIRED))
         endless.kill()
-    assert any("is larger than 256.00 KiB: no settings file" in line for line in found), found
+    assert any("is larger than 256.00 KiB: no settings file" in line for line in problems), problems
 
 
 @pytest.mark.parametrize(
@@ -133,27 +133,29 @@ def test_a_pipe_that_does_not_end_is_read_no_further_than_a_file_may_be_large(tm
         ("quantization:\n  method:\n", "quantization.method: 'None' is not one of nf4, fp4, int8, none"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
+def test_an_unusable_value_is_named_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
     config = write(tmp_path / "run.yaml", text)
-    (found,) = problems_of(Sources(config=config, flags=REQUIRED))
-    assert expected in found
+    (problem,) = problems_of(Sources(config=config, flags=REQUIRED))
+    assert expected in problem
 
 
-def test_what_yaml_cannot_read_in_set_is_text() -> None:
-    found = problems_of(Sources(assignments=["training.seed=2024-13-45", "training.max_steps=!x 1"], flags=REQUIRED))
-    assert sorted(line.split(" | ")[0] for line in found) == [
+def test_values_of_set_that_yaml_cannot_read_are_text() -> None:
+    problems = problems_of(
+        Sources(assignments=["training.seed=2024-13-45", "training.max_steps=!x 1"], flags=REQUIRED)
+    )
+    assert sorted(line.split(" | ")[0] for line in problems) == [
         "--set training.max_steps: expected a whole number, got '!x 1'",
         "--set training.seed: expected a whole number, got '2024-13-45'",
     ]
 
 
 @pytest.mark.parametrize("value", ["*a", "&a", "[&a x, *a]", "[" * 21 + "]" * 21])
-def test_what_is_not_read_of_yaml_in_set_is_text_too(value: str) -> None:
+def test_unsupported_yaml_in_set_is_text(value: str) -> None:
     sources = Sources(assignments=[f"data.format={value}"], flags=REQUIRED)
     assert f"--set data.format: {value!r} is not one of" in problems_of(sources)[0]
 
 
-LONG_NUMBERS = {  # of more than 4,300 decimal digits, where Python refuses to convert those
+LONG_NUMBERS = {  # of more than 4,300 decimal digits, which Python refuses to convert in base 10
     "base 16": "0x" + "F" * 4000,
     "base 16, quoted": f'!!int "0x {"F" * 4000}"',
     "base 2": "-0b" + "1" * 15_000,
@@ -168,29 +170,27 @@ NUMBERED = ("lora.rank", "lora.dropout", "lora.target_modules", "data.dataset", 
 
 @pytest.mark.parametrize("number", LONG_NUMBERS)
 @pytest.mark.parametrize("form", ["{}", "[{}]", "{{a: {}}}", "{{{}: a}}", "{{? {} : a}}"])
-def test_a_number_of_thousands_of_digits_is_an_error_wherever_it_stands(
-    tmp_path: Path, number: str, form: str
-) -> None:
+def test_a_number_of_thousands_of_digits_is_an_error_anywhere(tmp_path: Path, number: str, form: str) -> None:
     for path in NUMBERED:
         section, key = path.split(".")
         text = form.format(LONG_NUMBERS[number])
         config = write(tmp_path / "run.yaml", f"{section}:\n  {key}: {text}\n")
-        (found,) = problems_of(Sources(config=config, flags=REQUIRED))
-        assert f"{config}:2: a number of more than 256 characters" in found
+        (problem,) = problems_of(Sources(config=config, flags=REQUIRED))
+        assert f"{config}:2: a number of more than 256 characters" in problem
         read, _ = read_assignments([f"{path}={text}"])
         assert [entry.value for entry in read] == [text]
 
 
 @pytest.mark.parametrize("setting", ["data.eval_split=", "model.rope_scaling=linear:"])
-def test_a_number_beyond_what_a_float_can_be_is_an_error_in_a_text_too(setting: str) -> None:
-    (found,) = problems_of(Sources(assignments=[f"{setting}{'9' * 400}"], flags=REQUIRED))
-    assert ": expected " in found
+def test_a_number_beyond_a_float_is_an_error_in_a_text(setting: str) -> None:
+    (problem,) = problems_of(Sources(assignments=[f"{setting}{'9' * 400}"], flags=REQUIRED))
+    assert ": expected " in problem
 
 
-def test_a_long_text_is_none_and_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
+def test_a_long_text_is_not_a_number_and_a_long_value_is_truncated(tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", f"model:\n  system: '{'9' * 400}'\n  dtype: {'9 x' * 400}\n")
-    found = problems_of(Sources(config=config, flags=REQUIRED))
-    assert all(len(line) < 600 and "a number" not in line for line in found), found
+    problems = problems_of(Sources(config=config, flags=REQUIRED))
+    assert all(len(line) < 600 and "a number" not in line for line in problems), problems
 
 
 def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_missing_or_binary_file_is_a_problem_not_a_crash(tmp_path: Path) -> No
     assert "not UTF-8" in problems_of(Sources(config=binary, flags=REQUIRED))[0]
 
 
-def test_yaml_1_1_surprises_are_read_as_meant(tmp_path: Path) -> None:
+def test_yaml_1_1_surprises_are_read_as_intended(tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", "training:\n  learning_rate: 2e-4\n  gradient_checkpointing: on\nlora:\n")
     training = resolve(Sources(config=config, flags=REQUIRED), TrainSettings).settings.training
     assert training.learning_rate == 2e-4
@@ -257,7 +257,7 @@ def test_a_setting_that_can_have_no_effect_is_an_error() -> None:
         ("int8_cpu_offload", "false"),
     ],
 )
-def test_a_value_that_asks_for_nothing_is_no_error_where_nothing_is_to_be_had(
+def test_a_value_that_turns_a_setting_off_is_accepted_with_every_method(
     method: Quantization, key: str, off: str
 ) -> None:
     sources = Sources(assignments=[f"quantization.{key}={off}", f"quantization.method={method.value}"], flags=REQUIRED)
@@ -278,7 +278,9 @@ def test_a_value_that_asks_for_nothing_is_no_error_where_nothing_is_to_be_had(
     ]
     + [("quantization.method", "8bit", "int8"), ("quantization.method", "8-bit", "int8")],
 )
-def test_what_others_call_a_value_is_understood_and_shown_by_our_name(path: str, synonym: str, canonical: str) -> None:
+def test_synonyms_of_a_value_are_accepted_and_shown_by_its_canonical_name(
+    path: str, synonym: str, canonical: str
+) -> None:
     sources = Sources(assignments=[f"{path}={synonym}"], flags=REQUIRED)
     section, key = path.split(".")
     assert getattr(getattr(resolve(sources, TrainSettings).settings, section), key).value == canonical
@@ -287,9 +289,9 @@ def test_what_others_call_a_value_is_understood_and_shown_by_our_name(path: str,
 
 
 @pytest.mark.parametrize("value", ["4bit", "int4", "4-bit"])
-def test_a_word_that_two_methods_answer_to_is_a_hint_not_a_guess(value: str) -> None:
-    (found,) = problems_of(Sources(assignments=[f"quantization.method={value}"], flags=REQUIRED))
-    assert found.endswith("Choose nf4 or fp4; nf4 is the default.")
+def test_a_name_that_could_mean_two_methods_is_an_error_with_a_hint(value: str) -> None:
+    (problem,) = problems_of(Sources(assignments=[f"quantization.method={value}"], flags=REQUIRED))
+    assert problem.endswith("Choose nf4 or fp4; nf4 is the default.")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_a_word_that_two_methods_answer_to_is_a_hint_not_a_guess(value: str) -> 
         "training.sample_prompts=null",
     ],
 )
-def test_what_is_off_needs_nothing_else(assignment: str) -> None:
+def test_a_setting_that_is_off_needs_no_other(assignment: str) -> None:
     assert resolve(Sources(assignments=[assignment, "data.on_long=error"], flags=REQUIRED), TrainSettings)
 
 
@@ -322,21 +324,21 @@ def test_schema_and_show_know_every_setting() -> None:
 
 def test_a_switch_is_not_a_number(tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", "training:\n  seed: yes\n  epochs: true\n  max_steps: on\n")
-    found = problems_of(Sources(config=config, flags=REQUIRED))
-    assert len(found) == 3
-    assert all("expected a number, got True" in line for line in found)
+    problems = problems_of(Sources(config=config, flags=REQUIRED))
+    assert len(problems) == 3
+    assert all("expected a number, got True" in line for line in problems)
 
 
 @pytest.mark.parametrize(
     "assignment",
     ["merge.max_divergence=true", "merge.weights=[yes, 2]", "lora.rank_pattern={q_proj: on}", "generate.top_k=yes"],
 )
-def test_a_switch_is_not_a_number_within_something_else_either(assignment: str) -> None:
-    (found,) = problems_of(Sources(assignments=[assignment], flags=REQUIRED))
-    assert "expected a number" in found
+def test_a_switch_within_a_list_or_pattern_is_not_a_number(assignment: str) -> None:
+    (problem,) = problems_of(Sources(assignments=[assignment], flags=REQUIRED))
+    assert "expected a number" in problem
 
 
-# ---- of a prediction
+# ---- settings of a prediction
 
 MODEL_ONLY = {"model.name": ("MODEL", "base")}
 
@@ -350,7 +352,7 @@ def test_an_estimate_needs_a_model_and_nothing_else() -> None:
         resolve(Sources(), EstimateSettings, {"model.name": "MODEL"})
 
 
-def test_an_estimate_takes_a_train_file_as_it_is(tmp_path: Path) -> None:
+def test_an_estimate_accepts_a_train_file_unchanged(tmp_path: Path) -> None:
     text = "model: {name: base}\ndata: {dataset: rows.jsonl, max_length: 512}\noutput: {directory: run}\n"
     config = write(tmp_path / "train.yaml", text)
     settings = resolve(Sources(config=config, flags=MODEL_ONLY), EstimateSettings).settings
@@ -374,8 +376,8 @@ def test_an_estimate_takes_a_train_file_as_it_is(tmp_path: Path) -> None:
 )
 def test_an_estimate_checks_every_section_of_a_file(tmp_path: Path, text: str, expected: str) -> None:
     config = write(tmp_path / "run.yaml", text)
-    (found,) = problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)
-    assert expected in found
+    (problem,) = problems_of(Sources(config=config, flags=MODEL_ONLY), EstimateSettings)
+    assert expected in problem
 
 
 def test_an_estimate_of_evaluation_needs_no_held_out_data() -> None:
@@ -383,7 +385,7 @@ def test_an_estimate_of_evaluation_needs_no_held_out_data() -> None:
     assert resolve(sources, EstimateSettings).settings.training.eval_steps == 5
 
 
-def test_an_estimate_refuses_what_has_no_effect_and_dangers_in_a_file(tmp_path: Path) -> None:
+def test_an_estimate_refuses_settings_without_effect_and_dangers_in_a_file(tmp_path: Path) -> None:
     flags = {**MODEL_ONLY, "quantization.method": ("--quant", "none")}
     sources = Sources(assignments=["quantization.compute_dtype=bf16"], flags=flags)
     assert "no effect with --quant none" in problems_of(sources, EstimateSettings)[0]

@@ -1,4 +1,4 @@
-"""Settings of the loop that have no effect, or can't work, beside the others: an error that names both."""
+"""Settings of the loop that have no effect or can't work together with another: an error that names both."""
 
 from pathlib import Path
 from typing import get_args
@@ -30,7 +30,7 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
 
 
 @pytest.mark.parametrize(
-    ("values", "where", "said"),
+    ("values", "where", "message"),
     [
         ({"schedule": "constant", "warmup_ratio": "0.1"}, "warmup_ratio", "no effect with --schedule constant"),
         ({"schedule": "cosine", "min_lr_ratio": "0.2"}, "min_lr_ratio", "no effect with --schedule cosine"),
@@ -49,11 +49,11 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
 )
 @pytest.mark.parametrize("kind", [TrainSettings, EstimateSettings])
 def test_a_setting_that_another_makes_ineffective_or_impossible_is_refused(
-    kind: type[LoadSettings], values: dict[str, str], where: str, said: str
+    kind: type[LoadSettings], values: dict[str, str], where: str, message: str
 ) -> None:
     (problem,) = problems({f"training.{key}": value for key, value in values.items()}, kind)
     assert problem.where == f"--training.{where}"
-    assert said in problem.message
+    assert message in problem.message
     assert f"training.{where}" in problem.message or "more than a run has" in problem.message
     assert problem.hint is not None
 
@@ -76,12 +76,12 @@ def test_a_setting_that_another_makes_ineffective_or_impossible_is_refused(
         {"load_best_model_at_end": "false"},
     ],
 )
-def test_what_works_together_is_taken(values: dict[str, str]) -> None:
+def test_settings_that_work_together_are_accepted(values: dict[str, str]) -> None:
     assert problems({f"training.{key}": value for key, value in values.items()}) == []
 
 
 @pytest.mark.parametrize(("setting", "value"), [("early_stopping_patience", "2"), ("load_best_model_at_end", "true")])
-def test_what_goes_by_evaluations_needs_them(setting: str, value: str) -> None:
+def test_settings_that_depend_on_evaluations_need_them(setting: str, value: str) -> None:
     path = f"training.{setting}"
     (neither,) = problems({path: value})
     assert "without training.eval_steps and held-out data" in neither.message
@@ -93,13 +93,13 @@ def test_what_goes_by_evaluations_needs_them(setting: str, value: str) -> None:
     assert problems({path: value}, EstimateSettings) == []  # reads no data
 
 
-def test_a_repository_that_nothing_is_pushed_to_can_not_be_public() -> None:
+def test_a_private_or_public_repository_needs_a_push_to_it() -> None:
     (problem,) = problems({"output.hub_private": "false"})
     assert problem.message == "output.hub_private has no effect without output.push_to_hub"
     assert problems({"output.hub_private": "false", "output.push_to_hub": "me/adapter"}) == []
 
 
-def test_every_setting_that_needs_another_names_values_that_the_other_takes() -> None:
+def test_every_setting_that_needs_another_names_valid_values_of_it() -> None:
     needing = {path: needed for path in all_settings() if (needed := metadata_of(path).effective_with) is not None}
     assert len(needing) >= 5
     for path, needed in needing.items():
@@ -108,7 +108,7 @@ def test_every_setting_that_needs_another_names_values_that_the_other_takes() ->
         assert {type(value) for value in needed.values} <= {other.annotation, *get_args(other.annotation)}
 
 
-def test_each_optimizer_is_of_one_family_or_none() -> None:
+def test_each_optimizer_belongs_to_one_family_or_none() -> None:
     assert {name.value for name in Optimizer if name.is_adam} == {
         *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     }
