@@ -1,4 +1,4 @@
-"""What an adapter's config may hold: LoRA, named by its type, with values of the types that PEFT takes."""
+"""The config of an adapter: LoRA, named by its type, with values of the types that PEFT accepts."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_a_value_of_another_type_is_named_with_its_key_and_file(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["ADALORA", "IA3", "PROMPT_TUNING", "of a later version", 5])
-def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path: Path, kind: object) -> None:
+def test_an_adapter_of_another_type_is_refused_by_name(tmp_path: Path, kind: object) -> None:
     assert f"is {kind}, not LoRA" in message_of(tmp_path, {**GOOD, "peft_type": kind})
 
 
@@ -97,11 +97,11 @@ def test_a_config_without_its_type_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[], 5, None, "LORA"])
-def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path, content: object) -> None:
     assert "holds no JSON object" in message_of(tmp_path, content)
 
 
-def test_null_stands_for_a_key_that_was_not_given(tmp_path: Path) -> None:
+def test_null_equals_a_missing_key(tmp_path: Path) -> None:
     nulls = dict.fromkeys(WRONG_TYPES.keys() - GOOD.keys())
     config = read_adapter_config(write(tmp_path, {**GOOD, **nulls, "of_a_later_version": {"a": 1}}))
     again = read_adapter_config(write(tmp_path, {**GOOD, "of_a_later_version": {"a": 1}}))
@@ -110,7 +110,7 @@ def test_null_stands_for_a_key_that_was_not_given(tmp_path: Path) -> None:
     assert config.non_null["of_a_later_version"] == {"a": 1}
 
 
-def test_a_long_value_is_cut(tmp_path: Path) -> None:
+def test_a_long_value_is_truncated_in_the_message(tmp_path: Path) -> None:
     assert len(message_of(tmp_path, {**GOOD, "bias": "x" * 30_000})) < 300 + len(str(tmp_path))
 
 
@@ -130,7 +130,7 @@ def test_a_long_value_is_cut(tmp_path: Path) -> None:
     ],
     ids=["long", "deep", "large", "names", "patterns", "all patterns", "deep module", "tokens", "ranges", "range"],
 )
-def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
+def test_values_that_take_too_long_to_match_or_to_apply_are_refused_when_read(
     tmp_path: Path, key: str, value: object, wanted: str
 ) -> None:
     message = message_of(tmp_path, {**GOOD, key: value})
@@ -139,15 +139,15 @@ def test_what_takes_too_long_to_match_or_to_make_is_refused_as_it_is_read(
     assert len(message) < 1_000
 
 
-# What PEFT imports, where it computes, and what no PEFT knows.
+# Modules that PEFT would import, devices, and keys that no PEFT knows.
 IGNORED = {"megatron_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}, "from_elsewhere": 5}
 
 
-def test_only_listed_keys_of_an_adapter_are_used_and_the_others_are_noted(tmp_path: Path) -> None:
+def test_only_listed_keys_of_an_adapter_are_used_and_the_rest_is_noted(tmp_path: Path) -> None:
     content = {**GOOD, **IGNORED, "megatron_core": "megatron.core", "auto_mapping": None}
     config = read_adapter_config(write(tmp_path, content))
     assert config.used == GOOD
-    assert config.content == content  # as it is written back
+    assert config.content == content  # as it is saved
     (note,) = notes_on_ignored_keys([None, tmp_path])
     assert note.startswith(f"{tmp_path / ADAPTER_CONFIG}: from_elsewhere, megatron_config, runtime_config ignored: ")
 
@@ -168,7 +168,7 @@ def test_every_initialization_of_peft_is_known(tmp_path: Path, init: object) -> 
     assert read_adapter_config(write(tmp_path, {**GOOD, "init_lora_weights": init})).init_lora_weights == init
 
 
-def test_initializations_are_those_that_peft_documents() -> None:
+def test_initializations_equal_those_that_peft_documents() -> None:
     documented = re.search(r"init_lora_weights \(`bool` \| `Literal\[(.*?)\]`\)", str(LoraConfig.__doc__), re.DOTALL)
     assert documented is not None
     names = set(re.findall(r'"(\w+)"', documented[1]))

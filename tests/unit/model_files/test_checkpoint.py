@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found from the headers alone, and the message names file, tensor and the way out."""
+"""Damaged checkpoints are detected from the headers alone, and the message names file, tensor and remedy."""
 
 import json
 import os
@@ -45,31 +45,31 @@ def message_of(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_the_headers_say_what_safetensors_itself_reads(base_model: Path) -> None:
-    found = read_checkpoint(base_model, allow_pickle=False)
+def test_the_headers_agree_with_safetensors(base_model: Path) -> None:
+    checkpoint = read_checkpoint(base_model, allow_pickle=False)
     with safe_open(base_model / "model.safetensors", framework="np") as file:
         expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         dtypes = {name: file.get_slice(name).get_dtype() for name in expected}
     assert len(expected) > 10
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == expected
-    assert {name: tensor.dtype for name, tensor in found.tensors.items()} == dtypes
-    assert found.files == (base_model / "model.safetensors",)
-    assert not found.is_pickle
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == expected
+    assert {name: tensor.dtype for name, tensor in checkpoint.tensors.items()} == dtypes
+    assert checkpoint.files == (base_model / "model.safetensors",)
+    assert not checkpoint.is_pickle
 
 
 def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     sharded(tmp_path)
-    found = read_checkpoint(tmp_path, allow_pickle=False)
-    assert {name: (tensor.file, tensor.num_bytes) for name, tensor in found.tensors.items()} == {
+    checkpoint = read_checkpoint(tmp_path, allow_pickle=False)
+    assert {name: (tensor.file, tensor.num_bytes) for name, tensor in checkpoint.tensors.items()} == {
         "a": (ONE, 24),
         "b": (ONE, 10),
         "c": (TWO, 64),
     }
-    assert found.total_bytes == 98
-    assert [path.name for path in found.files] == [ONE, TWO]
+    assert checkpoint.total_bytes == 98
+    assert [path.name for path in checkpoint.files] == [ONE, TWO]
 
 
-def test_a_truncated_shard_names_the_first_tensor_that_is_cut(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_an_error_that_names_the_first_incomplete_tensor(tmp_path: Path) -> None:
     sharded(tmp_path)
     content = (tmp_path / ONE).read_bytes()
     first, second = (tensor.name for tensor in read_header(tmp_path, ONE))
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_refused_with_the_reason_and_safetensors_agrees(
 
 
 @pytest.mark.parametrize(("shape", "end"), [([2**63, 0], 0), ([1] * 65, 4)], ids=["size", "dimensions"])
-def test_a_shape_that_torch_has_no_tensor_of_is_refused(tmp_path: Path, shape: list[int], end: int) -> None:
+def test_a_shape_beyond_the_limits_of_torch_is_refused(tmp_path: Path, shape: list[int], end: int) -> None:
     content = raw({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}, bytes(end))
     (tmp_path / "model.safetensors").write_bytes(content)
     assert "the tensor w has no proper shape" in message_of(tmp_path)
@@ -136,7 +136,7 @@ def test_a_shape_that_torch_has_no_tensor_of_is_refused(tmp_path: Path, shape: l
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "FIFO"])
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX])
-def test_what_is_in_the_place_of_a_file_is_not_waited_for(
+def test_a_folder_or_pipe_in_place_of_a_file_is_refused_without_waiting(
     tmp_path: Path, make: Callable[[Path], None], name: str
 ) -> None:
     make(tmp_path / name)
@@ -150,7 +150,9 @@ NAMES = ["x" * 300, "x" * 5_000, "é" * 200, "f/" * 3_000, "\0", "\ud800", "a/" 
 
 @pytest.mark.parametrize("entry", [INDEX, "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: f"{name[:3]!a}{len(name)}")
-def test_a_name_in_an_index_that_no_disk_has_is_refused_in_few_words(tmp_path: Path, name: str, entry: str) -> None:
+def test_an_impossible_file_name_in_an_index_is_refused_with_a_short_message(
+    tmp_path: Path, name: str, entry: str
+) -> None:
     suffix = ".safetensors" if entry == INDEX else ".bin"
     (tmp_path / entry).write_text(json.dumps({"metadata": {}, "weight_map": {"t" * 9_000: f"{name}{suffix}"}}))
     with pytest.raises(ModelError) as caught:
@@ -159,7 +161,7 @@ def test_a_name_in_an_index_that_no_disk_has_is_refused_in_few_words(tmp_path: P
     assert len(f"{caught.value} {caught.value.hint}") < 1_000 + 3 * len(str(tmp_path))
 
 
-def test_json_larger_than_any_of_a_model_is_not_read(tmp_path: Path) -> None:
+def test_json_larger_than_that_of_any_model_is_not_read(tmp_path: Path) -> None:
     (tmp_path / INDEX).touch()
     os.truncate(tmp_path / INDEX, 10**9)
     assert "it is larger than 64.00 MiB" in message_of(tmp_path)
@@ -220,13 +222,13 @@ def test_an_invalid_index_is_refused(tmp_path: Path, content: str) -> None:
     assert INDEX in message_of(tmp_path)
 
 
-def test_the_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(tmp_path: Path) -> None:
     sharded(tmp_path)
     save_file({"only": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     assert set(read_checkpoint(tmp_path, allow_pickle=False).tensors) == {"only"}
 
 
-def test_of_a_snapshot_the_command_that_fetches_the_file_again_is_given(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_snapshot_gets_the_command_that_fetches_it_again(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--tiny" / "snapshots" / "abc123"
     snapshot.mkdir(parents=True)
     sharded(snapshot)
@@ -239,13 +241,13 @@ def test_of_a_snapshot_the_command_that_fetches_the_file_again_is_given(tmp_path
 def test_pickles_are_counted_only_if_allowed_and_only_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     assert "only pytorch_model.bin, a pickle" in message_of(tmp_path)
-    found = read_checkpoint(tmp_path, allow_pickle=True)
-    assert (found.is_pickle, found.total_bytes, dict(found.tensors)) == (True, 6, {})
+    checkpoint = read_checkpoint(tmp_path, allow_pickle=True)
+    assert (checkpoint.is_pickle, checkpoint.total_bytes, dict(checkpoint.tensors)) == (True, 6, {})
     save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     assert not read_checkpoint(tmp_path, allow_pickle=True).is_pickle
 
 
-def test_a_pickle_index_is_checked_like_any_other(tmp_path: Path) -> None:
+def test_a_pickle_index_is_checked_like_one_of_safetensors(tmp_path: Path) -> None:
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}))
     (tmp_path / "one.bin").write_bytes(b"12345")

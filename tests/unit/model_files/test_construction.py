@@ -1,4 +1,4 @@
-"""A config.json that an architecture refuses: one error that names file, key and value, whatever the code raises."""
+"""A config.json that an architecture refuses: one error that names file, key and value, whatever its code raises."""
 
 import json
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def names_of(family: str, key: str) -> set[str]:
 
 
 def refusal(source: ModelSource) -> ModelError | None:
-    """Return the error of building a model; any other than ours ends the test."""
+    """Return the error of building a model; any other exception fails the test."""
     try:
         built(source)
     except ModelError as error:
@@ -74,11 +74,13 @@ def refusal(source: ModelSource) -> ModelError | None:
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_what_an_architecture_refuses_is_one_error_that_names_file_and_key(family: str, tmp_path: Path) -> None:
+def test_a_config_that_an_architecture_refuses_is_an_error_that_names_file_and_key(
+    family: str, tmp_path: Path
+) -> None:
     refused = set()
     for key, value in BROKEN.items():
         error = refusal(write(tmp_path, content_of(family, **{key: value})))
-        if error is None:  # this architecture does without the key
+        if error is None:  # this architecture does not use the key
             continue
         refused.add(key)
         assert str(tmp_path / "config.json") in error.message
@@ -91,7 +93,7 @@ def test_what_an_architecture_refuses_is_one_error_that_names_file_and_key(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_right_builds_the_same_from_the_file_and_from_its_content(family: str, tmp_path: Path) -> None:
+def test_a_valid_config_builds_the_same_model_from_its_file_and_its_content(family: str, tmp_path: Path) -> None:
     source = write(tmp_path, content_of(family))
     from_content = build_on_meta(config_from("tiny", content_of(family)).config, torch.bfloat16)
     shapes = {name: parameter.shape for name, parameter in built(source).named_parameters()}
@@ -103,7 +105,7 @@ def test_no_model_of_the_catalogue_has_a_size_that_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"pad_token_id": 128}, "pad_token_id is 128: AssertionError: Padding_idx must be within num_embeddings"),
         ({"rope_parameters": BROKEN["rope_parameters"]}, '"rope_type": "ntk-aware"'),
@@ -112,15 +114,15 @@ def test_no_model_of_the_catalogue_has_a_size_that_is_refused() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads is 4, num_key_value_heads is 3: the first must be a mult"),
     ],
 )
-def test_the_key_that_is_wrong_is_named_and_no_other(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_only_the_wrong_key_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         built(write(tmp_path, content_of("llama", **changes)))
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert caught.value.message.count(" is ") <= 2
 
 
 def without(*keys: str) -> Any:
-    """Return something that builds of what holds none of `keys`, or null there, and the contents that it was given."""
+    """Return a builder that fails on a value under any of `keys`, and the contents that it was called with."""
     given: list[Mapping[str, Any]] = []
 
     def builds(content: Mapping[str, Any]) -> None:
@@ -131,24 +133,24 @@ def without(*keys: str) -> Any:
     return builds, given
 
 
-@pytest.mark.parametrize("said", ["it can't be", "key_2 can't be"])
-def test_no_key_is_blamed_for_what_builds(said: str) -> None:
+@pytest.mark.parametrize("message", ["it can't be", "key_2 can't be"])
+def test_no_key_is_blamed_for_a_config_that_builds(message: str) -> None:
     builds, given = without()
-    assert faulty_keys({"key_1": 1, "key_2": 2}, ["key_1", "key_2"], ValueError(said), builds) == []
+    assert faulty_keys({"key_1": 1, "key_2": 2}, ["key_1", "key_2"], ValueError(message), builds) == []
     assert len(given) == 1
 
 
 @pytest.mark.parametrize("number", [0, MOST_TRIED - 1, MOST_TRIED, 1000])
-def test_a_key_is_looked_for_among_so_many_and_first_where_the_error_speaks_of_it(number: int) -> None:
+def test_a_limited_number_of_keys_is_tried_and_first_those_that_the_error_names(number: int) -> None:
     content = {f"key_{index}": "value" for index in range(2000)}
     builds, given = without(f"key_{number}")
-    found = faulty_keys(content, content, ValueError("it can't be"), builds)
-    assert found == ([f"key_{number}"] if number < MOST_TRIED else [])
+    faulty = faulty_keys(content, content, ValueError("it can't be"), builds)
+    assert faulty == ([f"key_{number}"] if number < MOST_TRIED else [])
     assert len(given) <= 1 + 2 * MOST_TRIED
     assert faulty_keys(content, content, ValueError(f"key_{number} can't be"), builds) == [f"key_{number}"]
 
 
-def test_a_key_is_not_looked_for_longer_than_a_user_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_key_is_limited_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter(range(0, 10_000, 5))  # each build takes 5
     monkeypatch.setattr("qlora_cli.model_files.construction.monotonic", lambda: next(seconds))
     content = {f"key_{index}": "value" for index in range(60)}
@@ -157,14 +159,14 @@ def test_a_key_is_not_looked_for_longer_than_a_user_waits(monkeypatch: pytest.Mo
     assert 1 < len(given) <= 1 + 2 * MOST_SECONDS / 5
 
 
-def test_the_key_is_called_what_the_file_calls_it(tmp_path: Path) -> None:
+def test_a_key_has_the_name_that_the_file_uses(tmp_path: Path) -> None:
     content = content_of("llama", rope_scaling={"type": "ntk-aware", "factor": 2.0}, torch_dtype="bfloat16")
     content.pop("rope_parameters")
     with pytest.raises(ModelError, match=r"rope_scaling is \{"):
         built(write(tmp_path, content))
 
 
-def test_the_decoder_of_a_checkpoint_with_towers_is_named_by_its_file_too(tmp_path: Path) -> None:
+def test_an_error_in_the_text_config_of_a_multimodal_checkpoint_names_the_file(tmp_path: Path) -> None:
     text = content_of("gemma3_text", pad_token_id=128)
     source = write(tmp_path, {"model_type": "gemma3", "text_config": text})
     with pytest.raises(ModelError, match="pad_token_id is 128") as caught:
@@ -172,13 +174,13 @@ def test_the_decoder_of_a_checkpoint_with_towers_is_named_by_its_file_too(tmp_pa
     assert str(tmp_path / "config.json") in caught.value.message
 
 
-def test_a_config_of_the_network_is_named_by_its_model() -> None:
+def test_a_config_without_a_file_is_named_by_its_model() -> None:
     with pytest.raises(ModelError, match=r"^config\.json of some/model .*pad_token_id is 128"):
         build_on_meta(config_from("some/model", content_of("llama", pad_token_id=128)).config, torch.bfloat16)
 
 
-def test_a_bug_of_ours_is_not_taken_for_a_fault_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of the package that a constructor calls back raises: that passes through as it is."""
+def test_an_exception_of_our_own_code_is_not_blamed_on_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception from code of this package that a constructor calls passes through unchanged."""
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda *_: text_config("no config"))  # type: ignore[arg-type]
@@ -188,7 +190,7 @@ def test_a_bug_of_ours_is_not_taken_for_a_fault_of_the_config(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "ZeroDivisionError", "AssertionError"])
-def test_code_that_comes_with_a_model_may_raise_what_it_likes(
+def test_any_exception_of_code_that_comes_with_a_model_is_reported(
     error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -203,13 +205,13 @@ def test_code_that_comes_with_a_model_may_raise_what_it_likes(
 
 
 @pytest.mark.parametrize("wrong", ["bfloat17", "auto", "Tensor", "nn", "torch.bfloat16", 5, True, [], "\ud800"])
-def test_a_dtype_that_torch_has_not_is_named_by_every_key_that_names_it(tmp_path: Path, wrong: object) -> None:
+def test_an_unknown_dtype_is_an_error_that_names_every_key_it_is_under(tmp_path: Path, wrong: object) -> None:
     keys = ("torch_dtype", "dtype")
     for values in ({"dtype": wrong}, {"torch_dtype": wrong}, {"torch_dtype": wrong, "dtype": wrong}):
         for right in ({}, dict.fromkeys(keys, "bfloat16")):
             content = {**{k: v for k, v in content_of("llama").items() if k not in keys}, **right, **values}
-            found = [key for key in keys if key in values]
-            named = ", ".join(f"{key} is {shown(wrong)}" for key in found)
+            faulty = [key for key in keys if key in values]
+            named = ", ".join(f"{key} is {shown(wrong)}" for key in faulty)
             with pytest.raises(ModelError) as caught:
                 read_config(write(tmp_path, content), trust_remote_code=False)
             assert str(tmp_path / "config.json") in str(caught.value)
@@ -220,6 +222,6 @@ def test_a_dtype_that_torch_has_not_is_named_by_every_key_that_names_it(tmp_path
 
 
 @pytest.mark.parametrize("right", [{}, {"dtype": None}, {"dtype": "float16"}, {"torch_dtype": "float16"}])
-def test_a_dtype_that_torch_has_is_taken_by_either_key(right: Mapping[str, Any]) -> None:
+def test_a_known_dtype_is_accepted_under_either_key(right: Mapping[str, Any]) -> None:
     content = {key: value for key, value in content_of("llama").items() if "dtype" not in key}
     assert config_from("x", {**content, **right}).config.dtype in {None, torch.float16}

@@ -1,4 +1,4 @@
-"""Small files of a model have a size and a number of values that no published one has; what has more is not read."""
+"""Small files of a model are not read if they are larger, or hold more values, than any published one."""
 
 import json
 import os
@@ -27,19 +27,24 @@ JSON_FILES = (
     *("added_tokens.json", "tokenizer.json", "tokenizer.4.0.json", "vocab.json", "tekken.json"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 )
-KINDS = ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors.index.json")  # one a limit
+KINDS = (
+    "config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+)  # one for each limit
 LINES = ("merges.txt", "vocab.txt")
 
 
 def empty_objects(name: str) -> bytes:
-    """Return the JSON that takes the most memory for each byte, with a tenth more values than are allowed."""
+    """Return the JSON that takes the most memory for each byte, with 10% more values than are allowed."""
     limit = limit_of(name)
     assert limit is not None
     return b'{"zz":[' + b"{}," * (limit.max_values * 11 // 20) + b"1]}"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_of_more_values_than_any_has_is_refused_before_they_are_made(tmp_path: Path, name: str) -> None:
+def test_a_file_with_too_many_values_is_refused_before_parsing(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(empty_objects(name))
     tracemalloc.start()
     with pytest.raises(ModelError, match=r"it holds more than [\d,]+ values") as caught:
@@ -51,7 +56,7 @@ def test_a_file_of_more_values_than_any_has_is_refused_before_they_are_made(tmp_
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_just_allowed_takes_little_memory_and_time(tmp_path: Path, name: str) -> None:
+def test_a_file_within_the_limits_takes_little_memory_and_time(tmp_path: Path, name: str) -> None:
     limit = limit_of(name)
     assert limit is not None
     num_objects = min(limit.max_values // 2 - 2, (limit.max_bytes - 20) // 3)
@@ -64,7 +69,7 @@ def test_what_is_just_allowed_takes_little_memory_and_time(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, *LINES])
-def test_a_file_larger_than_any_is_refused_unread(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 10**12)
     with pytest.raises(ModelError, match=r"it is larger than \d+\.00 MiB"):
@@ -73,14 +78,14 @@ def test_a_file_larger_than_any_is_refused_unread(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("separator", [b"\n", b" ", b"\t"])
-def test_a_list_of_more_tokens_than_any_has_is_refused(tmp_path: Path, name: str, separator: bytes) -> None:
+def test_a_list_of_too_many_tokens_is_refused(tmp_path: Path, name: str, separator: bytes) -> None:
     (tmp_path / name).write_bytes((b"a" + separator) * 5_000_000)
     with pytest.raises(ModelError, match="it holds more than 4,000,000 values"):
         check_tokenizer_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, *LINES])
-def test_no_reader_hands_such_a_file_to_a_library(tmp_path: Path, name: str) -> None:
+def test_no_reader_passes_such_a_file_to_a_library(tmp_path: Path, name: str) -> None:
     model = save_model(tmp_path / "model")
     content = b"a\n" * 5_000_000 if name in LINES else empty_objects(name)
     settings = ModelSettings(name=str(model))
@@ -91,18 +96,18 @@ def test_no_reader_hands_such_a_file_to_a_library(tmp_path: Path, name: str) -> 
     for ask in asked:
         with pytest.raises(ModelError, match=f"{name} can't be read.* it holds more than"):
             ask()
-    if name != "adapter_config.json":  # which makes it another model
+    if name != "adapter_config.json":  # with which the name is that of an adapter
         assert "it holds more than" in str(check_model_name(settings))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"])
-def test_a_vocabulary_of_sentencepiece_larger_than_any_is_not_read(tmp_path: Path, name: str) -> None:
+def test_a_sentencepiece_vocabulary_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 64 * MIB + 1)
     with pytest.raises(ModelError, match=f"{name} can't be read: it is larger than 64"):
         check_tokenizer_files(tmp_path)
     (tmp_path / name).write_bytes(b"," * 10 * MIB)
-    check_tokenizer_files(tmp_path)  # whose library says what is wrong with it
+    check_tokenizer_files(tmp_path)  # its library reports the invalid content
 
 
 def test_other_files_next_to_a_model_may_have_any_size(tmp_path: Path) -> None:
@@ -113,7 +118,7 @@ def test_other_files_next_to_a_model_may_have_any_size(tmp_path: Path) -> None:
     find_model(ModelSettings(name=str(model)))
 
 
-def test_a_header_of_more_values_than_any_has_is_refused_before_they_are_made(tmp_path: Path) -> None:
+def test_a_header_with_too_many_values_is_refused_before_parsing(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F32","shape":[' + b"{}," * HEADER.max_values + b'2],"data_offsets":[0,0]}}'
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     begin = time.process_time()
@@ -123,7 +128,7 @@ def test_a_header_of_more_values_than_any_has_is_refused_before_they_are_made(tm
 
 
 def test_published_files_are_far_within_the_limits(tmp_path: Path) -> None:
-    """As large as any: a vocabulary of 262,144 with merges as pairs, 65,536 added tokens, 92,000 tensors."""
+    """The largest known sizes: a vocabulary of 262,144 with merges as pairs, 65,536 added tokens, 92,000 tensors."""
     vocabulary = {"model": {"vocab": {f"tok{n}": n for n in range(262_144)}, "merges": [["to", "k"]] * 514_906}}
     token = {"content": "<|audio_12345|>", "lstrip": False, "normalized": False, "rstrip": False, "special": True}
     added = {"added_tokens_decoder": {str(n): {**token, "single_word": False} for n in range(65_536)}}

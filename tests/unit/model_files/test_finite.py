@@ -1,4 +1,4 @@
-"""Values that are no numbers are found in every dtype that weights are stored in."""
+"""Values that are not finite are detected in every dtype that weights are stored in."""
 
 import pytest
 import torch

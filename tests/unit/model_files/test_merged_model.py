@@ -1,4 +1,4 @@
-"""The model that was merged from a run is found in whichever formats it was written."""
+"""The merged model of a run is found in any of the formats that it was written in."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def source_of(run: RunDirectory, adapter: Path) -> ModelSource:
 
 
 @pytest.mark.parametrize(
-    ("written", "found"),
+    ("written", "expected"),
     [
         ({".": PLAIN}, "."),
         ({".": QUANTIZED}, "."),
@@ -32,13 +32,13 @@ def source_of(run: RunDirectory, adapter: Path) -> ModelSource:
         ({}, None),
     ],
 )
-def test_of_several_formats_the_one_that_is_not_requantized_is_chosen(
-    tmp_path: Path, written: dict[str, dict[str, object] | None], found: str | None
+def test_a_format_that_is_not_requantized_is_preferred(
+    tmp_path: Path, written: dict[str, dict[str, object] | None], expected: str | None
 ) -> None:
     run = RunDirectory(tmp_path)
     for name, config in written.items():
         (run.merged / name).mkdir(parents=True, exist_ok=True)
         if config is not None:
             (run.merged / name / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    assert merged_model_of(source_of(run, run.adapter)) == (None if found is None else run.merged / found)
+    assert merged_model_of(source_of(run, run.adapter)) == (None if expected is None else run.merged / expected)
     assert merged_model_of(source_of(run, tmp_path / "checkpoints" / "step-1")) is None

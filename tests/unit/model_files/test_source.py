@@ -1,4 +1,4 @@
-"""What a local name stands for: a model, an adapter, or a run; each with its base, or an error that says why not."""
+"""A local name is resolved to a model, an adapter or a run, each with its base, or to an error with the reason."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def write_adapter(path: Path, base: object, **config: object) -> Path:
 def write_run(path: Path, base: Path, *, commit: str | None = None) -> Path:
     record: dict[str, Any] = {
         "settings": {"quantization": {"method": "fp4"}, "model": {"name": "x", "rope_scaling": "yarn:2"}},
-        # Of a run that went on from another one, `model` is that run.
+        # In a run that continued another one, `model` is that run.
         "base_model": {"model": "../other-run", "base_model": "owner/tiny" if commit else str(base), "commit": commit},
         "base_model_path": str(base),
     }
@@ -138,30 +138,33 @@ def test_an_adapter_without_a_base_or_on_an_adapter_is_refused(
         find_model(settings(adapter))
 
 
-def test_what_is_wrong_with_a_base_names_the_adapter(tmp_path: Path) -> None:
+def test_an_error_of_a_base_names_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     adapter = write_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
     with pytest.raises(ModelError, match=rf"base of the adapter {adapter}: .* has no config.json"):
         find_model(settings(adapter))
 
 
-def test_a_run_directory_is_its_adapter_on_the_base_and_quantization_of_the_run(tmp_path: Path) -> None:
+def test_a_run_directory_is_its_adapter_with_the_base_and_quantization_of_the_run(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     run = write_run(tmp_path / "run", base)
     source = find_model(settings(run))
     assert (source.path, source.adapter, source.name) == (base, run / "adapter", str(run))
     assert source.run_quantization == {"method": "fp4"}
     assert source.run_model == {"name": "x", "rope_scaling": "yarn:2"}
-    # The parts of a run are on the run's base too, stored as the run stored it.
+    # The parts of a run are adapters on the run's base too, quantized as in the run.
     for part in (run / "adapter", write_adapter(run / "checkpoints" / "step-2", base="elsewhere")):
-        found = find_model(settings(part))
-        assert (found.path, found.adapter) == (base, part)
-        assert (found.run_quantization, found.run_model) == (source.run_quantization, source.run_model)
+        source_of_part = find_model(settings(part))
+        assert (source_of_part.path, source_of_part.adapter) == (base, part)
+        assert (source_of_part.run_quantization, source_of_part.run_model) == (
+            source.run_quantization,
+            source.run_model,
+        )
     elsewhere = find_model(settings(write_adapter(tmp_path / "alone", base=str(base))))
     assert (elsewhere.run_quantization, elsewhere.run_model) == (None, None)
 
 
-def test_the_base_of_a_run_from_the_hub_is_asked_for_at_its_commit(
+def test_the_base_of_a_run_from_the_hub_is_requested_at_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path / "run", tmp_path / "cache", commit="0123456789abcdef0123456789abcdef01234567")
@@ -183,7 +186,7 @@ def test_a_run_without_an_adapter_or_a_record_is_refused(tmp_path: Path) -> None
 
 def test_code_from_another_repository_is_not_trusted(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", auto_map={"AutoModelForCausalLM": "other/repo--modeling.Model"})
-    assert find_model(settings(model)).path == model  # nothing is run
+    assert find_model(settings(model)).path == model  # no code is run
     with pytest.raises(ModelError, match=r"takes modeling\.Model from another repository, other/repo"):
         find_model(settings(model, trust_remote_code=True))
     own = write_model(tmp_path / "own", auto_map={"AutoModelForCausalLM": "modeling.Model"})
@@ -196,7 +199,7 @@ def test_code_from_another_repository_is_not_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "./" + "a" * 5000, "./" + "a/" * 5000, "a\0b"])
-def test_a_name_that_can_not_be_a_path_is_a_missing_model(tmp_path: Path, name: str) -> None:
+def test_a_name_that_cannot_be_a_path_is_a_missing_model(tmp_path: Path, name: str) -> None:
     assert "no model at" in problem_of(name)
     adapter = write_adapter(tmp_path / "adapter", base=name)
     with pytest.raises(ModelNotFoundError, match="which does not exist"):
@@ -205,7 +208,7 @@ def test_a_name_that_can_not_be_a_path_is_a_missing_model(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("key", [None, "quantization", "model"])
 @pytest.mark.parametrize("value", [[], "x", 3, None])
-def test_a_record_of_a_run_whose_settings_are_none_is_refused(tmp_path: Path, key: str | None, value: object) -> None:
+def test_a_run_record_with_invalid_settings_is_refused(tmp_path: Path, key: str | None, value: object) -> None:
     run = write_run(tmp_path / "run", write_model(tmp_path / "base"))
     record = json.loads((run / "run.json").read_text())
     if key is None:
@@ -219,7 +222,7 @@ def test_a_record_of_a_run_whose_settings_are_none_is_refused(tmp_path: Path, ke
         assert "qlora train" in str(caught.value.hint)
 
 
-def test_a_record_of_a_run_that_names_no_base_is_refused(tmp_path: Path) -> None:
+def test_a_run_record_without_a_base_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", write_model(tmp_path / "base"), commit="0123")
     record = json.loads((run / "run.json").read_text())
     record["base_model"]["base_model"] = 5
@@ -228,15 +231,15 @@ def test_a_record_of_a_run_that_names_no_base_is_refused(tmp_path: Path) -> None
         find_model(settings(run))
 
 
-def test_code_from_another_repository_in_an_adapter_is_not_trusted_either(tmp_path: Path) -> None:
+def test_code_from_another_repository_in_an_adapter_is_not_trusted(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base=str(write_model(tmp_path / "base")))
     (adapter / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "evil/repo--tok.Own"]}}')
-    assert find_model(settings(adapter)).adapter == adapter  # nothing is run
+    assert find_model(settings(adapter)).adapter == adapter  # no code is run
     with pytest.raises(ModelError, match=r"takes tok\.Own from another repository, evil/repo"):
         find_model(settings(adapter, trust_remote_code=True))
 
 
-def test_what_a_directory_lacks_is_named_by_what_it_has(tmp_path: Path) -> None:
+def test_an_incomplete_directory_is_an_error_that_names_present_and_missing_files(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     assert "has model-00001-of-00002.safetensors, but not model.safetensors.index.json" in problem_of(model)
@@ -245,7 +248,7 @@ def test_what_a_directory_lacks_is_named_by_what_it_has(tmp_path: Path) -> None:
     assert "has the weights of an adapter, but no adapter_config.json" in problem_of(adapter)
 
 
-# ---- what is listed, and is no file
+# ---- names that are listed, but are not files
 
 NO_FILES = {
     "a link to nothing": "it is a link to nowhere, which does not exist",

@@ -1,4 +1,4 @@
-"""The ids of a tokenizer, by its files."""
+"""The number of ids of a tokenizer, read from its files."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ FILES: dict[str, tuple[str, object, int]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_tokenizer_has_as_many_ids_as_its_files_tell(kind: str, tmp_path: Path) -> None:
+def test_the_number_of_ids_is_read_from_the_files(kind: str, tmp_path: Path) -> None:
     name, content, wanted = FILES[kind]
     (tmp_path / name).write_text(json.dumps(content))
     assert num_ids(tmp_path) == wanted
 
 
-def test_without_a_file_there_are_no_ids(tmp_path: Path) -> None:
+def test_without_a_file_the_number_of_ids_is_zero(tmp_path: Path) -> None:
     assert num_ids(tmp_path) == 0
