@@ -1,4 +1,4 @@
-"""Settings of the adapter that can't work together, patterns resolved, and the best matrix of a low rank."""
+"""Settings of the adapter that can't work together, resolved patterns, and the best low-rank approximation."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def settings(kind: Any = TrainSettings, **assignments: str) -> LoraSettings:
 
 
 def refused(kind: Any = TrainSettings, **assignments: str) -> str:
-    """Return the one problem, with its hint."""
+    """Return the only problem, with its hint."""
     with pytest.raises(SettingsError) as caught:
         settings(kind, **assignments)
     (problem,) = caught.value.problems
@@ -71,26 +71,26 @@ EVEN = "orthogonal needs even ranks"
     ],
 )
 @pytest.mark.parametrize("kind", [TrainSettings, EstimateSettings])
-def test_what_cannot_work_together_is_refused_before_a_model_is_looked_for(
+def test_settings_that_cannot_work_together_are_refused_before_a_model_is_searched(
     kind: Any, given: dict[str, str], path: str, message: str, hint: str
 ) -> None:
-    said = refused(kind, **{f"lora__{name}": value for name, value in given.items()})
-    assert said.startswith(f"--set lora.{path}: ")
-    assert message in said.split(" | ")[0]
-    assert hint in said.split(" | ")[1]
+    problem = refused(kind, **{f"lora__{name}": value for name, value in given.items()})
+    assert problem.startswith(f"--set lora.{path}: ")
+    assert message in problem.split(" | ")[0]
+    assert hint in problem.split(" | ")[1]
 
 
 @pytest.mark.parametrize("method", ["int8", "none"])
 def test_loftq_needs_a_quantization_error(method: str) -> None:
-    said = refused(lora__init_lora_weights="loftq", quantization__method=method)
-    assert f"and --quant {method} has none" in said
-    assert "--quant nf4 or fp4" in said
+    problem = refused(lora__init_lora_weights="loftq", quantization__method=method)
+    assert f"and --quant {method} has none" in problem
+    assert "--quant nf4 or fp4" in problem
 
 
 @pytest.mark.parametrize("method", ["fp4", "int8"])
-def test_pissa_needs_weights_as_they_are(method: str) -> None:
-    said = refused(lora__init_lora_weights="pissa", quantization__method=method)
-    assert "would have to be quantized again, to a base that fits this adapter only" in said
+def test_pissa_needs_unquantized_weights(method: str) -> None:
+    problem = refused(lora__init_lora_weights="pissa", quantization__method=method)
+    assert "would have to be quantized again, to a base that fits this adapter only" in problem
 
 
 def test_settings_that_work_together_are_accepted() -> None:
@@ -105,16 +105,16 @@ def test_settings_that_work_together_are_accepted() -> None:
     assert settings(lora__init_lora_weights="gaussian", lora__target_parameters="all-experts").rank == 16
 
 
-def test_a_name_is_an_end_between_dots() -> None:
+def test_a_name_matches_the_end_of_a_path_at_a_dot() -> None:
     assert names_ending_in(NAMES, ["up_proj"]) == [name for name in NAMES if "up" in name]
     assert names_ending_in(NAMES, ["mlp.up_proj"]) == [name for name in NAMES if "mlp" in name]
-    assert names_ending_in(NAMES, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]  # and not of layer 11
+    assert names_ending_in(NAMES, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]  # not of layer 11
     assert names_ending_in(NAMES, [NAMES[0]]) == [NAMES[0]]
     assert names_ending_in(NAMES, ["proj", ""]) == []
 
 
 @pytest.mark.parametrize("keys", [("up_proj", "mlp.up_proj"), ("mlp.up_proj", "up_proj")])
-def test_the_longest_key_holds_and_no_two_keys_fit_one_layer(keys: tuple[str, ...]) -> None:
+def test_the_longest_key_applies_and_no_two_keys_match_one_layer(keys: tuple[str, ...]) -> None:
     values = {"up_proj": 4, "mlp.up_proj": 8}
     resolved = resolve_pattern({key: values[key] for key in keys}, NAMES, "lora.rank_pattern")
     assert resolved == {"mlp.up_proj": 8, **{name: 4 for name in NAMES if "norm" in name}}
@@ -124,13 +124,13 @@ def test_the_longest_key_holds_and_no_two_keys_fit_one_layer(keys: tuple[str, ..
         assert fits == ([] if "q_proj" in name else [rank_of(name, lora)])
 
 
-def test_a_pattern_without_overlaps_stays_as_it_is_written() -> None:
+def test_a_pattern_without_overlaps_is_left_unchanged() -> None:
     pattern = {"q_proj": 4, "layers.1.mlp.up_proj": 8}
     assert resolve_pattern(pattern, NAMES, "lora.rank_pattern") == pattern
     assert resolve_pattern(None, NAMES, "lora.rank_pattern") == {}
 
 
-def test_a_key_that_decides_nothing_is_refused() -> None:
+def test_a_key_without_effect_is_refused() -> None:
     with pytest.raises(ModelError, match=r"lora.alpha_pattern: 'o_proj' matches no adapted layer") as caught:
         resolve_pattern({"o_proj": 4.0}, NAMES, "lora.alpha_pattern")
     assert caught.value.hint == "Adapted are q_proj, up_proj; a key is a full name or, after a dot, its end."
@@ -140,24 +140,24 @@ def test_a_key_that_decides_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("rank", [1, 5, 24, 60])
-def test_the_best_of_a_rank_is_that_of_a_singular_value_decomposition(shape: tuple[int, int], rank: int) -> None:
+def test_the_low_rank_approximation_equals_a_truncated_svd(shape: tuple[int, int], rank: int) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
-    found = low_rank_approximation(matrix, rank)
-    kept = min(rank, *shape)
-    assert found.left.shape == (shape[0], kept)
-    assert found.right.shape == (kept, shape[1])
+    factors = low_rank_approximation(matrix, rank)
+    effective_rank = min(rank, *shape)
+    assert factors.left.shape == (shape[0], effective_rank)
+    assert factors.right.shape == (effective_rank, shape[1])
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    best = left[:, :kept] * values[:kept] @ right[:kept]
-    torch.testing.assert_close(found.left @ found.right, best, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1), rtol=1e-3, atol=1e-5)
+    best = left[:, :effective_rank] * values[:effective_rank] @ right[:effective_rank]
+    torch.testing.assert_close(factors.left @ factors.right, best, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1), rtol=1e-3, atol=1e-5)
 
 
-def test_of_a_matrix_of_a_lower_rank_nothing_is_left_over() -> None:
+def test_a_matrix_of_a_lower_rank_is_approximated_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(32, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
-    found = low_rank_approximation(matrix, 8)
-    assert found.left.isfinite().all()
-    assert found.right.isfinite().all()
-    torch.testing.assert_close(found.left @ found.right, matrix, rtol=1e-3, atol=1e-4)
+    factors = low_rank_approximation(matrix, 8)
+    assert factors.left.isfinite().all()
+    assert factors.right.isfinite().all()
+    torch.testing.assert_close(factors.left @ factors.right, matrix, rtol=1e-3, atol=1e-4)
     nothing = low_rank_approximation(torch.zeros(8, 16), 4)
     assert not (nothing.left @ nothing.right).any()

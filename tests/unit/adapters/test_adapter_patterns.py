@@ -1,4 +1,4 @@
-"""Patterns in the config of somebody's adapter: common ones are matched, those that would go on for ever are named."""
+"""Patterns in the config of an untrusted adapter: common ones are matched, endless ones are named in an error."""
 
 import re
 from pathlib import Path
@@ -45,7 +45,7 @@ def config(**content: Any) -> AdapterConfig:
     ],
     ids=str,
 )
-def test_a_pattern_that_goes_on_for_ever_is_named_with_its_key_and_file(
+def test_an_endless_pattern_is_named_with_its_key_and_file(
     monkeypatch: pytest.MonkeyPatch, key: str, value: object
 ) -> None:
     monkeypatch.setattr(pattern_trial, "MOST_SECONDS", 0.6)
@@ -58,7 +58,7 @@ def test_a_pattern_that_goes_on_for_ever_is_named_with_its_key_and_file(
 
 
 @pytest.mark.parametrize("pattern", [UNSLOTH, r".*language_model.*\.(q_proj|v_proj)", r"model\.layers\.\d+\..*_proj"])
-def test_patterns_of_many_parts_that_are_quick_pass(pattern: str) -> None:
+def test_fast_patterns_of_many_parts_are_accepted(pattern: str) -> None:
     check_patterns(Path(), config(target_modules=pattern, rank_pattern={pattern: 4}), NAMES)
 
 
@@ -84,8 +84,8 @@ def drawn(chance: np.random.Generator) -> str:
 
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 @pytest.mark.parametrize("key", KEYS)
-def test_what_passes_compiles_as_peft_matches_it_and_what_does_not_is_refused(key: str) -> None:
-    """Of random patterns; of the plain ones among them too, which are not tried."""
+def test_a_pattern_passes_if_and_only_if_it_compiles_as_peft_matches_it(key: str) -> None:
+    """For random patterns, including plain ones, which need no trial."""
     chance = np.random.default_rng(KEYS.index(key))
     num_plain = num_passed = num_refused = 0
     for _ in range(4000):
@@ -102,7 +102,7 @@ def test_what_passes_compiles_as_peft_matches_it_and_what_does_not_is_refused(ke
         if PLAIN.fullmatch(pattern):
             num_plain += 1
             assert compiles, pattern
-        elif (num_passed if compiles else num_refused) < 8:  # each is a process
+        elif (num_passed if compiles else num_refused) < 8:  # each trial is a process
             fault = find_fault([one])
             assert (fault is None) == compiles, pattern
             num_passed, num_refused = num_passed + compiles, num_refused + (not compiles)
@@ -112,9 +112,7 @@ def test_what_passes_compiles_as_peft_matches_it_and_what_does_not_is_refused(ke
 @pytest.mark.parametrize(
     "code", ["raise SystemExit(3)", "import os; os.abort()", "print(0); print(1, flush=True); exit(1)"]
 )
-def test_a_trial_that_ends_otherwise_is_a_fault_of_the_pattern_it_was_at(
-    monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
+def test_a_crashed_trial_is_attributed_to_the_current_pattern(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(pattern_trial, "TRIAL", code)
     asked = [TriedPattern("rank_pattern", text, text) for text in (f"a*{code}", f"b*{code}")]
     fault = find_fault(asked)
@@ -123,7 +121,7 @@ def test_a_trial_that_ends_otherwise_is_a_fault_of_the_pattern_it_was_at(
     assert fault.reason == "it crashes the process that tries it"
 
 
-def test_what_takes_all_memory_or_processor_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_takes_too_much_memory_or_time_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     sets = "(?i)" + "[\0-\uffff]" * 1_900
     monkeypatch.setattr(pattern_trial, "MOST_SECONDS", 1.0)
     began = monotonic()
@@ -148,21 +146,19 @@ PATTERNS = st.lists(
 
 
 @given(patterns=PATTERNS, names=st.lists(st.sampled_from([*NAMES, "q_proj", "x.k_proj", "", "a..q_proj"]), max_size=9))
-def test_patterns_that_decide_nothing_are_dropped_and_every_name_has_the_value_it_had(
-    patterns: list[str], names: list[str]
-) -> None:
+def test_dropping_unmatched_patterns_leaves_the_value_of_every_name(patterns: list[str], names: list[str]) -> None:
     absent = {f"nowhere.{number}.{'x' * (number % 9)}": 3 for number in range(MANY + 1)}
     before = {**dict(zip(patterns, range(50), strict=False)), **absent}
     lora = LoraConfig(rank_pattern=dict(before), alpha_pattern={"q_proj": 2})
     drop_unmatched(lora, names)
-    assert lora.alpha_pattern == {"q_proj": 2}  # so few stay as they are
+    assert lora.alpha_pattern == {"q_proj": 2}  # so few are left unchanged
     assert lora.rank_pattern.keys() <= {*patterns}
     for name in names:
         key, was = get_pattern_key(list(lora.rank_pattern), name), get_pattern_key(list(before), name)
         assert lora.rank_pattern.get(key) == before.get(was)
 
 
-def test_of_thousands_of_patterns_peft_gets_those_that_decide() -> None:
+def test_only_matching_patterns_of_thousands_are_passed_to_peft() -> None:
     absent = {f"model.layers.{number}.self_attn.q_pro": 8 for number in range(3000)}
     lora = LoraConfig(rank_pattern={**absent, **dict.fromkeys(NAMES, 4)})
     drop_unmatched(lora, [*NAMES, *(f"{name}.weight" for name in NAMES)])

@@ -1,4 +1,4 @@
-"""Asking a model: what is asked for, the tokens that ask, answers as they come, and how they are shown."""
+"""Generating answers: settings, the tokens of a prompt, answers as they are generated, and how they are shown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,14 @@ PROMPT = "What does os.getcwd() do?"
 
 @pytest.fixture(scope="module")
 def tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model)
-    return found
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_model)
+    return loaded
 
 
 @pytest.fixture(scope="module")
 def model(base_model: Path) -> PreTrainedModel:
-    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    return found
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    return loaded
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def an_answer(text: str = "yes", source: Source = "base", reason: FinishReason =
     )
 
 
-# ---- what is asked for
+# ---- settings
 
 
 def problems_of(*given: tuple[str, object]) -> list[str]:
-    """Return what is wrong with the settings of generate, given by these flags."""
+    """Return the problems with the settings of generate that these flags give."""
     fields = SECTIONS["generate"].model_fields
     paths = {field_metadata(field).flag: f"generate.{key}" for key, field in fields.items()}
     flags = {"model.name": ("MODEL", "m"), "generate.prompts": ("--prompt", ["a"])}
@@ -88,7 +88,7 @@ def test_sampling_out_of_bounds_or_without_effect_is_refused_by_its_flag(
     assert [problem.split(":")[0] for problem in problems_of(*given.items())] == refused
 
 
-def test_all_problems_of_what_is_asked_are_told_at_once() -> None:
+def test_all_problems_of_the_settings_are_reported_at_once() -> None:
     prompts = ("--prompt", ["fine", "", "x\udcff"])
     assert problems_of(prompts, ("--system", " "), ("--max-new-tokens", "0"), ("--merged", "m")) == [
         "--prompt: is empty",
@@ -99,7 +99,7 @@ def test_all_problems_of_what_is_asked_are_told_at_once() -> None:
     assert problems_of(("--merged", "m")) == ["--merged: has no effect without --compare"]
 
 
-def test_a_merged_model_that_is_an_adapter_or_not_there_is_refused(base_model: Path, tmp_path: Path) -> None:
+def test_a_merged_model_that_is_an_adapter_or_missing_is_refused(base_model: Path, tmp_path: Path) -> None:
     assert check_merged(base_model) is None
     assert "is no directory" in str(check_merged(tmp_path / "no"))
     assert "has no config.json" in str(check_merged(tmp_path))
@@ -107,11 +107,11 @@ def test_a_merged_model_that_is_an_adapter_or_not_there_is_refused(base_model: P
     assert "not a merged model" in str(check_merged(tmp_path))
 
 
-# ---- the tokens that ask
+# ---- the tokens of a prompt
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama", "gemma", "mistral"])
-def test_a_template_asks_for_an_answer_without_special_tokens_twice(family: str) -> None:
+def test_a_prompt_by_a_template_has_no_special_token_twice(family: str) -> None:
     tokenizer = make_tokenizer(family).tokenizer
     ids = encode(tokenizer, messages_of("Why?"))
     text = tokenizer.decode(ids)
@@ -120,7 +120,7 @@ def test_a_template_asks_for_an_answer_without_special_tokens_twice(family: str)
     assert ids.count(tokenizer.bos_token_id) == (0 if tokenizer.bos_token is None else 1)
 
 
-def test_without_a_template_a_prompt_is_plain_text_behind_one_begin_token() -> None:
+def test_without_a_template_a_prompt_is_plain_text_after_one_bos_token() -> None:
     tokenizer = make_sentencepiece().tokenizer
     ids = encode(tokenizer, messages_of("One two"))
     assert tokenizer.decode(ids) == "<s> One two"
@@ -136,7 +136,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt() -> None:
     assert encode(plain, messages_of("One"))[-1] != 2
 
 
-def test_a_system_prompt_is_taken_only_if_the_template_writes_it(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_system_prompt_is_accepted_only_if_the_template_writes_it(tokenizer: PreTrainedTokenizerBase) -> None:
     check_system(tokenizer, "  Be brief.\n")
     drops = make_tokenizer("chatml").tokenizer
     drops.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
@@ -154,7 +154,7 @@ def test_a_system_prompt_is_taken_only_if_the_template_writes_it(tokenizer: PreT
 # ---- answers
 
 
-def test_an_answer_is_that_of_transformers_own_greedy_generation(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_an_answer_equals_greedy_generation_by_transformers(model: PreTrainedModel, answerer: Answerer) -> None:
     ids = encode(answerer.tokenizer, messages_of(PROMPT))
     expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)  # type: ignore[operator]
     completion = answerer.complete(model, ids)
@@ -163,7 +163,7 @@ def test_an_answer_is_that_of_transformers_own_greedy_generation(model: PreTrain
     assert answerer.answer(model, PROMPT) == completion.text
 
 
-def test_an_answer_stops_at_each_end_token_and_says_so(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_an_answer_stops_at_each_end_token_with_a_reason(model: PreTrainedModel, answerer: Answerer) -> None:
     ids = encode(answerer.tokenizer, messages_of(PROMPT))
     written_ids = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()  # type: ignore[operator]
     end = written_ids[7]
@@ -171,7 +171,7 @@ def test_an_answer_stops_at_each_end_token_and_says_so(model: PreTrainedModel, a
     assert (stopped.num_new_tokens, stopped.finish_reason) == (written_ids.index(end) + 1, "stop")
 
 
-def test_what_is_drawn_repeats_by_the_seed_and_differs_by_another(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_sampling_repeats_with_the_seed_and_differs_with_another(model: PreTrainedModel, answerer: Answerer) -> None:
     def drawn(**how: float) -> str:
         return replace(answerer, sampling=AnswerSettings(temperature=1.0, **how)).answer(model, PROMPT)
 
@@ -182,7 +182,7 @@ def test_what_is_drawn_repeats_by_the_seed_and_differs_by_another(model: PreTrai
     assert drawn(seed=1, top_p=1e-6) == greedy
 
 
-def test_the_flags_and_not_the_models_generation_config_say_how_tokens_are_chosen(
+def test_sampling_follows_the_flags_and_not_the_generation_config_of_the_model(
     base_model: Path, answerer: Answerer
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
@@ -192,14 +192,16 @@ def test_the_flags_and_not_the_models_generation_config_say_how_tokens_are_chose
     assert [each.answer(model, PROMPT) for each in (answerer, draws)] == before
 
 
-def test_a_model_that_trains_goes_on_training_after_an_answer(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_a_model_in_training_mode_is_in_training_mode_after_an_answer(
+    model: PreTrainedModel, answerer: Answerer
+) -> None:
     model.train()
     answerer.answer(model, PROMPT)
     assert model.training
     model.eval()
 
 
-def test_pieces_come_token_by_token_and_make_up_the_answer(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_pieces_arrive_token_by_token_and_add_up_to_the_answer(model: PreTrainedModel, answerer: Answerer) -> None:
     pieces: list[str] = []
     watch = Watch(pieces.append, lambda: False)
     completion = answerer.complete(model, encode(answerer.tokenizer, messages_of(PROMPT)), watch)
@@ -207,7 +209,7 @@ def test_pieces_come_token_by_token_and_make_up_the_answer(model: PreTrainedMode
     assert len(pieces) > 10
 
 
-def test_half_of_a_character_is_held_back_until_it_is_whole() -> None:
+def test_an_incomplete_character_is_withheld_until_it_is_complete() -> None:
     tokenizer = make_tokenizer("chatml").tokenizer
     ids = tokenizer("Größe 日本語 🙂 ", add_special_tokens=False)["input_ids"]
     pieces: list[str] = []
@@ -220,7 +222,7 @@ def test_half_of_a_character_is_held_back_until_it_is_whole() -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_answer_that_is_stopped_keeps_what_there_is(model: PreTrainedModel, answerer: Answerer) -> None:
+def test_a_stopped_answer_contains_what_was_generated(model: PreTrainedModel, answerer: Answerer) -> None:
     ids = encode(answerer.tokenizer, messages_of(PROMPT))
     pieces: list[str] = []
     stopped = answerer.complete(model, ids, Watch(pieces.append, lambda: len(pieces) >= 5))
@@ -233,7 +235,7 @@ def test_an_answer_that_is_stopped_keeps_what_there_is(model: PreTrainedModel, a
 # ---- shown
 
 
-def test_the_verdict_says_which_answers_are_alike() -> None:
+def test_the_verdict_names_the_answers_that_are_equal() -> None:
     base, adapter, merged = an_answer("a"), an_answer("b", "adapter"), an_answer("b", "merged")
     assert verdict([base, adapter, merged]) == "the answers differ: base / adapter = merged"
     assert verdict([adapter, merged]) == "the answers are the same"
@@ -242,7 +244,7 @@ def test_the_verdict_says_which_answers_are_alike() -> None:
     assert collect("p", [adapter, merged]).differ is False
 
 
-def test_only_what_drives_a_terminal_is_made_visible() -> None:
+def test_only_characters_that_control_a_terminal_are_escaped() -> None:
     assert escape_controls(HOSTILE) == "[bold]a[U+001B][2J[U+0007][U+009B]1m[U+202E]b\nc\td[U+000D]"
     assert escape_controls("Grüße\u00a0👩\u200d👧 नि\u200cक") == "Grüße\u00a0👩\u200d👧 नि\u200cक"
 
@@ -280,7 +282,7 @@ def test_compared_answers_are_not_read_as_markup(capsys: pytest.CaptureFixture[s
     assert out.endswith("the answers differ: base / adapter\n")
 
 
-def test_a_cut_answer_is_told_with_what_cut_it() -> None:
+def test_a_truncated_answer_is_reported_with_the_reason() -> None:
     assert cut_note(an_answer(), 3) is None
     assert cut_note(an_answer(reason="interrupted"), 3) is None
     assert cut_note(an_answer(reason="length"), 3) == "the answer (base) was cut off after 3 tokens: --max-new-tokens"

@@ -1,4 +1,4 @@
-"""Losses of rows and what becomes of them: exact whatever the batch, halved where memory is short, paired, shown."""
+"""Losses of rows: the same for every batch size, in halved batches if memory is short, paired, and shown."""
 
 import io
 import math
@@ -46,7 +46,7 @@ def measure(model: PreTrainedModel, data: PreparedData, **changed: Any) -> RowLo
 
 @torch.no_grad()
 def one_by_one(model: PreTrainedModel, data: PreparedData) -> tuple[list[float], list[int], list[int]]:
-    """Return the same by the model's own logits, a row at a time, without padding."""
+    """Return the same from the model's own logits, one row at a time, without padding."""
     sums, correct, tokens = [], [], []
     for row in data.dataset:
         targets = torch.tensor([row["labels"]])[:, 1:]
@@ -62,13 +62,13 @@ def one_by_one(model: PreTrainedModel, data: PreparedData) -> tuple[list[float],
 
 
 @pytest.mark.parametrize("family", HEADS)
-def test_losses_are_those_of_the_models_own_logits_row_by_row(family: str, data: PreparedData) -> None:
+def test_losses_equal_those_of_the_models_own_logits_row_by_row(family: str, data: PreparedData) -> None:
     model = tiny_model(family)
-    found = measure(model, data)
+    losses = measure(model, data)
     sums, correct, tokens = one_by_one(model, data)
-    np.testing.assert_allclose(found.nll, sums, rtol=1e-5)
-    assert (found.correct.tolist(), found.tokens.tolist()) == (correct, tokens)
-    assert found.num_fed == sum(LENGTHS)
+    np.testing.assert_allclose(losses.nll, sums, rtol=1e-5)
+    assert (losses.correct.tolist(), losses.tokens.tolist()) == (correct, tokens)
+    assert losses.num_fed == sum(LENGTHS)
 
 
 def test_the_loss_is_the_mean_over_tokens_whatever_the_batch(data: PreparedData) -> None:
@@ -76,7 +76,7 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_batch(data: PreparedData)
     losses = [measure(model, data, batch_size=size).loss for size in (1, 2, 4, 100)]
     sums, _, tokens = one_by_one(model, data)
     assert losses == pytest.approx([sum(sums) / sum(tokens)] * 4, rel=1e-6)
-    # The mean of the means of rows is another number, which a test that is to prove this must see.
+    # The mean of the means of rows must differ, or this test proves nothing.
     assert losses[0] != pytest.approx(np.mean(np.array(sums) / tokens), rel=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_16_bit_is_autocast_as_in_training(data: PreparedData) -> None:
     assert (lower.nll != exact.nll).all()
 
 
-def test_the_model_is_left_as_it_was(data: PreparedData) -> None:
+def test_the_model_is_left_unchanged(data: PreparedData) -> None:
     model = tiny_model("llama").train()
     measure(model, data)
     assert model.training
@@ -96,7 +96,7 @@ def test_the_model_is_left_as_it_was(data: PreparedData) -> None:
 
 
 def fits_at_most(model: PreTrainedModel, num_rows: int) -> list[int]:
-    """Let the model run out of memory on more rows than `num_rows`; return the list of batches that were tried."""
+    """Let the model run out of memory on more than `num_rows` rows; return the list of tried batches."""
     tried = []
 
     def check(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -109,7 +109,7 @@ def fits_at_most(model: PreTrainedModel, num_rows: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_the_same(data: PreparedData) -> None:
+def test_a_batch_that_does_not_fit_is_halved_with_equal_losses(data: PreparedData) -> None:
     whole = measure(tiny_model("llama"), data)
     model, recorder = tiny_model("llama"), Recorder()
     tried = fits_at_most(model, 1)
@@ -125,7 +125,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_losses_are_the_same(data: P
 
 
 @pytest.mark.slow
-def test_a_row_that_does_not_fit_alone_is_out_of_memory_with_a_hint(data: PreparedData) -> None:
+def test_a_single_row_that_does_not_fit_is_an_out_of_memory_error_with_a_hint(data: PreparedData) -> None:
     model = tiny_model("llama")
     fits_at_most(model, 0)
     with pytest.raises(OutOfMemoryError, match="a row of 30 tokens") as caught:
@@ -135,18 +135,18 @@ def test_a_row_that_does_not_fit_alone_is_out_of_memory_with_a_hint(data: Prepar
     assert "forward" not in model.__dict__
 
 
-def test_another_failure_of_the_model_is_not_taken_for_a_lack_of_memory(data: PreparedData) -> None:
+def test_another_failure_of_the_model_is_not_reported_as_a_lack_of_memory(data: PreparedData) -> None:
     model = tiny_model("llama", vocab_size=64)  # the rows have larger ids
     with pytest.raises(IndexError):
         measure(model, data)
 
 
-def test_a_model_that_trls_loss_does_not_know_is_refused(data: PreparedData) -> None:
+def test_a_model_that_the_loss_of_trl_does_not_support_is_refused(data: PreparedData) -> None:
     with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         measure(tiny_model("llama4_text"), data)
 
 
-def test_progress_counts_rows_and_ends_with_all_of_them(data: PreparedData) -> None:
+def test_progress_counts_rows_up_to_all_of_them(data: PreparedData) -> None:
     recorder = Recorder()
     measure(tiny_model("llama"), data, batch_size=4, reporter=recorder)
     events = [event for event in recorder.events if isinstance(event, EvaluationAdvanced)]
@@ -169,7 +169,7 @@ def losses_of(nll: list[float], tokens: list[int]) -> RowLosses:
     )
 
 
-def test_the_standard_error_of_rows_of_one_length_is_that_of_their_mean() -> None:
+def test_the_standard_error_of_rows_of_equal_length_is_that_of_their_mean() -> None:
     values = np.array([3.0, 5.0, 4.0, 8.0])
     assert ratio_stderr(values, np.array([1, 1, 1, 1])) == pytest.approx(values.std(ddof=1) / 2)
     assert ratio_stderr(values[:1], np.array([1])) is None
@@ -180,24 +180,24 @@ def test_the_standard_error_is_the_spread_of_losses_over_samples_of_rows() -> No
 
     def draw() -> tuple[Any, Any]:
         tokens = chance.integers(5, 60, size=200)
-        return tokens * chance.normal(2.0, 0.5, size=200), tokens  # a row's tokens are alike
+        return tokens * chance.normal(2.0, 0.5, size=200), tokens  # the tokens of a row are alike
 
     samples = [draw() for _ in range(400)]
     spread = np.std([values.sum() / tokens.sum() for values, tokens in samples])
-    told = np.mean([ratio_stderr(values, tokens) for values, tokens in samples])
-    assert told == pytest.approx(spread, rel=0.1)
+    estimated = np.mean([ratio_stderr(values, tokens) for values, tokens in samples])
+    assert estimated == pytest.approx(spread, rel=0.1)
 
 
 def test_a_difference_is_paired_by_row() -> None:
     tokens = [10, 20, 30]
     base = losses_of([10.0, 60.0, 150.0], tokens)
-    better = losses_of([8.0, 56.0, 144.0], tokens)  # each token of each row by 0.2
-    found = summarize("adapter", "run", "nf4", better, base)
-    assert found.difference == pytest.approx(-0.2)
-    assert found.difference_stderr == pytest.approx(0, abs=1e-12)
-    assert found.loss_stderr is not None
-    assert found.loss_stderr > 0.5
-    assert (found.num_rows, found.num_tokens, found.tokens_per_second) == (3, 60, 50)
+    better = losses_of([8.0, 56.0, 144.0], tokens)  # by 0.2 for each token of each row
+    evaluated = summarize("adapter", "run", "nf4", better, base)
+    assert evaluated.difference == pytest.approx(-0.2)
+    assert evaluated.difference_stderr == pytest.approx(0, abs=1e-12)
+    assert evaluated.loss_stderr is not None
+    assert evaluated.loss_stderr > 0.5
+    assert (evaluated.num_rows, evaluated.num_tokens, evaluated.tokens_per_second) == (3, 60, 50)
     alone = summarize("base", "base", "nf4", base, None)
     assert (alone.difference, alone.difference_stderr) == (None, None)
 
@@ -205,7 +205,7 @@ def test_a_difference_is_paired_by_row() -> None:
 @pytest.mark.parametrize(
     ("loss", "perplexity"), [(0.0, 1.0), (2.0, math.exp(2)), (1e4, None), (math.inf, None), (math.nan, None)]
 )
-def test_a_perplexity_that_is_no_number_is_none(loss: float, perplexity: float | None) -> None:
+def test_a_perplexity_that_is_not_finite_is_none(loss: float, perplexity: float | None) -> None:
     assert perplexity_of(loss) == perplexity
     assert summarize("model", "m", "none", losses_of([loss], [1]), None).perplexity == perplexity
 
@@ -261,25 +261,25 @@ def test_columns_without_a_figure_are_left_out(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("perplexity", "shown"), [(54.3, "54.30"), (1.0, "1.00"), (226.79, "226.8"), (3000.0, "3,000"), (1.5e9, "1.5e+09")]
 )
-def test_perplexities_of_one_size_have_as_many_decimals(perplexity: float, shown: str) -> None:
+def test_perplexities_of_one_magnitude_have_equally_many_decimals(perplexity: float, shown: str) -> None:
     assert source_cells(source(perplexity=perplexity))[2] == shown
 
 
-def test_what_is_no_number_is_a_dash() -> None:
+def test_a_missing_number_is_shown_as_a_dash() -> None:
     assert source_cells(source(loss=None, loss_stderr=None, perplexity=None))[1:3] == ("-", "-")
 
 
-def test_a_log_has_a_line_an_interval_of_an_evaluation() -> None:
+def test_an_evaluation_has_one_line_per_interval_in_a_log() -> None:
     advanced = [
         EvaluationAdvanced(title="the base", unit="row", num_done=done, num_all=1200, seconds_left=65.0)
         for done in (400, 800, 1200)
     ]
-    told = {}
+    lines = {}
     for seconds in (0.0, 1000.0):
         file = io.StringIO()
         reporter = PlainReporter(file, interval_seconds=seconds)
         for event in advanced:
             reporter.report(event)
-        told[seconds] = file.getvalue().splitlines()
+        lines[seconds] = file.getvalue().splitlines()
     first, second = (f"Evaluating the base: {done} of 1,200 rows, 1:05 left" for done in (400, 800))
-    assert told == {0.0: [first, second], 1000.0: [first]}
+    assert lines == {0.0: [first, second], 1000.0: [first]}

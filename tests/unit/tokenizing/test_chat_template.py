@@ -1,4 +1,4 @@
-"""Chat templates: kept, chosen by name, read from a file, or a standard one; never a broken or half-fitting one."""
+"""Chat templates: the tokenizer's own, a named one, a file or a standard one; never a broken or unsuitable one."""
 
 import os
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def render(tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("own", [None, OWN, {"default": OWN, "tool_use": TOOLS}])
-def test_without_a_choice_the_tokenizer_keeps_its_template(tokenizer: PreTrainedTokenizerBase, own: Any) -> None:
+def test_without_a_choice_the_template_of_the_tokenizer_is_used(tokenizer: PreTrainedTokenizerBase, own: Any) -> None:
     tokenizer.chat_template = own
     assert choose_chat_template(tokenizer, None) == []
     assert tokenizer.chat_template == own
@@ -46,7 +46,7 @@ def test_a_template_is_chosen_by_name_from_those_saved_with_the_tokenizer(tmp_pa
     loaded = load(tmp_path, chat_template="rag")
     assert render(loaded.tokenizer) == "documents[user]hi[assistant]yes"
     assert "chat template: the tokenizer's 'rag'" in loaded.notes
-    # What is served is what was trained: the saved tokenizer has this one and no other.
+    # The template in training is the one served: the saved tokenizer has this one and no other.
     loaded.tokenizer.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == "documents" + OWN
 
@@ -61,7 +61,7 @@ def test_an_unknown_name_lists_the_available_ones(tokenizer: PreTrainedTokenizer
         choose_chat_template(tokenizer, "default")
 
 
-def test_several_templates_without_a_default_have_to_be_chosen_from(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_one_of_several_templates_without_a_default_must_be_chosen(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"rag": OWN, "tool_use": TOOLS}
     with pytest.raises(ModelError, match="none is the default: rag, tool_use") as caught:
         choose_chat_template(tokenizer, None)
@@ -70,7 +70,7 @@ def test_several_templates_without_a_default_have_to_be_chosen_from(tokenizer: P
     assert tokenizer.chat_template == OWN
 
 
-def test_the_only_template_is_taken_whatever_its_name(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_only_template_is_used_whatever_its_name(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"rag": OWN}
     assert choose_chat_template(tokenizer, None) == ["chat template: the tokenizer's only one, 'rag'"]
     assert render(tokenizer) == "[user]hi[assistant]yes"
@@ -87,7 +87,9 @@ def test_a_file_is_read_and_replaces_the_template(
     assert render(tokenizer) == "é[user]hi[assistant]yes"
 
 
-def test_a_file_may_use_what_transformers_adds_to_jinja(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_file_may_use_the_extensions_of_transformers_to_jinja(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text(
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
@@ -118,13 +120,13 @@ def test_a_broken_file_is_named_with_its_line(
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_is_not_taken_for_a_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_missing_file_is_not_mistaken_for_a_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"missing\.jinja can't be read: No such file"):
         choose_chat_template(tokenizer, str(tmp_path / "missing.jinja"))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
-def test_what_is_no_file_is_not_waited_for(
+def test_a_folder_or_pipe_as_a_template_is_refused_without_waiting(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[[Path], None]
 ) -> None:
     make(tmp_path / "mine.jinja")
@@ -132,7 +134,7 @@ def test_what_is_no_file_is_not_waited_for(
         choose_chat_template(tokenizer, str(tmp_path / "mine.jinja"))
 
 
-def test_markers_of_a_file_that_the_tokenizer_would_split_are_named(tmp_path: Path) -> None:
+def test_markers_in_a_file_that_the_tokenizer_would_split_are_named(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, "<|im_start|>", PAD), pad_token=PAD)
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
@@ -142,7 +144,7 @@ def test_markers_of_a_file_that_the_tokenizer_would_split_are_named(tmp_path: Pa
     assert not any("splits" in note for note in whole.notes)
 
 
-def test_chatml_renders_as_usual_sets_the_eos_token_and_is_noted(tmp_path: Path) -> None:
+def test_chatml_renders_as_usual_and_sets_the_eos_token_with_a_note(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, "<|im_start|>", TURN_END, PAD), pad_token=TURN_END)
     loaded = load(tmp_path, chat_template="chatml")
     tokenizer = loaded.tokenizer
@@ -159,7 +161,7 @@ def test_chatml_renders_as_usual_sets_the_eos_token_and_is_noted(tmp_path: Path)
     assert (render(again), again.eos_token) == (RENDERED, TURN_END)
 
 
-def test_chatml_needs_its_tokens_and_new_tokens_can_give_them(tmp_path: Path) -> None:
+def test_chatml_needs_its_tokens_which_new_tokens_can_add(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, "<|im_start|>", PAD))
     with pytest.raises(ModelError, match=r"needs the tokens <\|im_end\|>") as caught:
         load(tmp_path, chat_template="chatml")
@@ -169,7 +171,7 @@ def test_chatml_needs_its_tokens_and_new_tokens_can_give_them(tmp_path: Path) ->
     assert render(loaded.tokenizer) == RENDERED
 
 
-def test_chatml_starts_with_bos_where_the_tokenizer_starts_texts_with_it(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chatml_begins_with_bos_if_the_tokenizer_does(tokenizer: PreTrainedTokenizerBase) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -182,7 +184,7 @@ def test_chatml_starts_with_bos_where_the_tokenizer_starts_texts_with_it(tokeniz
     assert render(tokenizer) == "<s>" + RENDERED
 
 
-def test_a_template_of_the_tokenizer_comes_before_a_standard_one(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_of_the_tokenizer_takes_precedence_over_a_standard_one(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"chatml": OWN, "default": TOOLS}
     choose_chat_template(tokenizer, "chatml")
     assert tokenizer.chat_template == OWN

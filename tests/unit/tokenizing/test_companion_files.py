@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and added tokens, each from the place that has it; what is not the base's is said."""
+"""Tokenizer, chat template and added tokens, each from where it is stored; differences from the base are noted."""
 
 import json
 import re
@@ -99,7 +99,7 @@ def test_an_adapters_tokenizer_without_a_template_uses_that_of_the_base_with_a_n
 @pytest.mark.parametrize("how", ["jinja", "config"])
 def test_no_note_is_reported_if_adapter_and_base_agree(base: Path, adapter: Path, how: str) -> None:
     put_template(base, OF_BASE, "jinja")
-    assert load(base, adapter).notes == ()  # no file of a tokenizer beside it
+    assert load(base, adapter).notes == ()  # the adapter has no tokenizer file
     write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
     put_template(adapter, OF_BASE, how)
     assert load(base, adapter).notes == ()
@@ -115,27 +115,27 @@ def test_a_chosen_template_overrides_others_and_is_noted(base: Path, adapter: Pa
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("beside", ["base", "adapter"])
-def test_a_template_that_is_no_jinja_is_named_with_file_and_line_unless_another_is_asked_for(
-    base: Path, adapter: Path, beside: str, how: str
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_an_invalid_template_is_named_with_file_and_line_unless_another_is_requested(
+    base: Path, adapter: Path, place: str, how: str
 ) -> None:
-    put_template({"base": base, "adapter": adapter}[beside], "{% if messages %}\n{{ messages }", how)
+    put_template({"base": base, "adapter": adapter}[place], "{% if messages %}\n{{ messages }", how)
     file = {"jinja": "chat_template.jinja", "json": "chat_template.json, chat_template 'default'"}
     file |= {"named": "default.jinja", "config": "tokenizer_config.json, chat_template 'default'"}
-    with pytest.raises(ModelError, match=rf"/{beside}/.*{re.escape(file[how])}, line 2: unexpected '}}'"):
+    with pytest.raises(ModelError, match=rf"/{place}/.*{re.escape(file[how])}, line 2: unexpected '}}'"):
         load(base, adapter)
     loaded = load(base, adapter, chat_template="chatml", new_tokens=("<|im_start|>", "<|im_end|>"))
     assert "im_start" in str(loaded.tokenizer.chat_template)
 
 
-def test_a_broken_template_that_is_taken_by_its_name_is_named(base: Path) -> None:
+def test_a_broken_template_chosen_by_name_is_named(base: Path) -> None:
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "terse.jinja").write_text("{{ messages }")
     with pytest.raises(ModelError, match="the tokenizer's chat template 'terse', line 1: unexpected '}'"):
         load(base, chat_template="terse")
 
 
-def test_several_templates_go_together(base: Path, adapter: Path) -> None:
+def test_several_templates_of_an_adapter_are_combined(base: Path, adapter: Path) -> None:
     put_template(adapter, OF_ADAPTER, "jinja")
     put_template(adapter, "{{ 'tools' }}", "named")
     (adapter / "additional_chat_templates" / "default.jinja").rename(
@@ -179,7 +179,7 @@ def test_a_vocabulary_next_to_an_adapter_is_used_with_the_config_of_the_base(bas
 @pytest.mark.parametrize("is_older", [True, False], ids=["a config of its age", "a newer config"])
 def test_added_tokens_are_added_under_their_ids(base: Path, adapter: Path, place: str, is_older: bool) -> None:
     size = len(load(base).tokenizer.get_vocab())
-    if not is_older:  # transformers reads no added_tokens.json beside such a one
+    if not is_older:  # transformers reads no added_tokens.json next to such a config
         config = base / "tokenizer_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "added_tokens_decoder": {}}))
     added = {"<second>": size + 1, "<first>": size, END: 0}
@@ -188,8 +188,8 @@ def test_added_tokens_are_added_under_their_ids(base: Path, adapter: Path, place
     assert loaded.tokenizer.convert_tokens_to_ids(["<first>", "<second>"]) == [size, size + 1]
     assert loaded.tokenizer("<first>")["input_ids"] == [size]
     if place == "adapter":
-        said = f"added_tokens.json adds 2 tokens: '<first>' (id {size}), '<second>' (id {size + 1})"
-        assert [note.endswith(said) for note in loaded.notes] == [True]
+        note_end = f"added_tokens.json adds 2 tokens: '<first>' (id {size}), '<second>' (id {size + 1})"
+        assert [note.endswith(note_end) for note in loaded.notes] == [True]
 
 
 def test_added_tokens_without_a_valid_id_are_skipped_with_a_note(base: Path, adapter: Path) -> None:
@@ -200,7 +200,7 @@ def test_added_tokens_without_a_valid_id_are_skipped_with_a_note(base: Path, ada
 
 
 def list_tokens(directory: Path, **ids: Any) -> None:
-    """Write an added_tokens.json, and make the config one beside which transformers reads none."""
+    """Write an added_tokens.json next to a config with which transformers does not read it."""
     (directory / "added_tokens.json").write_text(json.dumps({f"<{name}>": number for name, number in ids.items()}))
     config = directory / "tokenizer_config.json"
     if config.is_file():
@@ -208,16 +208,16 @@ def list_tokens(directory: Path, **ids: Any) -> None:
 
 
 def set_rows(base: Path, rows: int | None) -> int:
-    """Give the base as many rows as its tokenizer has ids, and return that number; none are told if `rows` is None."""
+    """Give the embedding `rows` more rows than the tokenizer has ids, or no size if None; return the number of ids."""
     size = len(load(base).tokenizer.get_vocab())
-    told = {} if rows is None else {"vocab_size": size + rows}
-    (base / "config.json").write_text(json.dumps({"model_type": "llama", **told}))
+    sizes = {} if rows is None else {"vocab_size": size + rows}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     return size
 
 
 @pytest.mark.parametrize("rows", [0, 1, None])
 @pytest.mark.parametrize("has_adapter", [True, False], ids=["with an adapter", "alone"])
-def test_of_a_stale_list_next_to_the_base_only_tokens_with_a_row_are_added(
+def test_only_tokens_with_a_row_are_added_from_a_stale_list_next_to_the_base(
     base: Path, adapter: Path, rows: int | None, has_adapter: bool
 ) -> None:
     size = set_rows(base, rows)
@@ -235,7 +235,7 @@ def test_of_a_stale_list_next_to_the_base_only_tokens_with_a_row_are_added(
     assert grown.tokenizer.convert_tokens_to_ids(tokens) == [size, size + 1]
 
 
-def test_an_adapter_with_a_vocabulary_of_its_own_takes_no_listed_token_of_the_base(base: Path, adapter: Path) -> None:
+def test_an_adapter_with_its_own_vocabulary_gets_no_listed_token_of_the_base(base: Path, adapter: Path) -> None:
     size = set_rows(base, 8)
     list_tokens(base, theirs=size)
     write_tokenizer(adapter, tokens=(END, PAD), pad_token=PAD)
@@ -244,7 +244,7 @@ def test_an_adapter_with_a_vocabulary_of_its_own_takes_no_listed_token_of_the_ba
     assert loaded.notes == (f"the adapter's tokenizer lacks 1 token of the base: '<theirs>' (id {size})",)
 
 
-def test_an_adapters_list_gives_an_id_before_the_bases(base: Path, adapter: Path) -> None:
+def test_ids_listed_by_an_adapter_take_precedence_over_those_of_the_base(base: Path, adapter: Path) -> None:
     size = set_rows(base, 8)
     list_tokens(base, theirs=size, both=size + 2)
     list_tokens(adapter, ours=size, both=size + 1)
@@ -253,25 +253,25 @@ def test_an_adapters_list_gives_an_id_before_the_bases(base: Path, adapter: Path
     assert any("whose id is given to another token: '<theirs>'" in note for note in loaded.notes)
 
 
-def test_an_adapters_list_may_continue_that_of_the_base(base: Path, adapter: Path) -> None:
+def test_the_list_of_an_adapter_may_continue_that_of_the_base(base: Path, adapter: Path) -> None:
     size = set_rows(base, 1)
     list_tokens(base, theirs=size)
     list_tokens(adapter, ours=size + 1)
     assert load(base, adapter).tokenizer.convert_tokens_to_ids(["<theirs>", "<ours>"]) == [size, size + 1]
 
 
-def test_what_the_base_lists_is_its_own_when_an_adapter_is_compared_with_it(base: Path, adapter: Path) -> None:
+def test_tokens_listed_by_the_base_count_when_an_adapter_is_compared_with_it(base: Path, adapter: Path) -> None:
     size = set_rows(base, 8)
     list_tokens(base, theirs=size)
     load(base).tokenizer.save_pretrained(adapter)
     assert load(base, adapter).notes == ()
 
 
-def test_no_token_is_added_under_an_id_that_the_library_would_not_give(base: Path, adapter: Path) -> None:
+def test_no_token_is_added_under_an_id_that_the_library_would_not_assign(base: Path, adapter: Path) -> None:
     file = base / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
-    largest = vocabulary["z"] = max(vocabulary.values()) + 50  # a hole before it
+    largest = vocabulary["z"] = max(vocabulary.values()) + 50  # a gap before it
     file.write_text(json.dumps(content))
     list_tokens(adapter, next=largest + 1)
     loaded = load(base, adapter)
@@ -286,7 +286,7 @@ def test_an_invalid_id_is_skipped_with_a_note(base: Path, adapter: Path, number:
     assert note.endswith(f"whose id is not a whole number: '<odd>' (id {json.dumps(number)}); skipped")
 
 
-def test_what_the_tokenizer_does_not_take_is_not_called_added(base: Path, adapter: Path) -> None:
+def test_a_token_that_the_tokenizer_rejects_is_not_reported_as_added(base: Path, adapter: Path) -> None:
     size = len(load(base).tokenizer.get_vocab())
     (adapter / "added_tokens.json").write_text(json.dumps({"": size}))
     loaded = load(base, adapter)
@@ -311,7 +311,7 @@ def test_a_base_without_a_tokenizer_is_noted(base: Path, adapter: Path) -> None:
     assert "the tokenizer is the adapter's; the base has none" in load(base, adapter).notes
 
 
-def test_a_template_that_is_no_text_is_named(base: Path, adapter: Path) -> None:
+def test_a_template_that_is_not_text_is_named(base: Path, adapter: Path) -> None:
     (adapter / "chat_template.jinja").write_bytes(b"line\n\xff")
     with pytest.raises(ModelError, match=r"adapter/chat_template\.jinja, line 2: not UTF-8"):
         load(base, adapter)
@@ -338,18 +338,18 @@ BROKEN: dict[str, list[tuple[str, object]]] = {
     "special_tokens_map.json": [("additional_special_tokens", "x"), ("mask_token", {"content": 5})],
     "tokenizer_config.json": [
         *[("extra_special_tokens", "x"), ("eos_token", 5), ("added_tokens_decoder", 3)],
-        # These are first used on a text, in a batch, and when the tokenizer is saved.
+        # These keys are first used on a text, in a batch, and when the tokenizer is saved.
         *[("model_max_length", "x"), ("model_max_length", [5]), ("model_input_names", ["a"]), ("legacy", "\ud800")],
     ],
 }
 
 
-@pytest.mark.parametrize("has_both", [True, False], ids=["beside a good one", "alone"])
+@pytest.mark.parametrize("has_both", [True, False], ids=["next to a good one", "alone"])
 @pytest.mark.parametrize("place", ["base", "adapter"])
 @pytest.mark.parametrize(
     ("file", "key", "value"), [(file, key, value) for file, pairs in BROKEN.items() for key, value in pairs]
 )
-def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
+def test_the_file_and_key_that_break_a_tokenizer_are_named(
     base: Path, adapter: Path, place: str, file: str, key: str, value: object, has_both: bool
 ) -> None:
     faulty = {"base": base, "adapter": adapter}[place]
@@ -359,7 +359,7 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
     content = json.loads((faulty / file).read_text()) if (faulty / file).is_file() else {}
     (faulty / file).write_text(json.dumps({**content, key: value}))
     if (key, has_both, file) == ("eos_token", True, "tokenizer_config.json"):
-        assert load(base, adapter).tokenizer.eos_token == END  # that of the map wins
+        assert load(base, adapter).tokenizer.eos_token == END  # that of the map takes precedence
         return
     with pytest.raises(ModelError) as caught:
         load(base, adapter)
@@ -370,7 +370,7 @@ def test_the_file_and_the_key_that_make_no_tokenizer_are_named(
 
 
 @pytest.mark.parametrize("reference", ["./model--evil.X", "owner/model--evil.X", "evil.X"])
-def test_nobody_is_asked_whether_to_run_code_while_the_faulty_key_is_looked_for(
+def test_the_search_for_a_faulty_key_does_not_prompt_to_run_code(
     base: Path, monkeypatch: pytest.MonkeyPatch, reference: str
 ) -> None:
     asked: list[str] = []
@@ -394,7 +394,7 @@ def test_nobody_is_asked_whether_to_run_code_while_the_faulty_key_is_looked_for(
     assert not ran.exists()
 
 
-def test_an_error_that_the_files_do_not_make_is_not_blamed_on_one(base: Path, adapter: Path) -> None:
+def test_an_error_from_elsewhere_is_not_blamed_on_a_file(base: Path, adapter: Path) -> None:
     source = ModelSource(name="tiny", path=base, base_name="tiny", adapter=adapter, tokenizer_path=base)
     assert faulty_config(source, ValueError("eos_token"), trust_remote_code=False) is None
 

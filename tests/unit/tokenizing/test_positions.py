@@ -1,4 +1,4 @@
-"""Rotary positions: stretched as each type's formula says, only when asked, and lengths held against them."""
+"""Rotary positions: scaled by the formula of each type, only if asked, and compared with lengths."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num
 from tests.support.tiny_models import tiny_config
 
 POSITIONS = 128  # of the tiny models
-# Rotary on the whole head, on a part of it, on the rotary part of a latent head, and on some layers only.
+# Rotary on the whole head, a part of it, the rotary part of a latent head, and on some layers only.
 ROTARY = ["llama", "qwen2", "mistral", "mixtral", "gpt_neox", "phi", "stablelm", "glm4", "deepseek_v3", "smollm3"]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -51,7 +51,7 @@ def theta(config: PreTrainedConfig) -> float:
 
 
 @pytest.mark.parametrize("family", [*ROTARY, "gemma3_text", "gpt2", "mamba2", "bloom"])
-def test_without_the_flag_the_config_stays_as_it_is(family: str) -> None:
+def test_without_the_flag_the_config_is_unchanged(family: str) -> None:
     config = tiny_config(family)
     before = config.to_dict()
     assert apply_rope_scaling(config, None) is None
@@ -66,13 +66,13 @@ def test_linear_divides_every_frequency_by_the_factor(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_yarn_keeps_fast_frequencies_divides_slow_ones_and_warms_attention(family: str) -> None:
+def test_yarn_leaves_fast_frequencies_divides_slow_ones_and_scales_attention(family: str) -> None:
     config = tiny_config(family)
     plain, stretched = rotary(config).inv_freq, rotary(scaled(family, "yarn:4"))
     num = len(plain)
 
     def index_of(num_rotations: float) -> float:
-        """The dimension that turns this many times within the original positions (YaRN, section 3.2)."""
+        """The dimension that rotates this many times within the original positions (YaRN, section 3.2)."""
         return num * math.log(POSITIONS / (num_rotations * 2 * math.pi)) / math.log(theta(config))
 
     low, high = max(math.floor(index_of(32)), 0), min(math.ceil(index_of(1)), 2 * num - 1)
@@ -83,7 +83,7 @@ def test_yarn_keeps_fast_frequencies_divides_slow_ones_and_warms_attention(famil
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_dynamic_raises_the_base_with_the_length_beyond_the_original(family: str) -> None:
+def test_dynamic_raises_the_base_with_lengths_beyond_the_original(family: str) -> None:
     config = scaled(family, "dynamic:4")
     plain, module = rotary(tiny_config(family)), rotary(config)
     dim, states = 2 * len(plain.inv_freq), torch.zeros(1, 1, 1)
@@ -100,11 +100,11 @@ def test_logits_change_with_the_scaling(text: str, num_tokens: int) -> None:
     with torch.no_grad():
         plain = build(tiny_config("llama"))(ids).logits
         stretched = build(scaled("llama", text))(ids).logits
-    torch.testing.assert_close(stretched[:, 0], plain[:, 0])  # a token alone has no distance to anything
+    torch.testing.assert_close(stretched[:, 0], plain[:, 0])  # a single token has no distances
     assert (stretched - plain)[:, 1:].abs().amax() > 1e-4
 
 
-def test_dynamic_leaves_rows_within_the_original_positions_alone() -> None:
+def test_dynamic_does_not_change_rows_within_the_original_positions() -> None:
     ids = torch.randint(0, 128, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_dynamic_leaves_rows_within_the_original_positions_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_only_full_attention_is_stretched_where_layers_have_their_own(kind: str) -> None:
+def test_only_full_attention_is_scaled_if_layer_types_have_their_own_rope(kind: str) -> None:
     layers = {"layer_types": ["sliding_attention", "full_attention"]}
     config = tiny_config("gemma3_text", **layers)
     plain = rotary(tiny_config("gemma3_text", **layers))
@@ -129,7 +129,7 @@ def test_only_full_attention_is_stretched_where_layers_have_their_own(kind: str)
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_saved_config_comes_back_stretched_the_same(tmp_path: Path, family: str, kind: str) -> None:
+def test_a_saved_config_is_loaded_with_the_same_scaling(tmp_path: Path, family: str, kind: str) -> None:
     config = scaled(family, f"{kind}:4")
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
@@ -137,7 +137,7 @@ def test_a_saved_config_comes_back_stretched_the_same(tmp_path: Path, family: st
     assert num_positions(again) == num_positions(config) == 4 * POSITIONS
 
 
-def test_a_text_config_within_another_is_stretched_in_place() -> None:
+def test_a_nested_text_config_is_scaled_in_place() -> None:
     config = AutoConfig.for_model("gemma3")
     before = num_positions(config)
     apply_rope_scaling(config, "yarn:2")
@@ -146,7 +146,7 @@ def test_a_text_config_within_another_is_stretched_in_place() -> None:
     assert num_positions(config) == 2 * before
 
 
-def test_a_config_without_a_head_size_can_be_stretched_too() -> None:
+def test_a_config_without_a_head_size_can_be_scaled() -> None:
     config = scaled("mixtral", "yarn:4", head_dim=None)
     assert config.head_dim == 16
     assert rotary(config).attention_scaling > 1
@@ -169,7 +169,7 @@ def test_a_config_without_a_head_size_can_be_stretched_too() -> None:
         ("phimoe", {}, "does not take yarn"),
     ],
 )
-def test_what_can_not_be_stretched_is_refused_with_the_reason(
+def test_a_config_that_cannot_be_scaled_is_refused_with_the_reason(
     family: str, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
@@ -196,7 +196,7 @@ def test_a_model_with_code_of_its_own_is_refused() -> None:
         ("mamba2", {"max_position_embeddings": None}, None),
         ("llama", {"rope_parameters": LLAMA3}, 128),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 256),
-        # Qwen leaves the original number above, GPT-OSS writes the stretched one.
+        # Qwen stores the original number at the top level, GPT-OSS the scaled one.
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, 512),
         (
             "llama",
@@ -222,7 +222,7 @@ def test_a_model_with_code_of_its_own_is_refused() -> None:
         ),
     ],
 )
-def test_positions_are_counted_as_the_config_means_them(
+def test_the_number_of_positions_is_that_intended_by_the_config(
     family: str, changes: dict[str, Any], expected: int | None
 ) -> None:
     assert num_positions(tiny_config(family, **changes)) == expected
@@ -230,7 +230,7 @@ def test_positions_are_counted_as_the_config_means_them(
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 @pytest.mark.parametrize("text", ["1.01", "1.03", "1.47", "1.3333", "31.99"])
-def test_a_factor_that_gives_no_whole_positions_is_that_of_the_whole_ones(
+def test_a_factor_is_rounded_to_a_whole_number_of_positions(
     kind: str, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config("llama", max_position_embeddings=99)
@@ -259,7 +259,7 @@ def test_the_hint_names_the_smallest_factor_that_suffices(max_length: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_length_is_held_against_the_stretched_positions_before_and_after_they_are(kind: str) -> None:
+def test_a_length_is_compared_with_the_scaled_positions_before_and_after_scaling(kind: str) -> None:
     config = tiny_config("llama")
     before = config.to_dict()
     for _ in range(2):
@@ -274,7 +274,7 @@ def test_a_length_is_held_against_the_stretched_positions_before_and_after_they_
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "phi3", "gpt_oss"])
-def test_a_model_that_can_not_be_stretched_gets_no_rope_hint(family: str) -> None:
+def test_a_model_that_cannot_be_scaled_gets_no_rope_hint(family: str) -> None:
     config = tiny_config(family)
     positions = num_positions(config)
     assert positions is not None
@@ -293,9 +293,9 @@ def test_a_model_that_can_not_be_stretched_gets_no_rope_hint(family: str) -> Non
         ("falcon", {"alibi": True}),
     ],
 )
-def test_models_without_a_limit_take_any_length(family: str, changes: dict[str, Any]) -> None:
+def test_models_without_a_limit_accept_any_length(family: str, changes: dict[str, Any]) -> None:
     check_length(tiny_config(family, **changes), 10**6, None)
 
 
-def test_a_sliding_window_is_no_limit() -> None:
+def test_a_sliding_window_is_not_a_limit() -> None:
     check_length(tiny_config("mistral", sliding_window=32), POSITIONS, None)

@@ -1,4 +1,4 @@
-"""Tokenizers: what pads, which tokens are added, and which ids have no row in the embedding."""
+"""Tokenizers: the pad token, added tokens, and ids without a row in the embedding."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def load(
     generation_config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> LoadedTokenizer:
-    """Load what is in `directory`, beside these configs."""
+    """Load the tokenizer in `directory`, together with these configs."""
     for name, values in (("config.json", config), ("generation_config.json", generation_config)):
         if values is not None:
             # AutoTokenizer looks for the family here.
@@ -57,7 +57,7 @@ def reload(tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTrainedTok
     return again
 
 
-def test_a_good_pad_token_is_kept_without_a_word(tmp_path: Path) -> None:
+def test_a_good_pad_token_is_retained_without_a_note(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, PAD, TURN), pad_token=TURN)
     loaded = load(tmp_path, config={"vocab_size": 300, "eos_token_id": 0})
     assert loaded.tokenizer.pad_token == TURN
@@ -77,11 +77,11 @@ def test_a_good_pad_token_is_kept_without_a_word(tmp_path: Path) -> None:
         ("<far>", {"text_config": {"vocab_size": 260}}, {}, "pads with <far> (id 260), beyond the 260 rows"),
     ],
 )
-def test_a_bad_pad_token_is_replaced_and_the_note_says_why(
+def test_a_bad_pad_token_is_replaced_with_a_note_that_says_why(
     tmp_path: Path, pad: str | None, config: dict[str, Any], generation_config: dict[str, Any], problem: str
 ) -> None:
     num_ids = write_tokenizer(tmp_path, tokens=(END, TURN, PAD), pad_token=pad)
-    assert num_ids == 260  # a pad token that is not among them gets the next id
+    assert num_ids == 260  # a pad token that is not one of them gets the next id
     loaded = load(tmp_path, config=config, generation_config=generation_config)
     assert loaded.tokenizer.pad_token == PAD
     (note,) = loaded.notes
@@ -120,7 +120,7 @@ def test_pads_are_preferred_in_this_order(
     assert (again.pad_token, again.pad_token_id) == (expected, loaded.tokenizer.pad_token_id)
 
 
-def test_a_token_beyond_the_embedding_is_passed_over_for_one_within(tmp_path: Path) -> None:
+def test_a_token_beyond_the_embedding_is_skipped_for_one_within(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path, tokens=(END, "<unused0>"))
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -131,7 +131,7 @@ def test_a_token_beyond_the_embedding_is_passed_over_for_one_within(tmp_path: Pa
     assert load(tmp_path, config={"vocab_size": num_ids}, resize_vocab=True).tokenizer.pad_token_id == num_ids
 
 
-def test_a_chosen_pad_token_reads_the_same_before_and_after_it_is_saved(tmp_path: Path) -> None:
+def test_a_chosen_pad_token_is_tokenized_equally_before_and_after_saving(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, tokens=(END, PAD))
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -142,7 +142,7 @@ def test_a_chosen_pad_token_reads_the_same_before_and_after_it_is_saved(tmp_path
     assert tokenizer("a<|pad|>")["input_ids"] == again("a<|pad|>")["input_ids"]
 
 
-def test_a_pad_token_is_added_only_where_the_embedding_has_a_row_for_it(tmp_path: Path) -> None:
+def test_a_pad_token_is_added_only_if_the_embedding_has_a_row_for_it(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     roomy = load(tmp_path, config={"vocab_size": num_ids + 1})
     assert (roomy.tokenizer.pad_token, roomy.tokenizer.pad_token_id) == (PAD, num_ids)
@@ -158,13 +158,13 @@ def test_a_pad_token_is_added_only_where_the_embedding_has_a_row_for_it(tmp_path
     assert grown.tokenizer.pad_token_id == num_ids
 
 
-def test_nothing_is_added_while_the_rows_are_not_known(tmp_path: Path) -> None:
+def test_no_token_is_added_if_the_number_of_rows_is_unknown(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     assert len(load(tmp_path).tokenizer) == num_ids
     assert len(load(tmp_path, config={}).tokenizer) == num_ids
 
 
-def test_a_row_that_is_padded_keeps_the_end_token_trained(tmp_path: Path) -> None:
+def test_the_end_token_of_a_padded_row_is_trained(tmp_path: Path) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     num_ids = write_tokenizer(tmp_path)
@@ -176,7 +176,7 @@ def test_a_row_that_is_padded_keeps_the_end_token_trained(tmp_path: Path) -> Non
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_new_tokens_are_ordinary_single_tokens_and_stay_so_when_saved(tmp_path: Path) -> None:
+def test_new_tokens_are_ordinary_single_tokens_also_after_saving(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     loaded = load(tmp_path, config={"vocab_size": 300}, new_tokens="<think>,</think>")
     assert loaded.new_token_ids == (num_ids, num_ids + 1)
@@ -189,7 +189,7 @@ def test_new_tokens_are_ordinary_single_tokens_and_stay_so_when_saved(tmp_path: 
     assert loaded.tokenizer.pad_token_id == num_ids + 2
 
 
-def test_new_tokens_are_found_as_they_are_written_whatever_the_tokenizer_normalizes(tmp_path: Path) -> None:
+def test_new_tokens_match_as_written_whatever_the_tokenizer_normalizes(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": {"type": "Lowercase"}}))
@@ -216,13 +216,13 @@ def test_a_new_token_never_takes_the_id_of_another(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
-    values["model"]["vocab"]["Ã©"] = num_ids  # leaves a hole before it
+    values["model"]["vocab"]["Ã©"] = num_ids  # leaves a gap before it
     path.write_text(json.dumps(values))
     with pytest.raises(ModelError, match=f"would give it id {num_ids}, which another token has"):
         load(tmp_path, new_tokens="<new>")
 
 
-def test_ids_beyond_the_embedding_are_refused_unless_it_may_grow(tmp_path: Path) -> None:
+def test_ids_beyond_the_embedding_are_refused_unless_it_may_be_extended(tmp_path: Path) -> None:
     num_ids = write_tokenizer(tmp_path)
     tokenizer = load(tmp_path, config={"vocab_size": num_ids}, new_tokens="<new>").tokenizer
     asked, unasked = ModelSettings(name="tiny", new_tokens="<new>"), ModelSettings(name="tiny")
@@ -235,7 +235,7 @@ def test_ids_beyond_the_embedding_are_refused_unless_it_may_grow(tmp_path: Path)
     check_vocabulary(tokenizer, num_ids, ModelSettings(name="tiny", resize_vocab=True))
 
 
-def test_the_tokenizer_may_lie_apart_from_the_model(tmp_path: Path) -> None:
+def test_the_tokenizer_may_be_in_another_directory_than_the_model(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     num_ids = write_tokenizer(base)
     write_tokenizer(adapter, tokens=(END, TURN), pad_token=TURN)
@@ -246,7 +246,7 @@ def test_the_tokenizer_may_lie_apart_from_the_model(tmp_path: Path) -> None:
     assert "which ends a text" in loaded.notes[0]  # the base's config says so
 
 
-def test_what_can_not_be_used_is_an_error_with_a_hint(tmp_path: Path) -> None:
+def test_an_unusable_tokenizer_is_an_error_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     write_tokenizer(tmp_path / "endless", tokens=("<s>",), eos_token=None)
     slow = tmp_path / "slow"
@@ -284,7 +284,7 @@ def test_code_of_the_tokenizer_runs_only_when_trusted(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
-def test_a_package_that_reads_the_vocabulary_and_is_missing_is_named_with_its_command(
+def test_a_missing_package_for_a_vocabulary_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -296,18 +296,18 @@ def test_a_package_that_reads_the_vocabulary_and_is_missing_is_named_with_its_co
     assert caught.value.hint == f"Run: pip install {name}"
 
 
-def test_the_package_of_a_vocabulary_of_tiktoken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_for_a_tiktoken_vocabulary_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     (tmp_path / "own.tiktoken").write_text("IQ== 0\nIg== 1\n")
     assert "a tiktoken vocabulary, which needs tiktoken: not installed" in str(unreadable_vocabulary(tmp_path))
 
 
-def test_a_pipe_called_as_a_vocabulary_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_named_like_a_vocabulary_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "own.tiktoken")
     assert unreadable_vocabulary(tmp_path) is None
 
 
-def test_an_invalid_vocabulary_is_reported_as_such(tmp_path: Path) -> None:
+def test_an_invalid_vocabulary_is_reported(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ModelError, match=r"tokenizer\.model is not a vocabulary of SentencePiece or tiktoken"):
@@ -333,9 +333,7 @@ def test_a_broken_config_is_named(tmp_path: Path) -> None:
         ("special_tokens_map.json", "[]", "holds no JSON object"),
     ],
 )
-def test_a_file_of_the_tokenizer_that_is_damaged_is_named(
-    tmp_path: Path, file: str, content: str, expected: str
-) -> None:
+def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path: Path, file: str, content: str, expected: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(ModelError) as caught:
@@ -344,7 +342,7 @@ def test_a_file_of_the_tokenizer_that_is_damaged_is_named(
     assert f"Copy {file} again" in str(caught.value.hint)
 
 
-def test_a_config_of_the_tokenizer_that_makes_no_sense_is_an_error_with_its_reason(tmp_path: Path) -> None:
+def test_a_nonsensical_config_of_the_tokenizer_is_an_error_with_its_reason(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": 3}))

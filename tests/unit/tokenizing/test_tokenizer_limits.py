@@ -1,4 +1,4 @@
-"""A tokenizer.json that asks for too much, or makes the library panic, is one error that names it."""
+"""A tokenizer.json that takes too much memory, or makes the library panic, is an error that names it."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from qlora_cli.settings.choices import LossOn
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer
 from tests.unit.tokenizing.test_tokenizer import load, write_tokenizer
 
-KNOWN = {"text": 0, "a": 1, "b": 2, "Ġb": 3}  # what is tried before a row is read
+KNOWN = {"text": 0, "a": 1, "b": 2, "Ġb": 3}  # tried before a row is read
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 
 
@@ -80,7 +80,7 @@ def encode(loaded: LoadedTokenizer, text: str) -> None:
         ({"model": {"type": "BPE", "merges": [], "vocab": {"z": 3 * 10**9}}}, "the id of 'z' is 3000000000"),
     ],
 )
-def test_a_file_that_asks_for_too_much_is_refused_before_it_is_built(
+def test_a_file_that_takes_too_much_memory_is_refused_before_it_is_built(
     tmp_path: Path, steps: dict[str, Any], expected: str
 ) -> None:
     change(tmp_path, **steps)
@@ -90,7 +90,7 @@ def test_a_file_that_asks_for_too_much_is_refused_before_it_is_built(
     assert expected in str(caught.value)
 
 
-def test_an_id_of_an_old_vocabulary_is_bounded_as_well(tmp_path: Path) -> None:
+def test_ids_of_an_old_vocabulary_are_limited(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({"z": 3 * 10**9}))
     with pytest.raises(ModelError, match=r"vocab\.json.*the id of 'z' is 3000000000"):
@@ -105,12 +105,12 @@ def test_an_id_of_an_old_vocabulary_is_bounded_as_well(tmp_path: Path) -> None:
         sequence(*[{**replaced("", " "), "pattern": {"Regex": " {2,}"}}] * 10),
     ],
 )
-def test_what_normalizers_in_use_put_in_is_not_too_much(tmp_path: Path, normalizer: dict[str, Any]) -> None:
+def test_insertions_of_common_normalizers_are_accepted(tmp_path: Path, normalizer: dict[str, Any]) -> None:
     change(tmp_path, normalizer=normalizer)
     assert load(tmp_path).tokenizer.is_fast
 
 
-def test_a_panic_of_the_library_on_opening_names_the_tokenizer(tmp_path: Path) -> None:
+def test_a_panic_of_the_library_on_loading_names_the_tokenizer(tmp_path: Path) -> None:
     change(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
     with pytest.raises(ModelError, match="the tokenizer of tiny fails: Precompiled"):
         load(tmp_path)
@@ -131,7 +131,7 @@ def test_a_panic_of_the_library_on_opening_names_the_tokenizer(tmp_path: Path) -
         ),
     ],
 )
-def test_what_goes_wrong_with_a_text_names_the_tokenizer(
+def test_an_error_on_a_text_names_the_tokenizer(
     tmp_path: Path, steps: dict[str, Any], text: str, expected: str
 ) -> None:
     change(tmp_path, **steps)
