@@ -62,7 +62,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
     "text": lambda column: column,
     "list": lambda column: pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2], pyarrow.int32()), column),
     "object": lambda column: pyarrow.StructArray.from_arrays([column], ["content"]),
-    "beside text that is no UTF-8": lambda column: pyarrow.StructArray.from_arrays(
+    "next to invalid UTF-8": lambda column: pyarrow.StructArray.from_arrays(
         [text_column([0, 1, 2], b"\xe9\xe9"), column], ["a", "content"]
     ),
 }

@@ -1,4 +1,4 @@
-"""A result that is kept depends on all code that computes it."""
+"""A cached result depends on all the code that computes it."""
 
 import os
 from pathlib import Path
@@ -31,14 +31,14 @@ def test_code_at_any_depth_counts(package: Path, changed: str) -> None:
 
 
 @pytest.mark.parametrize("changed", ["other/c.py", "one/page.html.jinja"])
-def test_other_parts_and_templates_of_pages_do_not(package: Path, changed: str) -> None:
+def test_other_parts_and_templates_of_pages_do_not_count(package: Path, changed: str) -> None:
     before = cache.code_digests(("one", "single.py"))
     (package / changed).write_text("changed")
     assert cache.code_digests(("one", "single.py")) == before
 
 
 @pytest.mark.parametrize("name", ["QLORA_CACHE", "XDG_CACHE_HOME"])
-def test_a_cache_whose_name_is_no_utf_8_is_an_error_that_names_the_variable(
+def test_a_cache_whose_name_is_not_utf_8_is_an_error_that_names_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delenv("QLORA_CACHE", raising=False)
@@ -60,14 +60,14 @@ def test_predictions_beyond_the_limit_are_deleted_and_no_other_file(
         (folder / name).write_text("mine")
     for number in range(4):
         prediction_cache.store(f"{number}" * 64, REPORT)
-    kept = {path.name for path in folder.iterdir()}
-    assert {"mine.json", "also.json", "notes.txt"} < kept
-    assert len(kept) == 3 + 2
+    names = {path.name for path in folder.iterdir()}
+    assert {"mine.json", "also.json", "notes.txt"} < names
+    assert len(names) == 3 + 2
     assert prediction_cache.load("3" * 64) == REPORT
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
-def test_a_cached_prediction_that_is_no_file_of_ours_is_computed_again_without_blocking(
+def test_a_cached_prediction_that_is_not_our_file_is_recomputed_without_blocking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
@@ -83,21 +83,21 @@ def test_a_cached_prediction_that_is_no_file_of_ours_is_computed_again_without_b
     assert prediction_cache.load("0" * 64) is None
 
 
-# Code that brings bytes and words, of which no kept result depends.
+# Code that transfers bytes and words messages: no cached result depends on it.
 CARRIERS = {"bounded", "cache", "errors", "events", "files", "garbage", "hub", "runs", "units", "writing"}
 
 
 def imported_by(module: str) -> set[Path]:
-    """Return the files of the package that a module of it imports, and those that they import, wherever it is done."""
-    found: set[Path] = set()
+    """Return the files of the package that a module imports, directly or indirectly, anywhere in the code."""
+    imported: set[Path] = set()
     waiting = [place_of(module)]
     while waiting:
         path = waiting.pop()
-        if path is None or path in found:
+        if path is None or path in imported:
             continue
-        found.add(path)
+        imported.add(path)
         waiting += [place_of(name) for name, _, _ in imports_of(path) if name.startswith("qlora_cli.")]
-    return found
+    return imported
 
 
 def place_of(module: str) -> Path | None:
@@ -115,7 +115,7 @@ def place_of(module: str) -> Path | None:
     ids=["predictions", "tokens"],
 )
 def test_everything_that_determines_a_cached_result_is_in_its_name(module: str, parts: tuple[str, ...]) -> None:
-    """A move must not take code out of the keys, or a result of the code before it would be taken for a new one."""
+    """Moving code must not remove it from the keys, or results of the old code would be taken for new ones."""
     named = {file for part in parts for file in cache.code_files(part)}
     carriers = {path for path in cache.PACKAGE.rglob("*.py") if part_of_path(path) in CARRIERS}
     imported = imported_by(module)

@@ -1,4 +1,4 @@
-"""The dtype to compute in: the one that the hardware multiplies natively, and a refusal where there is none."""
+"""The dtype to compute in: the one that the hardware multiplies natively, and an error for any other."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.d
         (False, Dtype.FP32, "this CPU does not multiply bf16 natively"),
     ],
 )
-def test_a_cpu_computes_in_the_dtype_that_it_is_fast_in(
+def test_a_cpu_computes_in_its_fast_dtype(
     monkeypatch: pytest.MonkeyPatch, native: bool, dtype: Dtype, reason: str
 ) -> None:
     chosen = choose_compute_dtype(Dtype.AUTO, cpu(monkeypatch, native=native))
@@ -39,7 +39,9 @@ def test_a_cpu_computes_in_the_dtype_that_it_is_fast_in(
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("asked", [Dtype.BF16, Dtype.FP32])
-def test_a_cpu_computes_in_bf16_and_fp32_as_asked(monkeypatch: pytest.MonkeyPatch, native: bool, asked: Dtype) -> None:
+def test_a_cpu_computes_in_bf16_and_fp32_as_requested(
+    monkeypatch: pytest.MonkeyPatch, native: bool, asked: Dtype
+) -> None:
     chosen = choose_compute_dtype(asked, cpu(monkeypatch, native=native))
     assert (chosen.name, chosen.reason) == (asked, "as asked")
 
@@ -59,7 +61,7 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch, native: bool)
         ((12, 0), Dtype.BF16, "Some GPU has bf16 tensor cores"),
     ],
 )
-def test_a_gpu_computes_in_bf16_from_ampere_on(
+def test_a_gpu_computes_in_bf16_since_ampere(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: Dtype, reason: str
 ) -> None:
     chosen = choose_compute_dtype(Dtype.AUTO, gpu(monkeypatch, capability))
@@ -75,7 +77,7 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 @pytest.mark.parametrize("asked", [Dtype.FP16, Dtype.FP32])
-def test_a_gpu_computes_in_fp16_and_fp32_as_asked(
+def test_a_gpu_computes_in_fp16_and_fp32_as_requested(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], asked: Dtype
 ) -> None:
     chosen = choose_compute_dtype(asked, gpu(monkeypatch, capability))

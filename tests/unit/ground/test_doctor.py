@@ -1,4 +1,4 @@
-"""The checks of a machine: what they conclude, and that nothing they meet gets past the child they run in."""
+"""The checks of a machine: their findings, and that no failure leaves the child process that they run in."""
 
 import os
 import re
@@ -58,7 +58,7 @@ def chatters() -> Outcome:
 
 
 def in_child(check: Callable[..., Outcome], *arguments: object, limit_seconds: float = 60) -> Outcome:
-    """Run a check in a fresh process, which reads the environment anew."""
+    """Run a check in a fresh process, which reads the environment again."""
     with Isolation() as isolation:
         return isolation.run(check, *arguments, advice="do this", limit_seconds=limit_seconds)
 
@@ -89,7 +89,7 @@ def test_a_check_that_hangs_is_a_finding_and_the_next_one_runs() -> None:
         assert isolation.run(passes, advice="", limit_seconds=60) == ok("fine")
 
 
-def test_what_a_check_prints_reaches_no_stream_of_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_check_does_not_reach_the_streams_of_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert in_child(chatters) == ok("said its piece")
     assert capfd.readouterr() == ("", "")
 
@@ -103,7 +103,7 @@ def fails() -> Outcome:
     return failed("broken", "mend it")
 
 
-def test_what_depends_on_a_failed_check_is_skipped_and_training_cannot_work() -> None:
+def test_checks_that_depend_on_a_failed_one_are_skipped_and_training_cannot_work() -> None:
     with Isolation() as isolation:
         examination = Examination(isolation, SilentReporter())
         examination.check("torch", fails, advice="")
@@ -117,14 +117,14 @@ def test_what_depends_on_a_failed_check_is_skipped_and_training_cannot_work() ->
 
 
 @pytest.mark.parametrize(("vital", "can_train"), [(True, False), (False, True)])
-def test_only_a_failure_that_training_depends_on_stops_it(vital: bool, can_train: bool) -> None:
+def test_only_a_failure_that_training_depends_on_prevents_it(vital: bool, can_train: bool) -> None:
     with Isolation() as isolation:
         examination = Examination(isolation, SilentReporter())
         examination.check("hub", fails, advice="", vital=vital)
     assert examination.report().can_train is can_train
 
 
-def test_bitsandbytes_stores_what_the_definition_of_nf4_says() -> None:
+def test_bitsandbytes_stores_nf4_as_defined() -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -176,7 +176,7 @@ def test_quantization_with_wrong_levels_fails_although_its_own_product_agrees(
     assert "1 of 12 comparisons, nf4_stored" in outcome.finding
 
 
-def test_not_a_number_is_wrong_and_null_in_json() -> None:
+def test_nan_is_wrong_and_null_in_json() -> None:
     trial = checks_bitsandbytes.Trial("nf4_product", float("nan"), 0.1)
     outcome = checks_bitsandbytes.judge([trial], "cpu", "fp32")
     assert outcome.status == Status.FAILED

@@ -1,4 +1,4 @@
-"""Paths that can be none, and directories that can't be written to."""
+"""Impossible paths, and directories that can't be written to."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def run_problem(directory: Path) -> QloraError | None:
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_a_name_that_can_be_no_file_is_none(name: str) -> None:
+def test_an_impossible_name_is_not_an_existing_path(name: str) -> None:
     assert existing_path(name) is None
 
 
@@ -39,7 +39,7 @@ def test_a_data_set_with_an_invalid_path_does_not_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "./" + "a/" * 5000])
-def test_an_output_directory_that_can_be_none_is_refused(name: str) -> None:
+def test_an_impossible_output_directory_is_refused(name: str) -> None:
     problem = check_output_directory(Path(name), "--save")
     assert "can't be used: File name too long" in str(problem)
     assert problem is not None
@@ -52,7 +52,7 @@ def test_an_output_directory_that_can_be_none_is_refused(name: str) -> None:
     [
         ("a" * 300, "File name too long"),
         ("none/" + "a" * 300, "File name too long"),
-        ("none/" + "a" * 230, "File name too long"),  # what is written aside beside it has a longer name
+        ("none/" + "a" * 230, "File name too long"),  # the temporary file next to it has a longer name
         ("none/" + "é" * 120, "File name too long"),
         ("none" + "/a" * 2000, "File name too long"),
         ("a\0b", "NUL"),
@@ -65,7 +65,7 @@ def test_an_output_directory_that_can_be_none_is_refused(name: str) -> None:
         ("loop/run", "Too many levels of symbolic links"),
     ],
 )
-def test_a_directory_that_can_not_be_made_is_known_before_it_is(
+def test_a_directory_that_cannot_be_made_is_reported_before_making_it(
     tmp_path: Path, find: Callable[[Path], QloraError | None], name: str, why: str
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -87,11 +87,11 @@ def test_a_checkpoint_with_an_invalid_path_does_not_exist(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
-def test_a_page_by_a_path_that_can_be_none_is_refused(name: str) -> None:
+def test_a_page_with_an_impossible_path_is_refused(name: str) -> None:
     assert re.search("File name too long|NUL", str(check_page(Path(name))))
 
 
-def test_names_as_long_as_they_may_be_are_not_refused(tmp_path: Path) -> None:
+def test_names_of_the_maximum_length_are_accepted(tmp_path: Path) -> None:
     directory = tmp_path / "none" / ("a" * 200)
     assert check_output_directory(directory) is None
     write_directory(directory, lambda folder: (folder / "file").touch())
@@ -103,7 +103,7 @@ def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
     assert "is a broken link" in str(check_output_directory(tmp_path / "link"))
 
 
-def test_a_small_file_of_more_values_than_any_has_is_not_read(tmp_path: Path) -> None:
+def test_a_small_file_with_too_many_values_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(b"[" + b"{}," * (SMALL.max_values // 2) + b"1]")
     with pytest.raises(ValueError, match="it holds more than 1,500,000 values"):

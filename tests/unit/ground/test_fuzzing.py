@@ -13,7 +13,7 @@ from tests.fuzzing.targets import TARGETS
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_input_of_others_is_read_or_refused(tmp_path: Path, name: str) -> None:
+def test_foreign_input_is_read_or_refused(tmp_path: Path, name: str) -> None:
     target = TARGETS[name]
     play_round = target.prepare(tmp_path)
     outcomes: list[Outcome] = []
@@ -25,9 +25,7 @@ def test_input_of_others_is_read_or_refused(tmp_path: Path, name: str) -> None:
     assert any(not outcome.is_refused for outcome in outcomes)  # it is not all nonsense
 
 
-def test_a_round_of_a_seed_is_always_the_same_and_says_what_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_is_determined_by_its_seed_and_reports_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 
     def play_round(chance: Generator) -> None:

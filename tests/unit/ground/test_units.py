@@ -16,7 +16,7 @@ def test_bytes_are_binary_units(num_bytes: int, expected: str) -> None:
 @pytest.mark.parametrize(
     ("count", "expected"), [(512, "512"), (12_345, "12,345"), (159_907_840, "159.91M"), (6_738_415_616, "6.74B")]
 )
-def test_counts_are_named_as_models_are(count: int, expected: str) -> None:
+def test_counts_are_written_like_those_of_models(count: int, expected: str) -> None:
     assert format_count(count) == expected
 
 

@@ -1,4 +1,4 @@
-"""What can't be seen is made visible, and nothing else is touched."""
+"""Invisible characters are made visible, and no others are changed."""
 
 import subprocess
 import sys
@@ -33,14 +33,14 @@ from qlora_cli.visible import TextPart, parts, visible
         ("  \n  x", "··⏎\n  x"),
     ],
 )
-def test_what_can_not_be_seen_is_a_sign(text: str, expected: str) -> None:
+def test_invisible_characters_become_signs(text: str, expected: str) -> None:
     assert visible(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["Übermaß", "مرحبا بالعالم", "שלום", "日本語。", "é", "👩🏽", "❤️", "नमस्ते", "½ → · ⏎ ∅", "�"]
 )
-def test_what_can_be_seen_stays(text: str) -> None:
+def test_visible_characters_are_unchanged(text: str) -> None:
     assert visible(text) == text
 
 
@@ -58,7 +58,7 @@ def test_spaces_are_not_at_an_end_if_the_line_continues() -> None:
     assert visible("a \nb ", is_end=False) == "a·⏎\nb "
 
 
-def test_nothing_drives_a_terminal_nor_fails_to_be_written() -> None:
+def test_no_character_controls_a_terminal_or_fails_to_be_written() -> None:
     shown = visible("".join(map(chr, range(sys.maxunicode + 1))))
     shown.encode("utf-8")
     assert {char for char in shown if unicodedata.category(char) in {"Cc", "Cs", "Zl", "Zp"}} == {"\n"}
@@ -66,14 +66,14 @@ def test_nothing_drives_a_terminal_nor_fails_to_be_written() -> None:
     assert {char for char in shown if unicodedata.bidirectional(char) in bidi} == set()
 
 
-def test_a_row_of_nothing_but_spaces_takes_no_time() -> None:
+def test_a_row_of_only_spaces_is_fast() -> None:
     began = time.perf_counter()
     visible(" " * 200_000 + "x")
     assert time.perf_counter() - began < 1
 
 
 @pytest.mark.slow
-def test_it_needs_no_torch() -> None:
+def test_it_imports_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
     light = "visible", "data.showing.page_file", "data.showing.page"
     code = f"import sys\nfor name in {light}: __import__(f'qlora_cli.{{name}}')\nassert not {heavy}, {heavy}"

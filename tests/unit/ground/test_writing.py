@@ -1,4 +1,4 @@
-"""What writes, replaces and deletes: whole or not at all, never through a link, and only what is ours."""
+"""Writing, replacing and deleting: whole or not at all, never through a link, and only our own files."""
 
 import os
 import subprocess
@@ -37,23 +37,23 @@ from qlora_cli.writing import (
 DEAD = 4_999_999  # beyond the largest number that a process has
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_is_replaced_and_never_what_it_leads_to(tmp_path: Path, is_there: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_replaced_and_its_target_is_untouched(tmp_path: Path, exists: bool) -> None:
     elsewhere, target = tmp_path / "elsewhere", tmp_path / "here" / "adapter"
     target.parent.mkdir()
     target.symlink_to(elsewhere)
-    if is_there:
+    if exists:
         elsewhere.mkdir()
-        (elsewhere / "kept").touch()
+        (elsewhere / "file").touch()
     write_directory(target, lambda path: (path / "new").touch())
     assert not target.is_symlink()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in target.parent.iterdir()] == ["adapter"]
-    assert (elsewhere / "kept").exists() == is_there
+    assert (elsewhere / "file").exists() == exists
 
 
-def test_an_empty_directory_is_filled_where_it_is_and_stays_empty_on_failure(tmp_path: Path) -> None:
-    """Another one in its place would not be there for a shell in it, nor on the disk that is mounted there."""
+def test_an_empty_directory_is_filled_in_place_and_stays_empty_on_failure(tmp_path: Path) -> None:
+    """A replacement would be invisible to a shell whose directory it is, and would not be on a disk mounted there."""
     target = tmp_path / "target"
     target.mkdir()
     inode = target.stat().st_ino
@@ -105,7 +105,7 @@ def killed(target: Path, at: int) -> None:
     assert died.returncode == 9
 
 
-def test_what_a_process_left_that_was_killed_is_no_content_and_goes(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_not_content_and_are_deleted(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     killed(target, 1)
@@ -115,7 +115,7 @@ def test_what_a_process_left_that_was_killed_is_no_content_and_goes(tmp_path: Pa
     assert [path.name for path in target.iterdir()] == ["config.json"]
 
 
-def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_path: Path) -> None:
+def test_files_moved_before_a_process_was_killed_stay_and_are_not_a_model(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     killed(target, 2)
@@ -127,7 +127,7 @@ def test_what_was_moved_before_a_process_was_killed_stays_and_is_no_model(tmp_pa
     assert (target / "a.txt").read_text() == "half"
 
 
-def test_a_folder_with_the_name_of_a_leftover_is_kept_unless_it_is_ours(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_leftover_stays_unless_it_is_ours(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / MARK).touch()
@@ -147,22 +147,22 @@ def test_a_folder_with_the_name_of_a_leftover_is_kept_unless_it_is_ours(tmp_path
     assert (elsewhere / MARK).exists()
 
 
-def test_leftovers_next_to_the_target_are_cleared_if_they_are_ours_and_their_writer_is_gone(tmp_path: Path) -> None:
+def test_our_leftovers_next_to_the_target_are_cleared_if_their_writer_is_dead(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     gone = int(dead.stdout)
     writers = (("a", gone), ("b", os.getpid()), ("c", gone))
-    ours, alive, others = (tmp_path / f".out.{pid}-{name}.saving" for name, pid in writers)
-    for place in (ours, alive, others):
+    ours, alive, unmarked = (tmp_path / f".out.{pid}-{name}.saving" for name, pid in writers)
+    for place in (ours, alive, unmarked):
         place.mkdir()
     for place in (ours, alive):
         (place / MARK).touch()
-    (others / "thesis").touch()
+    (unmarked / "thesis").touch()
     write_directory(tmp_path / "out", lambda path: (path / "file").touch())
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, unmarked.name, "out"])
     (tmp_path / f".else.{gone}-d.saving").mkdir()
     (tmp_path / f".else.{gone}-d.saving" / MARK).touch()
     clear_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, others.name, "out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, unmarked.name, "out"])
 
 
 def test_an_interrupt_while_files_are_moved_leaves_the_directory_empty(
@@ -186,7 +186,7 @@ def test_an_interrupt_while_files_are_moved_leaves_the_directory_empty(
     assert list(target.iterdir()) == []
 
 
-def test_parents_that_were_made_for_what_failed_are_gone(tmp_path: Path) -> None:
+def test_parents_made_for_a_failed_write_are_removed(tmp_path: Path) -> None:
     def fail(_: Path) -> None:
         raise OSError("full")
 
@@ -200,16 +200,14 @@ def test_parents_that_were_made_for_what_failed_are_gone(tmp_path: Path) -> None
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """A file of the user's, somewhere else."""
+    """A file of the user in another directory."""
     path = tmp_path / "home" / "bashrc"
     path.parent.mkdir()
     path.write_text("precious")
     return path
 
 
-def test_a_file_replaces_a_link_and_is_written_aside_under_a_name_that_nobody_can_plant(
-    tmp_path: Path, precious: Path
-) -> None:
+def test_a_file_replaces_a_link_through_an_unpredictable_temporary_name(tmp_path: Path, precious: Path) -> None:
     place = tmp_path / "run"
     place.mkdir()
     for name in ("run.json", ".run.json.saving", f".run.json.{os.getpid()}.saving"):
@@ -232,7 +230,7 @@ def test_nothing_is_appended_through_a_link(tmp_path: Path, precious: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["another name", "no file"])
-def test_nothing_is_appended_to_a_link_or_a_hard_link(tmp_path: Path, precious: Path, kind: str) -> None:
+def test_nothing_is_appended_to_a_pipe_or_a_hard_link(tmp_path: Path, precious: Path, kind: str) -> None:
     file = tmp_path / "metrics.jsonl"
     if kind == "no file":
         os.mkfifo(file)
@@ -246,7 +244,7 @@ def test_nothing_is_appended_to_a_link_or_a_hard_link(tmp_path: Path, precious: 
 
 
 def give_away(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a file another user's; who may not is another user from now on."""
+    """Give a file to another user; without that permission, become another user instead."""
     if os.getuid() == 0:
         os.chown(file, 54321, -1)
     else:
@@ -255,7 +253,7 @@ def give_away(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(writing, "_owner_of_new", lambda _: other)
 
 
-def test_nothing_is_appended_to_what_another_user_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_appended_to_a_file_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text("theirs, cut")
     give_away(file, monkeypatch)
@@ -267,7 +265,7 @@ def test_nothing_is_appended_to_what_another_user_owns(tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_disk_that_gives_all_files_one_owner_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_where_all_files_have_one_owner_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
     for line in ("one", "two"):
@@ -288,7 +286,7 @@ def test_a_system_without_users_has_no_owners(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", ["a link", "no file", "another name", "another user's"])
-def test_what_takes_the_place_of_a_file_while_it_is_opened_is_not_written_to(
+def test_a_replacement_of_a_file_during_opening_is_not_written_to(
     tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     file, opened = tmp_path / "metrics.jsonl", os.open
@@ -316,7 +314,7 @@ def test_what_takes_the_place_of_a_file_while_it_is_opened_is_not_written_to(
 
 
 @pytest.mark.parametrize("came", ["a folder with something in it", "a file", "a name in an empty folder"])
-def test_what_was_written_to_the_target_meanwhile_stays(tmp_path: Path, came: str) -> None:
+def test_files_written_to_the_target_meanwhile_stay(tmp_path: Path, came: str) -> None:
     target = tmp_path / "out"
     if came == "a name in an empty folder":
         target.mkdir()
@@ -336,7 +334,7 @@ def test_what_was_written_to_the_target_meanwhile_stays(tmp_path: Path, came: st
     assert [path.name for path in tmp_path.rglob("*")] == (["out"] if came == "a file" else ["out", "config.json"])
 
 
-def test_lines_are_appended_each_on_its_own(tmp_path: Path) -> None:
+def test_each_appended_line_is_separate(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     end_line(file)
     append_line(file, "one")
@@ -347,7 +345,7 @@ def test_lines_are_appended_each_on_its_own(tmp_path: Path) -> None:
     assert file.read_text() == "one\ncut\ntwo\n"
 
 
-def test_deleting_never_follows(tmp_path: Path, precious: Path) -> None:
+def test_deleting_never_follows_links(tmp_path: Path, precious: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "link").symlink_to(precious.parent)
@@ -358,7 +356,9 @@ def test_deleting_never_follows(tmp_path: Path, precious: Path) -> None:
     assert precious.read_text() == "precious"
 
 
-def test_what_is_discarded_is_gone_with_all_names_and_what_it_leads_to_is_not(tmp_path: Path, precious: Path) -> None:
+def test_discarding_removes_a_folder_and_its_temporary_names_but_no_link_targets(
+    tmp_path: Path, precious: Path
+) -> None:
     folder = tmp_path / "out" / "folder"
     (folder / "more").mkdir(parents=True)
     (folder / "link").symlink_to(precious.parent)
@@ -403,7 +403,7 @@ def clears(target: Path) -> None:
 
 
 def killed_at(deletion: int, deletes: Callable[[Path], None], target: Path) -> bool:
-    """Let a process delete, which dies at its system call `deletion` that deletes something; whether it came to it."""
+    """Run `deletes` in a process that dies at deleting system call number `deletion`; return whether it died."""
     if (pid := os.fork()) == 0:
         left = iter(range(deletion))
 
@@ -419,7 +419,7 @@ def killed_at(deletion: int, deletes: Callable[[Path], None], target: Path) -> b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deletes", [fails_after_filling, discards, replaces, clears])
-def test_a_process_killed_while_it_deletes_leaves_what_the_next_one_clears(
+def test_leftovers_of_a_process_killed_while_deleting_are_cleared_by_the_next(
     tmp_path: Path, deletes: Callable[[Path], None]
 ) -> None:
     for deletion in count():
@@ -432,30 +432,28 @@ def test_a_process_killed_while_it_deletes_leaves_what_the_next_one_clears(
     assert deletion >= 5
 
 
-def test_what_is_moved_aside_replaces_nothing(tmp_path: Path) -> None:
+def test_moving_aside_replaces_nothing(tmp_path: Path) -> None:
     for content in ("one", "two"):
         (tmp_path / "file").write_text(content)
         move_aside(tmp_path / "file", "old")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "old-folder").mkdir()  # which a renamed folder would take the place of
+    (tmp_path / "old-folder").mkdir()  # which a renamed folder would replace
     assert move_aside(tmp_path / "folder", "old-folder").name.startswith("old-folder-")
     assert (tmp_path / "old").read_text() == "one"
     assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize("target", ["LICENSE", "other"])
-def test_a_link_that_leads_round_in_a_circle_is_not_followed(tmp_path: Path, target: str) -> None:
+def test_a_circular_link_is_not_followed(tmp_path: Path, target: str) -> None:
     (tmp_path / "LICENSE").symlink_to(target)
     (tmp_path / "other").symlink_to("LICENSE")
-    assert resolve_links(tmp_path / "LICENSE") in {None, tmp_path / "LICENSE"}  # as Python says it from 3.13 on
+    assert resolve_links(tmp_path / "LICENSE") in {None, tmp_path / "LICENSE"}  # the latter from Python 3.13 on
     with pytest.raises(OSError, match="LICENSE"):
         copy_file(tmp_path / "LICENSE", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snapshot_is(
-    tmp_path: Path, precious: Path
-) -> None:
+def test_a_link_out_of_its_directory_is_not_copied_except_in_a_snapshot(tmp_path: Path, precious: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "LICENSE").symlink_to(precious)
@@ -471,7 +469,7 @@ def test_a_file_that_leads_out_of_its_directory_is_not_copied_and_one_of_a_snaps
     assert (tmp_path / "copy").read_text() == "license"
 
 
-def test_a_pipe_is_deleted_and_not_waited_for_and_what_is_in_no_folder_is_not_there(tmp_path: Path) -> None:
+def test_deleting_does_not_wait_for_a_pipe_or_fail_on_a_missing_path(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "folder" / "pipe")
@@ -483,7 +481,7 @@ def test_a_pipe_is_deleted_and_not_waited_for_and_what_is_in_no_folder_is_not_th
     assert (tmp_path / "file").exists()
 
 
-def test_links_stay_out_of_a_folder_that_is_copied(tmp_path: Path, precious: Path) -> None:
+def test_links_in_a_copied_folder_are_omitted(tmp_path: Path, precious: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "weights").write_text("w")
@@ -493,7 +491,7 @@ def test_links_stay_out_of_a_folder_that_is_copied(tmp_path: Path, precious: Pat
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["weights"]
 
 
-def test_what_is_private_is_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_private_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     folder = private_folder(tmp_path / "a" / "cache")
     append_line(folder / "lines", "x")
     write_file(folder / "file", b"x", mode=0o600)

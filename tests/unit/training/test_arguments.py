@@ -1,4 +1,4 @@
-"""Settings reach the trainer: what would hurt is off, and every setting changes something."""
+"""Settings reach the trainer: harmful defaults are off, and every setting changes something."""
 
 import inspect
 from pathlib import Path
@@ -29,7 +29,7 @@ def arguments_for(
     )
 
 
-def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
+def test_harmful_defaults_are_changed(tmp_path: Path) -> None:
     arguments = arguments_for(tmp_path)
     assert arguments.logging_nan_inf_filter is False
     assert arguments.use_cpu
@@ -45,12 +45,12 @@ def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
     assert arguments.n_gpu <= 1
     # TF32 has 10 bits of mantissa; transformers switches it on when it compiles, and for bf16 whatever was asked for.
     assert arguments.tf32 is False
-    assert arguments.optim == "adamw_torch"  # TRL takes the fused one
+    assert arguments.optim == "adamw_torch"  # TRL uses the fused one
     assert arguments.project == "qlora"
-    assert not arguments.push_to_hub  # what is pushed, and when, is our own affair
+    assert not arguments.push_to_hub  # we push ourselves
     assert not arguments.full_determinism
     assert not arguments.torch_compile
-    assert not arguments.use_liger_kernel  # deprecated in TRL, which warns of it; applied by us
+    assert not arguments.use_liger_kernel  # deprecated in TRL, with a warning; we apply it
     assert arguments.neftune_noise_alpha is None
     assert arguments.label_smoothing_factor == 0
     assert arguments.loss_type == "nll"
@@ -70,7 +70,7 @@ def test_defaults_that_would_hurt_are_set(tmp_path: Path) -> None:
         ("training__gradient_accumulation_steps", 5, "gradient_accumulation_steps", 5),
         ("training__gradient_checkpointing", "on", "gradient_checkpointing", True),
         ("training__optimizer", "adamw_8bit", "optim", "adamw_8bit"),
-        ("training__optimizer", "lion_8bit", "adam_beta2", 0.99),  # Lion's own: AdamW's means something else
+        ("training__optimizer", "lion_8bit", "adam_beta2", 0.99),  # Lion's own: that of AdamW has another meaning
         ("training__neftune_noise_alpha", 5, "neftune_noise_alpha", 5.0),
         ("training__full_determinism", True, "full_determinism", True),
         ("training__torch_compile", True, "torch_compile", True),
@@ -88,7 +88,7 @@ def test_every_setting_changes_an_argument(
 
 
 @pytest.mark.parametrize("optimizer", Optimizer)
-def test_every_optimizer_is_one_that_transformers_makes(tmp_path: Path, optimizer: Optimizer) -> None:
+def test_transformers_can_make_every_optimizer(tmp_path: Path, optimizer: Optimizer) -> None:
     arguments = arguments_for(tmp_path, training__optimizer=optimizer.value, training__weight_decay=0.25)
     assert arguments.optim == optimizer.value
     kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -101,7 +101,7 @@ def test_every_optimizer_is_one_that_transformers_makes(tmp_path: Path, optimize
     assert (values.get("optim_bits") == 8) == optimizer.is_8bit
 
 
-def test_evaluation_runs_at_the_interval_asked_for(tmp_path: Path) -> None:
+def test_evaluation_runs_at_the_requested_interval(tmp_path: Path) -> None:
     assert arguments_for(tmp_path, has_eval=True).eval_strategy == "no"
     flags = {"training__eval_steps": 4, "data__eval_dataset": str(tmp_path / "e.jsonl")}
     arguments = arguments_for(tmp_path, has_eval=True, **flags)
@@ -118,7 +118,7 @@ def test_evaluation_runs_at_the_interval_asked_for(tmp_path: Path) -> None:
         ("offload", CUDA, True, {"use_reentrant": False, "offload": True}),
     ],
 )
-def test_checkpointing_is_what_was_asked_for(
+def test_checkpointing_is_as_requested(
     tmp_path: Path, setting: str, device: torch.device, enabled: bool, kwargs: dict[str, Any] | None
 ) -> None:
     arguments = arguments_for(tmp_path, device, training__gradient_checkpointing=setting)
@@ -126,15 +126,15 @@ def test_checkpointing_is_what_was_asked_for(
     assert arguments.gradient_checkpointing_kwargs == kwargs
 
 
-def test_auto_checkpointing_is_settled_and_what_was_asked_for_stays() -> None:
+def test_auto_checkpointing_is_decided_and_an_explicit_choice_stays() -> None:
     assert resolve_checkpointing(Checkpointing.AUTO, CUDA) == "on"
     assert resolve_checkpointing(Checkpointing.AUTO, CPU) == "off"
     for asked in (Checkpointing.ON, Checkpointing.OFF, Checkpointing.OFFLOAD):
         assert resolve_checkpointing(asked, CPU) is resolve_checkpointing(asked, CUDA) is asked
 
 
-def test_transformers_takes_offload() -> None:
-    # Were it not taken out of the arguments on the way, PyTorch's checkpoint() would be given it, and fail.
+def test_transformers_accepts_offload() -> None:
+    # If it were not removed from the arguments, PyTorch's checkpoint() would receive it, and fail.
     older = PreTrainedModel.gradient_checkpointing_enable  # its name in 5.17
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", older)
     assert "offload" in inspect.signature(enable).parameters

@@ -1,4 +1,4 @@
-"""What a run saves to go on by: read back as it was written, and refused by its file when it is something else."""
+"""The state that a run saves to be resumed: read back as written, and any other content is refused with its file."""
 
 import json
 import os
@@ -28,7 +28,7 @@ GROUP = {"lr": 0.1, "params": [0]}
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Return a checkpoint with all that a run goes on by."""
+    """Return a checkpoint with everything that a run is resumed from."""
     folder = tmp_path / "step-3"
     folder.mkdir()
     STATE.write(folder)
@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_is_read_as_it_was_written(checkpoint: Path) -> None:
+def test_the_state_is_read_back_as_written(checkpoint: Path) -> None:
     check_state(checkpoint)
     assert repr(LoopState.read(checkpoint)) == repr(STATE)
 
@@ -62,7 +62,7 @@ ODD: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("name", "content"), ODD, ids=str)
-def test_json_of_other_types_is_refused_by_its_file(checkpoint: Path, name: str, content: object) -> None:
+def test_json_of_other_types_is_refused_with_its_file(checkpoint: Path, name: str, content: object) -> None:
     (checkpoint / name).write_text(json.dumps(content))
     with pytest.raises(OutputDirectoryError) as caught:
         check_state(checkpoint)
@@ -71,20 +71,20 @@ def test_json_of_other_types_is_refused_by_its_file(checkpoint: Path, name: str,
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\ufeff{}"], ids=["empty", "cut", "deep", "mark"])
-def test_text_that_is_no_json_is_refused_by_its_file(checkpoint: Path, text: str) -> None:
+def test_invalid_json_is_refused_with_its_file(checkpoint: Path, text: str) -> None:
     (checkpoint / "loop_state.json").write_text(text)
     with pytest.raises(OutputDirectoryError, match=r"loop_state\.json is not what a run saves"):
         check_state(checkpoint)
 
 
 class Code:
-    """What makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        """Return what unpickling calls."""
+        """Return the call that unpickling makes."""
         return os.mkdir, (str(self.folder),)
 
 
@@ -133,7 +133,7 @@ OTHERWISE: list[tuple[str, object]] = [
 @pytest.mark.parametrize(
     ("name", "content"), OTHERWISE, ids=[f"{place}-{name}" for place, (name, _) in enumerate(OTHERWISE)]
 )
-def test_a_pickle_of_values_of_other_types_is_refused_by_its_file(
+def test_a_pickle_of_values_of_other_types_is_refused_with_its_file(
     checkpoint: Path, name: str, content: object
 ) -> None:
     torch.save(content, checkpoint / name)
@@ -142,28 +142,28 @@ def test_a_pickle_of_values_of_other_types_is_refused_by_its_file(
     assert str(caught.value).startswith(f"{checkpoint / name} is not what a run saves: ")
 
 
-def test_states_that_bitsandbytes_wraps_once_more_are_taken(checkpoint: Path) -> None:
+def test_wrapped_states_of_bitsandbytes_are_accepted(checkpoint: Path) -> None:
     state = {0: {"step": 1, "wrapped": {"state1": torch.ones(2), "unorm_vec": None}}}
     torch.save({"state": state, "param_groups": [GROUP]}, checkpoint / "optimizer.pt")
     check_state(checkpoint)
 
 
 @pytest.mark.parametrize("size", [0, 10, 400])
-def test_a_pickle_that_is_cut_off_is_refused(checkpoint: Path, size: int) -> None:
+def test_a_truncated_pickle_is_refused(checkpoint: Path, size: int) -> None:
     os.truncate(checkpoint / "optimizer.pt", size)
     with pytest.raises(OutputDirectoryError, match=r"optimizer\.pt is not what a run saves"):
         check_state(checkpoint)
 
 
 class Huge:
-    """What takes 2 GiB when it is unpickled, and no code of others."""
+    """An object that takes 2 GiB when it is unpickled, without foreign code."""
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return bytearray, (2**31 - 1,)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_a_pickle_that_takes_far_more_memory_than_it_is_large_is_refused_by_its_file(checkpoint: Path) -> None:
+def test_a_pickle_that_takes_far_more_memory_than_its_size_is_refused(checkpoint: Path) -> None:
     for as_zip in (True, False):
         torch.save({"last_epoch": Huge()}, checkpoint / "scheduler.pt", _use_new_zipfile_serialization=as_zip)
         with pytest.raises(OutputDirectoryError, match=r"scheduler\.pt is not what a run saves: it takes far more"):

@@ -1,4 +1,4 @@
-"""The page of a run is drawn while it goes on, but drawing it must not take the time of training."""
+"""The page of a run is redrawn during training, but must not slow it down."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.conftest import Recorder
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -22,7 +22,7 @@ class Clock:
 SAVED = CheckpointSaved(step=1, path=Path("step-1"))
 
 
-def test_a_page_that_takes_long_is_drawn_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_slow_to_draw_is_drawn_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     drawn: list[float] = []
 
@@ -40,7 +40,7 @@ def test_a_page_that_takes_long_is_drawn_seldom(tmp_path: Path, monkeypatch: pyt
     assert drawn == [31, 234]  # not in the first 30 s; the first took until 33, and the next may come 200 s later
 
 
-def test_a_page_that_can_not_be_written_is_reported_and_stops_nothing(
+def test_an_unwritable_page_is_reported_without_stopping_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(directory: Path) -> None:

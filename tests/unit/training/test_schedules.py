@@ -1,4 +1,4 @@
-"""The learning rate of every step, as transformers makes it from the arguments that settings become."""
+"""The learning rate of every step, as transformers computes it from the arguments made of the settings."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ PEAK = 0.5
 
 
 class Adapter(nn.Module):
-    """An A and a B matrix, by the names that PEFT gives them."""
+    """An A and a B matrix, with the names that PEFT gives them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ def rates(tmp_path: Path, schedule: str, num_steps: int = 20, ratio: float | Non
         num_training_steps=num_steps,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
-    found = []
+    learning_rates = []
     for _ in range(num_steps):
-        found.append(optimizer.param_groups[-1]["lr"])
+        learning_rates.append(optimizer.param_groups[-1]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return learning_rates
 
 
 def half_cosine(progress: float, floor: float = 0.0) -> float:
@@ -65,7 +65,7 @@ def half_cosine(progress: float, floor: float = 0.0) -> float:
 
 
 WARMUP = [0.0, PEAK / 4, PEAK / 2, PEAK * 3 / 4]  # 20 % of 20 steps
-REST = [step / 16 for step in range(16)]  # the share of the steps after warm-up that is done
+REST = [step / 16 for step in range(16)]  # the completed share of the steps after warm-up
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ REST = [step / 16 for step in range(16)]  # the share of the steps after warm-up
         (
             "warmup_stable_decay",
             {"warmup_ratio": 0.2, "decay_ratio": 0.4, "min_lr_ratio": 0.25},
-            # It also begins at the least rate.
+            # Warm-up, too, starts at the minimum rate.
             [
                 *(PEAK * (0.25 + 0.75 * step / 4) for step in range(4)),
                 *[PEAK] * 8,
@@ -107,16 +107,16 @@ REST = [step / 16 for step in range(16)]  # the share of the steps after warm-up
         ),
     ],
 )
-def test_the_rate_of_every_step_is_the_schedules(
+def test_the_learning_rate_of_every_step_follows_the_schedule(
     tmp_path: Path, schedule: str, flags: dict[str, Any], expected: list[float]
 ) -> None:
-    found = rates(tmp_path, schedule, **flags)
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert rates(tmp_path, schedule, ratio=8.0, **flags) == pytest.approx([8 * rate for rate in found], abs=1e-12)
+    plain = rates(tmp_path, schedule, **flags)
+    assert plain == pytest.approx(expected, abs=1e-12)
+    assert rates(tmp_path, schedule, ratio=8.0, **flags) == pytest.approx([8 * rate for rate in plain], abs=1e-12)
 
 
-def test_every_schedule_is_in_the_test_above() -> None:
-    (mark,) = test_the_rate_of_every_step_is_the_schedules.pytestmark
+def test_every_schedule_is_tested() -> None:
+    (mark,) = test_the_learning_rate_of_every_step_follows_the_schedule.pytestmark
     assert {schedule for schedule, _, _ in mark.args[1]} == set(Schedule)
 
 
@@ -139,17 +139,17 @@ def test_every_setting_of_a_schedule_changes_it(tmp_path: Path, schedule: str, s
 @pytest.mark.parametrize("schedule", Schedule)
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.9])
-def test_the_shortest_runs_have_a_rate_in_every_step_and_end_at_no_more_than_the_peak(
+def test_the_shortest_runs_have_a_learning_rate_up_to_the_peak_in_every_step(
     tmp_path: Path, schedule: Schedule, num_steps: int, warmup: float
 ) -> None:
     flags: dict[str, Any] = {} if schedule == Schedule.CONSTANT else {"warmup_ratio": warmup}
     if schedule == Schedule.WARMUP_STABLE_DECAY:
         flags["decay_ratio"] = 0.1
-    found = rates(tmp_path, schedule.value, num_steps=num_steps, **flags)
-    assert max(found) == PEAK  # warm-up never takes all steps
-    assert all(0 <= rate <= PEAK for rate in found)
+    learning_rates = rates(tmp_path, schedule.value, num_steps=num_steps, **flags)
+    assert max(learning_rates) == PEAK  # warm-up never covers all steps
+    assert all(0 <= rate <= PEAK for rate in learning_rates)
 
 
-def test_a_rate_below_what_transformers_ends_a_polynomial_at_is_fine(tmp_path: Path) -> None:
-    found = rates(tmp_path, "polynomial", learning_rate=1e-8)
-    assert found[-1] < found[1] <= 1e-8
+def test_a_learning_rate_below_the_end_of_a_polynomial_schedule_is_accepted(tmp_path: Path) -> None:
+    learning_rates = rates(tmp_path, "polynomial", learning_rate=1e-8)
+    assert learning_rates[-1] < learning_rates[1] <= 1e-8
