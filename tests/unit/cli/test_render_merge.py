@@ -143,8 +143,8 @@ def test_a_merge_is_shown_with_its_base_and_its_distance(capsys: pytest.CaptureF
 
 def test_a_sum_that_was_not_verified_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
-    found = replace(RESULT.verification, ran_adapters=False, modules=None)
-    render_merge(replace(RESULT, verification=found))
+    verification = replace(RESULT.verification, ran_adapters=False, modules=None)
+    render_merge(replace(RESULT, verification=verification))
     text = capsys.readouterr().out
     assert "Verified against their sum in fp32" in text
     assert re.search(r"not verified +the sum itself: PEFT can't run these adapters together", text)
@@ -154,8 +154,8 @@ def test_a_sum_that_was_not_verified_is_shown(capsys: pytest.CaptureFixture[str]
 def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
     less = Rounding(dtype="fp16", mean_kl=1.3e-6, num_bytes=7 << 20)
-    found = replace(RESULT.verification, max_divergence=1e-3, less_rounded=less)
-    _, rows = shown(replace(RESULT, verification=found), capsys)
+    verification = replace(RESULT.verification, max_divergence=1e-3, less_rounded=less)
+    _, rows = shown(replace(RESULT, verification=verification), capsys)
     assert rows["passed"] == "KL divergence at most 0.001"
     assert rows["less rounding"] == "--dtype fp16, KL divergence 1.3e-06"
 

@@ -81,9 +81,9 @@ def test_values_that_are_not_finite_are_gaps_unless_averaged_with_finite_ones() 
     curve = SparklineCurve(4)
     for value in (NAN, INF, 1.0, NAN, 5.0, 7.0):
         curve.add(value)
-    first, *others = curve.means()
+    first, *rest = curve.means()
     assert math.isnan(first)
-    assert others == [1.0, 6.0]
+    assert rest == [1.0, 6.0]
     curve.add(NAN)
     assert math.isnan(curve.means()[-1])
 

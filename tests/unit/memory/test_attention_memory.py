@@ -60,7 +60,7 @@ def run(
     widths: tuple[int, int] = (WIDTH, WIDTH),
     seq: int = SEQ,
 ) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Return the result of attention, and the bytes of what is allocate in the forward and in the backward pass."""
+    """Return the result of attention, and the bytes allocated in the forward and in the backward pass."""
     query, key, value = (
         heads(HEADS, widths[0], seq=seq),
         heads(kv_heads, widths[0], seq=seq),

@@ -196,7 +196,7 @@ def test_dropout_keeps_a_mask_of_a_byte_an_element() -> None:
 
 
 def allocations(count: int, *, trained: bool) -> list[int]:
-    """Return the bytes allocate by using one fp32 weight `count` times in a pass."""
+    """Return the bytes allocated by using one fp32 weight `count` times in a pass."""
     weight = nn.Parameter(torch.empty((16, 8), device="meta"), requires_grad=trained)
     x = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
     functions, trace = GpuFunctions(A100, dtype=torch.bfloat16), MemoryTrace(Kernels(A100))

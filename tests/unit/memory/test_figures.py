@@ -39,20 +39,20 @@ def drawn(figures: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_the_figure_in_the_documentation_has_the_size_and_the_numbers_of_one_drawn_now(
     figures: ModuleType, drawn: tuple[Path, dict[str, float]]
 ) -> None:
-    anew, errors = drawn
+    figure, errors = drawn
     shown = EXPLANATION / "figures" / "nf4.png"
     assert shown.stat().st_size < 200_000
-    assert anew.stat().st_size < 200_000
-    with Image.open(shown) as committed, Image.open(anew) as fresh:
+    assert figure.stat().st_size < 200_000
+    with Image.open(shown) as committed, Image.open(figure) as fresh:
         assert committed.size == fresh.size
         assert committed.info["Description"] == figures.describe(errors), "run: make figures"
 
 
 def test_a_figure_is_drawn_the_same_each_time(figures: ModuleType, drawn: tuple[Path, dict[str, float]]) -> None:
-    anew, errors = drawn
-    again = anew.with_name("again.png")
+    figure, errors = drawn
+    again = figure.with_name("again.png")
     figures.save(errors, again)
-    assert again.read_bytes() == anew.read_bytes()
+    assert again.read_bytes() == figure.read_bytes()
 
 
 def test_the_errors_in_the_text_are_those_that_are_measured(

@@ -37,7 +37,7 @@ def parameters(shapes: Sequence[tuple[int, ...]], device: str = "meta") -> list[
 
 
 def event_sizes(events: Sequence[int], sizes: Sequence[int]) -> EventSizes:
-    """Return the same events with storages numbered as they are allocate."""
+    """Return the same events with storages numbered in the order of allocation."""
     numbers: dict[int, int] = {}
     numbered = []
     for event in events:
