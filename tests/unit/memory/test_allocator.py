@@ -1,4 +1,4 @@
-"""The replica of the caching allocator against sequences worked out by hand from the rules of PyTorch's own."""
+"""The replica of the caching allocator, compared with sequences worked out by hand from PyTorch's rules."""
 
 import random
 from itertools import pairwise
@@ -32,9 +32,7 @@ def test_sizes_are_rounded_up_to_512_bytes(asked: int, rounded: int) -> None:
         (33 * MIB, 34 * MIB),
     ],
 )
-def test_segments_are_2_mib_for_small_blocks_20_for_large_and_made_to_measure_from_10(
-    block: int, segment: int
-) -> None:
+def test_segments_are_2_mib_for_small_blocks_20_for_large_and_exact_from_10(block: int, segment: int) -> None:
     assert segment_size(block) == segment
     allocator = CachingAllocator()
     allocator.allocate(block)
@@ -60,7 +58,7 @@ def test_small_and_large_blocks_are_never_in_one_segment() -> None:
     assert allocator.reserved_bytes == 22 * MIB
 
 
-def test_the_rest_of_a_small_block_is_split_off_down_to_512_bytes() -> None:
+def test_the_remainder_of_a_small_block_is_split_off_down_to_512_bytes() -> None:
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(MIB))  # the segment of 2 MiB is whole again
     big = allocator.allocate(MIB)
@@ -92,7 +90,7 @@ def test_the_best_fit_is_chosen_not_the_first() -> None:
     assert allocator.reserved_bytes == 62 * MIB
 
 
-def test_of_equal_blocks_the_one_of_the_lowest_address_is_chosen_and_addresses_fall() -> None:
+def test_the_lowest_address_of_equal_blocks_is_chosen_and_addresses_fall() -> None:
     allocator = CachingAllocator()
     first, second = allocator.allocate(12 * MIB), allocator.allocate(12 * MIB)
     assert second.address == first.address - 12 * MIB
@@ -102,7 +100,7 @@ def test_of_equal_blocks_the_one_of_the_lowest_address_is_chosen_and_addresses_f
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
-def test_free_neighbours_are_joined_in_whatever_order_they_are_freed(order: tuple[int, ...]) -> None:
+def test_free_neighbours_are_merged_whatever_the_order_of_freeing(order: tuple[int, ...]) -> None:
     allocator = CachingAllocator()
     blocks = [allocator.allocate(size * MIB) for size in (4, 6, 5)]  # one segment of 20 MiB, 5 of it free
     for index in order:
@@ -113,7 +111,7 @@ def test_free_neighbours_are_joined_in_whatever_order_they_are_freed(order: tupl
     assert allocator.reserved_bytes == 20 * MIB
 
 
-def test_blocks_of_neighbouring_segments_are_not_joined() -> None:
+def test_blocks_of_neighbouring_segments_are_not_merged() -> None:
     allocator = CachingAllocator()
     blocks = [allocator.allocate(10 * MIB), allocator.allocate(10 * MIB)]
     for block in blocks:
@@ -130,7 +128,7 @@ def test_a_block_between_two_in_use_is_reused() -> None:
     assert before.address < middle.address < after.address
 
 
-def test_emptying_the_cache_gives_back_whole_segments_only() -> None:
+def test_emptying_the_cache_releases_whole_segments_only() -> None:
     allocator = CachingAllocator()
     small, large = allocator.allocate(512), allocator.allocate(3 * MIB)
     own = allocator.allocate(64 * MIB)
@@ -141,12 +139,12 @@ def test_emptying_the_cache_gives_back_whole_segments_only() -> None:
     allocator.empty_cache()
     assert allocator.reserved_bytes == 2 * MIB
     assert allocator.allocated_bytes == small.num_bytes == 512
-    allocator.allocate(64 * MIB)  # what was given back is asked for anew
+    allocator.allocate(64 * MIB)  # released memory is allocated again
     assert allocator.reserved_bytes == 66 * MIB
     assert allocator.peak_reserved_bytes == 86 * MIB
 
 
-def test_peaks_restart_from_what_is_allocated() -> None:
+def test_peaks_restart_from_the_allocated_bytes() -> None:
     allocator = CachingAllocator()
     held, gone = allocator.allocate(16 * MIB), allocator.allocate(32 * MIB)
     allocator.free(gone)
@@ -181,7 +179,7 @@ def ends(blocks: list[Block]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_is_asked_for_blocks_add_up_and_never_overlap(seed: int) -> None:
+def test_blocks_add_up_and_never_overlap_in_any_sequence(seed: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - a seeded sequence
     allocator = CachingAllocator()
     live: list[Block] = []

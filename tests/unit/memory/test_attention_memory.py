@@ -1,4 +1,4 @@
-"""Which attention kernel a GPU takes, and what each one has allocate: scores or none."""
+"""The attention kernel that a GPU uses, and the memory that each one allocates: with scores or without."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BATCH, HEADS, SEQ, WIDTH = 2, 4, 96, 16
 def heads(
     num_heads: int = HEADS, width: int = WIDTH, dtype: torch.dtype = torch.bfloat16, *, seq: int = SEQ
 ) -> torch.Tensor:
-    """Return what is projected, `(batch, heads, seq, width)`, on the meta device."""
+    """Return a projection, `(batch, heads, seq, width)`, on the meta device."""
     return torch.empty((BATCH, num_heads, seq, width), dtype=dtype, device="meta", requires_grad=True)
 
 
@@ -25,7 +25,14 @@ def heads(
     [
         (T4, torch.float16, 4, (64, 64), False, SdpaBackend.EFFICIENT),
         (T4, torch.float16, 4, (64, 64), True, SdpaBackend.EFFICIENT),
-        (T4, torch.float16, 2, (64, 64), False, SdpaBackend.MATH),  # grouped queries, which only flash and math take
+        (
+            T4,
+            torch.float16,
+            2,
+            (64, 64),
+            False,
+            SdpaBackend.MATH,
+        ),  # grouped queries, which only flash and math support
         (T4, torch.bfloat16, 4, (64, 64), False, SdpaBackend.MATH),
         (T4, torch.float32, 4, (64, 64), False, SdpaBackend.EFFICIENT),
         (A100, torch.bfloat16, 4, (64, 64), False, SdpaBackend.FLASH),
@@ -38,7 +45,7 @@ def heads(
         (A100, torch.bfloat16, 4, (192, 128), False, SdpaBackend.EFFICIENT),  # latent attention
     ],
 )
-def test_the_backend_is_the_one_that_pytorch_chooses(
+def test_the_backend_is_that_chosen_by_pytorch(
     capability: tuple[int, int],
     dtype: torch.dtype,
     kv_heads: int,
@@ -96,7 +103,7 @@ def test_the_result_has_the_shape_of_the_query(backend: SdpaBackend, kv_heads: i
 
 
 @pytest.mark.parametrize("backend", [SdpaBackend.EFFICIENT, SdpaBackend.MATH])
-def test_the_result_has_the_width_of_the_values_where_it_is_another(backend: SdpaBackend) -> None:
+def test_the_result_has_the_width_of_the_values_if_it_differs(backend: SdpaBackend) -> None:
     result, _, _ = run(backend, widths=(32, 16))
     assert result.shape == (BATCH, HEADS, SEQ, 16)
 
@@ -117,12 +124,12 @@ def test_the_math_backend_allocates_scores_that_grow_with_the_square_of_the_leng
     for seq in (SEQ, 2 * SEQ):
         _, forward, backward = run(SdpaBackend.MATH, seq=seq)
         scores = BATCH * HEADS * seq * seq * 2
-        # In fp32, in which PyTorch's own composition computes: scores and probabilities, then a copy in 16 bit.
+        # PyTorch's own composition computes in fp32: scores and probabilities, then a copy in 16 bit.
         assert [size for size in forward if size >= scores].count(2 * scores) >= 2
         assert 2 * scores in backward
 
 
-def test_a_mask_of_truths_is_turned_into_numbers_and_its_rows_are_padded_to_16() -> None:
+def test_a_boolean_mask_is_converted_and_its_rows_are_padded_to_16() -> None:
     mask = torch.ones((BATCH, 1, 90, 90), dtype=torch.bool, device="meta")
     _, forward, _ = run(SdpaBackend.EFFICIENT, mask=mask, seq=90)
     converted, padded = BATCH * 90 * 90 * 2, BATCH * 90 * 96 * 2
@@ -133,17 +140,17 @@ def test_a_mask_of_truths_is_turned_into_numbers_and_its_rows_are_padded_to_16()
     assert forward.count(BATCH * 96 * 96 * 2) == 1  # converted, and not padded
     numbers = torch.zeros((BATCH, 1, 96, 96), dtype=torch.bfloat16, device="meta")
     _, forward, _ = run(SdpaBackend.EFFICIENT, mask=numbers)
-    assert BATCH * 96 * 96 * 2 not in forward  # taken as it is
+    assert BATCH * 96 * 96 * 2 not in forward  # used unchanged
 
 
-def test_grouped_keys_and_values_are_repeated_but_by_flash() -> None:
+def test_grouped_keys_and_values_are_repeated_except_by_flash() -> None:
     repeated = BATCH * HEADS * SEQ * WIDTH * 2
     assert run(SdpaBackend.EFFICIENT, kv_heads=2)[1].count(repeated) >= 3  # keys, values and the result
     assert run(SdpaBackend.FLASH, kv_heads=2)[1].count(repeated) == 1  # the result
     assert run(SdpaBackend.FLASH, kv_heads=2)[2].count(repeated) >= 3  # gradients of every head, in the backward pass
 
 
-def test_widths_that_are_no_multiple_of_8_are_padded_by_flash() -> None:
+def test_widths_that_are_not_multiples_of_8_are_padded_by_flash() -> None:
     padded = BATCH * HEADS * SEQ * 24 * 2
     assert run(SdpaBackend.FLASH, widths=(20, 20))[1].count(padded) == 4  # queries, keys, values, and the result
     assert run(SdpaBackend.FLASH, widths=(24, 24))[1].count(padded) == 1

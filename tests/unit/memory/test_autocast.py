@@ -1,4 +1,4 @@
-"""Autocast as it is applied to tensors without data, against PyTorch's own as far as a CPU has it, and its CUDA rules.
+"""Autocast of tensors without data, compared with PyTorch's own on a CPU and with its published rules for CUDA.
 
 The lists of the CPU and of CUDA agree on what is computed in 16 bit. What only CUDA computes in fp32 is checked by
 the list that PyTorch publishes (`docs/source/amp.rst`).
@@ -22,7 +22,7 @@ from tests.support.tiny_models import tiny_config
 A100 = (8, 0)
 Function = Callable[..., torch.Tensor]
 
-# Computed in 16 bit by both, whatever the dtypes of the arguments: their shapes.
+# Functions computed in 16 bit by both, whatever the dtypes of the arguments, with the shapes of these.
 BOTH: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "linear": (F.linear, ((3, 8), (4, 8), (4,))),
     "matmul": (torch.matmul, ((2, 3, 8), (8, 4))),
@@ -36,7 +36,7 @@ BOTH: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "einsum": (lambda a, b: torch.einsum("ij,jk->ik", a, b), ((3, 8), (8, 4))),
     "attention": (F.scaled_dot_product_attention, ((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))),
 }
-# Left as they are by both.
+# Left in their dtype by both.
 NEITHER: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
     "add": (torch.add, ((3, 4), (3, 4))),
     "mul": (lambda a, b: a * b, ((3, 4), (3, 4))),
@@ -94,7 +94,9 @@ def test_products_are_in_16_bit_as_under_the_autocast_of_the_cpu(name: str, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NEITHER)
-def test_what_has_no_rule_keeps_its_dtype_as_under_the_autocast_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+def test_functions_without_a_rule_do_not_change_dtype_as_under_the_autocast_of_the_cpu(
+    name: str, dtype: torch.dtype
+) -> None:
     function, shapes = NEITHER[name]
     with torch.autocast("cpu", torch.bfloat16):
         real = function(*tensors(shapes, [dtype], "cpu")).dtype
@@ -103,12 +105,12 @@ def test_what_has_no_rule_keeps_its_dtype_as_under_the_autocast_of_the_cpu(name:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TO_FP32)
-def test_what_cuda_computes_in_fp32_comes_out_in_fp32(name: str, dtype: torch.dtype) -> None:
+def test_functions_that_cuda_computes_in_fp32_return_fp32(name: str, dtype: torch.dtype) -> None:
     assert ours(TO_FP32[name], tensors(((3, 4),), [dtype], "meta"), dtype) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["cat", "stack"])
-def test_tensors_of_two_dtypes_are_put_together_in_the_wider(name: str) -> None:
+def test_tensors_of_two_dtypes_are_joined_in_the_wider(name: str) -> None:
     function = getattr(torch, name)
     for dtypes, expected in (
         ([torch.float32, torch.bfloat16], torch.float32),
@@ -124,7 +126,7 @@ def test_an_explicit_dtype_stays() -> None:
     assert ours(lambda a: a.sum(dtype=torch.bfloat16), [half]) == torch.bfloat16
 
 
-def test_fp64_and_whole_numbers_are_left_alone() -> None:
+def test_fp64_and_integers_are_not_cast() -> None:
     assert ours(torch.mm, tensors(((3, 3), (3, 3)), [torch.float64], "meta")) == torch.float64
     assert ours(lambda a: a.sum(), tensors(((3, 3),), [torch.long], "meta")) == torch.long
 
@@ -133,7 +135,7 @@ def test_no_function_is_in_two_lists() -> None:
     assert not IN_16_BIT & IN_FP32
 
 
-def test_nothing_happens_outside_of_autocast_or_where_it_is_off() -> None:
+def test_nothing_is_cast_outside_of_autocast_or_while_it_is_disabled() -> None:
     left, right = tensors(((3, 8), (8, 4)), [torch.float32], "meta")
     functions = GpuFunctions(A100, dtype=torch.bfloat16)
     with functions:
@@ -149,17 +151,17 @@ def test_nothing_happens_outside_of_autocast_or_where_it_is_off() -> None:
         assert (left @ right).dtype == torch.float32
 
 
-def test_the_flag_of_the_gpu_is_set_within_and_as_it_was_afterwards() -> None:
+def test_the_flag_of_the_gpu_is_set_within_and_restored_afterwards() -> None:
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     functions = GpuFunctions(A100, dtype=torch.bfloat16)
     with functions.autocast():
-        assert torch.is_autocast_enabled()  # as PEFT asks
+        assert torch.is_autocast_enabled()  # as PEFT checks it
         assert torch.get_autocast_dtype("cuda") == torch.bfloat16
         assert torch.get_autocast_dtype("meta") == torch.bfloat16  # of the device that a tensor is on
     assert (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")) == before
 
 
-def test_modules_that_leave_autocast_on_a_gpu_go_without_it() -> None:
+def test_modules_that_disable_autocast_on_a_gpu_run_without_it() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("nemotron"))
     functions = GpuFunctions(A100, dtype=torch.bfloat16)
@@ -180,13 +182,13 @@ def test_modules_that_leave_autocast_on_a_gpu_go_without_it() -> None:
         hook.remove()
 
 
-def test_without_autocast_no_module_is_touched() -> None:
+def test_without_autocast_no_module_is_changed() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     assert GpuFunctions(A100).disable_autocast_hooks(model) == []
 
 
-def test_dropout_keeps_a_mask_of_a_byte_an_element() -> None:
+def test_dropout_stores_a_mask_of_one_byte_per_element() -> None:
     trace = MemoryTrace(Kernels(A100))
     values = torch.empty((4, 1024), dtype=torch.bfloat16, device="meta")
     with trace, GpuFunctions(A100):
@@ -214,7 +216,7 @@ def test_a_trained_fp32_weight_is_cast_once_in_a_pass_and_a_frozen_one_each_time
     assert allocations(3, trained=False).count(cast) == 3
 
 
-def test_the_cast_of_a_weight_is_given_back_when_autocast_ends() -> None:
+def test_the_cast_of_a_weight_is_released_when_autocast_ends() -> None:
     weight = nn.Parameter(torch.empty((16, 8), device="meta"))
     x = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
     functions, trace = GpuFunctions(A100, dtype=torch.bfloat16), MemoryTrace(Kernels(A100))

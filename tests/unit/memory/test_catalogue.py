@@ -1,4 +1,4 @@
-"""The bundled catalogue: its facts build models of the published size, and each name finds its model."""
+"""The bundled catalogue: its configs build models of the published size, and each name finds its model."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ BILLION, MILLION = 1e9, 1e6
 
 
 def built_config(model: CatalogueModel) -> PreTrainedConfig:
-    """Return the config; transformers changes what it is given, so it gets a copy."""
+    """Return the config; transformers changes its input, so it gets a copy."""
     config: PreTrainedConfig = AutoConfig.for_model(**copy.deepcopy(dict(model.config)))
     return config
 
@@ -39,7 +39,7 @@ def named_size(name: str) -> float:
     return float(match[1]) * (BILLION if match[2] == "b" else MILLION)
 
 
-def test_the_catalogue_is_not_short_of_models() -> None:
+def test_the_catalogue_has_many_models() -> None:
     assert len(MODELS) >= 40
 
 
@@ -59,21 +59,21 @@ def test_a_model_has_as_many_parameters_as_published(model: CatalogueModel) -> N
 
 
 @each_model
-def test_a_config_is_plain_json_without_code_of_its_own(model: CatalogueModel) -> None:
+def test_a_config_is_plain_json_without_its_own_code(model: CatalogueModel) -> None:
     assert json.loads(json.dumps(dict(model.config))) == model.config
     assert not {"auto_map", "trust_remote_code"} & set(model.config)
 
 
 @each_model
-def test_transformers_reads_every_fact_of_a_config(model: CatalogueModel) -> None:
-    """A misspelt key would be kept as an attribute that nothing reads; so each key is named where configs are read."""
+def test_transformers_reads_every_key_of_a_config(model: CatalogueModel) -> None:
+    """A misspelt key would become an attribute that nothing reads, so each key must occur where configs are read."""
     modules = (inspect.getmodule(type(built_config(model))), configuration_utils, modeling_rope_utils)
     text = "\n".join(inspect.getsource(module) for module in modules if module is not None)
     assert [key for key in model.config if not re.search(rf"\b{key}\b", text)] == []
 
 
 @each_model
-def test_a_model_says_where_its_config_is_from_and_goes_by_each_spelling(model: CatalogueModel) -> None:
+def test_a_model_names_the_source_of_its_config_and_is_found_by_each_spelling(model: CatalogueModel) -> None:
     assert model.source
     assert "/" in model.hub_id
     for spelling in model.spellings:
@@ -82,20 +82,20 @@ def test_a_model_says_where_its_config_is_from_and_goes_by_each_spelling(model: 
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"])
-def test_a_gated_model_is_found_by_its_name_and_by_its_hub_ids(name: str) -> None:
+def test_a_gated_model_is_found_by_its_name_and_its_hub_ids(name: str) -> None:
     model = find_in_catalogue(name)
     assert model is not None
     assert (model.name, model.is_gated, model.num_parameters) == ("llama-3.1-8b", True, 8_030_261_248)
 
 
-def test_an_unknown_name_finds_nothing_and_the_nearest_names_are_named() -> None:
+def test_an_unknown_name_has_no_model_but_nearest_names() -> None:
     assert find_in_catalogue("llama-3.1-9b") is None
     assert "llama-3.1-8b" in nearest_names("llama-3.1-9b")
     assert "qwen3-8b" in nearest_names("someone/Qwen3-8B")
     assert nearest_names("zzzz") == []
 
 
-def test_alternating_attention_comes_out_as_published() -> None:
+def test_alternating_attention_is_as_published() -> None:
     """Gemma 3: one layer in six sees the whole row, the last of each six; the rest see 1024 tokens."""
     model = find_in_catalogue("gemma-3-4b")
     assert model is not None

@@ -1,4 +1,4 @@
-"""The figures and numbers of docs/explanation: drawn and computed anew, they are those that stand there."""
+"""The figures and numbers of docs/explanation are reproduced when drawn and computed again."""
 
 import importlib
 import sys
@@ -30,13 +30,13 @@ def figures() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def drawn(figures: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The figure drawn anew, and the errors that it shows."""
+    """The figure, drawn again, and the errors that it shows."""
     directory = tmp_path_factory.mktemp("figures")
     return directory / "nf4.png", figures.write(directory)
 
 
 @pytest.mark.slow
-def test_the_figure_in_the_documentation_has_the_size_and_the_numbers_of_one_drawn_now(
+def test_the_figure_in_the_documentation_has_the_size_and_numbers_of_a_fresh_one(
     figures: ModuleType, drawn: tuple[Path, dict[str, float]]
 ) -> None:
     figure, errors = drawn
@@ -55,7 +55,7 @@ def test_a_figure_is_drawn_the_same_each_time(figures: ModuleType, drawn: tuple[
     assert again.read_bytes() == figure.read_bytes()
 
 
-def test_the_errors_in_the_text_are_those_that_are_measured(
+def test_the_errors_in_the_text_equal_the_measured_ones(
     figures: ModuleType, drawn: tuple[Path, dict[str, float]]
 ) -> None:
     _, errors = drawn

@@ -1,4 +1,4 @@
-"""Verdicts at their edges, and suggestions: the order, what they save, and that their flags mean what was asked."""
+"""Verdicts at their limits, and suggestions: their order and savings, and that their flags give what was predicted."""
 
 from collections.abc import Callable
 from itertools import product
@@ -33,7 +33,7 @@ def card(total_bytes: int, *, name: str = "card", group: str = "consumer") -> Gp
 
 
 def estimate(process: int, *, low: int = 0, high: int = 0, gpu: str = "card", checkpointing: str = "on") -> Estimate:
-    """Return an estimate of a process of these bytes. `low` is that of what is allocated, `high` the process's."""
+    """Return an estimate of a process of these bytes: `low` of allocated memory, `high` of the process."""
     figures = Figures(
         allocated_bytes=low,
         allocated_low_bytes=low,
@@ -70,7 +70,7 @@ def estimate(process: int, *, low: int = 0, high: int = 0, gpu: str = "card", ch
         (17 * GIB + CONTEXT - 1, "no"),
     ],
 )
-def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: str) -> None:
+def test_a_verdict_changes_at_the_limits_of_the_error_band(usable: int, verdict: str) -> None:
     fit = judge_fit(estimate(20 * GIB, low=17 * GIB, high=22 * GIB), card(usable))
     assert fit == GpuFit(
         gpu="card",
@@ -83,7 +83,7 @@ def test_a_verdict_changes_at_the_ends_of_the_error_band(usable: int, verdict: s
     )
 
 
-def test_an_estimate_for_another_gpu_is_no_basis() -> None:
+def test_an_estimate_for_another_gpu_cannot_be_judged() -> None:
     with pytest.raises(AssertionError, match="an estimate for T4, judged on card"):
         judge_fit(estimate(GIB, gpu="T4"), card(GIB))
 
@@ -106,7 +106,7 @@ def effective_checkpointing(settings: EstimateSettings) -> str:
 
 
 def process_bytes(settings: EstimateSettings) -> int:
-    """Return what a run of an 8B takes, roughly: in which every change has its part."""
+    """Return roughly the memory of a run of an 8B model, on which every change has an effect."""
     quantization, lora, training = settings.quantization, settings.lora, settings.training
     is_nested = quantization.has_effect("double_quant") and quantization.double_quant
     bits = BITS[quantization.method] - (0.37 if is_nested else 0)
@@ -122,7 +122,7 @@ def process_bytes(settings: EstimateSettings) -> int:
 
 
 class Asker:
-    """Predicts by a closed form, keeps what was asked, and refuses what `refuses` says."""
+    """Predicts with a closed form, records the settings, and refuses those for which `refuses` is true."""
 
     def __init__(self, refuses: Callable[[EstimateSettings], bool] = lambda _: False) -> None:
         self.asked: list[EstimateSettings] = []
@@ -139,7 +139,7 @@ class Asker:
 
 
 def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple[Suggestion, ...]:
-    """Return the suggestions, after checks that hold of all: what they say is what asking for their flags says."""
+    """Return the suggestions, after checks that apply to all: each states what predicting with its flags gives."""
     base = Asker()(settings, gpu)
     suggested = suggest(settings, gpu, asker, base)
     assert len(asker.asked) <= MAX_PREDICTIONS
@@ -155,7 +155,7 @@ def suggestions_for(settings: EstimateSettings, gpu: Gpu, asker: Asker) -> tuple
 
 
 def with_flags(settings: EstimateSettings, text: str) -> EstimateSettings:
-    """Return the settings with flags as the command line would read them."""
+    """Return the settings with these flags, as the command line reads them."""
     paths = {
         metadata_of(path).flag: path for path in all_settings() if path.split(".")[0] in EstimateSettings.model_fields
     }
@@ -187,7 +187,7 @@ FULL = settings_of(
 )
 
 
-def test_a_run_that_fits_gets_no_suggestion_and_asks_nothing() -> None:
+def test_a_run_that_fits_gets_no_suggestion_and_no_prediction() -> None:
     asker = Asker()
     assert suggestions_for(FULL, card(80 * GIB), asker) == ()
     assert not asker.asked
@@ -208,13 +208,13 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
     assert {suggestion.fits for suggestion in suggested} == {"yes"}
 
 
-def test_lion_stays_lion() -> None:
+def test_lion_is_only_replaced_by_lion() -> None:
     settings = settings_of(training__optimizer="lion_32bit", training__gradient_checkpointing="on")
     suggested = flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker()))
     assert [flags for flags in suggested if "--optimizer" in flags] == ["--optimizer lion_8bit"]
 
 
-def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:
+def test_later_changes_are_suggested_if_earlier_ones_have_no_effect() -> None:
     settings = settings_of(training__optimizer="paged_adamw_8bit", lora__rank=32, data__max_length=4096)
     suggested = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - 8 * MIB), Asker())
     assert flags_in(suggested) == [
@@ -226,7 +226,7 @@ def test_the_later_changes_are_suggested_where_the_earlier_do_nothing() -> None:
     assert suggested[2].effect == "rows beyond 4,032 tokens are truncated"
 
 
-def test_a_change_is_no_larger_than_it_must_be() -> None:
+def test_a_change_is_no_larger_than_necessary() -> None:
     settings = settings_of(training__micro_batch_size=16, training__gradient_accumulation_steps=3)
     for micro in (8, 4, 2, 1):
         changed = settings_of(training__micro_batch_size=micro)
@@ -234,13 +234,13 @@ def test_a_change_is_no_larger_than_it_must_be() -> None:
         assert f"--micro-batch-size {micro} --gradient-accumulation-steps {48 // micro}" in flags_in(suggested)
 
 
-def test_the_batch_stays_the_same_where_halves_are_no_divisors() -> None:
+def test_the_batch_stays_the_same_if_halves_are_not_divisors() -> None:
     settings = settings_of(training__micro_batch_size=5, training__gradient_accumulation_steps=3)
     suggested = suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - MIB), Asker())
     assert flags_in(suggested)[0] == "--micro-batch-size 1 --gradient-accumulation-steps 15"
 
 
-def test_the_length_suggested_is_the_largest_that_fits() -> None:
+def test_the_suggested_length_is_the_largest_that_fits() -> None:
     settings = settings_of(data__max_length=16384)
     gpu = card(12 * GIB)
     flags = flags_in(suggestions_for(settings, gpu, Asker()))[-1]
@@ -254,7 +254,7 @@ def test_the_length_suggested_is_the_largest_that_fits() -> None:
 
 
 @pytest.mark.parametrize(("method", "flags"), [("none", "--quant int8"), ("int8", "--quant nf4")])
-def test_weights_get_no_fewer_bits_than_they_must(method: str, flags: str) -> None:
+def test_weights_get_no_fewer_bits_than_necessary(method: str, flags: str) -> None:
     settings = settings_of(quantization__method=method)
     assert flags in flags_in(suggestions_for(settings, card(process_bytes(settings) * 21 // 20 - GIB), Asker()))
 
@@ -271,13 +271,13 @@ def test_a_combination_comes_after_its_parts() -> None:
         assert set(single.flags.split()) <= set(words)
     assert sum(len(single.flags.split()) for single in singles) == len(words)
     assert combination.effect == "; ".join(single.effect for single in singles)
-    # Offload takes the place of plain checkpointing.
+    # Offload replaces plain checkpointing.
     assert words.count("--gradient-checkpointing") == 1
-    # What costs more than what is needed stays as it is.
+    # A change that costs more than needed is not made.
     assert "--max-length" not in words
 
 
-def test_a_combination_is_no_larger_than_it_must_be() -> None:
+def test_a_combination_is_no_larger_than_necessary() -> None:
     settings = settings_of(training__gradient_checkpointing="off", training__micro_batch_size=8, data__max_length=64)
     changed = settings_of(training__micro_batch_size=2, data__max_length=64)
     suggested = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
@@ -288,7 +288,7 @@ def test_a_combination_is_no_larger_than_it_must_be() -> None:
     ]
 
 
-def test_what_keeps_the_result_comes_before_a_single_change_that_does_not() -> None:
+def test_changes_that_do_not_alter_the_result_come_before_a_single_one_that_does() -> None:
     settings = settings_of(training__gradient_checkpointing="off", training__micro_batch_size=8)
     changed = settings_of(training__micro_batch_size=2)
     suggested = suggestions_for(settings, card(process_bytes(changed) * 21 // 20), Asker())
@@ -298,7 +298,7 @@ def test_what_keeps_the_result_comes_before_a_single_change_that_does_not() -> N
     ]
 
 
-def test_a_harder_change_is_made_milder_by_those_that_keep_the_result() -> None:
+def test_a_harder_change_is_smaller_with_those_that_do_not_alter_the_result() -> None:
     settings = settings_of(data__max_length=8192, training__micro_batch_size=4)
     combination, alone = suggestions_for(settings, card(8 * GIB), Asker())
     assert flags_in((alone,)) == ["--max-length 832"]
@@ -316,7 +316,7 @@ def test_changes_that_are_refused_together_are_suggested_alone() -> None:
     assert any("--max-length" in flags for flags in flags_in(suggested))
 
 
-def test_a_harder_change_that_is_needed_anyway_stays_alone() -> None:
+def test_a_harder_change_that_is_needed_anyway_is_suggested_alone() -> None:
     suggested = suggestions_for(settings_of(quantization__method="none"), card(12 * GIB), Asker())
     assert flags_in(suggested) == ["--quant int8"]
 
@@ -328,7 +328,7 @@ def test_if_nothing_fits_the_nearest_combination_shows_how_far_it_is() -> None:
         assert flag in nearest.flags
 
 
-def test_a_change_that_is_refused_is_skipped_alone_and_in_combinations() -> None:
+def test_a_refused_change_is_skipped_alone_and_in_combinations() -> None:
     def refuses(settings: EstimateSettings) -> bool:
         both = settings.quantization.double_quant and settings.training.micro_batch_size == 1
         return settings.lora.target_modules != "all-linear" or "8bit" in settings.training.optimizer or both
@@ -351,7 +351,7 @@ def test_a_change_that_saves_nothing_is_not_suggested() -> None:
 
 
 @pytest.mark.parametrize("usable_gib", [3, 5, 6, 7, 8, 10, 12, 16, 24])
-def test_suggestions_hold_for_many_runs_with_few_asks(usable_gib: int) -> None:
+def test_suggestions_are_correct_for_many_runs_with_few_predictions(usable_gib: int) -> None:
     grid = product(("auto", "off", "offload"), (1, 6, 64), ("nf4", "int8", "none"), (2048, 32768), (8, 128))
     for checkpointing, micro, method, length, rank in grid:
         settings = settings_of(
@@ -365,7 +365,7 @@ def test_suggestions_hold_for_many_runs_with_few_asks(usable_gib: int) -> None:
         assert len([suggestion for suggestion in suggested if suggestion.fits == "yes"]) in range(MAX_SUGGESTIONS + 1)
 
 
-def test_a_tuple_and_a_switch_are_written_as_the_command_line_takes_them() -> None:
+def test_a_tuple_and_a_switch_are_written_as_the_command_line_reads_them() -> None:
     assert flags_of({"lora.target_modules": ("a", "b"), "quantization.double_quant": True, "lora.rank": 8}) == (
         "--target-modules a,b --double-quant --rank 8"
     )

@@ -1,4 +1,4 @@
-"""The catalogue of GPUs: plausible numbers, and one card or a helpful refusal for whatever a user types."""
+"""The catalogue of GPUs: plausible numbers, and one card or an error with a hint for anything a user types."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ MARKETING_GB = {
 }
 
 
-def test_the_catalogue_has_every_group_and_no_name_twice() -> None:
+def test_the_catalogue_has_every_group_and_no_duplicate_name() -> None:
     assert len(GPUS) >= 35
     assert max(Counter(card.name for card in GPUS).values()) == 1
     assert {card.group for card in GPUS} == {"consumer", "workstation", "data-centre"}
@@ -63,7 +63,7 @@ def test_pytorch_sees_a_little_less_than_the_marketing_size(name: str, size: int
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda card: card.name)
-def test_each_card_is_found_by_its_own_name_however_it_is_spelled(gpu: Gpu) -> None:
+def test_each_card_is_found_by_its_name_in_any_spelling(gpu: Gpu) -> None:
     for spelling in (gpu.name, gpu.name.upper(), f"NVIDIA {gpu.name.lower()}", gpu.name.replace(" ", "-")):
         assert find_gpu(spelling) == gpu
 
@@ -96,7 +96,7 @@ def test_each_card_is_found_by_its_own_name_however_it_is_spelled(gpu: Gpu) -> N
         ("Quadro RTX 8000", "Quadro RTX 8000"),
     ],
 )
-def test_a_card_is_found_by_the_names_that_people_and_pytorch_give_it(text: str, name: str) -> None:
+def test_a_card_is_found_by_its_common_names_and_that_of_pytorch(text: str, name: str) -> None:
     assert find_gpu(text).name == name
 
 
@@ -128,7 +128,7 @@ def test_a_size_is_a_gpu_of_exactly_that_memory(text: str, total_bytes: int) -> 
     assert (gpu.group, gpu.total_bytes, gpu.usable_bytes) == ("as asked", total_bytes, total_bytes)
 
 
-def test_a_size_takes_the_rest_from_the_card_nearest_in_memory_and_says_which() -> None:
+def test_a_size_takes_other_figures_from_the_card_nearest_in_memory_and_names_it() -> None:
     gpu, card = find_gpu("40GiB"), find_gpu("A100 40GB")
     assert (gpu.capability, gpu.num_sms) == (card.capability, card.num_sms)
     assert (gpu.context_bytes, gpu.context_high_bytes) == (card.context_bytes, card.context_high_bytes)
@@ -143,7 +143,7 @@ def test_a_size_without_a_unit_is_refused_with_both_ways_to_write_it(text: str) 
     assert "24GB" in (caught.value.hint or "")
 
 
-def test_no_memory_is_refused() -> None:
+def test_a_size_of_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="no memory"):
         find_gpu("0GiB")
 
@@ -156,13 +156,13 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_hint_lists_all() ->
 
 
 @pytest.mark.parametrize("text", ["", "MI300X", "RTX 4090 48GB", "4060 Ti 8GB"])
-def test_what_is_not_in_the_catalogue_is_refused_rather_than_guessed(text: str) -> None:
+def test_a_card_outside_of_the_catalogue_is_refused_rather_than_guessed(text: str) -> None:
     with pytest.raises(UsageError, match="no GPU"):
         find_gpu(text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_auto_without_a_gpu_says_what_to_do() -> None:
+def test_auto_without_a_gpu_is_an_error_with_a_hint() -> None:
     with pytest.raises(HardwareError, match="no NVIDIA GPU") as caught:
         find_gpu("auto")
     assert caught.value.hint
@@ -178,7 +178,7 @@ def test_auto_without_a_gpu_says_what_to_do() -> None:
         ("NVIDIA GeForce RTX 4080 SUPER", (8, 9), 80, "RTX 4080"),
     ],
 )
-def test_auto_reads_this_machines_gpu_and_takes_the_context_of_the_nearest_card(
+def test_auto_reads_the_gpu_of_this_machine_and_the_context_of_the_nearest_card(
     monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], num_sms: int, context_of: str
 ) -> None:
     card = find_gpu(context_of)

@@ -1,4 +1,4 @@
-"""Finding a model's layers, telling their kinds apart, and choosing few that stand for all."""
+"""Finding a model's layers, distinguishing their kinds, and choosing few that represent all."""
 
 import random
 from typing import Any
@@ -21,7 +21,7 @@ def kinds_of(chosen: list[int], kinds: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_chosen_show_every_kind_between_the_neighbours_that_it_has(seed: int) -> None:
+def test_the_chosen_layers_represent_every_kind_between_its_neighbours(seed: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - a seeded sequence
     kinds = [draw.randrange(draw.choice((1, 2, 3, 4))) for _ in range(draw.randrange(1, 60))]
     chosen = representatives(kinds)
@@ -48,16 +48,16 @@ def test_one_or_two_layers_represent_themselves(depth: int) -> None:
     ("kinds", "most"),
     [
         ([0, 1] * 20, 6),  # layers that alternate, as of Gemma 2
-        ([0, 0, 0, 0, 0, 1] * 8, 12),  # every sixth another, as of Gemma 3
+        ([0, 0, 0, 0, 0, 1] * 8, 12),  # every sixth differs, as of Gemma 3
         ([0, *[1] * 60], 4),  # a first layer of its own, as of DeepSeek
-        ([0, 0, 0, 1] * 12, 8),  # every fourth another, as of Qwen3-Next
+        ([0, 0, 0, 1] * 12, 8),  # every fourth differs, as of Qwen3-Next
     ],
 )
 def test_a_few_layers_represent_patterns_of_real_models(kinds: list[int], most: int) -> None:
     assert len(representatives(kinds)) <= most
 
 
-def test_contexts_tell_the_first_and_the_last_from_the_others() -> None:
+def test_contexts_distinguish_the_first_and_the_last_layer() -> None:
     assert contexts([0, 0, 0]) == [(-1, 0, 0), (0, 0, 0), (0, 0, -1)]
     assert contexts([5]) == [(-1, 5, -1)]
 
@@ -77,20 +77,20 @@ def test_contexts_tell_the_first_and_the_last_from_the_others() -> None:
         ),
     ],
 )
-def test_kinds_come_from_modules_and_lists_of_the_config(
+def test_kinds_follow_from_modules_and_lists_of_the_config(
     family: str, changes: dict[str, Any], path: str, kinds: tuple[int, ...]
 ) -> None:
     assert find_stack(on_meta(family, **changes)) == LayerStack(path=path, kinds=kinds)
 
 
-def test_what_is_marked_otherwise_is_a_kind_of_its_own() -> None:
+def test_a_layer_with_other_marks_is_a_kind_of_its_own() -> None:
     marks = {"model.layers.1.mlp.up_proj": "as asked", "lm_head": "the head"}
     stack = find_stack(on_meta("llama", num_hidden_layers=3), marks)
     assert stack is not None
     assert stack.kinds == (0, 1, 0)
 
 
-def test_a_width_of_its_own_is_a_kind_of_its_own() -> None:
+def test_a_layer_with_another_width_is_a_kind_of_its_own() -> None:
     model = on_meta("llama", num_hidden_layers=3)
     model.model.layers[2].mlp.up_proj = torch.nn.Linear(64, 256, device="meta", dtype=torch.bfloat16)
     stack = find_stack(model)
@@ -98,19 +98,19 @@ def test_a_width_of_its_own_is_a_kind_of_its_own() -> None:
     assert stack.kinds == (0, 0, 1)
 
 
-def test_layers_that_share_weights_are_no_stack() -> None:
+def test_layers_that_share_weights_are_not_a_stack() -> None:
     model = on_meta("llama", num_hidden_layers=3)
     model.model.layers[2].mlp = model.model.layers[0].mlp
     assert find_stack(model) is None
 
 
-def test_two_lists_of_that_length_are_no_stack() -> None:
+def test_two_lists_of_equal_length_are_not_a_stack() -> None:
     model = on_meta("llama", num_hidden_layers=3)
     model.model.others = torch.nn.ModuleList(torch.nn.Linear(2, 2, device="meta") for _ in range(3))
     assert find_stack(model) is None
 
 
-def test_names_follow_their_layer_to_its_new_place() -> None:
+def test_names_follow_their_layer_to_its_new_position() -> None:
     stack = LayerStack(path="model.layers", kinds=(0,) * 5)
     chosen = (2, 3, 4)
     assert renamed("model.layers.3.mlp.up_proj", stack, chosen) == "model.layers.1.mlp.up_proj"
@@ -120,7 +120,7 @@ def test_names_follow_their_layer_to_its_new_place() -> None:
     assert renamed("model.layersnorm.1", stack, chosen) == "model.layersnorm.1"
 
 
-def test_a_model_is_reduced_with_its_configs_lists_and_its_layers_are_those_chosen() -> None:
+def test_a_model_is_reduced_to_the_chosen_layers_with_the_lists_of_its_config() -> None:
     model = on_meta("gemma2", num_hidden_layers=6)
     stack = find_stack(model)
     assert stack is not None

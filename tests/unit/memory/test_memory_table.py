@@ -1,4 +1,4 @@
-"""docs/reference/memory.md and the figure of a step: predicted anew, they show what stands there."""
+"""docs/reference/memory.md and the figure of a step are reproduced by predicting again."""
 
 import importlib
 import sys
@@ -46,13 +46,13 @@ def test_every_row_is_of_a_model_of_the_catalogue_in_the_order_of_the_script(tab
         assert model.name == name
 
 
-def test_every_card_is_in_the_catalogue_by_its_name_there_the_smallest_first(table: ModuleType) -> None:
+def test_every_card_has_its_name_in_the_catalogue_and_the_smallest_comes_first(table: ModuleType) -> None:
     cards = [find_gpu(card) for card in table.CARDS]
     assert [card.name for card in cards] == list(table.CARDS)
     assert cards == sorted(cards, key=lambda card: card.total_bytes)
 
 
-def test_what_stands_around_the_rows_is_fresh(table: ModuleType) -> None:
+def test_the_text_around_the_rows_is_up_to_date(table: ModuleType) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text.startswith(table.HEAD), "run: make memory-table"
     for family in table.FAMILIES:
@@ -60,11 +60,11 @@ def test_what_stands_around_the_rows_is_fresh(table: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "tinyllama-1.1b"])
-def test_a_row_that_is_predicted_now_is_the_one_on_the_page(table: ModuleType, name: str) -> None:
+def test_a_predicted_row_equals_the_one_on_the_page(table: ModuleType, name: str) -> None:
     assert rows()[name] == table.row(name), "run: make memory-table"
 
 
-def test_the_figure_of_a_step_shows_the_peaks_that_are_predicted_now(
+def test_the_figure_of_a_step_shows_the_predicted_peaks(
     scripts: tuple[ModuleType, ModuleType],
 ) -> None:
     figure = scripts[1]

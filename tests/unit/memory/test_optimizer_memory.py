@@ -1,4 +1,4 @@
-"""What a step of the optimizer takes, against the real optimizers: event by event, or state by state."""
+"""The memory of an optimizer step, compared with the real optimizers event by event, or state by state."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,7 +23,7 @@ from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.settings.choices import Optimizer
 
 SHAPES = ((8, 64), (64, 8), (8, 130), (300, 8), (16, 256), (256, 16), (17, 300))
-# Around the sizes where bitsandbytes stores otherwise: 8 bit from 4096 numbers, paged from 100,000.
+# Around the sizes where bitsandbytes changes storage: 8 bit from 4096 numbers, paged from 100,000.
 AT_THE_LIMITS = ((1, 4095), (1, 4096), (1, 4097), (1, 99_999), (1, 100_000), (8, 12_501))
 
 EventSizes = list[tuple[int, int]]  # (number by order of allocation, bytes); a release has a negative size
@@ -58,12 +58,12 @@ def predicted(
 
 @pytest.fixture
 def _foreach_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clip by lists of tensors, as on a GPU."""
+    """Clip with lists of tensors, as on a GPU."""
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_device_has_foreach_support", lambda _: True)
 
 
 def recorded(optimizer: torch.optim.Optimizer, *, clips: bool) -> list[EventSizes]:
-    """Return what two steps of an optimizer by lists do to memory."""
+    """Return the memory events of two steps of an optimizer that works on lists."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trace = traced(optimizer, clipped=trained if clips else ())
     sizes = [storage.num_bytes for storage in trace.storages]
@@ -90,7 +90,7 @@ def traced(optimizer: torch.optim.Optimizer, clipped: Sequence[nn.Parameter] = (
 @pytest.mark.usefixtures("_foreach_on_meta")
 @pytest.mark.parametrize("clips", [True, False])
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], AT_THE_LIMITS])
-def test_adamw_allocates_what_the_real_one_does_event_by_event(
+def test_allocations_of_adamw_equal_the_real_ones_event_by_event(
     shapes: tuple[tuple[int, ...], ...], clips: bool
 ) -> None:
     trained = parameters(shapes)
@@ -100,7 +100,7 @@ def test_adamw_allocates_what_the_real_one_does_event_by_event(
 
 
 @pytest.mark.usefixtures("_foreach_on_meta")
-def test_lora_plus_makes_adamw_go_through_two_groups_one_after_another() -> None:
+def test_with_lora_plus_adamw_updates_two_groups_one_after_another() -> None:
     slow, fast = parameters(SHAPES[:3]), parameters(SHAPES[3:])
     groups: list[dict[str, Any]] = [{"params": slow}, {"params": fast, "lr": 1.0}]
     passes = optimizer_steps(Optimizer.ADAMW_TORCH, [slow, fast], clips=True).passes
@@ -112,7 +112,7 @@ def test_lora_plus_makes_adamw_go_through_two_groups_one_after_another() -> None
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shapes", [SHAPES, AT_THE_LIMITS])
-def test_sgd_allocates_what_the_real_one_does_event_by_event(
+def test_allocations_of_sgd_equal_the_real_ones_event_by_event(
     shapes: tuple[tuple[int, ...], ...], decay: float
 ) -> None:
     trained = parameters(shapes)
@@ -123,7 +123,7 @@ def test_sgd_allocates_what_the_real_one_does_event_by_event(
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:1], ((40,), (8, 64), (50,)), ((3, 8, 16), (4,))])
-def test_adafactor_allocates_what_the_real_one_does_event_by_event(
+def test_allocations_of_adafactor_equal_the_real_ones_event_by_event(
     shapes: tuple[tuple[int, ...], ...], decay: float
 ) -> None:
     trained = parameters(shapes)
@@ -138,7 +138,7 @@ def test_adafactor_allocates_what_the_real_one_does_event_by_event(
     assert [size for _, size in predicted(Optimizer.ADAFACTOR, trained, LATER, clips=False)] == in_order
 
 
-def test_a_later_step_leaves_nothing_and_the_first_leaves_the_state() -> None:
+def test_only_the_first_step_leaves_memory_allocated_for_the_state() -> None:
     trained = parameters(SHAPES)
     for optimizer in Optimizer:
         assert sum(size for _, size in predicted(optimizer, trained, LATER, clips=True)) == 0
@@ -163,7 +163,7 @@ EIGHT_BIT = [
 
 @pytest.mark.parametrize("shape", AT_THE_LIMITS)
 @pytest.mark.parametrize(("optimizer", "real_class", "num_moments"), EIGHT_BIT)
-def test_8_bit_states_are_those_of_bitsandbytes(
+def test_8_bit_states_equal_those_of_bitsandbytes(
     shape: tuple[int, ...], optimizer: Optimizer, real_class: Any, num_moments: int
 ) -> None:
     (parameter,) = trained = parameters([shape], "cpu")
@@ -177,7 +177,7 @@ def test_8_bit_states_are_those_of_bitsandbytes(
 
 
 @pytest.mark.parametrize(("optimizer", "_", "num_moments"), EIGHT_BIT)
-def test_the_levels_of_8_bit_states_are_there_once_and_made_with_the_first_that_needs_them(
+def test_the_levels_of_8_bit_states_are_allocated_once_with_the_first_8_bit_state(
     optimizer: Optimizer, _: Any, num_moments: int
 ) -> None:
     trained = parameters([(8, 8), (64, 128), (64, 128)])
@@ -206,10 +206,10 @@ def test_the_state_of_lion_in_32_bit_is_one_moment(shape: tuple[int, ...]) -> No
     ],
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_paged_states_are_out_of_the_pool_from_100_000_numbers_on(
+def test_states_of_100_000_numbers_or_more_are_paged_outside_of_the_pool(
     shape: tuple[int, ...], optimizer: Optimizer, real_class: Any
 ) -> None:
-    """On a CPU bitsandbytes pages nothing, so its rule decides what a GPU would page: not what has `numel() < 1e5`."""
+    """On a CPU bitsandbytes pages nothing, so its rule says what a GPU would page: not if `numel() < 1e5`."""
     (parameter,) = trained = parameters([shape], "cpu")
     real = real_class(trained)
     real.init_state(real.param_groups[0], parameter, 0, 0)
@@ -223,8 +223,8 @@ def test_paged_states_are_out_of_the_pool_from_100_000_numbers_on(
     assert steps.state_bytes == sum(state_sizes(real, parameter)) + levels
 
 
-def test_the_state_of_an_embedding_stays_in_fp32_in_8_bit_optimizers() -> None:
-    """transformers says so to bitsandbytes (`Trainer.create_optimizer`), whose manager is asked here as it does."""
+def test_the_state_of_an_embedding_is_in_fp32_in_8_bit_optimizers() -> None:
+    """transformers registers this with the manager of bitsandbytes (`Trainer.create_optimizer`), as this test does."""
     embedding = nn.Embedding(128, 64)
     (weight,) = embedding.parameters()
     weight.grad = torch.zeros_like(weight)
@@ -234,13 +234,13 @@ def test_the_state_of_an_embedding_stays_in_fp32_in_8_bit_optimizers() -> None:
     try:
         real.step()
     finally:
-        manager.initialize()  # what it knows is of the whole process
+        manager.initialize()  # it is shared by the whole process
     steps = optimizer_steps(Optimizer.ADAMW_8BIT, [[weight]], clips=False, embeddings=embedding_ids(embedding))
     sizes = [steps.passes.storages[event].num_bytes for event in steps.passes.events[FIRST]]
     assert sizes == state_sizes(real, weight) == [weight.numel() * 4] * 2
 
 
-def test_lora_plus_puts_the_b_matrices_of_all_layers_into_a_group_of_their_own() -> None:
+def test_lora_plus_has_a_group_for_the_b_matrices_of_all_layers() -> None:
     model = nn.ModuleDict(
         {
             "lora_A": nn.ModuleDict({"default": nn.Linear(8, 4, bias=False)}),
@@ -271,12 +271,12 @@ def test_fused_adamw_has_no_temporaries_and_its_counters_are_on_the_device() -> 
     ]
 
 
-def test_more_trained_numbers_take_more_in_every_optimizer() -> None:
+def test_more_trained_parameters_take_more_state_in_every_optimizer() -> None:
     for optimizer in Optimizer:
         totals = []
         for width in (64, 4096, 65536):
             totals.append(optimizer_steps(optimizer, [parameters([(8, width)])], clips=True).state_bytes)
         if optimizer == Optimizer.SGD:
-            assert totals == [0, 0, 0]  # it keeps none
+            assert totals == [0, 0, 0]  # it has no state
         else:
             assert all(less < more for less, more in pairwise(totals)), optimizer

@@ -1,4 +1,4 @@
-"""The picture of a sweep: what is drawn, where labels stand, and that a file is complete or absent."""
+"""The picture of a sweep: its contents, the positions of labels, and that a file is complete or absent."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ SHORT = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in
 
 
 def overlapping(figure: Figure) -> list[tuple[str, str]]:
-    """Return the texts of a figure that cover one another once it is drawn."""
+    """Return the texts of a figure that overlap once it is drawn."""
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_visible()]
     boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts]
@@ -86,12 +86,12 @@ def test_the_picture_says_model_settings_and_units() -> None:
         tuple(gpu.name for gpu in GPUS),
     ],
 )
-def test_no_text_covers_another(report: MemoryReport, names: Sequence[str]) -> None:
+def test_no_texts_overlap(report: MemoryReport, names: Sequence[str]) -> None:
     with drawing_style(plot.FONT_POINTS):
         assert overlapping(draw(report, tuple(map(find_gpu, names)))) == []
 
 
-def test_cards_of_common_sizes_are_shown_where_none_was_named() -> None:
+def test_cards_of_common_sizes_are_shown_if_none_was_named() -> None:
     shown, beyond = cards((), 20.0)
     assert [gpu.name for gpu in shown] == ["RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090"]
     assert beyond == []
@@ -104,7 +104,7 @@ def test_a_card_far_above_the_curves_is_named_below_the_picture() -> None:
     assert "above the picture: B200 (178.3 GiB)" in texts_of(draw(SHORT, (find_gpu("B200"),)))
 
 
-def test_cards_that_hardly_differ_share_a_line() -> None:
+def test_cards_of_nearly_equal_memory_share_a_line() -> None:
     def card(name: str, gib: float) -> Gpu:
         return replace(T4, name=name, total_bytes=round(gib * GIB))
 
@@ -116,14 +116,14 @@ def test_cards_that_hardly_differ_share_a_line() -> None:
     "heights",
     [[], [0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9], [0.1, 0.12, 0.97, 0.99], [0.2 + 0.001 * i for i in range(15)]],
 )
-def test_labels_keep_their_distance_and_stay_within(heights: list[float]) -> None:
+def test_labels_are_spaced_within_the_picture(heights: list[float]) -> None:
     placed = spread(heights, gap=0.05)
     assert len(placed) == len(heights)
     assert all(after - before >= 0.05 - 1e-9 for before, after in pairwise(placed))
     assert all(-1e-9 <= height <= 1 + 1e-9 for height in placed)
     assert spread([0.1, 0.5, 0.9], gap=0.05) == pytest.approx([0.1, 0.5, 0.9])
     assert spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
-    crowd = spread([0.5] * 101, gap=0.05)  # more than there is room for
+    crowd = spread([0.5] * 101, gap=0.05)  # more than fit
     assert (crowd[0], crowd[-1]) == pytest.approx((0, 1))
 
 
@@ -136,7 +136,7 @@ def test_more_lines_than_colours_are_still_distinguishable() -> None:
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-def test_the_suffix_decides_the_format_and_nothing_else_is_left(tmp_path: Path, suffix: str, magic: bytes) -> None:
+def test_the_suffix_determines_the_format_and_no_other_file_is_left(tmp_path: Path, suffix: str, magic: bytes) -> None:
     path = tmp_path / f"memory{suffix}"
     path.write_text("old")
     plot_sweep(GRID, (RTX_4090,), path)
@@ -144,7 +144,7 @@ def test_the_suffix_decides_the_format_and_nothing_else_is_left(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "memory.png"
     path.write_text("old")
 
@@ -162,7 +162,7 @@ def test_a_picture_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch:
 def test_equal_sweeps_are_equal_files(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
     plot_sweep(GRID, (RTX_4090,), one)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")  # what a date in the file would be taken from
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")  # the source of a date in the file
     plot_sweep(GRID, (RTX_4090,), other)
     assert one.read_bytes() == other.read_bytes()
 
@@ -174,7 +174,7 @@ def test_any_name_of_a_model_can_be_drawn(tmp_path: Path, model: str, recwarn: p
     assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
-def test_settings_of_matplotlib_are_as_before(tmp_path: Path) -> None:
+def test_matplotlib_settings_are_unchanged(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     plot_sweep(SHORT, (), tmp_path / "memory.png")
     assert dict(mpl.rcParams) == before

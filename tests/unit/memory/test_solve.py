@@ -1,4 +1,4 @@
-"""Solving and sweeping find what asking every value would find, with few asks."""
+"""Solving and sweeping give the result of trying every value, with few predictions."""
 
 import math
 import subprocess
@@ -29,7 +29,7 @@ Bytes = Callable[[EstimateSettings], int]
 
 
 class Counting:
-    """Predicts by a closed form and keeps what was asked."""
+    """Predicts with a closed form and records the settings."""
 
     def __init__(self, process_bytes: Bytes) -> None:
         self.asked: list[EstimateSettings] = []
@@ -133,7 +133,7 @@ def test_the_solution_does_not_depend_on_the_value_of_the_run(asked: int) -> Non
         ("rank", 4096, 4096, "the largest rank that is allowed"),
     ],
 )
-def test_what_always_fits_is_limited_by_something_else(
+def test_a_value_that_always_fits_is_limited_by_something_else(
     setting: str, most: int | None, value: int, limited_by: str
 ) -> None:
     predict = Counting(lambda _: 0)
@@ -142,19 +142,19 @@ def test_what_always_fits_is_limited_by_something_else(
     assert len(predict.asked) <= MAX_PREDICTIONS
 
 
-def test_what_never_fits_has_no_value() -> None:
+def test_a_setting_that_never_fits_has_no_solution() -> None:
     predict = Counting(lambda _: 25 * GIB)
     for setting in SETTINGS:
         solution = solve(setting, SETTINGS_ASKED, CARD, predict, most=4096)
         assert (solution.value, solution.process_bytes, solution.limited_by) == (None, None, "memory")
-    assert len(predict.asked) == 5  # the rows of a micro-batch are the least already
+    assert len(predict.asked) == 5  # the number of rows in a micro-batch is already the minimum
 
 
-def test_what_memory_limits_says_so() -> None:
+def test_a_solution_limited_by_memory_says_so() -> None:
     assert solve("max-length", SETTINGS_ASKED, CARD, Counting(linear), most=131072).limited_by == "memory"
 
 
-def test_an_error_of_the_prediction_is_not_taken_for_lack_of_memory() -> None:
+def test_an_error_of_the_prediction_is_not_reported_as_a_lack_of_memory() -> None:
     def refuse(_: EstimateSettings) -> int:
         raise ModelError("no such attention")
 
@@ -165,7 +165,7 @@ def test_an_error_of_the_prediction_is_not_taken_for_lack_of_memory() -> None:
 @pytest.mark.parametrize("power", [0.3, 1, 3, 9])
 @pytest.mark.parametrize("stairs", [1, 40])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.999])
-def test_narrow_finds_the_edge_of_any_falling_function(share: float, stairs: int, power: float) -> None:
+def test_the_search_finds_the_edge_of_any_falling_function(share: float, stairs: int, power: float) -> None:
     edge = int(1999 * share) // stairs * stairs + stairs - 1
     asked: list[int] = []
 
@@ -180,7 +180,7 @@ def test_narrow_finds_the_edge_of_any_falling_function(share: float, stairs: int
     assert search_between(low, high, headroom_at, max_predictions=3) <= edge
 
 
-def test_sweep_asks_every_combination_in_order() -> None:
+def test_a_sweep_predicts_every_combination_in_order() -> None:
     points = sweep({"max-length": (512, 1024), "micro-batch-size": (1, 2, 4)}, SETTINGS_ASKED, CARD, Counting(linear))
     assert [tuple(point.values.values()) for point in points] == [
         (512, 1), (512, 2), (512, 4), (1024, 1), (1024, 2), (1024, 4),
@@ -200,7 +200,7 @@ def test_a_wrong_value_of_a_sweep_is_an_error_before_any_prediction() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_with_value_changes_that_setting_alone(setting: str) -> None:
+def test_with_value_changes_only_that_setting(setting: str) -> None:
     changed = with_value(SETTINGS_ASKED, setting, 192)
     section, key = SETTINGS[setting].split(".")
     expected = SETTINGS_ASKED.model_dump()
@@ -209,7 +209,7 @@ def test_with_value_changes_that_setting_alone(setting: str) -> None:
     assert getattr(changed, section).model_fields_set == {key}
 
 
-def test_a_setting_that_can_not_be_varied_is_refused() -> None:
+def test_a_setting_that_cannot_be_varied_is_refused() -> None:
     with pytest.raises(UsageError, match="'alpha' can't be varied here") as caught:
         solve("alpha", SETTINGS_ASKED, CARD, Counting(linear), most=None)
     assert caught.value.hint == "Vary one of max-length, micro-batch-size, rank."
