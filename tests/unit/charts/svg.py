@@ -1,4 +1,4 @@
-"""The SVG of a page, read back."""
+"""The SVG in a page, parsed again."""
 
 import re
 from xml.etree.ElementTree import Element, fromstring
@@ -7,7 +7,7 @@ COMMAND = re.compile(r"([ML])(-?[\d.]+) (-?[\d.]+)")
 
 
 def parse_drawings(svg: str) -> list[Element]:
-    """Return the drawings of a chart, one a size."""
+    """Return the drawings of a chart, one per size."""
     return fromstring(f"<all>{svg}</all>").findall("svg")  # noqa: S314 - ours
 
 
@@ -25,10 +25,10 @@ def strokes(drawing: Element, color: str, width: str) -> list[list[tuple[float, 
 
 
 def texts(drawing: Element) -> list[str]:
-    """Return what is written in a drawing."""
+    """Return the visible texts of a drawing."""
     return [text.text or "" for text in drawing.iter("text")]
 
 
 def notes(drawing: Element) -> list[str]:
-    """Return what is shown when places of a drawing are pointed at."""
+    """Return the texts that a browser shows when it points at parts of a drawing."""
     return [title.text or "" for title in drawing.iter("title")]

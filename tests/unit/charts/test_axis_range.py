@@ -1,4 +1,4 @@
-"""Axes: what they hold, and the round values next to them."""
+"""Axes: the values they contain, and their round ticks."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ def labels(axis: AxisRange, most: int = 6) -> list[str]:
         (0, 3e9, 4, ["0", "1e9", "2e9", "3e9"]),
     ],
 )
-def test_ticks_are_round_values_with_as_many_decimals_as_they_need(
+def test_ticks_are_round_values_with_the_necessary_decimals(
     low: float, high: float, most: int, expected: list[str]
 ) -> None:
     assert labels(AxisRange(low=low, high=high), most) == expected
@@ -39,7 +39,7 @@ def test_ticks_are_round_values_with_as_many_decimals_as_they_need(
         (1e-9, 1e9, ["1e-8", "1e-4", "1e0", "1e4", "1e8"]),
     ],
 )
-def test_ticks_of_a_logarithmic_axis_are_decades_or_parts_of_them(
+def test_ticks_of_a_logarithmic_axis_are_decades_or_fractions_of_them(
     low: float, high: float, expected: list[str]
 ) -> None:
     assert labels(AxisRange(low=low, high=high, is_log=True), 5) == expected
@@ -50,7 +50,7 @@ def test_ticks_of_a_logarithmic_axis_are_decades_or_parts_of_them(
     st.integers(2, 9),
     st.booleans(),
 )
-def test_any_values_have_an_axis_that_holds_them_and_ordered_ticks(
+def test_any_values_have_an_axis_that_contains_them_and_ordered_ticks(
     values: list[float], most: int, from_zero: bool
 ) -> None:
     axis = spanning(values, from_zero=from_zero)

@@ -1,4 +1,4 @@
-"""Histograms: bars, the limit across them, and labels that fit."""
+"""Histograms: bars, the line at the limit, and labels that fit."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -38,7 +38,7 @@ def bars_of(figure: Figure) -> list[Rectangle]:
     return [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
 
 
-def test_bars_have_their_heights_and_those_beyond_the_limit_another_colour() -> None:
+def test_bars_have_their_heights_and_another_colour_beyond_the_limit() -> None:
     bars = bars_of(drawn(CHART))
     assert {to_hex(bar.get_facecolor()) for bar in bars if bar.get_x() + bar.get_width() <= 5.5} == {LIGHT.first}
     assert {to_hex(bar.get_facecolor()) for bar in bars if bar.get_x() >= 5.5} == {LIGHT.second}
@@ -60,7 +60,7 @@ def test_a_line_marks_the_limit_to_scale_unless_it_is_far() -> None:
         assert label in [text.get_text() for text in axes.texts]
 
 
-def test_edges_are_multiples_of_one_number_or_of_every_so_many_bars() -> None:
+def test_edge_ticks_are_multiples_of_one_number_or_every_few_bars() -> None:
     assert edge_ticks(range(0, 901, 100), 4) == {0: 0, 3: 300, 6: 600, 9: 900}
     assert edge_ticks(range(200, 901, 100), 5) == {0: 200, 2: 400, 4: 600, 6: 800}
     assert edge_ticks((0, 16, 32, 64, 128), 3) == {0: 0, 2: 32, 4: 128}
@@ -69,7 +69,7 @@ def test_edges_are_multiples_of_one_number_or_of_every_so_many_bars() -> None:
 @pytest.mark.parametrize("counts", [CHART.counts, (5,), (10**9,) * 9, (1, 10**9)])
 @pytest.mark.parametrize("size", [NARROW, MEDIUM])
 @pytest.mark.parametrize(("place", "is_far"), [(0.01, False), (0.6, False), (1310.7, True)])
-def test_labels_stand_within_the_drawing_and_apart(
+def test_labels_are_within_the_drawing_and_do_not_overlap(
     counts: tuple[int, ...], size: ChartSize, place: float, is_far: bool
 ) -> None:
     limit = LimitLine(position=place, label="max length 131,072", is_far=is_far, is_exceeded=not is_far)
@@ -87,7 +87,7 @@ def test_labels_stand_within_the_drawing_and_apart(
 
 
 @pytest.mark.parametrize(("most", "scale"), [(1000, "linear"), (1001, "log")])
-def test_counts_are_logarithmic_only_where_they_span_more_than_three_orders(most: int, scale: str) -> None:
+def test_counts_are_logarithmic_only_if_they_span_more_than_three_orders(most: int, scale: str) -> None:
     axes = drawn(replace(CHART, counts=(most, 0, 1), edges=(0, 1, 2, 3))).axes[0]
     assert axes.get_yscale() == scale
     assert axes.get_ylabel() == ("rows" if scale == "linear" else "rows, logarithmic")
@@ -100,7 +100,7 @@ def test_counts_are_written_as_whole_numbers() -> None:
         assert all(label.replace(",", "").isdigit() for label in labels)
 
 
-def test_each_bar_has_its_note_where_it_stands() -> None:
+def test_each_bar_has_its_note() -> None:
     with drawing_style():
         drawings = parse_drawings(embedded_histogram(CHART, "lengths", (MEDIUM, NARROW), description="Lengths."))
     for drawing in drawings:

@@ -1,4 +1,4 @@
-"""Lines, marks and rules: that they stand where they should, and that nothing breaks them or the page."""
+"""Lines, marks and rules: their positions, and that no values break them or the page."""
 
 import re
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def test_a_line_breaks_at_gaps_and_a_point_between_two_is_a_dot() -> None:
     assert "stroke-linecap: round" in embed(with_line(points))
 
 
-def test_what_leaves_the_chart_is_cut_near_it() -> None:
+def test_lines_beyond_the_chart_are_cut_near_it() -> None:
     svg = embed(with_line([(0, 0.5), (1, 1e99), (2, 0.5), (3, -1e99), (4, 0.5)]))
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", svg)]
     assert max(map(abs, numbers)) < 1000
@@ -65,9 +65,7 @@ def test_what_leaves_the_chart_is_cut_near_it() -> None:
     st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_values_make_a_drawing_without_numbers_that_are_none(
-    values: list[float], is_log: bool, is_faint: bool
-) -> None:
+def test_any_values_make_a_drawing_with_valid_numbers(values: list[float], is_log: bool, is_faint: bool) -> None:
     drawable = [value for value in values if -1e99 < value < 1e99 and (value > 1e-99 or not is_log)]
     chart = replace(
         with_line([(step, value) for step, value in enumerate(values)], is_faint=is_faint),
@@ -80,7 +78,7 @@ def test_any_values_make_a_drawing_without_numbers_that_are_none(
         assert not any(re.search(r"nan|inf|\de", place) for place in places)
 
 
-def test_a_long_line_has_no_more_points_than_pixels_can_show_and_its_spikes() -> None:
+def test_a_long_line_has_no_more_points_than_pixels_and_all_its_spikes() -> None:
     points: list[Point] = [(step, 0.5) for step in range(10_000)]
     points[5_001] = (5_001, 0.99)
     chart = replace(with_line(points), x=AxisRange(low=0, high=10_000))
@@ -90,7 +88,7 @@ def test_a_long_line_has_no_more_points_than_pixels_can_show_and_its_spikes() ->
         assert min(y for _, y in line) < 15
 
 
-def test_rules_and_marks_stand_at_their_values_with_their_notes() -> None:
+def test_rules_and_marks_are_at_their_values_with_their_notes() -> None:
     ring, dot = MarkLook("second", 12, is_ring=True), MarkLook("good", 6)
     chart = replace(
         EMPTY,
@@ -114,7 +112,7 @@ def test_rules_and_marks_stand_at_their_values_with_their_notes() -> None:
         assert place["y"] <= y <= place["y"] + place["height"]
 
 
-def test_round_values_stand_next_to_the_axes_fewer_on_a_phone() -> None:
+def test_ticks_of_the_axes_are_round_values_and_fewer_on_a_phone() -> None:
     chart = replace(EMPTY, x=AxisRange(low=0, high=1000))
     wide, narrow = parse_drawings(embed(chart, LARGE, SMALL))
     assert (
@@ -126,7 +124,7 @@ def test_round_values_stand_next_to_the_axes_fewer_on_a_phone() -> None:
 
 @pytest.mark.parametrize("is_log", [False, True])
 @pytest.mark.parametrize("high", [2e-5, 3.0, 123_456.0, 9.9e8, 3e90])
-def test_labels_stand_within_the_drawing(high: float, is_log: bool) -> None:
+def test_labels_are_within_the_drawing(high: float, is_log: bool) -> None:
     y = AxisRange(low=high / 1e4, high=high, is_log=is_log)
     with drawing_style():
         figure = draw_line_chart(replace(EMPTY, y=y), SMALL)

@@ -1,4 +1,4 @@
-"""What stands in a page for a figure: text as text, colours of the page, nothing else of the page touched."""
+"""A figure embedded in a page: text as text, in the colours of the page, without effect on the rest of it."""
 
 import os
 import re
@@ -31,7 +31,7 @@ CHART = replace(
 )
 
 
-def test_text_is_text_in_the_font_of_the_page() -> None:
+def test_texts_are_text_elements_in_the_font_of_the_page() -> None:
     (drawing,) = parse_drawings(embed(CHART))
     assert "step" in texts(drawing)
     svg = embed(CHART)
@@ -48,7 +48,7 @@ def test_colours_are_variables_of_the_page_in_light_and_dark() -> None:
         assert len(set(vars(palette).values())) == len(Palette.__dataclass_fields__)
 
 
-def test_a_page_can_hold_many_without_equal_ids_styles_or_metadata() -> None:
+def test_a_page_can_contain_many_charts_without_equal_ids_styles_or_metadata() -> None:
     with drawing_style():
         svg = "".join(embedded_line_chart(CHART, name, (LARGE, SMALL), description=name) for name in ("loss", "speed"))
     ids = re.findall(r' id="([^"]*)"', svg)
@@ -60,12 +60,12 @@ def test_a_page_can_hold_many_without_equal_ids_styles_or_metadata() -> None:
     assert [drawing.attrib["class"] for drawing in parse_drawings(svg)] == 2 * ["drawn wide", "drawn narrow"]
 
 
-def test_equal_charts_are_equal_bytes() -> None:
+def test_equal_charts_have_equal_bytes() -> None:
     assert embed(CHART) == embed(CHART)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_escaped_and_seen(text: str) -> None:
+def test_hostile_text_is_escaped_and_visible(text: str) -> None:
     chart = replace(CHART, x_name="step", marks=(Mark(MarkLook("good", 6), 1, 0.5, f"first\n{text}"),))
     with drawing_style():
         svg = embedded_line_chart(chart, "loss", (SMALL,), description=text)
@@ -80,13 +80,13 @@ def test_hostile_text_is_escaped_and_seen(text: str) -> None:
         assert drawing.attrib["aria-label"] == text
 
 
-def test_settings_of_matplotlib_are_as_before() -> None:
+def test_matplotlib_settings_are_unchanged() -> None:
     before = dict(mpl.rcParams)
     embed(CHART)
     assert dict(mpl.rcParams) == before
 
 
-def test_a_machine_without_a_cache_of_fonts_or_a_home_draws_without_a_word(tmp_path: Path) -> None:
+def test_a_machine_without_a_font_cache_or_a_home_draws_without_output(tmp_path: Path) -> None:
     code = "from tests.unit.charts.test_line_chart import EMPTY, embed; print(len(embed(EMPTY)))"
     home = tmp_path / "home"
     home.write_text("no directory")

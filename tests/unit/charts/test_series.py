@@ -1,4 +1,4 @@
-"""Series made short enough to draw: spikes that survive, means without outliers, gaps."""
+"""Series shortened for drawing: spikes survive, means omit outliers, gaps remain."""
 
 import math
 import random
@@ -20,7 +20,7 @@ def test_thinning_leaves_every_spike_and_at_most_a_thousand_points() -> None:
     assert [step for step, _ in points] == sorted(step for step, _ in points)
 
 
-def test_a_short_series_is_left_as_it_is_and_a_stretch_without_numbers_is_a_gap() -> None:
+def test_a_short_series_is_unchanged_and_a_range_without_numbers_is_a_gap() -> None:
     short = Series([1, 2, 3], [1.0, NAN, 3.0])
     assert [step for step, _ in thinned(short)] == [1, 2, 3]
     long = Series(range(10_000), [1.0] * 4000 + [NAN] * 2000 + [2.0] * 4000)
@@ -29,7 +29,7 @@ def test_a_short_series_is_left_as_it_is_and_a_stretch_without_numbers_is_a_gap(
     assert all(4000 <= step < 6000 for step in gaps)
 
 
-def test_smoothing_leaves_outliers_out_and_does_not_flatten_the_beginning() -> None:
+def test_smoothing_omits_outliers_and_does_not_flatten_the_beginning() -> None:
     random.seed(0)
     falling = [1 + 4 * math.exp(-step / 50) + random.gauss(0, 0.01) for step in range(2000)]
     with_spike = [*falling]
@@ -37,7 +37,7 @@ def test_smoothing_leaves_outliers_out_and_does_not_flatten_the_beginning() -> N
     with_spike[1500] = NAN
     means = smoothed(Series(range(2000), with_spike))
     assert means[0][1] == falling[0]
-    # Against the noiseless curve, the mean within a window of which has the height of its middle.
+    # Compared with the noiseless curve, whose mean within a window equals the value at its middle.
     assert all(abs(value - (1 + 4 * math.exp(-step / 50))) < 0.12 for step, value in means)
     assert smoothed(Series([1, 2], [1.0, 2.0])) == []
 

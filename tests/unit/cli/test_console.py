@@ -1,4 +1,4 @@
-"""Results in two columns: whole lines into a pipe, words under each other on a terminal."""
+"""Results in two columns: whole lines in a pipe, wrapped at words on a terminal."""
 
 import pytest
 from rich.console import Console
@@ -25,12 +25,12 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr(module, "console", lambda: Console(force_terminal=True, width=width, color_system=None))
 
 
-def test_into_a_pipe_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_pipe_each_row_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys) == [f"  {name:<8}  {value}" for name, value in ROWS]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_on_a_terminal_words_are_not_broken_and_values_stay_in_their_column(
+def test_on_a_terminal_words_are_unbroken_and_values_stay_in_their_column(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_a_terminal(monkeypatch, width)
@@ -40,7 +40,7 @@ def test_on_a_terminal_words_are_not_broken_and_values_stay_in_their_column(
     assert [line[:12] for line in lines] == ["  original  ", *[" " * 12] * (len(lines) - 1)]
     assert " ".join(line[12:] for line in lines) == ROWS[0][1]
     assert short == "  short     one two"
-    assert path.endswith(ROWS[2][1])  # in one piece, to be copied
+    assert path.endswith(ROWS[2][1])  # unbroken, so that it can be copied
 
 
 def test_a_terminal_too_narrow_for_words_gets_unbroken_lines(

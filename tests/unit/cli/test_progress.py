@@ -1,4 +1,4 @@
-"""What a run says while it goes on, as plain lines: in a log, a pipe, or a terminal that can't redraw."""
+"""The progress of a run as plain lines: in a log, a pipe, or a terminal that can't redraw."""
 
 import io
 import pickle
@@ -56,7 +56,7 @@ def step(number: int, *, of: int = 10, memory: MemoryUse = GPU) -> StepDone:
     )
 
 
-def test_plain_lines_are_the_first_the_last_and_one_an_interval() -> None:
+def test_steps_have_plain_lines_for_the_first_the_last_and_one_per_interval() -> None:
     file = io.StringIO()
     reporter = PlainReporter(file, interval_seconds=1000)
     reporter.report(PhaseStarted(title="Loading"))
@@ -77,7 +77,7 @@ def test_plain_lines_are_the_first_the_last_and_one_an_interval() -> None:
     assert len(every.getvalue().splitlines()) == 10
 
 
-def test_plain_lines_for_everything_else() -> None:
+def test_other_events_have_plain_lines() -> None:
     file = io.StringIO()
     reporter = PlainReporter(file)
     reporter.report(Noted(message="cut", level="warning"))
@@ -96,7 +96,7 @@ def downloaded(done_bytes: int, total_bytes: int = 4 * GIB) -> BytesDone:
     return BytesDone(kind="download", done_bytes=done_bytes, total_bytes=total_bytes)
 
 
-def test_plain_lines_of_a_transfer_are_the_first_the_last_and_one_an_interval() -> None:
+def test_transfers_have_plain_lines_for_the_first_the_last_and_one_per_interval() -> None:
     file, every = io.StringIO(), io.StringIO()
     patient, eager = PlainReporter(file, interval_seconds=1000), PlainReporter(every, interval_seconds=0)
     for done in range(5):
@@ -110,20 +110,20 @@ def test_plain_lines_of_a_transfer_are_the_first_the_last_and_one_an_interval() 
     assert file.getvalue().splitlines()[2:] == ["Downloading: 1.00 GiB of 4.00 GiB (25%)"]
 
 
-def test_speed_and_time_left_count_from_where_a_resumed_transfer_began() -> None:
+def test_speed_and_time_left_count_from_the_beginning_of_a_resumed_transfer() -> None:
     transfer = Transfer(started=100.0, first_bytes=GIB)
     assert transfer.describe(downloaded(2 * GIB), 120.0).endswith("2.00 GiB of 4.00 GiB (50%), 51.20 MiB/s, 40 s left")
     assert transfer.describe_end(downloaded(4 * GIB), 160.0) == "4.00 GiB downloaded in 1:00 (51.20 MiB/s)"
     assert transfer.describe_end(downloaded(4 * GIB), 100.0) == "4.00 GiB downloaded"
 
 
-def test_an_empty_transfer_is_not_worth_a_line() -> None:
+def test_an_empty_transfer_has_no_line() -> None:
     file = io.StringIO()
     PlainReporter(file).report(downloaded(0, 0))
     assert file.getvalue() == ""
 
 
-def test_every_kind_of_transfer_has_its_words() -> None:
+def test_every_kind_of_transfer_has_its_description() -> None:
     kinds = get_args(get_type_hints(BytesDone)["kind"])
     assert set(kinds) == set(TRANSFERS)
     for kind in kinds:
@@ -148,7 +148,7 @@ def test_direction_follows_the_trend() -> None:
     assert [direction.update(value) for value in (4.0, 3.0, 3.9, 5.0)] == [" ", "↓", "→", "↑"]
 
 
-def test_a_loss_that_is_not_finite_spoils_no_later_arrow() -> None:
+def test_a_loss_that_is_not_finite_does_not_affect_later_arrows() -> None:
     direction = Direction()
     assert [direction.update(value) for value in (4.0, float("nan"), float("inf"), 3.0)] == [" ", " ", " ", "↓"]
 
@@ -206,7 +206,7 @@ def test_an_event_is_one_plain_line(event: Event, line: str) -> None:
     assert file.getvalue() == line + "\n"
 
 
-def test_the_course_of_the_loss_ends_a_log() -> None:
+def test_a_log_ends_with_the_curve_of_the_loss() -> None:
     file = io.StringIO()
     reporter = PlainReporter(file)
     for number in range(1, 11):
@@ -230,7 +230,7 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps() -> None:
     state.update(TrainingResumed(step=5, num_steps=10, checkpoint=Path("step-5")), 0.0)
     assert state.step == 5
     state.update(step(6), 1.0)
-    assert state.seconds_left is None  # how long that step took is not known
+    assert state.seconds_left is None  # the time of that step is unknown
     state.update(step(8), 2.0)  # a second a step, by `step`
     assert state.seconds_left == 2.0
 
@@ -258,7 +258,7 @@ def test_ages_are_shown_in_whole_units(seconds: float, age: str) -> None:
     assert describe_age(seconds) == age
 
 
-def test_taking_a_step_is_quick_and_keeps_little() -> None:
+def test_reporting_a_step_is_fast_and_stores_little() -> None:
     live = LiveReporter(Console(file=io.StringIO(), force_terminal=True, width=100))
     live.report(TrainingStarted(num_steps=100_000, output=Path("run")))
     seconds = []

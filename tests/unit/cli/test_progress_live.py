@@ -1,4 +1,4 @@
-"""What a run looks like on a terminal: bars and figures below, notes above, at any width."""
+"""The progress of a run on a terminal: bars and figures below, notes above, at any width."""
 
 import io
 from pathlib import Path
@@ -39,7 +39,7 @@ STARTED = TrainingStarted(
 
 
 class Screen:
-    """A reporter, and what it shows now or has written since."""
+    """A reporter, and its current display and previous output."""
 
     def __init__(self, width: int, *, encoding: str = "utf-8") -> None:
         self._raw = io.BytesIO()
@@ -76,7 +76,7 @@ def step(number: int, loss: float, *, of: int = 1_000_000, memory: MemoryUse = G
 
 
 def busy_screen(width: int, *, encoding: str = "utf-8") -> Screen:
-    """Return a screen in the midst of a run that has everything to show."""
+    """Return a screen in the middle of a run that has everything to show."""
     screen = Screen(width, encoding=encoding)
     screen.report(STARTED)
     screen.report(TrainingResumed(step=800_000, num_steps=1_000_000, checkpoint=Path("run/checkpoints/step-800000")))
@@ -142,7 +142,7 @@ def test_no_line_is_wrapped_at_any_width(width: int) -> None:
         assert expected in shown
 
 
-def test_a_narrow_terminal_leaves_out_words_not_figures() -> None:
+def test_a_narrow_terminal_omits_words_not_figures() -> None:
     lines = busy_screen(40).lines()
     assert lines[0] == "Training 1,000,000 steps into runs/a-na…"
     assert "VRAM 6.00 / 7.00 of 24.00 GiB" in lines
@@ -166,7 +166,7 @@ def test_the_age_of_the_checkpoint_grows_between_events(monkeypatch: pytest.Monk
     assert screen.lines()[-1].startswith("checkpoint step 800,300, 3m ago")
 
 
-def test_losses_that_are_not_finite_are_marked_and_do_no_harm() -> None:
+def test_losses_that_are_not_finite_are_marked_without_harm() -> None:
     screen = Screen(80)
     screen.report(STARTED)
     for number, loss in enumerate((4.0, float("nan"), float("inf"), 2.0), start=1):
@@ -186,7 +186,7 @@ def test_a_run_without_gpu_shows_the_memory_of_the_process() -> None:
     assert screen.lines()[-1] == "memory 3.00 GiB resident"
 
 
-def test_the_display_says_again_that_it_trains_once_an_evaluation_is_over() -> None:
+def test_the_display_shows_training_again_after_an_evaluation() -> None:
     screen = Screen(80)
     screen.report(TrainingStarted(num_steps=10, output=Path("run")))
     screen.report(EvalStarted(step=5))
@@ -196,7 +196,7 @@ def test_the_display_says_again_that_it_trains_once_an_evaluation_is_over() -> N
     assert "held-out 1.0000 at step 5 (best)" in screen.lines()
 
 
-def test_notes_scroll_above_in_a_style_that_fits() -> None:
+def test_notes_scroll_above_in_the_style_of_their_level() -> None:
     screen = Screen(100)
     screen.report(TrainingResumed(step=200, num_steps=1000, checkpoint=Path("run/checkpoints/step-200")))
     screen.report(StepSkipped(step=201, reason="the loss is nan", rows=("a:1",)))
@@ -221,7 +221,7 @@ def test_notes_scroll_above_in_a_style_that_fits() -> None:
     assert skipped.startswith("\x1b[33m")
 
 
-def test_a_sample_stands_in_two_columns_and_drives_no_terminal() -> None:
+def test_a_sample_is_shown_in_two_columns_with_control_characters_escaped() -> None:
     screen = Screen(40)
     screen.report(SampleDone(step=5, prompt="What is it?\nSay.", answer="A \x1b[31mred\x1b[0m thing " + "x" * 40))
     assert "\x1b[31mred" not in screen.styled()
@@ -236,7 +236,7 @@ def test_a_sample_stands_in_two_columns_and_drives_no_terminal() -> None:
     ]
 
 
-def test_the_course_of_the_loss_stays_on_the_terminal() -> None:
+def test_the_curve_of_the_loss_stays_on_the_terminal() -> None:
     screen = Screen(80)
     screen.report(TrainingStarted(num_steps=3, output=Path("run")))
     for number, loss in enumerate((4.0, 3.0, 2.0), start=1):
@@ -272,7 +272,7 @@ def test_a_transfer_fits_a_narrow_terminal() -> None:
     assert download.split()[:3] == ["Downloading", "100.0/140.0", "GiB"]
 
 
-def test_parts_flow_onto_the_next_line_unbroken() -> None:
+def test_parts_wrap_onto_the_next_line_unbroken() -> None:
     assert [line.plain for line in flow(["aaa", "bb", "cccc"], 7)] == ["aaa  bb", "cccc"]
     assert flow([], 7) == []
 
@@ -287,7 +287,7 @@ def test_parts_flow_onto_the_next_line_unbroken() -> None:
         (24, 24, 40, "███████████│"),
     ],
 )
-def test_the_memory_bar_shows_tensors_reserve_and_prediction(
+def test_the_memory_bar_shows_allocated_reserved_and_predicted_memory(
     allocated: int, reserved: int, predicted: int | None, bar: str
 ) -> None:
     memory = MemoryUse(

@@ -1,4 +1,4 @@
-"""Reporting that must not hurt a run, and results that stay readable."""
+"""Reporting that must not disturb a run, and readable results."""
 
 import errno
 import io
@@ -117,7 +117,7 @@ def test_slow_steps_have_an_eta() -> None:
     assert "ETA 1:00:40" in file.getvalue()
 
 
-def test_the_cursor_comes_back_when_a_run_fails() -> None:
+def test_the_cursor_is_restored_when_a_run_fails() -> None:
     file = io.StringIO()
     reporter = LiveReporter(Console(file=file, force_terminal=True, width=80))
     with pytest.raises(ZeroDivisionError), reporter.live:
@@ -136,7 +136,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), write_end)  # so that closing does not complain
 
 
-def test_what_trackers_print_during_a_run_stays_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_trackers_during_a_run_does_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with reporting():
         print("view the run at http://localhost")
     print("result")
@@ -156,7 +156,7 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch: pytest.Monk
     assert terminal.getvalue() == "hello\n"
 
 
-def test_a_closed_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stderr", None)  # as Python has it after `2>&-`
     with reporting() as reporter:
         print("a tracker's line")
@@ -166,7 +166,7 @@ def test_a_closed_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == "result\n"
 
 
-def test_a_terminal_that_goes_away_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_disappears_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
 
     def hang_up(_: str) -> int:
@@ -196,7 +196,7 @@ def test_progress_shows_no_token() -> None:
         assert "hf_***" in shown
 
 
-def test_load_says_how_much_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_reports_how_much_smaller_the_model_is(capsys: pytest.CaptureFixture[str]) -> None:
     render_load(REPORT)
     shown = capsys.readouterr().out
     assert "3.20x smaller" in shown
@@ -207,14 +207,14 @@ def test_load_says_how_much_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     assert "peak GPU memory" in capsys.readouterr().out
 
 
-def test_load_says_what_is_not_quantized_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_reports_what_is_not_quantized_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     render_load(REPORT)
     shown = capsys.readouterr().out.splitlines()
     assert "  linear layers  4  800  450 B   4.50 bits  quantized" in shown
     assert "  embedding      1  200  800 B  32.00 bits  looked up" in shown
 
 
-def test_load_advises_against_quantizing_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_advises_against_quantizing_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     render_load(REPORT)
     assert "--quant none" not in capsys.readouterr().out
     render_load(replace(REPORT, unquantized_fits=True))

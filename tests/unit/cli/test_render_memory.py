@@ -1,4 +1,4 @@
-"""A prediction as text: everything is there, adds up as it is printed, and fits 80 columns."""
+"""A prediction as text: it is complete, adds up as printed, and fits 80 columns."""
 
 import re
 from dataclasses import asdict, replace
@@ -50,14 +50,16 @@ def shown(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("report", [REPORT, FULL, replace(REPORT, fits=CATALOGUE_FITS)])
-def test_it_fits_80_columns_and_has_no_colour(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prediction_fits_80_columns_and_has_no_colour(
+    report: MemoryReport, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = shown(report, capsys)
     assert [line for line in text.splitlines() if len(line) > 80] == []
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert "\x1b" not in text
 
 
-def test_it_says_what_was_asked_and_the_three_peaks_with_their_bands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prediction_shows_the_settings_and_three_peaks_with_their_bands(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(REPORT, capsys)
     first = text.splitlines()[0]
     assert first == "What training llama-3.1-8b takes"
@@ -78,24 +80,24 @@ def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.Ca
         assert f"  {word}" in shown(FULL, capsys)
 
 
-def test_components_add_up_as_they_are_printed() -> None:
+def test_components_add_up_as_printed() -> None:
     *parts, total = component_lines(COMPONENTS)
     sizes = [float(re.findall(r"([\d.]+) GiB", line)[0]) for line in parts]
     assert round(sum(sizes), 2) == float(re.findall(r"([\d.]+) GiB", total)[0]) == 8.35
     assert sum(asdict(COMPONENTS).values()) == FIGURES.process_bytes
-    assert not any("workspaces" in line for line in parts)  # there are none here
+    assert not any("workspaces" in line for line in parts)  # this run has none
     bars = [line.count("█") for line in parts]
     assert max(bars) == bars[0] == 30
 
 
-def test_rounding_keeps_the_sum() -> None:
+def test_rounding_preserves_the_sum() -> None:
     thirds = [GIB // 3] * 3
     assert hundredths(thirds) in ([34, 33, 33], [33, 34, 33], [33, 33, 34])
     assert hundredths([0, GIB]) == [0, 100]
     assert sum(hundredths([7 * MIB] * 9)) == round(9 * 700 / 1024)
 
 
-def test_the_phase_that_rules_is_marked_and_explained() -> None:
+def test_the_phase_of_the_peak_is_marked_and_explained() -> None:
     lines = phase_lines(REPORT.phases, "backward", "Because.")
     assert [line.split()[0] for line in lines if "<- the peak" in line] == ["backward"]
     assert lines[-1] == "  Because."
@@ -127,7 +129,7 @@ def test_a_table_is_marked_only_for_a_gpu_that_was_named(capsys: pytest.CaptureF
     assert "Process memory in GiB; ! does not fit on the T4, ~ is tight" in capsys.readouterr().out
 
 
-def test_suggestions_name_flags_saving_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggestions_name_flags_saving_and_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(FULL, capsys)
     assert "\n  --micro-batch-size 1 --gradient-accumulation-steps 32\n" in text
     joined = " ".join(text.split())
@@ -136,13 +138,13 @@ def test_suggestions_name_flags_saving_and_what_is_left(capsys: pytest.CaptureFi
     assert "What to change" not in shown(REPORT, capsys)
 
 
-def test_solutions_say_the_value_or_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_solutions_show_the_value_or_that_none_fits(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(FULL, capsys)
     assert "  --max-length 13952 on the RTX 4090: 22.90 GiB; limited by memory\n" in text
     assert "  no --rank fits on the T4\n" in text
 
 
-def test_no_card_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_shown_if_no_card_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert "none of the catalogue is large enough" in shown(replace(REPORT, smallest_gpu=None), capsys)
 
 
@@ -155,7 +157,7 @@ def test_a_sentence_wraps_without_breaking_flags() -> None:
 # ---- sweeps
 
 
-def test_two_settings_make_a_grid_with_marks_where_it_does_not_fit() -> None:
+def test_two_settings_make_a_grid_with_marks_on_what_does_not_fit() -> None:
     lines = sweep_lines(FULL, T4)
     assert lines[0].split() == ["micro-batch-size"]
     assert lines[1].split() == ["max-length", "1", "2", "4", "8"]
@@ -177,7 +179,7 @@ def test_one_setting_makes_a_column() -> None:
     ]
 
 
-def test_a_third_setting_makes_a_grid_a_value_and_many_columns_go_on_below() -> None:
+def test_a_third_setting_makes_a_grid_per_value_and_many_columns_wrap() -> None:
     points = tuple(
         sweep_point(max_length=length, micro_batch_size=rows, rank=rank)
         for length in range(512, 512 + 9)

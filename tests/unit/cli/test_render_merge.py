@@ -1,4 +1,4 @@
-"""What `qlora merge` prints, from frozen results: whole lines, nothing that was not measured."""
+"""The output of `qlora merge`, from frozen results: whole lines, and only measured values."""
 
 import re
 from dataclasses import replace
@@ -112,7 +112,7 @@ REPORT = MergeReport(
 
 
 def shown(result: MergeResult | MergeReport, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
-    """Return what is printed, and its rows by their names."""
+    """Return the output, and its rows by name."""
     render_merge(result) if isinstance(result, MergeResult) else render_merge_plan(result)
     text = capsys.readouterr().out
     assert "\x1b" not in text
@@ -120,7 +120,7 @@ def shown(result: MergeResult | MergeReport, capsys: pytest.CaptureFixture[str])
     return text, {name: value.strip() for name, value in rows}
 
 
-def test_a_merge_is_shown_with_its_base_and_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_is_shown_with_its_base_and_divergence(capsys: pytest.CaptureFixture[str]) -> None:
     text, rows = shown(RESULT, capsys)
     assert text.startswith("runs/demo/merged\n")
     assert rows["base"] == "owner/base at 0123abc"
@@ -134,10 +134,10 @@ def test_a_merge_is_shown_with_its_base_and_its_distance(capsys: pytest.CaptureF
         "1e-05 of the output passes"
     )
     assert "passed" not in rows  # no bound was set
-    assert "less rounding" not in rows  # it costs next to nothing
+    assert "less rounding" not in rows  # it has almost no cost
     assert rows["before rounding"].startswith("KL divergence ")
     assert rows["in the files"] == "38 parameters, to the bit as merged"
-    assert rows["format"] == "hf"  # its place is the heading
+    assert rows["format"] == "hf"  # its path is in the heading
     assert "on the hub" not in rows
 
 
@@ -151,7 +151,7 @@ def test_a_sum_that_was_not_verified_is_shown(capsys: pytest.CaptureFixture[str]
     assert "before rounding" not in text
 
 
-def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_given_bound_and_a_dtype_that_rounds_less_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
     less = Rounding(dtype="fp16", mean_kl=1.3e-6, num_bytes=7 << 20)
     verification = replace(RESULT.verification, max_divergence=1e-3, less_rounded=less)
@@ -160,7 +160,7 @@ def test_a_bound_that_was_set_and_a_dtype_that_rounds_less_are_shown(capsys: pyt
     assert rows["less rounding"] == "--dtype fp16, KL divergence 1.3e-06"
 
 
-def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_were_not_measured_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     asked = BaseChoice(base="original", reason="as asked", original=None, dequantized=None)
     text, rows = shown(replace(RESULT, base="original", base_choice=asked, verification=None), capsys)
     assert rows["merged into"] == "the original base: as asked"
@@ -172,7 +172,7 @@ def test_what_was_not_measured_is_not_shown(capsys: pytest.CaptureFixture[str]) 
     assert rows["over"] == "479 tokens of 4 prompts"
 
 
-def test_each_format_is_shown_with_its_path_and_nf4_with_its_distance(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_format_is_shown_with_its_path_and_nf4_with_its_divergence(capsys: pytest.CaptureFixture[str]) -> None:
     outputs = {"hf": Path("out/hf"), "nf4": Path("out/nf4"), "gguf": Path("out/gguf")}
     again = {
         "nf4": Requantized(to="NF4 with double quantization", divergence=FAR),
@@ -193,7 +193,7 @@ def test_a_weight_is_shown_if_it_is_not_1(capsys: pytest.CaptureFixture[str]) ->
     assert "other, LoRA of rank 16, counting 0.5\n" in text
 
 
-def test_a_plan_says_what_each_tensor_becomes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_what_happens_to_each_tensor(capsys: pytest.CaptureFixture[str]) -> None:
     text, rows = shown(REPORT, capsys)
     assert text.startswith("out (not written)\n")
     assert rows["merged into"] == "whichever base is measured to be nearer"

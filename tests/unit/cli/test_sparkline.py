@@ -1,4 +1,4 @@
-"""A curve in one line of text, and what is kept of a long one."""
+"""A curve in one line of text, and the means that are stored of a long one."""
 
 import math
 import statistics
@@ -36,11 +36,11 @@ def test_values_are_drawn_between_their_bounds(values: list[float], width: int, 
 
 
 @pytest.mark.parametrize("num_values", [1, 79, 80, 81, 159, 1000])
-def test_a_curve_is_as_wide_as_asked_unless_it_is_shorter(num_values: int) -> None:
+def test_a_curve_is_as_wide_as_requested_unless_it_is_shorter(num_values: int) -> None:
     assert len(sparkline([float(value) for value in range(num_values)], 80)) == min(80, num_values)
 
 
-def test_losses_are_drawn_with_their_range_in_the_width_given() -> None:
+def test_losses_are_drawn_with_their_range_in_the_given_width() -> None:
     losses = [5.0 - value / 100 for value in range(400)]
     for width in (30, 40, 120):
         line = describe_losses(losses, width)
@@ -54,15 +54,15 @@ def test_losses_are_drawn_with_their_range_in_the_width_given() -> None:
 
 
 def test_a_curve_of_any_length_is_stored_in_few_means() -> None:
-    curve, most_kept = SparklineCurve(8), 0
+    curve, most_means = SparklineCurve(8), 0
     for value in range(10_000):
         curve.add(float(value))
-        most_kept = max(most_kept, len(curve.means()))
-    assert most_kept == 8
+        most_means = max(most_means, len(curve.means()))
+    assert most_means == 8
     means = curve.means()
     assert means == sorted(means)
     assert means[0] == statistics.fmean(range(2048))
-    assert means[-1] == statistics.fmean(range(4 * 2048, 10_000))  # those of the mean that is not complete yet
+    assert means[-1] == statistics.fmean(range(4 * 2048, 10_000))  # the values of the incomplete last mean
     million = SparklineCurve()
     for _ in range(1_000_000):
         million.add(1.0)
@@ -88,7 +88,7 @@ def test_values_that_are_not_finite_are_gaps_unless_averaged_with_finite_ones() 
     assert math.isnan(curve.means()[-1])
 
 
-def test_blocks_are_for_encodings_that_have_them() -> None:
+def test_blocks_are_shown_only_in_encodings_that_have_them() -> None:
     assert can_show_blocks("utf-8")
     assert can_show_blocks("UTF8")
     assert can_show_blocks(None)  # as of a buffer
