@@ -157,7 +157,7 @@ def test_a_sentence_wraps_without_breaking_flags() -> None:
 # ---- sweeps
 
 
-def test_two_settings_make_a_grid_with_marks_on_what_does_not_fit() -> None:
+def test_two_settings_make_a_grid_that_marks_cells_that_do_not_fit() -> None:
     lines = sweep_lines(FULL, T4)
     assert lines[0].split() == ["micro-batch-size"]
     assert lines[1].split() == ["max-length", "1", "2", "4", "8"]

@@ -166,7 +166,7 @@ def repeated(draw: st.DrawFn, children: st.SearchStrategy[Drawn]) -> Drawn:
 
 
 def nested(children: st.SearchStrategy[Drawn]) -> st.SearchStrategy[Drawn]:
-    """Draw what holds arrays that `children` draw."""
+    """Draw an array that contains arrays drawn by `children`."""
     return st.one_of(*(make(children) for make in (cut, viewed, fixed, objects, mapped, numbered, repeated)))
 
 

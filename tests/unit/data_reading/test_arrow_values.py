@@ -367,5 +367,5 @@ def test_hub_rows_equal_those_of_the_files_and_no_picture_is_decoded(
 
 
 def load_from_hub(monkeypatch: pytest.MonkeyPatch, rows: datasets.Dataset | datasets.IterableDataset) -> None:
-    """Let `rows` be what the hub has."""
+    """Make the hub return `rows`."""
     monkeypatch.setattr(hub_rows, "_load", lambda *_: rows)

@@ -21,7 +21,7 @@ from qlora_cli.settings.models import DataSettings
 
 @pytest.fixture
 def make_directory(tmp_path: Path) -> Callable[..., str]:
-    """Return what makes a directory of files by their names, and returns its path."""
+    """Return a function that makes a directory of files with these names, and returns its path."""
 
     def make(*names: str, card: str = "") -> str:
         for name in names:

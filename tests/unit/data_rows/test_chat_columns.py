@@ -80,7 +80,7 @@ def test_each_row_is_rendered_with_its_own_template_variables(
         ("{", "'chat_template_kwargs' is text, but not JSON"),
     ],
 )
-def test_template_variables_that_a_row_can_not_set_are_refused(
+def test_template_variables_that_a_row_cannot_set_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kwargs: object, expected: str
 ) -> None:
     error = refusal(tmp_path, tokenizer, [{"messages": [ASK, ANSWER], "chat_template_kwargs": kwargs}])

@@ -163,7 +163,7 @@ def test_published_templates_that_only_insert_contents_are_proven_to() -> None:
 
 
 @pytest.mark.parametrize(("seed", "loss_on"), [(0, LossOn.COMPLETIONS), (1, LossOn.COMPLETIONS), (2, LossOn.ALL)])
-def test_inserted_rows_are_what_the_template_renders(seed: int, loss_on: LossOn) -> None:
+def test_inserted_rows_equal_those_that_the_template_renders(seed: int, loss_on: LossOn) -> None:
     chance = random.Random(seed)  # noqa: S311
     texts = {
         **{name: tokenizer_with(name) for name in TEMPLATES},

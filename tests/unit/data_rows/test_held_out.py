@@ -98,7 +98,7 @@ def test_rows_are_held_out_even_if_each_is_repeated_many_times(tmp_path: Path) -
     assert "10 rows held out, where 2 would be 2: rows that are equal are kept together" in prepared.train.notes
 
 
-def test_a_single_group_can_not_be_held_out(tmp_path: Path) -> None:
+def test_a_single_group_cannot_be_held_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", of_users({"a": 20}))
     assert "they are all of one 'user'" in str(refused(path, eval_split="2", eval_group="user"))
 

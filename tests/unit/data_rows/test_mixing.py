@@ -33,7 +33,7 @@ def rows_of(path: Path, count: int) -> Path:
 
 
 def fed(data: TrainingData) -> list[str]:
-    """Return what each row that is fed begins with: its file and number."""
+    """Return the beginning of each row that is fed: its file and number."""
     texts = [str(TEXT.tokenizer.decode(row["input_ids"])).removeprefix("<s>") for row in data.train.dataset]
     return [text.split(":")[0].strip() for text in texts]
 
@@ -117,7 +117,7 @@ def test_shares_are_of_the_rows_left_to_train_on(tmp_path: Path, small: Path) ->
     assert files_of(fed(data)) == {"small": 20, "other": 20}
 
 
-def test_a_data_set_without_rows_can_not_be_mixed_by_probability(tmp_path: Path, small: Path) -> None:
+def test_a_data_set_without_rows_cannot_be_mixed_by_probability(tmp_path: Path, small: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "word " * 60, "completion": "yes"}])
     settings: dict[str, Any] = {"max_length": 32, "on_long": "drop", "accept_lost": True}
     with pytest.raises(DataError, match=r"no row of .*long.jsonl can be trained, so it can't be mixed"):

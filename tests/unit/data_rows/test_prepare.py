@@ -110,7 +110,7 @@ def test_no_row_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
         prepare(path, max_length=16, on_long="drop", accept_lost=True)
 
 
-def test_duplicate_rows_are_counted_and_dropped_if_asked(tmp_path: Path) -> None:
+def test_duplicate_rows_are_counted_and_dropped_if_requested(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [*pairs(3), *pairs(2), *pairs(1)])
     assert prepare(path).train.report.duplicate_rows == 3
     assert len(texts(prepare(path).train)) == 6
@@ -159,7 +159,7 @@ def test_rows_that_are_equal_after_truncation_are_held_out_together(tmp_path: Pa
         assert not set(texts(data.train)) & set(texts(data.evaluation))
 
 
-def test_equal_rows_can_not_be_held_out_and_a_weight_may_take_none(tmp_path: Path) -> None:
+def test_equal_rows_cannot_be_held_out_and_a_weight_may_take_none(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", pairs(1) * 10)
     assert "they are all equal" in str(refused(path, eval_split="2"))
     assert "the weight of" in str(refused(f"{path}*0.01"))
@@ -206,7 +206,7 @@ def test_a_bad_row_is_an_error_that_names_it(tmp_path: Path) -> None:
     assert "--on-bad-row skip" in (caught.value.hint or "")
 
 
-def test_bad_rows_are_skipped_if_asked_counted_and_listed(tmp_path: Path) -> None:
+def test_bad_rows_are_skipped_if_requested_counted_and_listed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", BAD)
     with path.open("ab") as file:
         file.write(b'{"prompt": "caf\xe9"}\n[1]\n{"prompt": \n')
@@ -353,7 +353,7 @@ def test_a_full_cache_disk_is_an_error_that_names_the_setting(file: Path, monkey
     assert "QLORA_CACHE" in (error.hint or "")
 
 
-def test_incomplete_tokens_leave_nothing_behind(tmp_path: Path) -> None:
+def test_incomplete_tokens_leave_no_files(tmp_path: Path) -> None:
     cache = Path(os.environ["QLORA_CACHE"]) / "data"
     prepare(write_jsonl(tmp_path / "good.jsonl", pairs(1)))
     before = {path.name for path in cache.iterdir()}

@@ -164,7 +164,7 @@ def test_an_error_within_a_template_refuses_the_messages(tokenizer: PreTrainedTo
 
 @pytest.mark.parametrize("number", ["9" * 5000, f"0x{'F' * 5000}", f"0b{'1' * 20_000}", "10**5000"])
 @pytest.mark.parametrize("template", ["{{{{ {} }}}}", "{{% set x = {} %}}", "{{% if [{}] %}}{{% endif %}}"])
-def test_a_number_that_can_not_be_written_is_an_error_that_names_the_template(
+def test_a_number_that_cannot_be_written_is_an_error_that_names_the_template(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, number: str, template: str
 ) -> None:
     (tmp_path / "a.jinja").write_text(template.format(number))
@@ -240,7 +240,7 @@ def test_a_file_that_nests_too_deeply_is_named_when_it_is_read(
         choose_chat_template(tokenizer, str(tmp_path / "deep.jinja"))
 
 
-def test_tools_that_a_template_can_not_iterate_over_are_an_error_of_their_row(
+def test_tools_that_a_template_cannot_iterate_over_are_an_error_of_their_row(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer.chat_template = OF_A_SCHEMA
@@ -329,7 +329,7 @@ def test_a_template_that_is_slow_or_refuses_the_trial_is_not_an_error() -> None:
         try_template(text)
 
 
-def test_a_trial_leaves_handlers_timers_and_signals_as_they_were() -> None:
+def test_a_trial_restores_handlers_timers_and_signals() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGINT)]
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try_template("{{ messages[0].content }}")

@@ -49,7 +49,7 @@ def test_calls_in_text_and_in_parts_are_both_read() -> None:
 def test_merging_calls_into_the_previous_answer_loses_nothing(
     answer: dict[str, bool], calls: dict[str, bool], text: str
 ) -> None:
-    """Whatever either message says is in the turn, or the row is refused."""
+    """All values of both messages are in the turn, or the row is refused."""
 
     def message_keys(drawn: dict[str, bool], origin: str) -> dict[str, Any]:
         return {key: value if key == "train" else f"{key} of {value and origin}" for key, value in drawn.items()}

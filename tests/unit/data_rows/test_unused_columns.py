@@ -84,7 +84,7 @@ def test_preferences_of_every_shape_are_refused_and_the_flags_of_the_hint_train_
         {"my=prompt": "6 times 7?", "chosen": {"text": "42"}, "rejected": {"text": "41"}},
     ],
 )
-def test_no_flags_are_proposed_where_none_work(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+def test_no_flags_are_proposed_if_none_work(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
     error = refusal(tmp_path, tokenizer, [row])
     assert "preference" in str(error)
     assert error.hint == "Write the answers to train on as rows of their own, or as messages."

@@ -83,14 +83,14 @@ def test_kinds_follow_from_modules_and_lists_of_the_config(
     assert find_stack(on_meta(family, **changes)) == LayerStack(path=path, kinds=kinds)
 
 
-def test_a_layer_with_other_marks_is_a_kind_of_its_own() -> None:
+def test_a_layer_with_other_marks_is_a_separate_kind() -> None:
     marks = {"model.layers.1.mlp.up_proj": "as asked", "lm_head": "the head"}
     stack = find_stack(on_meta("llama", num_hidden_layers=3), marks)
     assert stack is not None
     assert stack.kinds == (0, 1, 0)
 
 
-def test_a_layer_with_another_width_is_a_kind_of_its_own() -> None:
+def test_a_layer_with_another_width_is_a_separate_kind() -> None:
     model = on_meta("llama", num_hidden_layers=3)
     model.model.layers[2].mlp.up_proj = torch.nn.Linear(64, 256, device="meta", dtype=torch.bfloat16)
     stack = find_stack(model)

@@ -249,7 +249,7 @@ def test_lora_plus_has_a_group_for_the_b_matrices_of_all_layers() -> None:
     )
     model = nn.ModuleDict({"q_proj": model})
     a, b = model.parameters()
-    trained = [a, b, a, b]  # one layer stands for two
+    trained = [a, b, a, b]  # one layer represents two
     assert [[id(one) for one in group] for group in parameter_groups(model, trained, loraplus=True)] == [
         [id(a)] * 2,
         [id(b)] * 2,

@@ -94,7 +94,7 @@ def candidates(setting: str, most: int | None) -> list[int]:
 @pytest.mark.parametrize("usable_gib", [5, 7, 12, 24, 80, 180])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("form", [linear, quadratic, flat_then_steep, staircase])
-def test_solve_finds_what_brute_force_finds_with_few_predictions(form: Bytes, setting: str, usable_gib: int) -> None:
+def test_solve_agrees_with_brute_force_with_few_predictions(form: Bytes, setting: str, usable_gib: int) -> None:
     gpu = Gpu(**{**vars(CARD), "total_bytes": usable_gib * GIB})
     fitting = [
         value

@@ -89,7 +89,7 @@ def test_every_end_token_stops(model: Path, tmp_path: Path) -> None:
     assert set(read_modelfile(tmp_path / "Modelfile")["stop"]) == set(export.stops)
 
 
-def test_the_token_that_ends_a_turn_stops_though_no_config_names_it(model: Path, tmp_path: Path) -> None:
+def test_the_token_that_ends_a_turn_stops_even_if_no_config_names_it(model: Path, tmp_path: Path) -> None:
     gemma = make_tokenizer("gemma").tokenizer
     gemma.save_pretrained(model)
     change(model / "config.json", eos_token_id=gemma.eos_token_id)
@@ -152,7 +152,7 @@ def test_a_template_that_writes_the_date_is_warned_about(model: Path, tmp_path: 
     assert "today's date" in notes(recorder, "warning")
 
 
-def test_a_template_that_can_not_be_written_leaves_no_modelfile(model: Path, tmp_path: Path) -> None:
+def test_a_template_that_cannot_be_written_leaves_no_modelfile(model: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     with pytest.raises(ModelError, match="TEMPLATE"):

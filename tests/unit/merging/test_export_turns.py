@@ -107,7 +107,7 @@ def test_the_turns_make_the_prompts_that_the_template_makes(name: str, drops_bos
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral"])
-def test_bos_is_what_a_conversation_opens_with(family: str) -> None:
+def test_bos_is_the_opening_of_a_conversation(family: str) -> None:
     tokenizer = make_tokenizer(family).tokenizer
     assert derive_turns(tokenizer, drops_bos=True).opening == tokenizer.bos_token
     assert writes_bos(tokenizer)
@@ -139,7 +139,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_template_that_writes_something_else_is_an_error_that_says_what_to_do(name: str) -> None:
+def test_a_template_that_writes_anything_else_is_an_error_with_a_hint(name: str) -> None:
     tokenizer = tokenizer_with("chatml", REFUSED[name])
     with pytest.raises(ModelError, match="can't be written as Ollama's TEMPLATE") as caught:
         derive_turns(tokenizer, drops_bos=False)
@@ -196,6 +196,6 @@ def test_what_go_or_a_modelfile_would_misread_is_written_by_number(text: str) ->
     assert re.sub(r"\\U([0-9a-f]{8})", lambda match: chr(int(match[1], 16)), numbers) == text
 
 
-def test_other_text_and_line_breaks_stay_as_they_are() -> None:
+def test_other_text_and_line_breaks_are_unchanged() -> None:
     text = "<|im_start|>Größe 日本語 ▁ \"quoted\" 'and' {one} brace }}\n\n  next  \n"
     assert literal(text) == text

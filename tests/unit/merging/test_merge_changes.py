@@ -1,4 +1,4 @@
-"""What adapters do to a weight: the formulas of the papers, in fp32, and when two of them do the same."""
+"""The change of a weight by an adapter: the formulas of the papers, in fp32, and when two changes are equal."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How far logits are apart: divergences that can be computed by hand, also where tokens are forbidden."""
+"""The divergence of logits, compared with values computed by hand, also with forbidden tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to parameters and back: nothing is lost on the way, whole or slice by slice."""
+"""Tensors of a checkpoint are converted to parameters and back without loss, whole or slice by slice."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from qlora_cli.merging.planning.conversions import Conversions, read_conversions
 from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.support.tiny_models import tiny_config, tiny_model
 
-# Stored one by one and stacked, joined and stacked, joined, renamed, transposed, and as they are.
+# Tensors stored one by one and stacked, joined and stacked, joined, renamed, transposed, and unchanged.
 FAMILIES = [
     "mixtral",
     "qwen3_moe",

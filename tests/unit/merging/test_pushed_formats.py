@@ -1,4 +1,4 @@
-"""What is pushed of a merge works from its repository alone, whichever formats are asked for, in any order."""
+"""The pushed files of a merge work from their repository alone, whichever formats are requested, in any order."""
 
 from itertools import chain, permutations
 from pathlib import Path

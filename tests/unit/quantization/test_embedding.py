@@ -32,7 +32,7 @@ def settings_of(model: Path, method: str) -> LoadSettings:
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "none"])
-def test_an_embedding_kept_on_the_host_is_whole_and_gives_the_same_logits(tmp_path: Path, method: str) -> None:
+def test_an_embedding_on_the_host_is_complete_and_gives_the_same_logits(tmp_path: Path, method: str) -> None:
     settings = settings_of(save_model(tmp_path / "model"), method)
     expected = load_model(settings).base.eval()(input_ids=IDS).logits
     load_plan = plan_load(resolved_in_code(settings), SilentReporter())

@@ -32,7 +32,7 @@ STARTED = TrainingStarted(num_steps=10, output=Path("run"))
 
 
 def between(first: int, last: int, *, num_steps: int = 10, eval_every: int = 4) -> list[Event]:
-    """Return what training reports of some steps, evaluations, answers and checkpoints among them."""
+    """Return the events of some steps, with evaluations, samples and checkpoints."""
     events: list[Event] = []
     for step in range(first, last + 1):
         events.append(step_done(step, num_steps))

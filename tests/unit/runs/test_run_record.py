@@ -41,7 +41,7 @@ def change(run: Path, **content: object) -> None:
     (run / "run.json").write_text(json.dumps(record | content))
 
 
-def test_a_record_of_version_0_reads_as_it_was_meant(old_run: Path) -> None:
+def test_a_record_of_version_0_is_read_as_intended(old_run: Path) -> None:
     record = load_record(old_run)
     assert (record.schema_version, record.problems, record.status, record.is_done) == (0, (), "done", True)
     assert record.result is not None
@@ -97,7 +97,7 @@ def test_an_empty_result_counts_all_planned_steps(old_run: Path) -> None:
     assert TrainResult.of_run(RunDirectory(old_run), load_record(old_run)) is None
 
 
-def test_a_merge_record_of_version_0_reads_as_it_was_meant() -> None:
+def test_a_merge_record_of_version_0_is_read_as_intended() -> None:
     record = read_merge_record(VERSION_0)
     assert record is not None
     assert (record.schema_version, record.format, record.base) == (0, "hf", "dequantized")
@@ -189,7 +189,7 @@ def test_the_rest_of_a_damaged_record_is_read_without_a_crash(old_run: Path, dam
 
 
 @pytest.mark.parametrize("key", ["base_model", "base_model_path", "settings"])
-def test_a_command_that_needs_what_is_missing_names_file_and_key(old_run: Path, key: str) -> None:
+def test_a_command_that_needs_a_missing_value_names_file_and_key(old_run: Path, key: str) -> None:
     content = {name: value for name, value in WHOLE.items() if name != key}
     (old_run / "run.json").write_text(json.dumps(content))
     record = load_record(old_run)

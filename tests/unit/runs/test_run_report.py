@@ -25,7 +25,7 @@ from tests.unit.data_rows.test_data_page import Element, parse
 
 
 def events_of_a_run() -> list[Event]:
-    """Return a run with everything that may happen, hostile text wherever there may be text."""
+    """Return a run with every kind of event, and hostile text wherever text is possible."""
     events: list[Event] = [Noted(message=text) for text in HOSTILE]
     events += [Noted(message=f"lowered {SCRIPT}", level="warning")]
     events += [sample_done(0, prompt, f"before {prompt}") for prompt in HOSTILE]

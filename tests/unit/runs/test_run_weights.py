@@ -37,7 +37,7 @@ def make_run(
     damaged: tuple[int, ...] = (),
     record: Mapping[str, object] | None = None,
 ) -> RunDirectory:
-    """Write a run of 10 steps; `steps` is what its result says, `good` and `damaged` are its checkpoints."""
+    """Write a run of 10 steps; `steps` is in its result, `good` and `damaged` are its checkpoints."""
     run = RunDirectory(path)
     run.create()
     result = {} if steps is None else {"result": {"steps": steps}}

@@ -6,7 +6,7 @@ from qlora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem, S
 from qlora_cli.settings.error_collector import ErrorCollector
 
 
-def test_nothing_collected_is_no_error() -> None:
+def test_without_collected_errors_nothing_is_raised() -> None:
     wrong = ErrorCollector()
     with wrong.collecting("model.name"):
         pass

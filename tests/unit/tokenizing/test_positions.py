@@ -177,7 +177,7 @@ def test_a_config_that_cannot_be_scaled_is_refused_with_the_reason(
     assert caught.value.hint
 
 
-def test_a_model_with_code_of_its_own_is_refused() -> None:
+def test_a_model_with_its_own_code_is_refused() -> None:
     config: Any = type(tiny_config("llama"))
     own = type("Own", (config,), {"__module__": "transformers_modules.own"})
     with pytest.raises(ModelError, match="its own code"):

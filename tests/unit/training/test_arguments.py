@@ -43,7 +43,7 @@ def test_harmful_defaults_are_changed(tmp_path: Path) -> None:
     assert arguments.disable_tqdm
     assert arguments.report_to == []
     assert arguments.n_gpu <= 1
-    # TF32 has 10 bits of mantissa; transformers switches it on when it compiles, and for bf16 whatever was asked for.
+    # TF32 has 10 bits of mantissa; transformers enables it when it compiles, and for bf16 whatever was requested.
     assert arguments.tf32 is False
     assert arguments.optim == "adamw_torch"  # TRL uses the fused one
     assert arguments.project == "qlora"
