@@ -65,13 +65,19 @@ def is_forkable(environment: Mapping[str, str]) -> bool:
 
 
 def start_command(
-    arguments: list[str], environment: Mapping[str, str], directory: Path, streams: Path, module: str = "qlora_cli"
+    arguments: list[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    streams: Path,
+    module: str = "qlora_cli",
+    *,
+    has_stdin: bool = True,
 ) -> BaseProcess:
     """Start `python -m MODULE`, `qlora` if none is named, in a directory.
 
-    It writes to `stdout` and `stderr` in the folder `streams`.
+    It writes to `stdout` and `stderr` in the folder `streams`, and reads from the null device if it `has_stdin`.
     """
-    return start_process(_command, module, arguments, dict(environment), directory, streams)
+    return start_process(_command, module, arguments, dict(environment), directory, streams, has_stdin)
 
 
 def output_of(
@@ -135,8 +141,19 @@ def _heeding_hangups(target: Callable[..., None], *arguments: object) -> None:
     target(*arguments)
 
 
-def _command(module: str, arguments: list[str], environment: dict[str, str], directory: Path, streams: Path) -> None:
+def _command(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    directory: Path,
+    streams: Path,
+    has_stdin: bool,
+) -> None:
+    if not has_stdin:  # as Python finds it where the descriptor is closed
+        os.close(0)
+        sys.stdin = None
     redirect(streams / "stdout", streams / "stderr")
+    _open_streams_again()
     of_imports = dict(os.environ)
     _set_environment(environment)
     if any(environment.get(name) != of_imports.get(name) for name in READ_AGAIN):
@@ -144,6 +161,12 @@ def _command(module: str, arguments: list[str], environment: dict[str, str], dir
     os.chdir(directory)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _open_streams_again() -> None:
+    # Python's own remember whether they are a terminal, and whether they can be positioned.
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
+    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _read_environment_again() -> None:

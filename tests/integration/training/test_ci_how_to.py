@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.forked_qlora import ForkedQlora
+from tests.support.forks import is_forkable
+
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "how-to" / "ci.md"
 ASSETS = ROOT / "qlora_cli" / "demo" / "assets"
@@ -35,23 +38,24 @@ class Job:
     environment: dict[str, str]
     ran: list[str] = field(default_factory=list)
 
-    def start(self, block: str) -> subprocess.Popen[str]:
+    def start(self, block: str, *, is_forked: bool = True) -> subprocess.Popen[str]:
         """Start a block with a closed stdin, as a workflow starts a step; the process is the block's own shell."""
         self.ran.append(block)
+        commands = [self.path("forked"), self.path("bin")] if is_forked else [self.path("bin")]
         step = self.directory / "step.sh"
         step.write_text(block, encoding="utf-8")
         return subprocess.Popen(
             ["/bin/bash", "-c", 'exec bash --noprofile --norc -eo pipefail "$0" <&-', str(step)],
             cwd=self.directory,
-            env=self.environment,
+            env={**self.environment, "PATH": ":".join([*map(str, commands), self.environment["PATH"]])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, block: str, *, code: int = 0) -> str:
+    def run(self, block: str, *, code: int = 0, is_forked: bool = True) -> str:
         """Run a block to its end and return its stderr."""
-        process = self.start(block)
+        process = self.start(block, is_forked=is_forked)
         stdout, stderr = process.communicate(timeout=LONGEST_SECONDS)
         assert process.returncode == code, f"{block}{stdout}{stderr}"
         return stderr
@@ -72,9 +76,11 @@ def job(tmp_path: Path) -> Job:
     for name, arguments in (("qlora", "-m qlora_cli"), ("python", "")):
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n', encoding="utf-8")
         (commands / name).chmod(0o755)
+    (tmp_path / "forked").mkdir()
+    if is_forkable(os.environ):
+        ForkedQlora().write(tmp_path / "forked" / "qlora")
     environment = {
         **os.environ,
-        "PATH": f"{commands}:{os.environ['PATH']}",
         "MODEL": str(ASSETS / "base"),
         "DATA": "data.jsonl",
         "RUN": "17",
@@ -105,7 +111,7 @@ def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
     assert small != fit
     job.run(small, code=3)
     job.run(tight, code=1)
-    job.run(smoke)
+    job.run(smoke, is_forked=False)  # as a workflow starts it; what follows need not wait for the imports again
     assert json.loads(job.path("runs/17-smoke/run.json").read_text())["result"]["steps"] == 2
 
 
