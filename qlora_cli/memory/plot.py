@@ -56,9 +56,9 @@ def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
 
 def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     """Return the figure. Call it within `drawing_style`."""
-    lines = lines_of(report)
+    lines = memory_lines(report)
     most, least = max(max(line.high) for line in lines), min(min(line.low) for line in lines)
-    shown, beyond = cards(gpus, most)
+    shown, beyond = select_gpus(gpus, most)
     figure = Figure(figsize=(9, 5.4), dpi=160, layout="constrained", facecolor="white")
     axes = figure.subplots()
     tops = [most, *(gpu.usable_bytes / GIB for gpu in shown)]
@@ -66,7 +66,7 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     for color, line in zip(_colors(len(lines)), lines, strict=True):
         axes.fill_between(line.lengths, line.low, line.high, color=color, alpha=0.15, linewidth=0)
         axes.plot(line.lengths, line.middle, color=color, label=line.label, marker="o", markersize=4, linewidth=1.8)
-    _draw_cards(axes, shown)
+    _draw_gpu_lines(axes, shown)
     axes.set(xlabel=_x_label(beyond), ylabel="process memory, GiB")
     _draw_title(axes, report)
     if len(lines) > MOST_INSIDE:
@@ -76,7 +76,7 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     return figure
 
 
-def lines_of(report: MemoryReport) -> list[MemoryLine]:
+def memory_lines(report: MemoryReport) -> list[MemoryLine]:
     """Return a line for each combination of the swept settings other than the length, least memory first."""
     groups: dict[str, list[SweepPoint]] = {}
     varied = varied_settings(report.sweep) - {LENGTH}
@@ -106,7 +106,7 @@ def varied_settings(sweep: Sequence[SweepPoint]) -> set[str]:
     return {name for point in sweep for name, value in point.values.items() if value != sweep[0].values[name]}
 
 
-def cards(gpus: Sequence[Gpu], most: float) -> tuple[list[Gpu], list[Gpu]]:
+def select_gpus(gpus: Sequence[Gpu], most: float) -> tuple[list[Gpu], list[Gpu]]:
     """Return the GPUs to show, smallest first, and the requested ones that are too far above `most` GiB."""
     if gpus:
         ordered = sorted(gpus, key=lambda gpu: gpu.usable_bytes)
@@ -117,7 +117,7 @@ def cards(gpus: Sequence[Gpu], most: float) -> tuple[list[Gpu], list[Gpu]]:
     return typical[: num_within + 1], []  # the next larger one shows where every run fits
 
 
-def levels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
+def sizes_with_labels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
     """Return the usable GiB of each size with the names of its cards; those that hardly differ share a line."""
     groups: list[list[Gpu]] = []
     for gpu in shown:
@@ -134,7 +134,7 @@ def levels(shown: Sequence[Gpu]) -> list[tuple[float, str]]:
     return labelled
 
 
-def spread(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
+def spread_labels(heights: Sequence[float], gap: float = LABEL_GAP) -> list[float]:
     """Return rising heights within 0 and 1 with `gap` between each two, moved as little as possible.
 
     Least squares by the pool-adjacent-violators algorithm: minus `index * gap`, the heights must not fall.
@@ -175,12 +175,12 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
     clear_frame(axes, "both")
 
 
-def _draw_cards(axes: Axes, shown: Sequence[Gpu]) -> None:
+def _draw_gpu_lines(axes: Axes, shown: Sequence[Gpu]) -> None:
     """Draw each size as a dashed line, with its cards' names on the right, connected to it if they had to be moved."""
     to_axes = axes.transData + axes.transAxes.inverted()
-    labelled = levels(shown)
+    labelled = sizes_with_labels(shown)
     heights = [float(to_axes.transform((axes.get_xlim()[0], size))[1]) for size, _ in labelled]
-    for (size, label), height, at in zip(labelled, heights, spread(heights), strict=True):
+    for (size, label), height, at in zip(labelled, heights, spread_labels(heights), strict=True):
         axes.axhline(size, color=LIGHT.host, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
         axes.annotate(
             label,

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from qlora_cli.charts.canvas import drawing_style
 from qlora_cli.memory import plot
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
-from qlora_cli.memory.plot import cards, draw, levels, lines_of, plot_sweep, spread
+from qlora_cli.memory.plot import draw, memory_lines, plot_sweep, select_gpus, sizes_with_labels, spread_labels
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.units import GIB
 from tests.support.predictions import REPORT, RTX_4090, T4, grid, sweep_point
@@ -41,18 +41,18 @@ def texts_of(figure: Figure) -> str:
 
 
 def test_there_is_a_line_for_each_micro_batch_size_with_its_band() -> None:
-    lines = lines_of(GRID)
+    lines = memory_lines(GRID)
     assert [line.label for line in lines] == [f"micro-batch-size {size}" for size in (1, 2, 4, 8)]
     for line in lines:
         assert line.lengths == tuple(512 * 2**power for power in range(7))
         assert all(low < middle < high for low, middle, high in zip(line.low, line.middle, line.high, strict=True))
-    assert [line.label for line in lines_of(SHORT)] == [""]
+    assert [line.label for line in memory_lines(SHORT)] == [""]
 
 
 def test_a_setting_with_one_value_is_in_the_subtitle_not_in_the_legend() -> None:
     points = tuple(sweep_point(max_length=length, rank=64) for length in (512, 1024))
     report = replace(REPORT, sweep=points)
-    assert [line.label for line in lines_of(report)] == [""]
+    assert [line.label for line in memory_lines(report)] == [""]
     text = texts_of(draw(report, ()))
     assert "rank 64" in text
     assert "rank 16" not in text
@@ -92,14 +92,14 @@ def test_no_texts_overlap(report: MemoryReport, names: Sequence[str]) -> None:
 
 
 def test_cards_of_common_sizes_are_shown_if_none_was_named() -> None:
-    shown, beyond = cards((), 20.0)
+    shown, beyond = select_gpus((), 20.0)
     assert [gpu.name for gpu in shown] == ["RTX 3070", "RTX 3060 12GB", "RTX 4060 Ti 16GB", "RTX 4090"]
     assert beyond == []
-    assert {gpu.name for gpu in cards((), 1000.0)[0]} == set(plot.TYPICAL)
+    assert {gpu.name for gpu in select_gpus((), 1000.0)[0]} == set(plot.TYPICAL)
 
 
 def test_a_card_far_above_the_curves_is_named_below_the_picture() -> None:
-    shown, beyond = cards((find_gpu("B200"), T4), 10.0)
+    shown, beyond = select_gpus((find_gpu("B200"), T4), 10.0)
     assert (shown, [gpu.name for gpu in beyond]) == ([T4], ["B200"])
     assert "above the picture: B200 (178.3 GiB)" in texts_of(draw(SHORT, (find_gpu("B200"),)))
 
@@ -109,7 +109,7 @@ def test_cards_of_nearly_equal_memory_share_a_line() -> None:
         return replace(T4, name=name, total_bytes=round(gib * GIB))
 
     shown = [card("a", 22.0), card("b", 22.1), card("c", 22.2), card("d", 24)]
-    assert levels(shown) == [(22.0, "a, b + 1: 22.0"), (24.0, "d: 24.0")]
+    assert sizes_with_labels(shown) == [(22.0, "a, b + 1: 22.0"), (24.0, "d: 24.0")]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_cards_of_nearly_equal_memory_share_a_line() -> None:
     [[], [0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9], [0.1, 0.12, 0.97, 0.99], [0.2 + 0.001 * i for i in range(15)]],
 )
 def test_labels_are_spaced_within_the_picture(heights: list[float]) -> None:
-    placed = spread(heights, gap=0.05)
+    placed = spread_labels(heights, gap=0.05)
     assert len(placed) == len(heights)
     assert all(after - before >= 0.05 - 1e-9 for before, after in pairwise(placed))
     assert all(-1e-9 <= height <= 1 + 1e-9 for height in placed)
-    assert spread([0.1, 0.5, 0.9], gap=0.05) == pytest.approx([0.1, 0.5, 0.9])
-    assert spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
-    crowd = spread([0.5] * 101, gap=0.05)  # more than fit
+    assert spread_labels([0.1, 0.5, 0.9], gap=0.05) == pytest.approx([0.1, 0.5, 0.9])
+    assert spread_labels([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
+    crowd = spread_labels([0.5] * 101, gap=0.05)  # more than fit
     assert (crowd[0], crowd[-1]) == pytest.approx((0, 1))
 
 
