@@ -17,7 +17,7 @@ from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 @dataclass
 class FindResult:
-    """What `tests.support.finding` printed."""
+    """The output of `tests.support.find_model_process`."""
 
     events: list[dict[str, Any]]
     result: dict[str, Any]
@@ -79,7 +79,7 @@ def find(hub_env: dict[str, str]) -> Find:
         name: str, *waits: float, env: dict[str, str] = hub_env, is_forked: bool = True, **settings: object
     ) -> FindResult:
         environment = {**os.environ, **env}
-        module, *arguments = finding(name, *waits, **settings)
+        module, *arguments = find_command(name, *waits, **settings)
         code, stdout, stderr = output_of(arguments, environment, module=module, is_forked=is_forked)
         assert code == 0, stderr
         lines = [json.loads(line) for line in stdout.splitlines()]
@@ -88,6 +88,6 @@ def find(hub_env: dict[str, str]) -> Find:
     return run
 
 
-def finding(name: str, *waits: float, **settings: object) -> list[str]:
+def find_command(name: str, *waits: float, **settings: object) -> list[str]:
     """Return the module that finds a model, and its arguments."""
-    return ["tests.support.finding", json.dumps({"name": name, **settings}), *map(str, waits)]
+    return ["tests.support.find_model_process", json.dumps({"name": name, **settings}), *map(str, waits)]

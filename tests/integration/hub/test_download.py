@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Find, finding
+from tests.integration.conftest import Find, find_command
 from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, store_by_xet
 
 WEIGHTS = "model.safetensors"
@@ -133,7 +133,7 @@ def test_a_branch_that_moves_during_a_download_changes_nothing(find: Find, hub: 
 
 def started(code: str, env: dict[str, str]) -> "subprocess.Popen[str]":
     """Start to find `owner/tiny` in a process that runs `code` first."""
-    module, *arguments = finding("owner/tiny")
+    module, *arguments = find_command("owner/tiny")
     return subprocess.Popen(
         [sys.executable, "-c", f"{code}\nfrom {module} import main\nmain()", *arguments],
         env={**os.environ, **env},

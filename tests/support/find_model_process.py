@@ -1,9 +1,9 @@
-"""Find a model as every command does, in a process of its own: the client reads its environment when imported.
+"""Find a model as every command does, in a process of its own: the hub's client reads its environment when imported.
 
-    python -m tests.support.finding '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
+    python -m tests.support.find_model_process '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
 
-With waits, which are the seconds between two attempts, all files of the repository are fetched.
-Prints one JSON object a line: the events, then the source or the error.
+With waits, the seconds between two attempts, all files of the repository are fetched.
+Prints one JSON object per line: the events, then the source or the error.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Printer:
 
 
 def main() -> None:
-    """Find what the arguments name."""
-    if "torch" in sys.modules:  # in a fork, where an import of it fails from here on
+    """Find the model that the arguments name."""
+    if "torch" in sys.modules:  # in a fork, where importing it fails from here on
         sys.modules["torch"] = None  # type: ignore[assignment]
     settings = ModelSettings.model_validate_json(sys.argv[1])
     waits = tuple(float(argument) for argument in sys.argv[2:])
