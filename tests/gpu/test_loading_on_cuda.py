@@ -19,7 +19,7 @@ from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading.test_load_memory import PROMISED_BYTES, measure
 from tests.support.loading import IDS, layers_of, load, logits, save_model, weight_of
-from tests.support.reference_models import plain
+from tests.support.reference_models import load_plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,7 +69,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def dequantized(checkpoint: Path, loaded: LoadedModel) -> torch.nn.Module:
     """Return the plain model on the GPU in fp32, with the weights that `loaded` holds."""
-    model = plain(checkpoint)
+    model = load_plain(checkpoint)
     torch.nn.Module.cuda(model)
     for name, layer in layers_of(loaded.base, Linear4bit).items():
         restored = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -39,7 +39,7 @@ from qlora_cli.settings.models import MergeCommandSettings
 from tests.support.adapters import PREFIX, settings_of
 from tests.support.loading import load, logits
 from tests.support.merge_command import merge_settings
-from tests.support.reference_models import IDS, plain
+from tests.support.reference_models import IDS, load_plain
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -99,7 +99,7 @@ def refused(*adapters: Path, **values: Any) -> str:
 
 def on_plain(checkpoint: Path, config: LoraConfig) -> PeftModel:
     """Return the plain model in fp32 with a new adapter by plain PEFT, all of whose values are random."""
-    return adapted(plain(checkpoint), config)
+    return adapted(load_plain(checkpoint), config)
 
 
 def adapted(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -158,7 +158,7 @@ def merged_by_peft(model: PeftModel, dtype: torch.dtype, directory: Path) -> dic
 
 def merged_by_hand(model: PeftModel, checkpoint: Path, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the base with W + s * (B @ A) for each LoRA layer, in fp32 and cast once to `dtype`."""
-    whole = plain(checkpoint)
+    whole = load_plain(checkpoint)
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             module = whole.get_submodule(path.removeprefix(PREFIX).replace(".base_layer", ""))

@@ -15,7 +15,7 @@ ROWS = 3136  # of an embedding: the bundled tokenizer has 3072 ids, and the clas
 IDS = torch.randint(3, 3000, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def plain(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_plain(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the model as transformers alone loads it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     return model
@@ -43,6 +43,6 @@ def round_trip_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def dequantized(checkpoint: Path, loaded: LoadedModel) -> PreTrainedModel:
     """Return the plain model, in which the weights that `loaded` has quantized are quantized and dequantized."""
-    model = plain(checkpoint)
+    model = load_plain(checkpoint)
     round_trip_weights(model, [entry.name for entry in loaded.inventory.entries if entry.is_quantized])
     return model

@@ -36,7 +36,7 @@ from tests.support.adapters import (
 from tests.support.experts import save_moe
 from tests.support.loading import asked_load, load, logits, refused, save_model, weight_of
 from tests.support.merging import save_changing
-from tests.support.reference_models import IDS, ROWS, plain
+from tests.support.reference_models import IDS, ROWS, load_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +76,7 @@ def test_default_and_gaussian_are_peft_s_own_and_differ(llama: Path) -> None:
         initial[init] = first_values(adapt(llama, settings_of(init_lora_weights=init)))
         torch.manual_seed(0)
         config = LoraConfig(r=8, init_lora_weights=True if init == "default" else init, target_modules=["q_proj"])
-        assert torch.equal(first_values(get_peft_model(plain(llama), config))[0], initial[init][0])
+        assert torch.equal(first_values(get_peft_model(load_plain(llama), config))[0], initial[init][0])
     assert not torch.equal(initial["default"][0], initial["gaussian"][0])
     assert initial["gaussian"][0].std() == pytest.approx(1 / 8, rel=0.2)
     assert not initial["default"][1].any()
@@ -133,7 +133,7 @@ def test_pissa_takes_the_principal_components_and_its_final_adapter_fits_the_ori
         names = [*lora_layers(adapt(base, settings_of()))]
         leaf = names[0].rpartition(".")[2]
         lora = {**lora, "rank_pattern": {leaf: 4}, "alpha_pattern": {leaf: 6}}
-    original = plain(base)
+    original = load_plain(base)
     before = logits(original, IDS)
     settings = settings_of(alpha=8, init_lora_weights="pissa", **lora)
     model = adapt(base, settings, **UNQUANTIZED)
@@ -153,7 +153,7 @@ def test_pissa_takes_the_principal_components_and_its_final_adapter_fits_the_ori
     save_trained_adapter(model, tmp_path)
     config = json.loads((tmp_path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     assert (config["r"], config["init_lora_weights"]) == (16, True)
-    other = logits(PeftModel.from_pretrained(plain(base), tmp_path), IDS)
+    other = logits(PeftModel.from_pretrained(load_plain(base), tmp_path), IDS)
     torch.testing.assert_close(other, trained, rtol=1e-4, atol=1e-4)
     ours = logits(put_back(load(base, **UNQUANTIZED).base, tmp_path), IDS)
     torch.testing.assert_close(ours, trained, rtol=1e-4, atol=1e-4)
@@ -168,7 +168,7 @@ def test_a_run_with_pissa_ends_with_an_adapter_for_the_original_base_and_checkpo
     prepared = prepare_run(settings, Recorder())
     result = run(prepared, Recorder())
     trained = logits(prepared.model, IDS)
-    other = logits(PeftModel.from_pretrained(plain(llama), result.adapter), IDS)
+    other = logits(PeftModel.from_pretrained(load_plain(llama), result.adapter), IDS)
     torch.testing.assert_close(other, trained, rtol=1e-4, atol=1e-4)
     raw, final = (load_file(path / ADAPTER_WEIGHTS) for path in (result.checkpoints[-1], result.adapter))
     assert all(len(value) == 8 for key, value in raw.items() if "lora_A" in key)
@@ -201,7 +201,7 @@ def test_training_from_a_raw_checkpoint_of_pissa_ends_with_an_adapter_for_the_or
     losses = train_steps(again, learning_rate=1e-3)
     assert losses[0] > losses[2]
     save_trained_adapter(again, tmp_path / "final")
-    other = logits(PeftModel.from_pretrained(plain(llama), tmp_path / "final"), IDS)
+    other = logits(PeftModel.from_pretrained(load_plain(llama), tmp_path / "final"), IDS)
     torch.testing.assert_close(other, logits(again, IDS), rtol=1e-4, atol=1e-4)
 
 
@@ -228,7 +228,7 @@ def test_a_config_without_defaults_continues_to_train_and_ends_with_an_adapter_f
     again = put_back(load(llama, **UNQUANTIZED).base, tmp_path / "raw")
     train_steps(again, learning_rate=1e-3)
     save_trained_adapter(again, tmp_path / "final")
-    other = logits(PeftModel.from_pretrained(plain(llama), tmp_path / "final"), IDS)
+    other = logits(PeftModel.from_pretrained(load_plain(llama), tmp_path / "final"), IDS)
     torch.testing.assert_close(other, logits(again, IDS), rtol=1e-4, atol=1e-4)
 
 
@@ -286,7 +286,7 @@ def test_loftq_begins_nearer_to_the_unquantized_model_than_nf4_alone(
     saved: Make, family: str, lora: dict[str, object], tmp_path: Path
 ) -> None:
     base = saved(family)
-    exact, alone = logits(plain(base), IDS), logits(load(base).base, IDS)
+    exact, alone = logits(load_plain(base), IDS), logits(load(base).base, IDS)
     if "rank_pattern" in lora:
         leaf = next(iter(lora_layers(adapt(base, settings_of())))).rpartition(".")[2]
         lora = {**lora, "rank_pattern": {leaf: 4}}
@@ -301,7 +301,7 @@ def test_loftq_begins_nearer_to_the_unquantized_model_than_nf4_alone(
 
 
 def test_loftq_is_the_best_approximation_of_its_rank_to_the_quantization_error(llama: Path) -> None:
-    original = plain(llama)
+    original = load_plain(llama)
     lora = settings_of(init_lora_weights="loftq", alpha=24)
     for name, layer in lora_layers(adapt(llama, lora)).items():
         base = layer.get_base_layer()
@@ -317,7 +317,7 @@ def test_loftq_is_the_best_approximation_of_its_rank_to_the_quantization_error(l
 
 
 def test_loftq_of_a_rank_larger_than_a_layer_restores_the_whole_quantization_error(llama: Path) -> None:
-    exact = logits(plain(llama), IDS)
+    exact = logits(load_plain(llama), IDS)
     model = adapt(llama, settings_of(rank=96, init_lora_weights="loftq"))
     torch.testing.assert_close(logits(model, IDS), exact, rtol=1e-3, atol=1e-3)
 
@@ -329,7 +329,7 @@ def test_loftq_initializes_layers_that_are_not_in_4_bit_as_usual(llama: Path) ->
 
 
 def test_loftq_reads_weights_from_several_files(llama: Path, tmp_path: Path) -> None:
-    model = plain(llama, torch.bfloat16)
+    model = load_plain(llama, torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / file).write_bytes((llama / file).read_bytes())

@@ -31,7 +31,7 @@ from tests.support.loading import asked_load, logits, refused, save_model
 from tests.support.merging import adapted, change_adapter, merge, on_plain, save
 from tests.support.merging import plain_logits as logits_of_merged
 from tests.support.merging import refused as not_merged
-from tests.support.reference_models import ROWS, plain
+from tests.support.reference_models import ROWS, load_plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +83,7 @@ def model_of(loaded: LoadedModel) -> PeftModel:
 
 def by_peft(checkpoint: Path, adapter: Path, rows: int | None = None) -> torch.Tensor:
     """Return the logits of plain PEFT."""
-    base = plain(checkpoint)
+    base = load_plain(checkpoint)
     if rows is not None:
         base.resize_token_embeddings(rows, mean_resizing=False)
     with warnings.catch_warnings():
@@ -162,7 +162,7 @@ HELD: dict[str, tuple[dict[str, Any], int | None, bool]] = {
 def written_with_ends(base: Path, place: Path, kind: str) -> tuple[Path, int | None]:
     """Return an adapter whose file holds an embedding or head unlike the base's, and the rows of its vocabulary."""
     values, rows, saves_ends = HELD[kind]
-    model = plain(base)
+    model = load_plain(base)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     generator = torch.Generator().manual_seed(5)
@@ -183,7 +183,7 @@ def test_base_weights_in_a_file_are_used_only_with_the_adapter_and_are_written_b
 ) -> None:
     checkpoint: Path = request.getfixturevalue(base)
     adapter, rows = written_with_ends(checkpoint, tmp_path / "adapter", kind)
-    wanted, of_base = by_peft(checkpoint, adapter, rows), logits(plain(checkpoint))
+    wanted, of_base = by_peft(checkpoint, adapter, rows), logits(load_plain(checkpoint))
     model = model_of(ours(adapter))
     assert torch.equal(logits(model), wanted)
     with model.disable_adapter():
@@ -192,7 +192,7 @@ def test_base_weights_in_a_file_are_used_only_with_the_adapter_and_are_written_b
         assert without[..., ROWS:].eq(-torch.inf).all()
     assert torch.equal(logits(model), wanted)
     merged = merge(adapter, output=tmp_path / "merged", dtype="fp32")
-    torch.testing.assert_close(logits_of_merged(plain(merged.directory)), logits_of(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of_merged(load_plain(merged.directory)), logits_of(model), rtol=1e-4, atol=1e-4)
 
     on = model_of(ours(adapter, trains=True))
     save_adapter(on, tmp_path / "on")
@@ -221,7 +221,7 @@ def test_base_weights_in_an_adapters_file_replace_those_of_the_base(
 ) -> None:
     """A norm, and a linear layer that may be stored quantized."""
     names = ("model.norm.weight", "model.layers.0.self_attn.o_proj.weight")
-    values = {name: 0.5 + torch.rand(plain(llama).get_parameter(name).shape) for name in names}
+    values = {name: 0.5 + torch.rand(load_plain(llama).get_parameter(name).shape) for name in names}
     other = changed(
         adapter,
         tmp_path / "other",
@@ -487,14 +487,14 @@ def test_nan_or_infinity_in_a_base_is_named(llama: Path, name: str, method: str,
 
 
 def test_values_that_overflow_fp16_are_reported_as_such(llama: Path) -> None:
-    model = plain(llama, torch.float16)
+    model = load_plain(llama, torch.float16)
     model.get_parameter("model.norm.weight").data[3] = 1e5
     source = find_model(ModelSettings(name=str(llama)))
     checkpoint, base = read_checkpoint(llama, allow_pickle=False), read_config(source, trust_remote_code=False)
     with pytest.raises(ModelError, match=r"model\.norm\.weight \(in model\.safetensors\) holds values that") as caught:
         check_finite(source, checkpoint, base, model)
     assert "--dtype bf16" in str(caught.value.hint)
-    check_finite(source, checkpoint, base, plain(llama, torch.float16))
+    check_finite(source, checkpoint, base, load_plain(llama, torch.float16))
 
 
 def test_an_adapter_that_chooses_among_others_is_refused_by_loading_and_merging(adapter: Path, tmp_path: Path) -> None:

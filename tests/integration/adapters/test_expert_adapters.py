@@ -18,7 +18,7 @@ from tests.integration.training.test_training import base_digest
 from tests.support.adapters import put_back
 from tests.support.experts import MOE, parametrized, save_moe
 from tests.support.loading import load, logits, save_model
-from tests.support.reference_models import IDS, ROWS, dequantized, plain
+from tests.support.reference_models import IDS, ROWS, dequantized, load_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +124,7 @@ def test_peft_alone_nests_wrappers_differently_than_on_an_unquantized_base(qwen3
     config = LoraConfig(r=8, target_modules=["q_proj"], target_parameters=names)
     nested = [
         [name.rpartition(".")[2] for name in expert_wrappers(model) if "layers.0" in name]  # the outer one first
-        for model in (get_peft_model(plain(qwen3_moe), config), with_peft_alone(load(qwen3_moe)))
+        for model in (get_peft_model(load_plain(qwen3_moe), config), with_peft_alone(load(qwen3_moe)))
     ]
     assert nested == [["down_proj", "gate_up_proj"], ["gate_up_proj", "down_proj"]]
 
@@ -195,7 +195,7 @@ def test_the_adapter_does_the_same_in_plain_peft_on_the_unquantized_base_but_for
     untrained = logits(base.base, IDS)
     model, adapter = saved_adapter(base, tmp_path)
     trained = logits(model, IDS)
-    other = logits(PeftModel.from_pretrained(plain(checkpoint), adapter), IDS)
+    other = logits(PeftModel.from_pretrained(load_plain(checkpoint), adapter), IDS)
     assert (other - trained).std() < 0.4 * (trained - untrained).std()
 
 

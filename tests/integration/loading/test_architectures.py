@@ -23,7 +23,7 @@ from qlora_cli.settings.models import LoraSettings
 from tests.integration.training.test_training import base_digest
 from tests.support.adapters import put_back
 from tests.support.loading import load, logits, refused, save_model
-from tests.support.reference_models import IDS, ROWS, dequantized, plain
+from tests.support.reference_models import IDS, ROWS, dequantized, load_plain
 from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,7 +143,7 @@ def test_the_loaded_model_is_the_planned_one_to_the_byte(loaded: LoadedModel) ->
 def test_logits_are_those_of_plain_transformers_with_the_same_weights_dequantized(
     loaded: LoadedModel, checkpoint: Path
 ) -> None:
-    unquantized = plain(checkpoint)
+    unquantized = load_plain(checkpoint)
     assert loaded.inventory.num_parameters == unquantized.num_parameters()
     quantized, exact = logits(loaded.base, IDS), logits(unquantized, IDS)
     assert torch.equal(quantized, logits(dequantized(checkpoint, loaded), IDS))
@@ -196,7 +196,7 @@ def test_quantized_falcon_is_refused_because_its_linear_layers_are_not_plain(fal
 
 def test_falcon_loads_unquantized(falcon: Path) -> None:
     loaded = load(falcon, quantization__method="none")
-    assert torch.equal(logits(loaded.base, IDS), logits(plain(falcon), IDS))
+    assert torch.equal(logits(loaded.base, IDS), logits(load_plain(falcon), IDS))
     assert loaded.layout.inventory == loaded.inventory
     model, _ = attach_adapter(loaded.base, LoraSettings(rank=8))
     losses = losses_of_two_steps(model)

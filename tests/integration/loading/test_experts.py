@@ -25,7 +25,7 @@ from qlora_cli.quantization.methods import four_bit_quantizer
 from qlora_cli.units import format_bytes
 from tests.support.experts import MOE, parametrized, save_moe
 from tests.support.loading import copy_tokenizer, load, logits, refused
-from tests.support.reference_models import IDS, dequantized, plain, quantized_whole
+from tests.support.reference_models import IDS, dequantized, load_plain, quantized_whole
 from tests.support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def same_states_of_constants(actual: QuantState, expected: QuantState) -> bool:
 def assert_experts_are_those_of_bitsandbytes(loaded: LoadedModel, checkpoint: Path) -> None:
     """Compare each expert with the whole fused weight of plain transformers, quantized at once."""
     settings = loaded.settings.quantization
-    weights = dict(plain(checkpoint).named_parameters())
+    weights = dict(load_plain(checkpoint).named_parameters())
     chains = parametrized(loaded.base)
     assert chains.keys() == set(loaded.layout.experts)
     assert chains
@@ -161,7 +161,7 @@ def test_experts_are_the_same_from_stacked_tensors(name: str, tmp_path: Path) ->
 
 
 def save_stacked(checkpoint: Path, directory: Path) -> Path:
-    model = plain(checkpoint, torch.bfloat16)
+    model = load_plain(checkpoint, torch.bfloat16)
     model.config.save_pretrained(directory)
     weights = {name: parameter.data.contiguous() for name, parameter in model.named_parameters()}
     weights |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}

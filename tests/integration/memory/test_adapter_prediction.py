@@ -26,7 +26,7 @@ from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.loading import asked_load, save_model
 from tests.support.merging import adapted, save, save_changing
-from tests.support.reference_models import ROWS, plain
+from tests.support.reference_models import ROWS, load_plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ def base_of(kind: str, place: Path) -> Path:
 def adapter_of(kind: str, place: Path) -> Path:
     base, values, more_rows = KINDS[kind]
     checkpoint = base_of(base, place / "base")
-    model = load_full(checkpoint, base) if base == "gemma3" else plain(checkpoint)
+    model = load_full(checkpoint, base) if base == "gemma3" else load_plain(checkpoint)
     if more_rows:
         model.resize_token_embeddings(ROWS + more_rows, mean_resizing=False)
     config = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **values}

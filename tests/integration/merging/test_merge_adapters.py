@@ -29,7 +29,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, plain
+from tests.support.reference_models import ROWS, load_plain
 from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,8 @@ def test_other_keys_of_a_config_change_nothing(llama: Path, adapter: Path, kind:
     merged = merge(other, output=tmp_path / "merged")
     assert_same(merged.tensors, merge(adapter, output=tmp_path / "plain").tensors)
     assert torch.equal(
-        streamed_logits(merged, with_adapters=True), plain_logits(PeftModel.from_pretrained(plain(llama), adapter))
+        streamed_logits(merged, with_adapters=True),
+        plain_logits(PeftModel.from_pretrained(load_plain(llama), adapter)),
     )
 
 
@@ -147,7 +148,7 @@ def test_a_vocabulary_that_was_grown_elsewhere_is_taken_as_it_was_saved(
 ) -> None:
     """Up to a multiple of 64, with the tool's random new rows, where ours would be the mean."""
     checkpoint: Path = request.getfixturevalue(base)
-    grown = plain(checkpoint)
+    grown = load_plain(checkpoint)
     grown.resize_token_embeddings(ROWS + 64)
     model = adapted(grown, config_of(**values))
     place = save(model, tmp_path / "adapter", save_embedding_layers=True)
@@ -265,7 +266,7 @@ def test_a_base_in_several_files_or_pickled_gives_the_same(
     llama: Path, adapter: Path, how: str, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
-    model = plain(llama, torch.bfloat16)
+    model = load_plain(llama, torch.bfloat16)
     model.save_pretrained(base, max_shard_size="200KB" if how == "shards" else "5GB")
     if how == "pickle":
         torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -333,7 +334,7 @@ def test_an_adapter_that_can_not_be_merged_exactly_is_refused_with_the_reason(
 
 
 def test_loha_is_refused(llama: Path, tmp_path: Path) -> None:
-    model = get_peft_model(plain(llama), LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(load_plain(llama), LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert "is LOHA, not LoRA" in refused(save(model, tmp_path / "adapter"))
 
 
@@ -353,7 +354,7 @@ def test_a_vocabulary_that_grew_with_modules_that_train_whole_is_merged_as_peft_
     llama: Path, tmp_path: Path
 ) -> None:
     """PEFT writes such a module three times: as trained, again under another name, and as in the base."""
-    model = plain(llama)
+    model = load_plain(llama)
     model.resize_token_embeddings(ROWS + 64, mean_resizing=False)
     tuned = adapted(model, config_of(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
     place = save(tuned, tmp_path / "adapter")

@@ -31,7 +31,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, plain
+from tests.support.reference_models import ROWS, load_plain
 from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +57,7 @@ class Case:
 
 def every_target(base: Path, family: str) -> LoraConfig:
     """Return the config of an adapter on every module that can have one, by full names."""
-    model = plain(base)
+    model = load_plain(base)
     head = model.get_output_embeddings()
     names = [
         name
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         merged=merge(adapter, output=place / "merged"),
         by_hand=merged_by_hand(model, base, torch.bfloat16, place / "by-hand"),
         by_peft=merged_by_peft(model, torch.bfloat16, place / "by-peft"),
-        base_logits=plain_logits(plain(base)),
+        base_logits=plain_logits(load_plain(base)),
         adapted_logits=adapted_logits,
     )
 

@@ -23,7 +23,7 @@ from qlora_cli.settings.choices import BaseWeights
 from tests.conftest import Recorder
 from tests.support.loading import save_model
 from tests.support.merging import on_plain, planned, request_of, save
-from tests.support.reference_models import IDS, ROWS, plain
+from tests.support.reference_models import IDS, ROWS, load_plain
 from tests.support.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,11 +70,11 @@ def test_never_more_than_one_layer_is_in_memory(llama: Path, tmp_path: Path) -> 
     handed = Handed(base_reader(inputs.base, Base(inputs.base, BaseWeights.ORIGINAL)))
     model = streamed(inputs, handed, adapters=[WeightedAdapter(adapter=one) for one in inputs.adapters])
     largest_bytes = largest_unit_bytes(inputs.base.model, torch.float32)
-    assert largest_bytes < sum(parameter.nbytes for parameter in plain(llama).parameters()) / 2
+    assert largest_bytes < sum(parameter.nbytes for parameter in load_plain(llama).parameters()) / 2
     model.logits(IDS, torch.ones_like(IDS))
     assert handed.living_bytes == 0
     assert handed.most_bytes == largest_bytes
-    assert len(handed.names) == len({*handed.names}) == len(list(plain(llama).parameters()))  # each is read once
+    assert len(handed.names) == len({*handed.names}) == len(list(load_plain(llama).parameters()))  # each is read once
 
 
 def test_the_largest_unit_is_the_embedding_or_a_layer(llama: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def adapters_of(kind: str, base: Path, place: Path) -> list[Path]:
     """Return two adapters on one base, which PEFT can or can't run at once."""
     second: dict[str, Any] = {"whole": {"modules_to_save": ["lm_head"]}}.get(kind, {"target_modules": ["v_proj"]})
     if kind == "experts":
-        second = {"target_parameters": [name for name, _ in fused_experts(plain(base))]}
+        second = {"target_parameters": [name for name, _ in fused_experts(load_plain(base))]}
     configs = [config_of(lora_alpha=3), config_of(**second)]
     return [save(on_plain(base, config), place / str(number)) for number, config in enumerate(configs)]
 
@@ -136,7 +136,7 @@ def test_several_adapters_on_a_base_are_the_sum_of_their_effects(kind: str, tmp_
         > 1e-6
     )
     if kind == "layers":  # and as one adapter of both, by hand
-        expected = plain(base)
+        expected = load_plain(base)
         for place, weight, alpha in zip(adapters, weights, (3, 8), strict=True):
             state = load_file(place / ADAPTER_WEIGHTS)
             for key in [key for key in state if "lora_B" in key]:

@@ -20,7 +20,7 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, plain
+from tests.support.reference_models import ROWS, load_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +85,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_biases(checkpoint: Path) -> Path:
     """Give a model biases other than the zeros that it is initialized with."""
-    model = plain(checkpoint, torch.bfloat16)
+    model = load_plain(checkpoint, torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged,
     model = on_plain(base, config)
     adapter = save(model, place / "adapter", save_embedding_layers=False)
     adapted = plain_logits(model)
-    assert (adapted - plain_logits(plain(base))).abs().max() > 1e-3
+    assert (adapted - plain_logits(load_plain(base))).abs().max() > 1e-3
     exact = merge(adapter, output=place / "exact", dtype="fp32")
     torch.testing.assert_close(plain_logits(loaded_plain(exact.directory)), adapted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(streamed_logits(exact, with_adapters=True), adapted, rtol=1e-5, atol=1e-5)
