@@ -92,13 +92,13 @@ SHAPES = {
         vocab_size=128_256,
         tied=True,
     ),
-    # Half the layers of Llama-3.2-1B with a head of its own: half of it is embedding and head.
-    "1b-large-vocabulary": Shape(
-        hidden_size=2048,
+    # Half the layers of Llama-3.2-1B, half as wide, with a head of its own: two thirds of it are embedding and head.
+    "400m-large-vocabulary": Shape(
+        hidden_size=1024,
         num_layers=8,
-        intermediate_size=8192,
-        num_heads=32,
-        num_kv_heads=8,
+        intermediate_size=4096,
+        num_heads=16,
+        num_kv_heads=4,
         vocab_size=128_256,
         tied=False,
     ),
@@ -112,21 +112,30 @@ SHAPES = {
         vocab_size=128_256,
         tied=True,
     ),
-    # One and three of the 48 layers of Qwen3-30B-A3B, and a smaller vocabulary.
-    **{
-        name: Shape(
-            hidden_size=2048,
-            num_layers=num_layers,
-            intermediate_size=768,
-            num_heads=32,
-            num_kv_heads=4,
-            vocab_size=32_000,
-            tied=False,
-            num_experts=128,
-            num_experts_per_token=8,
-        )
-        for name, num_layers in (("1-layer-moe", 1), ("2b-moe", 3))
-    },
+    # A layer with as many experts as one of Qwen3-30B-A3B, each a third as large, and hardly anything else.
+    "200m-moe": Shape(
+        hidden_size=1024,
+        num_layers=1,
+        intermediate_size=512,
+        num_heads=16,
+        num_kv_heads=4,
+        vocab_size=4096,
+        tied=False,
+        num_experts=128,
+        num_experts_per_token=8,
+    ),
+    # Three of the 48 layers of Qwen3-30B-A3B, and a smaller vocabulary.
+    "2b-moe": Shape(
+        hidden_size=2048,
+        num_layers=3,
+        intermediate_size=768,
+        num_heads=32,
+        num_kv_heads=4,
+        vocab_size=32_000,
+        tied=False,
+        num_experts=128,
+        num_experts_per_token=8,
+    ),
     # The shape of Llama-3.1-8B.
     "8b": Shape(
         hidden_size=4096,
@@ -202,14 +211,14 @@ def num_parameters(shape: Shape) -> int:
     return sum(prod(size) for size in tensor_shapes(shape).values())
 
 
-def write_model(directory: Path, shape: Shape, *, sparse: bool = False) -> None:
+def write_model(directory: Path, shape: Shape, *, sparse: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config, random weights (seed 0) and tokenizer to `directory`.
 
     `sparse` omits the weights: files of the right size, all zeros, that take no disk space.
     """
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_of(shape), indent=2) + "\n", encoding="utf-8")
-    _write_weights(directory, tensor_shapes(shape), sparse=sparse)
+    _write_weights(directory, list(_shards(tensor_shapes(shape), shard_bytes)), sparse=sparse)
     _write_tokenizer(directory)
 
 
@@ -247,13 +256,13 @@ def config_of(shape: Shape) -> dict[str, Any]:
     return config
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Split tensors into groups that stay under `SHARD_BYTES` in bf16."""
+def _shards(shapes: Mapping[str, tuple[int, ...]], shard_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Split tensors into groups of at most so many bytes in bf16, or of one tensor that is larger."""
     shard: dict[str, tuple[int, ...]] = {}
     num_bytes = 0
     for name, size in shapes.items():
         tensor_bytes = 2 * prod(size)
-        if shard and num_bytes + tensor_bytes > SHARD_BYTES:
+        if shard and num_bytes + tensor_bytes > shard_bytes:
             yield shard
             shard, num_bytes = {}, 0
         shard[name] = size
@@ -261,9 +270,8 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[i
     yield shard
 
 
-def _write_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, sparse: bool) -> None:
+def _write_weights(directory: Path, shards: Sequence[Mapping[str, tuple[int, ...]]], *, sparse: bool) -> None:
     pool = None if sparse else Pool()
-    shards = list(_shards(shapes))
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         file_name = f"model-{index:05}-of-{len(shards):05}.safetensors"
@@ -276,7 +284,7 @@ def _write_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, sp
                 for size in shard.values():
                     pool.write(file, size)
         weight_map |= dict.fromkeys(shard, file_name)
-    total_bytes = 2 * sum(prod(size) for size in shapes.values())
+    total_bytes = 2 * sum(prod(size) for shard in shards for size in shard.values())
     index_file = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""Loading and saving take bounded host memory, whatever the size of the checkpoint: measured on gigabytes of weights.
+"""Loading and saving take bounded host memory, whatever the size of the checkpoint: measured on checkpoints of 0.4 GB.
 
-What is promised is 1.5 GiB over the interpreter and, on a CPU, the quantized model. These checkpoints are small enough
-that reading one as a whole might go unnoticed, so a third of that is allowed here. Figures are shown by `pytest -s`.
+What is promised is 1.5 GiB over the interpreter and, on a CPU, the quantized model. These checkpoints are smaller than
+that, so less than half of one is allowed here: reading it as a whole takes more. Figures are shown by `pytest -s`.
 """
 
 import json
@@ -20,8 +20,9 @@ from benchmarks.synthetic import SHAPES, num_parameters, write_model
 from qlora_cli.units import GIB, MIB
 
 ROOT = Path(__file__).parents[3]
-PROMISED_BYTES = 3 * GIB // 2
-ALLOWED_BYTES = PROMISED_BYTES // 3
+ALLOWED_BYTES = 192 * MIB
+SHARD_BYTES = 256 * MIB
+NUM_VOCABULARY_WEIGHTS = 2 * 128_256 * 1024  # of embedding and head
 
 pytestmark = pytest.mark.skipif(
     not STATUS.exists() or "RssAnon" not in STATUS.read_text(encoding="ascii"),
@@ -34,7 +35,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A checkpoint of the size that a test names, one at a time; each is deleted afterwards."""
     size: str = request.param
     directory = tmp_path_factory.mktemp("models") / size
-    write_model(directory, SHAPES[size])
+    write_model(directory, SHAPES[size], shard_bytes=SHARD_BYTES)
+    assert checkpoint_bytes(directory) >= 2 * ALLOWED_BYTES, "holding all of it must exceed what is allowed"
+    assert len(list(directory.glob("*.safetensors"))) > 1
     yield directory
     shutil.rmtree(directory)
 
@@ -64,43 +67,39 @@ def measure(model: Path, *arguments: str | Path, **options: str) -> dict[str, An
     return figures
 
 
-def check_bounded(figures: dict[str, Any]) -> None:
+def check_bounded(figures: dict[str, Any], *, mapped_bytes: int = 0) -> None:
     assert figures["num_samples"] > 100, "the peak was not watched"
-    assert figures["peak_host_bytes"] <= figures["model_bytes"] + ALLOWED_BYTES
+    assert figures["peak_host_bytes"] <= figures["model_bytes"] - mapped_bytes + ALLOWED_BYTES
 
 
-@pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
-def test_a_checkpoint_of_two_gigabytes_is_never_in_memory_together_with_the_quantized_model(
-    model: Path, tmp_path: Path
-) -> None:
-    assert checkpoint_bytes(model) >= 2e9
-    assert len(list(model.glob("*.safetensors"))) > 1
+@pytest.mark.parametrize("model", ["400m-large-vocabulary"], indirect=True)
+def test_a_checkpoint_is_never_in_memory_together_with_the_quantized_model(model: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     figures = measure(model, "--save", saved, model__dtype="fp32")
     check_bounded(figures)
     # In fp32 everything is copied from the file: a peak that was missed would be below the size of the model.
     assert figures["peak_host_bytes"] >= figures["model_bytes"]
     assert figures["model_bytes"] == figures["predicted_bytes"]
-    assert figures["model_bytes"] >= 4 * 2 * 128_256 * 2048, "embedding and head are in fp32"
+    assert figures["model_bytes"] >= 4 * NUM_VOCABULARY_WEIGHTS, "embedding and head are in fp32"
 
     # A model on a CPU is written without a copy. On a GPU, a shard of 1 GB is copied to the host at a time.
     print(f"saving it: {figures['save_peak_host_bytes'] / MIB:.1f} MiB more")
-    assert figures["save_peak_host_bytes"] <= 64 * MIB
+    assert figures["save_peak_host_bytes"] <= 16 * MIB
     assert checkpoint_bytes(saved) == pytest.approx(figures["model_bytes"], rel=0.001)
 
     again = measure(saved, model__dtype="fp32")
     assert again["model_bytes"] == figures["model_bytes"]
-    assert again["peak_host_bytes"] <= 64 * MIB, "a checkpoint in the dtypes that it is used in is mapped, not copied"
+    assert again["peak_host_bytes"] <= 16 * MIB, "a checkpoint in the dtypes that it is used in is mapped, not copied"
 
 
-@pytest.mark.parametrize("model", ["1b-large-vocabulary"], indirect=True)
+@pytest.mark.parametrize("model", ["400m-large-vocabulary"], indirect=True)
 def test_int8_is_bounded_too(model: Path) -> None:
-    check_bounded(measure(model, model__dtype="bf16", quantization__method="int8"))
+    figures = measure(model, model__dtype="bf16", quantization__method="int8")
+    check_bounded(figures, mapped_bytes=2 * NUM_VOCABULARY_WEIGHTS)
 
 
-@pytest.mark.parametrize("model", ["1-layer-moe"], indirect=True)
+@pytest.mark.parametrize("model", ["200m-moe"], indirect=True)
 def test_experts_are_quantized_one_at_a_time(model: Path) -> None:
-    assert checkpoint_bytes(model) >= 1e9
     figures = measure(model, model__dtype="bf16")
     assert figures["model_bytes"] < num_parameters(SHAPES[model.name]), "the experts are not quantized"
     check_bounded(figures)

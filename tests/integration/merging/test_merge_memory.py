@@ -1,7 +1,7 @@
-"""Merging takes bounded host memory, whatever the size of the checkpoint: measured on gigabytes of weights.
+"""Merging takes bounded host memory, whatever the size of the checkpoint: measured on one of 0.8 GB.
 
-What is promised is 1.5 GiB over the interpreter, if the largest tensor permits. This checkpoint is small enough that
-reading it as a whole might go unnoticed, so a third of that is allowed here. Figures are shown by `pytest -s`.
+What is promised is 1.5 GiB over the interpreter, if the largest tensor permits. This checkpoint is smaller than that,
+so a quarter of it is allowed here: reading it as a whole takes more. Figures are shown by `pytest -s`.
 """
 
 import json
@@ -18,11 +18,11 @@ import pytest
 from benchmarks.load_case import STATUS
 from benchmarks.merge_case import write_adapter
 from benchmarks.synthetic import SHAPES, write_model
-from qlora_cli.units import GIB, MIB
+from qlora_cli.units import MIB
 
 ROOT = Path(__file__).parents[3]
-PROMISED_BYTES = 3 * GIB // 2
-ALLOWED_BYTES = PROMISED_BYTES // 3
+ALLOWED_BYTES = 160 * MIB
+LIBRARY_BYTES = 256 * MIB  # files of the libraries, which are mapped
 
 pytestmark = pytest.mark.skipif(
     not STATUS.exists() or "RssAnon" not in STATUS.read_text(encoding="ascii"),
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An adapter of rank 16 on a base of 2 GB, in a directory that is deleted afterwards."""
+    """An adapter of rank 16 on a base of 0.8 GB, in a directory that is deleted afterwards."""
     directory = tmp_path_factory.mktemp("models")
-    write_model(directory / "base", SHAPES["1b-large-vocabulary"])
+    write_model(directory / "base", SHAPES["400m-large-vocabulary"], shard_bytes=256 * MIB)
     write_adapter(directory / "base", directory / "adapter")
     yield directory / "adapter"
     shutil.rmtree(directory)
@@ -52,23 +52,22 @@ def measure(adapter: Path, output: Path, base: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"\n{base}: peak {figures['anonymous_bytes'] / MIB:.0f} MiB in {figures['seconds']:.1f} s")
+    peaks = [figures[name] / MIB for name in ("anonymous_bytes", "resident_bytes", "imports_host_bytes")]
+    print(f"\n{base}: peak {peaks[0]:.0f} MiB, resident {peaks[1] - peaks[2]:.0f} MiB in {figures['seconds']:.1f} s")
     return figures
 
 
 @pytest.mark.parametrize("base", ["original", "dequantized"])
-def test_a_checkpoint_of_two_gigabytes_is_merged_in_a_quarter_of_its_size(
-    adapter: Path, tmp_path: Path, base: str
-) -> None:
+def test_a_checkpoint_is_merged_in_a_quarter_of_its_size(adapter: Path, tmp_path: Path, base: str) -> None:
     base_files = list((adapter.parent / "base").glob("*.safetensors"))
     assert len(base_files) > 1
-    assert sum(file.stat().st_size for file in base_files) >= 2e9
+    assert sum(file.stat().st_size for file in base_files) >= 4 * ALLOWED_BYTES
     figures = measure(adapter, tmp_path / "merged", base)
-    assert figures["num_merged_tensors"] == 7 * SHAPES["1b-large-vocabulary"].num_layers
+    assert figures["num_merged_tensors"] == 7 * SHAPES["400m-large-vocabulary"].num_layers
     assert figures["num_samples"] > 100, "the peak was not watched"
     assert figures["anonymous_bytes"] <= ALLOWED_BYTES
     # What the process reports includes the interpreter and its libraries.
-    assert figures["resident_bytes"] <= figures["imports_host_bytes"] + PROMISED_BYTES
+    assert figures["resident_bytes"] <= figures["imports_host_bytes"] + ALLOWED_BYTES + LIBRARY_BYTES
     written = {file.name: file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")}
     assert written == {file.name: file.stat().st_size for file in base_files}
     shutil.rmtree(tmp_path / "merged")
