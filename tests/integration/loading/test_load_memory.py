@@ -20,7 +20,8 @@ from benchmarks.synthetic import SHAPES, num_parameters, write_model
 from qlora_cli.units import GIB, MIB
 
 ROOT = Path(__file__).parents[3]
-ALLOWED_BYTES = 192 * MIB
+PROMISED_BYTES = 3 * GIB // 2
+ALLOWED_BYTES = PROMISED_BYTES // 8
 SHARD_BYTES = 256 * MIB
 NUM_VOCABULARY_WEIGHTS = 2 * 128_256 * 1024  # of embedding and head
 
