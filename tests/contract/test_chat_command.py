@@ -5,8 +5,6 @@ import os
 import pty
 import select
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from tests.contract.test_generate_command import CPU, answered, only
 from tests.contract.test_generate_command import adapter as adapter
+from tests.support.forks import end_of, start_on_terminal
 from tests.support.loading import save_model
 
 
@@ -121,27 +120,13 @@ def test_stray_bytes_in_a_pipe_are_a_mistake(base_model: Path) -> None:
 # ---- on a terminal
 
 
-# Takes stdin as the terminal that keys like Ctrl-C come from, and becomes the command.
-ON_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
 class Terminal:
     """A `qlora chat` on a pseudo-terminal, as a user runs it."""
 
     def __init__(self, *arguments: str | Path) -> None:
-        self._master, slave = pty.openpty()
-        command = [sys.executable, "-c", ON_TERMINAL, sys.executable, "-m", "qlora_cli", "chat", *map(str, arguments)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "dumb"},  # no colours, and nothing that is redrawn
-            start_new_session=True,
-        )
-        os.close(slave)
+        self._master, self._slave = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb"}  # no colours, and nothing that is redrawn
+        self._process = start_on_terminal(["chat", *map(str, arguments)], environment, os.ttyname(self._slave))
         self._seen = ""
 
     def __enter__(self) -> "Terminal":
@@ -149,8 +134,9 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.join()
         os.close(self._master)
+        os.close(self._slave)
 
     def type(self, keys: str) -> None:
         """Press keys; `\\x03` is Ctrl-C and `\\x04` Ctrl-D."""
@@ -171,7 +157,7 @@ class Terminal:
 
     def exit_code(self) -> int:
         """Wait for the process to end; what it still writes fits into the terminal's buffer."""
-        return self._process.wait(timeout=120)
+        return end_of(self._process, seconds=120)
 
 
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(base_model: Path, tmp_path: Path) -> None:

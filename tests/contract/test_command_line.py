@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from qlora_cli.demo.demonstration import DEMO_SETTINGS
 from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
-from tests.conftest import ASSETS, RunQlora, write_jsonl
-from tests.support.forks import end_of, start_command
+from tests.conftest import RunQlora, write_jsonl
+from tests.support.forks import end_of, start_command, start_on_terminal
 
 RUN_AND_LIST_MODULES = """
 import sys
@@ -290,18 +291,18 @@ def test_an_output_that_holds_something_else_is_refused(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_run_with_a_checkpoint(
-    base_model: Path, tmp_path: Path, number: signal.Signals, code: int
+    base_model: Path, rows: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     output = tmp_path / "run"
     command = ["train", "--model", str(base_model), "--output", str(output)]
-    command += ["--dataset", str(ASSETS / "train.jsonl"), "--epochs", "50", "--json"]
+    command += ["--dataset", str(rows), "--max-steps", "9999", "--json"]
     process = start_command(command, os.environ, tmp_path, streams=tmp_path)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and "step_done" in metrics.read_text()):
         assert time.monotonic() < deadline, "no step was made"
         assert process.is_alive(), "the run ended before its first step"
-        time.sleep(0.1)
+        time.sleep(0.02)
     os.kill(process.pid or 0, number)
     stderr = tmp_path / "stderr"
     assert end_of(process, seconds=120) == code, stderr.read_text()
@@ -314,13 +315,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
     assert f"Stopped by {number.name}" in stderr.read_text()
 
 
-def start_on_terminal(command: list[str]) -> tuple[int, int]:
-    """Start a command on a pseudo-terminal; return its process id and our end of the terminal."""
-    number, terminal = pty.fork()
-    if number == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores for the tests, too
-        os.execv(command[0], command)  # noqa: S606 - no shell is wanted
-    return number, terminal
+def start_run_on_terminal(arguments: list[str], *, ignores_hangups: bool = False) -> tuple[BaseProcess, int]:
+    """Start a run whose terminal is one of our own; return its process, and the other end of the terminal."""
+    terminal, its_end = pty.openpty()
+    arguments = ["train", *arguments, "--device", "cpu"]
+    process = start_on_terminal(arguments, os.environ, os.ttyname(its_end), ignores_hangups=ignores_hangups)
+    assert select.select([terminal], [], [], 300)[0], "nothing was shown"
+    os.close(its_end)  # now that the run has it open, closing the other end is a hangup
+    return process, terminal
 
 
 def read_until(terminal: int, path: Path, text: str) -> None:
@@ -334,17 +336,15 @@ def read_until(terminal: int, path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("style", ["xterm", "dumb"])  # redrawn, and in plain lines
 def test_a_terminal_that_is_closed_ends_a_run_with_a_checkpoint(
-    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
 ) -> None:
     monkeypatch.setenv("TERM", style)
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "qlora_cli", "train", "--model", str(base_model), "--output", str(output)]
-    command += ["--dataset", str(ASSETS / "train.jsonl"), "--epochs", "50"]
-    number, terminal = start_on_terminal(command)
+    arguments = ["--model", str(base_model), "--output", str(output), "--dataset", str(rows), "--max-steps", "9999"]
+    process, terminal = start_run_on_terminal(arguments)
     read_until(terminal, output / "metrics.jsonl", "step_done")
     os.close(terminal)  # the kernel sends SIGHUP, and every later write fails
-    _, status = os.waitpid(number, 0)
-    assert os.waitstatus_to_exitcode(status) == 129
+    assert end_of(process, seconds=120) == 129
     record = json.loads((output / "run.json").read_text())
     assert (record["status"], record["result"]["interrupted_by"]) == ("interrupted", "SIGHUP")
     (checkpoint,) = record["result"]["checkpoints"]
@@ -353,14 +353,12 @@ def test_a_terminal_that_is_closed_ends_a_run_with_a_checkpoint(
 
 def test_a_run_that_ignores_the_hangup_outlives_its_terminal(base_model: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
+    arguments = ["--model", str(base_model), "--output", str(output), "--dataset", str(rows), "--max-steps", "3"]
     # As nohup starts a command, but for its output, which stays on the terminal.
-    command = ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-m", "qlora_cli", "train"]
-    command += ["--model", str(base_model), "--output", str(output), "--dataset", str(rows), "--max-steps", "3"]
-    number, terminal = start_on_terminal(command)
+    process, terminal = start_run_on_terminal(arguments, ignores_hangups=True)
     read_until(terminal, output / "run.json", "running")
     os.close(terminal)
-    _, status = os.waitpid(number, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert end_of(process, seconds=120) == 0
     assert json.loads((output / "run.json").read_text())["status"] == "done"
 
 

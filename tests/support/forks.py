@@ -5,6 +5,7 @@ missing in what it forks. Tests whose subject is how a process starts (what it i
 below stdout) start Python themselves.
 """
 
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -78,6 +80,13 @@ def start_command(
     It writes to `stdout` and `stderr` in the folder `streams`, and reads from the null device if it `has_stdin`.
     """
     return start_process(_command, module, arguments, dict(environment), directory, streams, has_stdin)
+
+
+def start_on_terminal(
+    arguments: list[str], environment: Mapping[str, str], terminal: str, *, ignores_hangups: bool = False
+) -> BaseProcess:
+    """Start `qlora` in a session of its own on a terminal, whose name is that of a file, as a shell starts it."""
+    return start_process(_command_on_terminal, arguments, dict(environment), terminal, ignores_hangups)
 
 
 def output_of(
@@ -154,11 +163,31 @@ def _command(
         sys.stdin = None
     redirect(streams / "stdout", streams / "stderr")
     _open_streams_again()
+    os.chdir(directory)
+    _run_module(module, arguments, environment)
+
+
+def _command_on_terminal(
+    arguments: list[str], environment: dict[str, str], terminal: str, ignores_hangups: bool
+) -> None:
+    if ignores_hangups:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(opened, termios.TIOCSCTTY, 0)
+    for descriptor in range(3):
+        os.dup2(opened, descriptor)
+    os.close(opened)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
+    _open_streams_again()
+    _run_module("qlora_cli", arguments, environment)
+
+
+def _run_module(module: str, arguments: list[str], environment: dict[str, str]) -> None:
     of_imports = dict(os.environ)
     _set_environment(environment)
     if any(environment.get(name) != of_imports.get(name) for name in READ_AGAIN):
         _read_environment_again()
-    os.chdir(directory)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
