@@ -62,7 +62,7 @@ def predict_plain_loop(
         batch_size=settings.training.micro_batch_size,
         length=settings.data.max_length,
         gradient_accumulation_steps=1,
-        checkpointing=settings.training.gradient_checkpointing.value,
+        checkpointing=settings.training.gradient_checkpointing,
         attention=settings.model.attention.value,
         backend=backend,
         capability=representative_capability(gpu.capability),

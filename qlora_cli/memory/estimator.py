@@ -133,7 +133,7 @@ class Estimator:
             gpu,
             dtype=self.dtype_on(settings, gpu).value,
             backends=traced.backends,
-            checkpointing=_checkpointing(settings),
+            checkpointing=_checkpointing(settings).value,
             paged_bytes=traced.paged_bytes,
             pinned_host_bytes=traced.pinned_host_bytes,
         )
@@ -368,9 +368,9 @@ def representative_capability(capability: tuple[int, int]) -> tuple[int, int]:
     return (7, 5) if capability < AMPERE else (8, 0)
 
 
-def _checkpointing(settings: EstimateSettings) -> str:
+def _checkpointing(settings: EstimateSettings) -> Checkpointing:
     asked = settings.training.gradient_checkpointing
-    return (Checkpointing.ON if asked == Checkpointing.AUTO else asked).value
+    return Checkpointing.ON if asked == Checkpointing.AUTO else asked
 
 
 def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:

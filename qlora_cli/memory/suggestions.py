@@ -233,10 +233,17 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]
 
 
 def _checkpointing(base: Estimate) -> Iterator[ChangeStep]:
-    if base.gradient_checkpointing == Checkpointing.OFF:
+    slowdowns = {Checkpointing.OFF: "half", Checkpointing.SELECTIVE: "a third"}
+    slowdown = slowdowns.get(Checkpointing(base.gradient_checkpointing))
+    if slowdown is not None:
         yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.ON},
-            effect="same result, a step takes up to half as long again",
+            effect=f"same result, a step takes up to {slowdown} as long again",
+        )
+    if base.gradient_checkpointing == Checkpointing.OFF:
+        yield ChangeStep(
+            values={"training.gradient_checkpointing": Checkpointing.SELECTIVE},
+            effect="same result, a step takes somewhat longer",
         )
 
 

@@ -303,10 +303,14 @@ class Sampling(Choice):
 
 
 class Checkpointing(Choice):
-    """Whether activations are recomputed in the backward pass; `offload` keeps the layers' inputs in host memory."""
+    """Whether activations are recomputed in the backward pass.
+
+    `selective` keeps those that are expensive to recompute; `offload` keeps the layers' inputs in host memory.
+    """
 
     AUTO = "auto"
     ON = "on"
+    SELECTIVE = "selective"
     OFF = "off"
     OFFLOAD = "offload"
 

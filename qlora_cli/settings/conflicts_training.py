@@ -62,10 +62,15 @@ def _optimizer_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
 
 
 def _compile_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
-    if training.torch_compile and training.gradient_checkpointing == Checkpointing.OFFLOAD:
+    checkpointing = training.gradient_checkpointing
+    reasons = {
+        Checkpointing.OFFLOAD: "which can't be moved to host memory",
+        Checkpointing.SELECTIVE: "and it is not known which operations they consist of",
+    }
+    if training.torch_compile and checkpointing in reasons:
         message = (
-            "training.torch_compile can't be used with --gradient-checkpointing offload: compiled layers manage their "
-            "own activations, which can't be moved to host memory"
+            f"training.torch_compile can't be used with --gradient-checkpointing {checkpointing.value}: compiled "
+            f"layers manage their own activations, {reasons[checkpointing]}"
         )
         yield "training.torch_compile", message, "Use --gradient-checkpointing on, or leave torch_compile out."
 

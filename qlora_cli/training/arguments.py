@@ -53,15 +53,12 @@ def check_hardware(quantization: QuantizationSettings, training: TrainingSetting
     method_of(quantization.method).check_trainable(quantization)
 
 
-def _checkpointing_arguments(chosen: Checkpointing) -> dict[str, Any]:
+def _checkpointing_arguments() -> dict[str, Any]:
+    """Return the arguments by which the trainer leaves checkpointing to `enable_checkpointing`."""
     # transformers renamed the argument after 5.17, and warns of the old name where it has the new one.
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    if chosen == Checkpointing.OFF:
-        return {name: False, f"{name}_kwargs": None}
-    # The trainer removes `offload` before PyTorch sees it: huggingface/transformers#48444, since 5.17.
-    offload = {"offload": True} if chosen == Checkpointing.OFFLOAD else {}
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False, **offload}}
+    return {name: False, f"{name}_kwargs": None}
 
 
 def _warmup_steps(training: TrainingSettings, num_steps: int) -> int:
@@ -111,7 +108,6 @@ def training_arguments(
 ) -> SFTConfig:
     """Return the arguments of a run of `num_steps` optimizer steps that writes to `output`."""
     training = settings.training
-    checkpointing = resolve_checkpointing(training.gradient_checkpointing, device)
     arguments = SFTConfig(
         output_dir=str(output),
         # The rows arrive tokenized, truncated and masked by our own data path.
@@ -141,7 +137,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         bf16=dtype.name == Dtype.BF16,
         fp16=dtype.name == Dtype.FP16,
-        **_checkpointing_arguments(checkpointing),
+        **_checkpointing_arguments(),
         dataloader_pin_memory=device.type == "cuda",
         # Evaluation needs the loss only; TRL's fused head never builds the logits.
         prediction_loss_only=True,

@@ -104,7 +104,7 @@ def _smaller_settings(prepared: PreparedRun) -> str:
     flags = []
     if plan.micro_batch_size > 1:
         flags.append(smaller_micro_batch(plan, 1))
-    if plan.gradient_checkpointing == Checkpointing.OFF:
+    if plan.gradient_checkpointing in (Checkpointing.OFF, Checkpointing.SELECTIVE):
         flags.append("--gradient-checkpointing on")
     if plan.optimizer == "adamw_torch":
         flags.append("--optimizer adamw_8bit")

@@ -31,6 +31,7 @@ from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
+from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import Batches, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
@@ -101,6 +102,7 @@ class Session:
     def _new_trainer(self) -> QloraTrainer:
         prepared, data = self._prepared, self._prepared.train_data
         loaded, tokenizer = prepared.loaded, prepared.loaded.tokenizer
+        checkpointing = Checkpointing(prepared.plan.gradient_checkpointing)
         return QloraTrainer(
             store=self.store,
             reporter=self._reporter,
@@ -108,6 +110,7 @@ class Session:
             guard=self._guard,
             order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
             loraplus_lr_ratio=prepared.settings.training.loraplus_lr_ratio,
+            checkpointing=checkpointing,
             model=prepared.model,
             args=training_arguments(
                 prepared.settings,

@@ -11,11 +11,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.neftune import deactivate_neftune
 
+from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
+from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.data_order import RowOrder
@@ -56,6 +58,7 @@ class QloraTrainer(TrainerSeam):
         guard: StepGuard,
         order: RowOrder | None,
         loraplus_lr_ratio: float | None,
+        checkpointing: Checkpointing,
         model: Any,
         **kwargs: Any,
     ) -> None:
@@ -70,6 +73,7 @@ class QloraTrainer(TrainerSeam):
         for name, parameter in model.named_parameters():
             if name in full_precision:
                 parameter.data = full_precision[name]
+        self._checkpointing = enable_checkpointing(model, checkpointing)
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -303,6 +307,8 @@ class QloraTrainer(TrainerSeam):
         """Remove the trainer's hooks from the model, for another trainer."""
         if self.neftune_noise_alpha is not None:
             deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+        if self._checkpointing is not None:
+            self._checkpointing.remove()
 
     def try_out_evaluation(self, batch: dict[str, Any]) -> None:
         """Run a micro-batch forward as in an evaluation, without an effect."""

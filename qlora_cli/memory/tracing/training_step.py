@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 from transformers.masking_utils import flash_attention_mask
 
+from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpointing
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory.tracing.attention import attend
@@ -27,7 +28,7 @@ from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META
-from qlora_cli.settings.choices import SdpaBackend
+from qlora_cli.settings.choices import Checkpointing, SdpaBackend
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
@@ -50,7 +51,7 @@ class StepSettings:
     batch_size: int
     length: int
     gradient_accumulation_steps: int
-    checkpointing: str  # on, off or offload
+    checkpointing: Checkpointing  # not `auto`
     attention: str
     backend: SdpaBackend
     capability: tuple[int, int]
@@ -153,12 +154,7 @@ class TrainingStep:
             if parameter.requires_grad
         ]
         self._set_attention()
-        checkpoints = self.settings.checkpointing != "off"
-        if checkpoints:
-            _check_checkpointing(self.base)
-            self.base.activation_checkpointing_enable({"use_reentrant": False})
-            self.base.enable_input_require_grads()
-            self._checkpoint_as_on_a_gpu()
+        checkpointing = self._enable_checkpointing()
         noise = activate_neftune(self.model, 1.0) if self.settings.adds_noise else None
         self.base.config.use_cache = False
         try:
@@ -168,9 +164,8 @@ class TrainingStep:
                 hook.remove()
             if noise is not None:
                 deactivate_neftune(self.model, noise)
-            if checkpoints:
-                self.base.disable_input_require_grads()
-                self.base.activation_checkpointing_disable()
+            if checkpointing is not None:
+                checkpointing.remove()
 
     def run(self) -> None:
         """Run a micro-batch, a second one if gradients are accumulated, and an evaluation batch if asked."""
@@ -310,6 +305,14 @@ class TrainingStep:
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             tensor.register_hook(mark)  # type: ignore[no-untyped-call]
 
+    def _enable_checkpointing(self) -> CheckpointingHandle | None:
+        """Enable checkpointing as `train` does, but for the copies to the host, which are only counted."""
+        chosen = self.settings.checkpointing
+        handle = enable_checkpointing(self.model, Checkpointing.ON if chosen == Checkpointing.OFFLOAD else chosen)
+        if handle is not None:
+            self._checkpoint_as_on_a_gpu()
+        return handle
+
     def _checkpoint_as_on_a_gpu(self) -> None:
         """Recompute under autocast, as PyTorch does on a GPU, and count what is offloaded to the host.
 
@@ -323,7 +326,7 @@ class TrainingStep:
         def unpack(packed: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
             return torch.empty(packed[0], dtype=packed[1], device=self.settings.device)
 
-        offloads = self.settings.checkpointing == "offload"
+        offloads = self.settings.checkpointing == Checkpointing.OFFLOAD
 
         def wrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -340,14 +343,6 @@ class TrainingStep:
         for module in self.model.modules():
             if CHECKPOINT in vars(module):
                 setattr(module, CHECKPOINT, wrapped(getattr(module, CHECKPOINT)))
-
-
-def _check_checkpointing(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"{type(model).__name__} does not support gradient checkpointing",
-            hint="Use --gradient-checkpointing off.",
-        )
 
 
 def _flash_attention(

@@ -79,6 +79,7 @@ class TrainingSettings(Section):
     ] = Field(
         default=Checkpointing.AUTO,
         description="Recompute activations in the backward pass. auto: on with a GPU, off on a CPU; "
+        "selective: keep the base's products and attention, which take most of the time, and recompute the rest; "
         "offload: recompute, and keep what is saved for it in host memory.",
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(

@@ -154,6 +154,8 @@ def test_checkpointing_is_refused_if_transformers_lacks_it(family: str) -> None:
 STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "checkpointing off": ({"checkpointing": "off"}, {}),
     "checkpointing on the host": ({"checkpointing": "offload"}, {}),
+    "selective checkpointing": ({"checkpointing": "selective"}, {}),
+    "selective checkpointing of padded rows": ({"checkpointing": "selective", "batch_size": 2}, {}),
     "one micro-batch": ({"gradient_accumulation_steps": 1}, {}),
     "several micro-batches": ({"gradient_accumulation_steps": 4}, {}),
     "evaluation": ({"evaluates": True}, {}),

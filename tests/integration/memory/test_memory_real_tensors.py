@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 STEPS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
     "no checkpointing": {"checkpointing": "off"},
+    "selective checkpointing": {"checkpointing": "selective"},
     "packing": {"is_packed": True, "batch_size": 2},
     "padded rows": {"batch_size": 2},
     "one micro-batch": {"gradient_accumulation_steps": 1},
@@ -142,7 +143,7 @@ def test_every_allocation_and_release_is_that_of_real_tensors(pair: Make, model:
     assert_same(*pair(model).traced(**STEPS[step]))
 
 
-@pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "padded rows"])
+@pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "selective checkpointing", "padded rows"])
 @pytest.mark.parametrize("model", [name for name in MODELS if name not in ("plain", "experts", "sliding windows")])
 def test_every_kind_of_model_allocates_on_meta_as_with_real_tensors(pair: Make, model: str, step: str) -> None:
     if (model, step) != COPIED[:2]:
@@ -176,7 +177,7 @@ def _without_pairs(sizes: list[int], size: int) -> list[int]:
     return remaining
 
 
-@pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "padded rows"])
+@pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "selective checkpointing", "padded rows"])
 def test_attention_composed_by_pytorch_is_the_same(pair: Make, step: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         assert_same(*pair("plain").traced(attention="sdpa", **STEPS[step]))

@@ -115,7 +115,9 @@ def process_bytes(settings: EstimateSettings) -> int:
     of_state = {"adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "lion_32bit": 4, "lion_8bit": 1}
     optimizer_bytes = {**of_state, "paged_lion_8bit": 0}.get(training.optimizer, 8)
     length = settings.data.max_length
-    each = {"off": 1536 * 1024, "on": 256 * 1024, "offload": 64 * 1024}[effective_checkpointing(settings)]
+    each = {"off": 1536 * 1024, "selective": 1024 * 1024, "on": 256 * 1024, "offload": 64 * 1024}[
+        effective_checkpointing(settings)
+    ]
     attention = length * 64 if settings.model.attention == "eager" else 0
     activations = training.micro_batch_size * length * (each + 512 * 1024 + modules * 4096 + attention)
     return int(8e9 * bits / 8) + num_trained * (8 + optimizer_bytes) + activations + CONTEXT
@@ -197,7 +199,7 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
     needed = process_bytes(FULL) * 21 // 20
     suggested = suggestions_for(FULL, card(needed - 8 * MIB), Asker())
     assert flags_in(suggested) == [
-        "--gradient-checkpointing on",
+        "--gradient-checkpointing selective",
         "--micro-batch-size 4 --gradient-accumulation-steps 8",
         "--double-quant",
         "--optimizer adamw_8bit",
@@ -352,7 +354,9 @@ def test_a_change_that_saves_nothing_is_not_suggested() -> None:
 
 @pytest.mark.parametrize("usable_gib", [3, 5, 6, 7, 8, 10, 12, 16, 24])
 def test_suggestions_are_correct_for_many_runs_with_few_predictions(usable_gib: int) -> None:
-    grid = product(("auto", "off", "offload"), (1, 6, 64), ("nf4", "int8", "none"), (2048, 32768), (8, 128))
+    grid = product(
+        ("auto", "off", "selective", "offload"), (1, 6, 64), ("nf4", "int8", "none"), (2048, 32768), (8, 128)
+    )
     for checkpointing, micro, method, length, rank in grid:
         settings = settings_of(
             training__gradient_checkpointing=checkpointing,

@@ -370,7 +370,7 @@ def test_an_estimate_accepts_a_train_file_unchanged(tmp_path: Path) -> None:
         ("output: {report_to: paper}\n", "output.report_to: 'paper' is not one of"),
         (
             "training: {gradient_checkpointing: offlod}\n",
-            "is not one of auto, on, off, offload | Did you mean offload",
+            "is not one of auto, on, selective, off, offload | Did you mean offload",
         ),
     ],
 )

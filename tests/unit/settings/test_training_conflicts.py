@@ -43,6 +43,7 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
         ({"optimizer": "adafactor", "adam_beta2": "0.95"}, "adam_beta2", "no such moving average"),
         ({"optimizer": "lion_8bit", "adam_beta2": "0.95"}, "adam_beta2", "Lion uses its own, 0.99"),
         ({"torch_compile": "true", "gradient_checkpointing": "offload"}, "torch_compile", "manage their own"),
+        ({"torch_compile": "true", "gradient_checkpointing": "selective"}, "torch_compile", "manage their own"),
         ({"sample_tokens": "10"}, "sample_tokens", "without prompts"),
         ({"max_nan_skips": "3"}, "max_nan_skips", "nothing is skipped"),
     ],

@@ -1,0 +1,112 @@
+"""Checkpointing of activations: what a decoder layer keeps for its backward pass, and what it computes again there.
+
+`selective` keeps the results that are expensive to compute again for their size: the products of the base's weights,
+and attention. The rest, such as norms, activation functions and the adapter's products, is recomputed. Outputs and
+gradients are those of `on` and `off`, to the bit.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_cli.errors import ModelError
+from qlora_cli.settings.choices import Checkpointing
+
+# Kernels of attention that store no scores, of PyTorch and of flash-attn.
+ATTENTION = frozenset(
+    f"aten::_scaled_dot_product_{kernel}"
+    for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+) | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
+# Products with weights in 4, 8 and 16 bit; only those of the base's layers are kept.
+PRODUCTS = frozenset(
+    ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm")
+) | {"aten::mm", "aten::addmm"}
+
+
+class CheckpointingHandle:
+    """Removes checkpointing from a model again."""
+
+    def __init__(self, base: PreTrainedModel, hooks: list[RemovableHandle]) -> None:
+        self._base = base
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Let the layers keep all activations, as without checkpointing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._base.disable_input_require_grads()
+        self._base.activation_checkpointing_disable()
+
+
+def enable_checkpointing(model: PeftModel, checkpointing: Checkpointing) -> CheckpointingHandle | None:
+    """Have the layers of `model` recompute activations in the backward pass; None for `off`.
+
+    `checkpointing` is not `auto`.
+
+    Raises:
+        ModelError: the model does not support it.
+    """
+    if checkpointing == Checkpointing.OFF:
+        return None
+    base: PreTrainedModel = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(base).__name__} does not support gradient checkpointing",
+            hint="Use --gradient-checkpointing off.",
+        )
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    hooks: list[RemovableHandle] = []
+    if checkpointing == Checkpointing.SELECTIVE:
+        policy = _KeepsProducts()
+        hooks = [hook for layer in _base_layers(base) for hook in policy.watch(layer)]
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    # It also makes the embeddings' output require gradients.
+    base.activation_checkpointing_enable(arguments, offload=checkpointing == Checkpointing.OFFLOAD)
+    return CheckpointingHandle(base, hooks)
+
+
+class _KeepsProducts:
+    """The policy of selective checkpointing, which is asked for each operation of a layer."""
+
+    def __init__(self) -> None:
+        self._num_entered = 0  # layers of the base that are computing
+
+    def watch(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Note while a layer of the base computes, to keep its products and not the adapter's."""
+
+        def enter(*_: Any) -> None:
+            self._num_entered += 1
+
+        def leave(*_: Any) -> None:
+            self._num_entered -= 1
+
+        # PyTorch ends a recomputation by an exception as soon as it has all that is needed.
+        return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True)]
+
+    def __call__(self, _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        name: str = operation.name()
+        if name in ATTENTION or (self._num_entered and name in PRODUCTS):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _base_layers(base: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the linear layers of the base, with an adapter or without one."""
+    of_adapters = {
+        part
+        for module in base.modules()
+        if isinstance(module, LoraLayer)
+        for name in module.adapter_layer_names
+        for part in getattr(module, name).modules()
+    }
+    for module in base.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module not in of_adapters:
+            yield module

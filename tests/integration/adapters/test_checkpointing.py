@@ -1,0 +1,148 @@
+"""Checkpointing changes what is kept for the backward pass and what is computed twice, and no gradient by a bit."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.checkpointing import enable_checkpointing
+from qlora_cli.settings.choices import Checkpointing
+from tests.support.adapters import load_for, settings_of, train_steps
+from tests.support.loading import save_model
+from tests.support.reference_models import IDS, ROWS
+
+Gradients = dict[str, torch.Tensor]
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+# Families with grouped keys and values, Conv1D, biases, soft caps, experts, and attention of another kind.
+FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe", "qwen3_next")
+CHECKPOINTED = (Checkpointing.ON, Checkpointing.SELECTIVE)
+
+
+class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], PeftModel]:
+    """Return a model with an adapter whose matrices are not zero, made once."""
+
+    @cache
+    def make(family: str, method: str) -> PeftModel:
+        directory = save_model(tmp_path_factory.mktemp("model"), family, vocab_size=ROWS)
+        lora = settings_of()
+        flags = {"quantization__method": method, "model__dtype": "fp32"}
+        model = attach_adapter(load_for(directory, lora, **flags).base, lora)[0]
+        train_steps(model, 1)
+        return model
+
+    return make
+
+
+def run_backward(model: PeftModel, checkpointing: Checkpointing) -> tuple[Gradients, Counter[str]]:
+    """Return the gradients of the adapter and the operations of a forward and backward pass."""
+    model.train()
+    model.zero_grad()
+    handle = enable_checkpointing(model, checkpointing)
+    try:
+        torch.manual_seed(0)
+        with CountOperations() as operations:
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    finally:
+        if handle is not None:
+            handle.remove()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, operations.counts
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_without_checkpointing(
+    adapted: Callable[[str, str], PeftModel], family: str, method: str
+) -> None:
+    model = adapted(family, method)
+    expected, _ = run_backward(model, Checkpointing.OFF)
+    assert expected.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for checkpointing in CHECKPOINTED:
+        gradients, _ = run_backward(model, checkpointing)
+        assert gradients.keys() == expected.keys()
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected), checkpointing
+
+
+def test_selective_checkpointing_recomputes_neither_products_of_the_base_nor_attention(
+    adapted: Callable[[str, str], PeftModel],
+) -> None:
+    model = adapted("llama", "nf4")
+    counts = {each: run_backward(model, each)[1] for each in (Checkpointing.OFF, *CHECKPOINTED)}
+    off, on, selective = (counts[each] for each in (Checkpointing.OFF, *CHECKPOINTED))
+    for name in ("bitsandbytes::gemm_4bit", ATTENTION):
+        assert on[name] == 2 * off[name] > 0
+        assert selective[name] == off[name]
+    # What is cheap for its size is computed again: norms, activation functions, and the adapter.
+    for name in ("aten::silu", "aten::rsqrt", "aten::mm"):
+        assert on[name] >= selective[name] > off[name]
+
+
+def test_of_a_base_in_16_bit_only_the_products_of_the_adapter_are_recomputed(
+    adapted: Callable[[str, str], PeftModel],
+) -> None:
+    model = adapted("llama", "none")
+    on, selective = (run_backward(model, each)[1]["aten::mm"] for each in CHECKPOINTED)
+    num_layers = sum(1 for name, _ in model.named_modules() if name.endswith(".base_layer"))
+    assert on - selective == num_layers
+
+
+def test_a_handle_removes_all_traces(adapted: Callable[[str, str], PeftModel]) -> None:
+    model = adapted("llama", "nf4")
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    _, before = run_backward(model, Checkpointing.OFF)
+    run_backward(model, Checkpointing.SELECTIVE)
+    _, after = run_backward(model, Checkpointing.OFF)
+    assert before == after
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_an_error_in_a_layer_leaves_the_policy_as_it_was(adapted: Callable[[str, str], PeftModel]) -> None:
+    model = adapted("llama", "nf4")
+    expected = run_backward(model, Checkpointing.SELECTIVE)[1]
+    handle = enable_checkpointing(model, Checkpointing.SELECTIVE)
+    assert handle is not None
+    layer = next(module for name, module in model.named_modules() if name.endswith(".base_layer"))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle of a layer")
+
+    failing = layer.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model(input_ids=IDS, labels=IDS, use_cache=False)
+    failing.remove()
+    model.zero_grad()
+    torch.manual_seed(0)
+    with CountOperations() as operations:
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    handle.remove()
+    assert operations.counts == expected
+
+
+def test_selective_checkpointing_keeps_dropout_as_it_was_drawn(tmp_path: Path) -> None:
+    lora = settings_of(dropout=0.5)
+    base = load_for(save_model(tmp_path / "model", "llama", vocab_size=ROWS), lora, model__dtype="fp32").base
+    model = attach_adapter(base, lora)[0]
+    train_steps(model, 1)
+    expected, _ = run_backward(model, Checkpointing.OFF)
+    gradients, _ = run_backward(model, Checkpointing.SELECTIVE)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
