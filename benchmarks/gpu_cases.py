@@ -43,6 +43,7 @@ MEMORY_CASES = (
     _memory("1b", "packed-flash", data__packing=True, data__max_length=4096, model__attention="flash_attention_2"),
     _memory("1b", "accumulation", training__gradient_accumulation_steps=4, data__max_length=2048),
     _memory("1b", "no-checkpointing", training__gradient_checkpointing="off", data__max_length=2048),
+    _memory("1b", "selective", training__gradient_checkpointing="selective", data__max_length=2048),
     _memory("1b", "offload", training__gradient_checkpointing="offload", data__max_length=8192),
     _memory("1b", "eager", model__attention="eager", data__max_length=2048),
     _memory("1b", "flash-attention-2", model__attention="flash_attention_2", data__max_length=4096),
@@ -78,6 +79,11 @@ CASES = (
     _load("8b", "nf4-offload-embedding", model__offload_embedding=True),
     Case(name="8b", size="8b", settings={"training.micro_batch_size": 2}),
     Case(name="8b-2048", size="8b", settings={"data.max_length": 2048}),
+    Case(
+        name="8b-2048-selective",
+        size="8b",
+        settings={"data.max_length": 2048, "training.gradient_checkpointing": "selective"},
+    ),
     Case(
         name="8b-paged-8-bit-adam",
         size="8b",
