@@ -4,10 +4,11 @@ from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, c
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, skipped
 from qlora_cli.doctor.isolation import CheckFunction, Isolation
 from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.hardware.driver import INSTALL_TORCH
 
 LIMIT_SECONDS = 180.0  # importing PyTorch from a slow disk, or compiling kernels for a new GPU, takes minutes
 REINSTALL = "Reinstall qlora with the versions that it is tested with: pip install -c constraints.txt ."
-REINSTALL_TORCH = f"Reinstall PyTorch: {checks_hardware.INSTALL_TORCH}"
+REINSTALL_TORCH = f"Reinstall PyTorch: {INSTALL_TORCH}"
 REINSTALL_BITSANDBYTES = "Reinstall it: pip install --force-reinstall --no-deps bitsandbytes"
 USE_CPU = "Restart, install a PyTorch that supports this GPU, or train without it: --device cpu"
 REPORT_IT = "Run it again; if it stays so, report it with the output of --json."

@@ -1,7 +1,6 @@
 """Check the hardware through PyTorch: the driver, CUDA, each GPU and its memory, attention kernels."""
 
 import contextlib
-import ctypes
 import importlib
 import os
 import shutil
@@ -15,15 +14,14 @@ from typing import TYPE_CHECKING
 from qlora_cli.doctor.findings import Json, Outcome, Status, failed, ok, skipped, warning
 from qlora_cli.doctor.isolation import attempt, without_home
 from qlora_cli.errors import HardwareError
+from qlora_cli.hardware.driver import DRIVER_LIBRARIES, INSTALL_TORCH, dotted, driver_cuda_version, explain_no_cuda
 from qlora_cli.settings.choices import Device, Dtype
 from qlora_cli.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-DRIVER_LIBRARIES = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}
 DRIVER_SECONDS = 20
-INSTALL_TORCH = "https://pytorch.org/get-started/locally/"
 SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 ON_CPU = "Small models train on the CPU; for others use a machine with an NVIDIA GPU."
 
@@ -66,18 +64,6 @@ def check_torch() -> Outcome:
     )
 
 
-def driver_cuda_version() -> tuple[int, int] | None:
-    """Return the newest CUDA version that the NVIDIA driver supports; None without a driver."""
-    try:
-        driver = ctypes.CDLL(DRIVER_LIBRARIES.get(sys.platform, "libcuda.so.1"))
-    except OSError:
-        return None
-    version_number = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version_number)) != 0:
-        return None
-    return version_number.value // 1000, version_number.value % 1000 // 10
-
-
 def check_driver() -> Outcome:
     """Ask the NVIDIA driver for its version, and for the newest CUDA version that it supports."""
     cuda = driver_cuda_version()
@@ -93,9 +79,9 @@ def check_driver() -> Outcome:
             driver_version=named,
         )
     return ok(
-        f"driver {named or 'of unknown version'}, for CUDA up to {_dotted(cuda)}",
+        f"driver {named or 'of unknown version'}, for CUDA up to {dotted(cuda)}",
         driver_version=named,
-        newest_cuda=_dotted(cuda),
+        newest_cuda=dotted(cuda),
     )
 
 
@@ -125,20 +111,6 @@ def check_cuda() -> Outcome:
         return skipped("no driver to reach a GPU through", advice, built_for_cuda=built_for, num_gpus=0)
     finding, advice = explain_no_cuda(built_for, driver, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return warning(finding, advice, built_for_cuda=built_for, num_gpus=0, error=_cuda_error())
-
-
-def explain_no_cuda(built_for: str | None, driver: tuple[int, int], visible: str | None) -> tuple[str, str]:
-    """Return why PyTorch reaches no GPU although there is a driver, and what to do."""
-    if built_for is None:
-        return "this PyTorch is built without CUDA, so the GPU is not used", f"Install a CUDA build: {INSTALL_TORCH}"
-    if driver[0] < int(built_for.split(".")[0]):
-        return (
-            f"PyTorch is built for CUDA {built_for}, and the driver supports up to {_dotted(driver)}",
-            f"Update the driver, or install PyTorch for CUDA {driver[0]}: {INSTALL_TORCH}",
-        )
-    if visible is not None and visible.strip() in {"", "-1"}:
-        return "CUDA_VISIBLE_DEVICES hides every GPU", "Unset CUDA_VISIBLE_DEVICES, or list the GPUs to use in it."
-    return f"PyTorch reaches no GPU through CUDA {built_for}", "See whether nvidia-smi lists the GPU; if not, reboot."
 
 
 def _cuda_error() -> str | None:
@@ -177,7 +149,7 @@ def _detect_gpu(index: int) -> DetectedGpu:
     return DetectedGpu(
         index=index,
         name=torch.cuda.get_device_name(device),
-        compute_capability=_dotted(capability),
+        compute_capability=dotted(capability),
         bf16=capability >= (8, 0),
         total_bytes=total_bytes,
         free_bytes=free_bytes,
@@ -240,7 +212,3 @@ def _flash_attn() -> tuple[str | None, str | None]:
 def _import_flash_attn() -> Outcome:
     importlib.import_module("flash_attn")
     return ok("can be imported")
-
-
-def _dotted(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}.{pair[1]}"

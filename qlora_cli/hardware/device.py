@@ -1,11 +1,14 @@
 """Choose the device and the dtype to compute in, and say why."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from qlora_cli.errors import HardwareError
+from qlora_cli.hardware.driver import INSTALL_TORCH, dotted
 from qlora_cli.settings.choices import Device, Dtype
 
 TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}
@@ -32,18 +35,45 @@ def choose_device(wanted: Device) -> torch.device:
     """Return the device to load on: the current GPU if there is one, unless the CPU is `wanted`.
 
     Raises:
-        HardwareError: a GPU was asked for and there is none.
+        HardwareError: a GPU was asked for and there is none, or this PyTorch has no kernels for it.
     """
     if wanted == Device.CPU:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device())
+        _check_architecture(device)
+        return device
     if wanted == Device.CUDA:
         raise HardwareError(
             "no NVIDIA GPU is visible to PyTorch",
             hint="Check nvidia-smi and that torch is a CUDA build, or leave --device out to use the CPU.",
         )
     return torch.device("cpu")
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Return whether one of a PyTorch build's `architectures`, such as `sm_80`, runs on a GPU of `capability`.
+
+    Code for `sm_80` runs on later minor versions of the same major version, code for `compute_80` on all later ones.
+    """
+    for architecture in architectures:
+        kind, _, digits = architecture.partition("_")
+        if match := re.fullmatch(r"(\d+)(\d)[a-z]?", digits):
+            built_for = int(match[1]), int(match[2])
+            if built_for <= capability and (kind == "compute" or built_for[0] == capability[0]):
+                return True
+    return False
+
+
+def _check_architecture(device: torch.device) -> None:
+    architectures = torch.cuda.get_arch_list()
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and architectures and not has_kernels(capability, architectures):
+        raise HardwareError(
+            f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
+            f"{dotted(capability)}), only for {' '.join(architectures)}",
+            hint=f"Install a build that has them; older GPUs need one for an earlier CUDA version: {INSTALL_TORCH}",
+        )
 
 
 def choose_compute_dtype(wanted: Dtype, device: torch.device, model_type: str | None = None) -> ComputeDtype:

@@ -12,6 +12,7 @@ from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabular
 from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
+from qlora_cli.hardware.driver import unused_gpu
 from qlora_cli.loading.model_outline import ModelOutline, find, settle_load
 from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.model_config import ModelConfig
@@ -20,7 +21,7 @@ from qlora_cli.quantization.embedding import check_offload, embedding_of
 from qlora_cli.quantization.memory_check import check_fit, free_bytes
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
-from qlora_cli.settings.choices import Attention, Dtype
+from qlora_cli.settings.choices import Attention, Device, Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.tokenizing.positions import apply_rope_scaling
@@ -85,6 +86,8 @@ def plan_outlined(model: ModelOutline, settings: LoadSettings, reporter: Reporte
     """Plan the load of a model with settled settings. Raises what `plan_load` raises."""
     check_placement(settings)
     device = choose_device(settings.model.device)
+    if settings.model.device == Device.AUTO and (unused := unused_gpu()) is not None:
+        reporter.report(Noted(level="warning", message="it runs on the CPU, slowly: {}. {}".format(*unused)))
     dtype = _dtype_on(device, settings, model.base)
     tokenizer = load_tokenizer(model.source, settings.model)
     scaling_note = apply_rope_scaling(model.base.config, settings.model.rope_scaling)

@@ -46,6 +46,7 @@ from qlora_cli.training.callbacks.reporting import ReportWriter, draw_report
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.callbacks.trackers import tracking
 from qlora_cli.training.determinism import determinism
+from qlora_cli.training.launcher import single_process
 from qlora_cli.training.out_of_resources import explained, smaller_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.resuming.loop_state import LoopState
@@ -66,7 +67,7 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     Raises:
         QloraError: of the type of the problem.
     """
-    with determinism(resolved.settings.training):
+    with single_process(), determinism(resolved.settings.training):
         return prepare_run(resolved, reporter, force=force).plan
 
 
@@ -81,7 +82,7 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     """
     if (result := result_of_done(resolved)) is not None:
         return _already_done(resolved.settings, result, reporter)
-    with determinism(resolved.settings.training):
+    with single_process(), determinism(resolved.settings.training):
         return _train_settled(settle_run(resolved, reporter, force=force), reporter)
 
 

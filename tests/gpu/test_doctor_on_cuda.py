@@ -5,6 +5,7 @@ import torch
 
 from qlora_cli.doctor import checks_hardware
 from qlora_cli.doctor.checks_bitsandbytes import check_device
+from qlora_cli.hardware.driver import driver_cuda_version
 from tests.conftest import RunQlora
 
 pytestmark = [
@@ -41,7 +42,7 @@ def test_nf4_and_int8_are_far_below_their_tolerances() -> None:
 
 
 def test_the_driver_knows_the_cuda_version_that_pytorch_was_built_for() -> None:
-    driver = checks_hardware.driver_cuda_version()
+    driver = driver_cuda_version()
     assert driver is not None
     assert torch.version.cuda is not None
     assert driver[0] >= int(torch.version.cuda.split(".")[0])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
@@ -18,6 +18,8 @@ from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.runs.run_result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes
+
+Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 
 def current_gpu(load_plan: LoadPlan) -> Gpu | None:
@@ -40,7 +42,7 @@ class Outlook:
     estimate: Estimate
     asked: EstimateSettings
     gpu: Gpu
-    estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
+    estimate_of: Predict
 
     def suggestions(self) -> str:
         """Return the changes of flags that are predicted to fit, with their memory; empty if there are none."""
@@ -72,9 +74,9 @@ def check_memory(
         adapter=None if source.adapter is None else read_outline(source.adapter),
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    estimator = Estimator(facts, evaluates=evaluates)
+    estimate_of = _contained(Estimator(facts, evaluates=evaluates).estimate)
     try:
-        estimate = estimator.estimate(asked, gpu)
+        estimate = estimate_of(asked, gpu)
     except QloraError as error:
         reporter.report(Noted(level="warning", message=f"its memory can't be predicted: {error}"))
         return None
@@ -82,7 +84,7 @@ def check_memory(
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
     fit = judge_fit(estimate, gpu)
     predicted = _as_predicted(estimate, fit.fits)
-    outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimator.estimate)
+    outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimate_of)
     if fit.fits != YES:
         suggestions = outlook.suggestions()
         what = (
@@ -100,6 +102,22 @@ def check_memory(
         verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
         reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
     return outlook
+
+
+def _contained(estimate: Predict) -> Predict:
+    """Return `estimate` with every failure of it as a `ModelError`: a prediction that fails must not end a run."""
+
+    def contained(settings: EstimateSettings, gpu: Gpu) -> Estimate:
+        try:
+            return estimate(settings, gpu)
+        except QloraError:
+            raise
+        except Exception as error:  # whatever the model's code or a library raises
+            raise ModelError(
+                f"{type(error).__name__}: {error}", hint="This is a bug in the prediction; please report it."
+            ) from error
+
+    return contained
 
 
 def _as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: int) -> EstimateSettings:

@@ -11,6 +11,7 @@ from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import load_planned
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.settle import resolved_in_code
@@ -46,6 +47,20 @@ def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, 
     assert predicted.fits == "yes"
     assert 0 < predicted.allocated_bytes <= predicted.reserved_bytes <= predicted.process_bytes
     assert not [event for event in reporter.events if isinstance(event, Noted)]
+
+
+@pytest.mark.parametrize("error", [IndexError("no such layer"), RuntimeError("no meta kernel"), MemoryError()])
+def test_a_prediction_that_fails_ends_no_run(
+    settings: TrainSettings, load_plan: LoadPlan, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Estimator, "estimate", fail)
+    reporter = Recorder()
+    assert check_memory(settings, load_plan, card(MIB), reporter, longest_row_tokens=LENGTH, force=False) is None
+    (note,) = [event for event in reporter.events if isinstance(event, Noted)]
+    assert note.message == f"its memory can't be predicted: {type(error).__name__}: {error}"
 
 
 def test_a_run_that_cannot_fit_stops_with_exit_3_and_what_would_fit(

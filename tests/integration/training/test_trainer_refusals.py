@@ -9,7 +9,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import StepDone
 from qlora_cli.training import session
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, train_settings
+from tests.conftest import Recorder, RunQlora, train_settings
 from tests.support.training_process import SignalAt
 
 
@@ -59,3 +59,16 @@ def test_a_fault_of_our_own_is_not_mistaken_for_one_of_the_settings(
     with pytest.raises(ValueError, match="ours") as caught:
         train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     assert not isinstance(caught.value, ModelError)
+
+
+def test_variables_of_a_launcher_that_were_left_over_do_not_stop_a_run(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    arguments = ("train", "--model", base_model, "--dataset", rows, "--output", tmp_path / "run", "--max-steps", "1")
+    left = {"RANK": "0", "LOCAL_RANK": "0"}
+    refused = run_qlora(*arguments, env={**left, "WORLD_SIZE": "2"})
+    assert (refused.code, "this is one of 2 processes" in refused.stderr) == (2, True), refused.stderr
+    assert not (tmp_path / "run").exists()
+    trained = run_qlora(*arguments, "--json", env={**left, "WORLD_SIZE": "1"})
+    assert trained.code == 0, trained.stderr
+    assert trained.json["num_steps"] == 1

@@ -5,8 +5,10 @@ import torch
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.hardware import device as choosing
-from qlora_cli.hardware.device import choose_compute_dtype
-from qlora_cli.settings.choices import Dtype
+from qlora_cli.hardware import driver as drivers
+from qlora_cli.hardware.device import choose_compute_dtype, choose_device, has_kernels
+from qlora_cli.hardware.driver import unused_gpu
+from qlora_cli.settings.choices import Device, Dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -82,3 +84,59 @@ def test_a_gpu_computes_in_fp16_and_fp32_as_requested(
 ) -> None:
     chosen = choose_compute_dtype(asked, gpu(monkeypatch, capability))
     assert (chosen.name, chosen.reason) == (asked, "as asked")
+
+
+# What PyTorch 2.13 is built for, with CUDA 12.6 and with CUDA 13.0.
+OLDER = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+NEWER = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "has"),
+    [
+        ((6, 0), OLDER, True),  # P100
+        ((6, 0), NEWER, False),
+        ((6, 1), OLDER, True),  # GTX 1080
+        ((7, 0), NEWER, False),  # V100
+        ((7, 5), NEWER, True),
+        ((8, 9), NEWER, True),  # by code for 8.0
+        ((10, 3), NEWER, True),
+        ((12, 1), NEWER, True),
+        ((13, 0), NEWER, True),  # compiled when it is first used
+        ((10, 0), OLDER, False),
+        ((9, 0), ("sm_90a",), True),
+        ((8, 0), (), False),
+        ((8, 0), ("gfx90a", "sm_", "sm_x"), False),
+    ],
+)
+def test_code_runs_on_later_minor_versions_and_what_is_compiled_on_first_use_on_all_later_ones(
+    capability: tuple[int, int], architectures: tuple[str, ...], has: bool
+) -> None:
+    assert has_kernels(capability, architectures) == has
+
+
+@pytest.mark.parametrize("wanted", [Device.AUTO, Device.CUDA])
+def test_a_gpu_that_pytorch_has_no_kernels_for_is_refused(monkeypatch: pytest.MonkeyPatch, wanted: Device) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(NEWER))
+    gpu(monkeypatch, (7, 0))
+    with pytest.raises(HardwareError, match=r"no kernels for Some GPU \(compute capability 7\.0\), only for sm_75"):
+        choose_device(wanted)
+    assert choose_device(Device.CPU) == CPU
+    gpu(monkeypatch, (8, 6))
+    assert choose_device(wanted) == GPU
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(None, None), ((12, 4), "PyTorch is built for CUDA 13.0, and the driver supports up to 12.4")],
+)
+def test_a_gpu_that_is_not_used_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, driver: tuple[int, int] | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(drivers, "driver_cuda_version", lambda: driver)
+    unused = unused_gpu()
+    assert (None if unused is None else unused[0]) == reason

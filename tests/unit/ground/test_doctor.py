@@ -18,6 +18,7 @@ from qlora_cli.doctor.all_checks import Examination
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, failed, ok
 from qlora_cli.doctor.isolation import Isolation, without_home
 from qlora_cli.events import SilentReporter
+from qlora_cli.hardware.driver import explain_no_cuda
 from qlora_cli.units import GIB
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def test_every_package_of_pyproject_is_compared() -> None:
 def test_the_reason_why_pytorch_reaches_no_gpu_is_reported(
     built_for: str | None, driver: tuple[int, int], visible: str | None, finding: str, advice: str
 ) -> None:
-    explained = checks_hardware.explain_no_cuda(built_for, driver, visible)
+    explained = explain_no_cuda(built_for, driver, visible)
     assert finding in explained[0]
     assert advice in explained[1]
 
