@@ -34,6 +34,8 @@ from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_f
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
 
+MOST_CUDA_WEIGHTS = 2**31 - 1  # of a tensor: an int in C
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoragePlan:
@@ -116,7 +118,8 @@ def plan_layout(
     """Return the storage plan on `device` for `model`, which is on the meta device and in `dtype`.
 
     Raises:
-        ModelError: nothing can be quantized as `settings` say, or the experts can't.
+        ModelError: nothing can be quantized as `settings` say, or the experts can't, as those that are too large for
+            CUDA kernels.
     """
     method = method_of(settings.method)
     if prequantized is not None:
@@ -137,6 +140,8 @@ def plan_layout(
             raise _experts_not_supported(model, settings.method, experts)
         if not experts and all(name in unquantized for name, _ in linear_layers(model)):
             raise _nothing_to_quantize(model, settings.method, unquantized)
+    if device.type == "cuda":
+        _check_counts(model, experts)
     inventory = _predict(model, settings, unquantized, experts)
     return StoragePlan(
         settings=settings,
@@ -205,6 +210,17 @@ def _check_restorable(
             f"{len(wrong)} weights can't be used on a {device.type.upper()} as they are stored: {name} has {reason}",
             hint="Use a GPU, or load the 16-bit model, whose weights of this shape are kept unquantized.",
         )
+
+
+def _check_counts(model: PreTrainedModel, experts: tuple[str, ...]) -> None:
+    """Check that CUDA kernels can dequantize each tensor of fused experts, which is done as a whole."""
+    for name, shape in fused_experts(model):
+        if name in experts and shape.numel() > MOST_CUDA_WEIGHTS:
+            raise ModelError(
+                f"{name} holds {shape.numel():,} weights, and the CUDA kernels of bitsandbytes count to "
+                f"{MOST_CUDA_WEIGHTS:,}",
+                hint="With enough memory, keep the experts in 16 bit: --set quantization.skip_modules=experts",
+            )
 
 
 def _experts_not_supported(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:

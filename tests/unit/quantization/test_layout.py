@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.errors import ModelError
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
@@ -247,6 +248,21 @@ def test_in_fp32_llama_2_7b_takes_seven_times_the_bytes() -> None:
     assert inventory.float32_bytes == 4 * LLAMA_2_7B.num_parameters
     assert inventory.float32_bytes / GIB == pytest.approx(25.1, abs=0.05)
     assert inventory.float32_bytes / inventory.total_bytes == pytest.approx(7.0, abs=0.05)
+
+
+def test_experts_that_cuda_kernels_cannot_count_are_refused_on_a_gpu() -> None:
+    larger = {**QWEN_3_30B_A3B.config, "num_hidden_layers": 1, "num_experts": 512, "moe_intermediate_size": 1024}
+    at_most = {**larger, "num_experts": 511}
+    config = AutoConfig.for_model("qwen3_moe", **larger)  # 512 x 2,048 x 2,048 weights: 2^31
+    model = build_on_meta(config, torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=r"gate_up_proj holds 2,147,483,648 weights, .* count to 2,147,483,647"
+    ) as caught:
+        plan(model)
+    assert "quantization.skip_modules=experts" in str(caught.value.hint)
+    assert plan(model, skip_modules=("experts",)).experts == ()
+    assert len(plan(model, CPU).experts) == 2
+    assert len(plan(build_on_meta(AutoConfig.for_model("qwen3_moe", **at_most), torch.bfloat16)).experts) == 2
 
 
 def test_experts_are_most_of_a_mixture_and_are_quantized_with_the_rest() -> None:
