@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 TESTS = (
     "tests/contract/test_seams.py",
+    "tests/integration/adapters/test_checkpointing.py",
     "tests/integration/memory/test_memory_before_training.py",
     "tests/integration/training/test_reference_step.py",
     "tests/integration/training/test_resume.py::test_every_way_to_feed_and_to_adapt_resumes_exactly[packed]",
