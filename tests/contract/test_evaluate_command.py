@@ -19,6 +19,7 @@ from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, Tas
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, RunQlora, train_settings, write_jsonl
+from tests.support.forks import end_of, start_command, wait_for_line
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
@@ -167,22 +168,16 @@ def test_tasks_without_lm_eval_say_what_to_install_before_anything_is_loaded() -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_ends_with_130_and_one_message(base_model: Path) -> None:
+def test_ctrl_c_ends_with_130_and_one_message(base_model: Path, tmp_path: Path) -> None:
     rows = ("--dataset", str(ASSETS / "train.jsonl"), "--batch-size", "1")
-    command = [sys.executable, "-m", "qlora_cli", "evaluate", str(base_model), *rows, *CPU, "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("Evaluating the model"):
-            break
+    process = start_command(["evaluate", str(base_model), *rows, *CPU, "--json"], os.environ, tmp_path, tmp_path)
+    wait_for_line(process, tmp_path / "stderr", "Evaluating the model")
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 130, stderr
-    assert json.loads(stdout)["error"]["message"] == "interrupted"
-    assert "Traceback" not in stderr
+    os.kill(process.pid or 0, signal.SIGINT)
+    stderr = tmp_path / "stderr"
+    assert end_of(process, seconds=300) == 130, stderr.read_text()
+    assert json.loads((tmp_path / "stdout").read_text())["error"]["message"] == "interrupted"
+    assert "Traceback" not in stderr.read_text()
 
 
 # ---- tasks

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from qlora_cli.cli.rendering.load_text import BARS
 from qlora_cli.loading import load_plan
 from qlora_cli.quantization.load_report import KindCount, LoadReport
 from tests.conftest import RunQlora
+from tests.support.forks import end_of, start_command, wait_for_line
 from tests.support.loading import save_model
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
@@ -218,24 +216,18 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_exit_code_3
 def test_ctrl_c_while_loading_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     # Wide enough that quantizing takes seconds.
     model = save_model(tmp_path / "model", hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
-    saved = tmp_path / "saved"
-    command = [sys.executable, "-m", "qlora_cli", "load", str(model), "--device", "cpu", "--save", str(saved)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stderr is not None
-    seen = []
-    deadline = time.monotonic() + 120
-    for line in process.stderr:
-        seen.append(line)
-        assert time.monotonic() < deadline
-        if line.startswith("Loading "):
-            break
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 130, stderr
-    assert stdout == ""
-    assert "interrupted" in stderr
-    assert "Traceback" not in stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    command = ["load", str(model), "--device", "cpu", "--save", str(tmp_path / "saved")]
+    process = start_command(command, os.environ, tmp_path, streams)
+    wait_for_line(process, streams / "stderr", "Loading ")
+    os.kill(process.pid or 0, signal.SIGINT)
+    stderr = streams / "stderr"
+    assert end_of(process, seconds=300) == 130, stderr.read_text()
+    assert (streams / "stdout").read_text() == ""
+    assert "interrupted" in stderr.read_text()
+    assert "Traceback" not in stderr.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "streams"]
 
 
 def test_ctrl_c_while_saving_ends_with_130_and_leaves_nothing(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -133,6 +134,15 @@ def redirect(stdout: Path, stderr: Path) -> None:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
+
+
+def wait_for_line(process: BaseProcess, stream: Path, beginning: str) -> None:
+    """Wait until a process has written a line that begins so."""
+    deadline = time.monotonic() + MOST_SECONDS
+    while not (stream.exists() and f"\n{beginning}" in f"\n{stream.read_text(encoding='utf-8')}"):
+        assert process.is_alive(), "it ended before"
+        assert time.monotonic() < deadline, f"{beginning} did not come"
+        time.sleep(0.02)
 
 
 def end_of(process: BaseProcess, seconds: float) -> int:
