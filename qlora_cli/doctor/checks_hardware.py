@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 DRIVER_SECONDS = 20
 SDPA_BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+NO_FALLBACK = (
+    "In NVIDIA's control panel set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem Fallback', so that a run that "
+    "does not fit ends with an error."
+)
 ON_CPU = "Small models train on the CPU; for others use a machine with an NVIDIA GPU."
 
 
@@ -134,7 +139,15 @@ def check_gpu() -> Outcome:
     finding = "; ".join(map(str, gpus))
     if any(gpu.crowded for gpu in gpus):
         return warning(finding, "See nvidia-smi for the processes that use the memory of a GPU.", gpus=details)
+    if pages_gpu_memory():
+        finding += "; on Windows the driver moves GPU memory to host memory when it is full, which slows a run down"
+        return warning(finding, NO_FALLBACK, gpus=details)
     return ok(finding, gpus=details)
+
+
+def pages_gpu_memory() -> bool:
+    """Return whether the driver is that of Windows, also within WSL: it can move GPU memory to host memory."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
 def _detect_gpu(index: int) -> DetectedGpu:

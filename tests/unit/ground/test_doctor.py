@@ -1,6 +1,7 @@
 """The checks of a machine: their findings, and that no failure leaves the child process that they run in."""
 
 import os
+import platform
 import re
 import time
 from collections.abc import Callable
@@ -224,6 +225,23 @@ def test_the_reason_why_pytorch_reaches_no_gpu_is_reported(
     explained = explain_no_cuda(built_for, driver, visible)
     assert finding in explained[0]
     assert advice in explained[1]
+
+
+@pytest.mark.parametrize(
+    ("release", "status"),
+    [("6.8.0-49-generic", Status.OK), ("5.15.153.1-microsoft-standard-WSL2", Status.WARNING)],
+)
+def test_a_driver_that_pages_gpu_memory_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, release: str, status: Status
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(checks_hardware, "_detect_gpu", lambda _: GPU)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    outcome = checks_hardware.check_gpu()
+    assert outcome.status == status
+    assert str(GPU) in outcome.finding
+    assert ("No Sysmem Fallback" in str(outcome.advice)) == (status == Status.WARNING)
 
 
 def test_a_gpu_is_described_in_one_line_and_is_crowded_when_half_of_it_is_used() -> None:
