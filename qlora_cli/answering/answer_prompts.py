@@ -9,12 +9,14 @@ from qlora_cli.answering.answers import Answer, GenerationReport, Listener, coll
 from qlora_cli.answering.open_model import OpenModel, open_model
 from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.model_files.merged import merged_model_of, settings_of_merged, staleness_problem
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import resolved_in_code
 
 
+@without_cudnn_attention()
 def generate(
     asked: Resolved[LoadSettings], request: AnswerSettings, prompts: Sequence[str], reporter: Reporter
 ) -> GenerationReport:

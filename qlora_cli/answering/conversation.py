@@ -6,6 +6,7 @@ from qlora_cli.answering.answers import Answer, Listener
 from qlora_cli.answering.open_model import OpenModel
 from qlora_cli.answering.prompts import Message, check_system, encode, system_messages
 from qlora_cli.errors import ModelError
+from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.settings.models import AnswerSettings
 
 
@@ -18,6 +19,7 @@ class Chat:
         self._messages: list[Message] = []
         self._num_asked = 0
 
+    @without_cudnn_attention()
     def ask(self, text: str, listener: Listener) -> tuple[Answer, ...]:
         """Return the answers to the next turn, and append the last to the conversation, even a stopped one.
 

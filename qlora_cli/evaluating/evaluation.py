@@ -29,6 +29,7 @@ from qlora_cli.evaluating.rows import (
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
@@ -44,6 +45,7 @@ TITLES: dict[Kind, str] = {
 }
 
 
+@without_cudnn_attention()
 def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evaluation:
     """Measure loss and perplexity of a model, its base and the merged model, and run the tasks on each.
 

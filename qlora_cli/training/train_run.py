@@ -13,6 +13,7 @@ import torch
 
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Noted, Reporter, Reporters
+from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.hardware.environment import describe_hardware, package_versions
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.loading.loader import LoadedModel
@@ -71,6 +72,7 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
         return prepare_run(resolved, reporter, force=force).plan
 
 
+@without_cudnn_attention()
 def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
     """Train an adapter and return the result; resume the run in the output directory, if there is one.
 
