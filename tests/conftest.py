@@ -141,7 +141,7 @@ def train_settings(model: Path, dataset: Path, output: Path, **flags: object) ->
 
 
 class Recorder:
-    """A reporter that keeps what it is told."""
+    """A reporter that records events."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []

@@ -134,7 +134,7 @@ def read_rows(
 
     Raises:
         DatasetNotFoundError: no such data set.
-        DataError: what `prepare_data` raises; or the rows that a run held out can't be told any more.
+        DataError: what `prepare_data` raises; or the rows that a run held out can't be identified any more.
     """
     if run is not None and list(settings.dataset) in (run.settings.get("dataset"), run.settings.get("eval_dataset")):
         _check_there(settings.dataset, run)

@@ -188,7 +188,7 @@ def test_config_show_shows_the_settings_as_the_command_reads_them(run_qlora: Run
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--rank", "4", "merge", "a"], "flags of merge belong behind its name"),
+        (["--rank", "4", "merge", "a"], "flags of merge come after its name"),
         (["mrge", "a"], "no such command 'mrge'"),
         (["merge", "a", "--dry-run"], "no such option: --dry-run"),
         (["merge", "a", "--rank", "4"], "no such option: --rank"),

@@ -61,7 +61,7 @@ def show(context: typer.Context, json: options.Json = False) -> None:  # noqa: A
     elif any(context.params.values()):
         command = context.invoked_subcommand
         hint = f"For example: qlora config show {command} --config FILE"
-        raise UsageError(f"flags of {command} belong behind its name", hint=hint)
+        raise UsageError(f"flags of {command} come after its name", hint=hint)
 
 
 @config_app.command()

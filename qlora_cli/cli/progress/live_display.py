@@ -76,7 +76,7 @@ class LiveReporter:
             {
                 TextColumn("step"): 0,
                 MofNCompleteColumn(): 0,
-                BarColumn(bar_width=None, table_column=Column(ratio=1)): 0,  # the room that is left
+                BarColumn(bar_width=None, table_column=Column(ratio=1)): 0,  # the space that is left
                 TextColumn("{task.percentage:>3.0f} %"): NARROW,
                 TimeElapsedColumn(): NARROW,
                 # Not rich's own column: it forgets steps after 30 seconds, and so never shows a time for slow ones.

@@ -68,9 +68,9 @@ def _memory_lines(state: RunState, memory: MemoryUse, width: int, *, can_show_bl
     if predicted := describe_prediction(memory, state.predicted_reserved_bytes):
         parts.append(predicted)
     lines = flow(parts, width, style="dim")
-    room = min(BAR_WIDTH, width - len(lines[-1]) - len(GAP))
-    if can_show_blocks and memory.device_total_bytes and room >= LEAST_BAR_WIDTH:
-        lines[-1].append(GAP + memory_bar(memory, state.predicted_reserved_bytes, room))
+    bar_width = min(BAR_WIDTH, width - len(lines[-1]) - len(GAP))
+    if can_show_blocks and memory.device_total_bytes and bar_width >= LEAST_BAR_WIDTH:
+        lines[-1].append(GAP + memory_bar(memory, state.predicted_reserved_bytes, bar_width))
     return lines
 
 

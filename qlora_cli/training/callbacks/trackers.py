@@ -207,7 +207,7 @@ def _is_reachable(address: str) -> bool:
 
 
 def _shut_down(name: ReportTo) -> None:
-    """Shut down a tracker that would otherwise end with the process, so that the next run starts anew."""
+    """Shut down a tracker that would otherwise end with the process, so that the next run starts a new one."""
     module = sys.modules.get(name.value)
     if name == ReportTo.WANDB and module is not None:
         if module.run is not None:
