@@ -10,7 +10,7 @@ from qlora_cli.runs.run_result import TrainResult
 class DemoResult:
     """The measurements of the demonstration.
 
-    `loss_before` and `loss_after` are the mean loss over the supervised tokens of the held-out rows, and `loss_drop`
+    `loss_before` and `loss_after` are the mean loss over the trained tokens of the held-out rows, and `loss_drop`
     is the relative decrease. `float32_bytes` is the size of the base's parameters in fp32, `quantized_bytes` that of
     the loaded base.
     """

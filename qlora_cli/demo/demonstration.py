@@ -87,7 +87,7 @@ def run_demo(output: Path | None, reporter: Reporter) -> DemoResult:
 
 
 def _held_out_loss(prepared: PreparedRun, data: PreparedData, reporter: Reporter) -> float:
-    """Return the mean loss over all supervised tokens of `data`."""
+    """Return the mean loss over all trained tokens of `data`."""
     loaded = prepared.loaded
     losses = measure_losses(
         prepared.model,

@@ -9,7 +9,7 @@ Kind = Literal["model", "base", "adapter", "merged"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceResult:
-    """The figures of one model on the rows. Losses are means over all supervised tokens, independent of batching.
+    """The figures of one model on the rows. Losses are means over all trained tokens, independent of batching.
 
     Attributes:
         source: The kind of model; `model` is one without an adapter.
@@ -18,8 +18,8 @@ class SourceResult:
         loss: Mean negative log-likelihood of a token, in nats; None if it is not finite.
         loss_stderr: Standard error of the loss, over rows; None for a single row.
         perplexity: exp(loss); None if it is not finite.
-        token_accuracy: Share of supervised tokens that are the most likely token.
-        num_rows, num_tokens: Rows, and supervised tokens in them.
+        token_accuracy: Share of trained tokens that are the most likely token.
+        num_rows, num_tokens: Rows, and trained tokens in them.
         seconds: The time of the evaluation, without loading.
         tokens_per_second: All tokens of the rows per second, without padding.
         difference: The loss minus that of the base; None without a base.

@@ -1,6 +1,6 @@
 """Compute the loss of each row as in training, in batches that fit in memory.
 
-The head and the loss are TRL's fused ones: logits exist one tile at a time, on a GPU only where a token is supervised.
+The head and the loss are TRL's fused ones: logits exist one tile at a time, on a GPU only where a token is trained.
 """
 
 import gc
@@ -32,11 +32,11 @@ class RowLosses:
     """The results of a model for each row, in the order of the data; arrays are `(rows,)`.
 
     Attributes:
-        nll: Sum of the negative log-likelihoods of the row's supervised tokens, float64.
-        correct: Number of supervised tokens that are the most likely token.
-        tokens: Number of supervised tokens.
+        nll: Sum of the negative log-likelihoods of the row's trained tokens, float64.
+        correct: Number of trained tokens that are the most likely token.
+        tokens: Number of trained tokens.
         seconds: The time of the computation.
-        num_left_out: Supervised tokens that are not counted, since the base lacks them.
+        num_left_out: Trained tokens that are not counted, since the base lacks them.
         num_fed: All tokens of the rows, without padding.
         batch_size: The final batch size.
     """
@@ -51,7 +51,7 @@ class RowLosses:
 
     @property
     def loss(self) -> float:
-        """The mean over all supervised tokens."""
+        """The mean over all trained tokens."""
         return float(self.nll.sum() / self.tokens.sum())
 
 
@@ -141,7 +141,7 @@ def _mask_new_tokens(batch: dict[str, Any], num_known: int | None) -> int:
 
 
 def _try_batch(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> NDArray[np.float64] | None:
-    """Return `(rows, 3)`: negative log-likelihood, correct and supervised tokens; None if memory is short."""
+    """Return `(rows, 3)`: negative log-likelihood, correct and trained tokens; None if memory is short."""
     lower = dtype != torch.float32
     try:
         inputs = {name: value.to(model.device) for name, value in batch.items()}

@@ -36,7 +36,7 @@ def render_data(inspection: DataInspection) -> None:
 
 
 def _data_rows(report: DataReport, max_length: int) -> list[Row]:
-    supervised = report.supervised_tokens + report.supervised_tokens_lost
+    all_trained = report.supervised_tokens + report.supervised_tokens_lost
     rows = [
         ("rows", _count_rows(report)),
         (
@@ -47,8 +47,8 @@ def _data_rows(report: DataReport, max_length: int) -> list[Row]:
         ("too long", _describe_long(report, max_length)),
     ]
     if report.supervised_tokens_lost:
-        lost = f"{report.supervised_tokens_lost:,} ({_share(report.supervised_tokens_lost, supervised)})"
-        rows.append(("lost to train", f"{lost} of {supervised:,} tokens"))
+        lost = f"{report.supervised_tokens_lost:,} ({_share(report.supervised_tokens_lost, all_trained)})"
+        rows.append(("lost to train", f"{lost} of {all_trained:,} tokens"))
     if len(report.mixture) > 1:
         rows.append(("mixed of", describe_mixture(report)))
     if report.groups is not None:

@@ -136,7 +136,7 @@ class _RowSelection:
     table: TokenTable
     too_long: Mask
     drops_long: bool
-    without_supervision: Mask
+    untrained: Mask
     repeated: Mask
     drops_repeated: bool
     held_out: Mask
@@ -147,7 +147,7 @@ class _RowSelection:
             table=table,
             too_long=table.length > settings.max_length,
             drops_long=settings.on_long == OnLong.DROP,
-            without_supervision=table.supervised == 0,
+            untrained=table.trained == 0,
             repeated=~first_occurrences(table.digest),
             drops_repeated=settings.drop_duplicates,
             held_out=np.zeros(len(table), dtype=bool),
@@ -160,7 +160,7 @@ class _RowSelection:
     @property
     def usable(self) -> Mask:
         """Rows with a token to train, without those dropped for being too long."""
-        return ~self.without_supervision & ~(self.too_long & self.drops_long)
+        return ~self.untrained & ~(self.too_long & self.drops_long)
 
     def selected(self) -> Numbers:
         """Return the indices of the rows to feed."""
@@ -298,7 +298,7 @@ def _select_rows(
     return PreparedData(
         dataset=table.dataset.select_columns(["input_ids", "labels"]).select(selected),
         lengths=np.minimum(table.length, settings.max_length)[selected],
-        share_lost=report.supervised_tokens_lost / int((table.supervised + table.lost)[is_read].sum()),
+        share_lost=report.supervised_tokens_lost / int((table.trained + table.lost)[is_read].sum()),
         report=report,
         notes=() if is_part else tuple(dict.fromkeys(note for dataset in table.datasets for note in dataset.notes)),
         skipped=() if is_part else table.skipped,
@@ -339,13 +339,13 @@ def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> D
         rows=int(is_read.sum()),
         rows_trained=len(selected),
         tokens=int(lengths[selected].sum()),
-        supervised_tokens=int(table.supervised[selected].sum()),
+        supervised_tokens=int(table.trained[selected].sum()),
         longest_row_tokens=int(lengths[selected].max(initial=0)),
         truncated_rows=int(truncated.sum()),
         dropped_rows=int(dropped.sum()),
         tokens_lost=int((table.length - lengths)[truncated].sum() + table.length[dropped].sum()),
-        supervised_tokens_lost=int(table.lost[truncated].sum() + (table.supervised + table.lost)[dropped].sum()),
-        rows_without_supervision=int((is_read & ~dropped & rows.without_supervision).sum()),
+        supervised_tokens_lost=int(table.lost[truncated].sum() + (table.trained + table.lost)[dropped].sum()),
+        rows_without_supervision=int((is_read & ~dropped & rows.untrained).sum()),
         duplicate_rows=int((is_read & rows.repeated).sum()),
         duplicates_dropped=int((is_read & rows.usable & rows.repeated & rows.drops_repeated).sum()),
         held_out_rows=int(rows.held_out.sum()),
@@ -360,10 +360,10 @@ def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> D
 
 
 def _contributions(table: TokenTable, selected: Numbers) -> Iterator[Contribution]:
-    source, supervised = table.source[selected], table.supervised[selected]
+    source, trained = table.source[selected], table.trained[selected]
     for index, dataset in enumerate(table.datasets):
         is_own = source == index
-        num_rows, num_tokens = int(is_own.sum()), int(supervised[is_own].sum())
+        num_rows, num_tokens = int(is_own.sum()), int(trained[is_own].sum())
         share = num_rows / max(1, len(selected))
         yield Contribution(name=dataset.name, rows=num_rows, share=share, supervised_tokens=num_tokens)
 
@@ -395,7 +395,7 @@ def _no_rows_error(rows: _RowSelection, report: DataReport, settings: DataSettin
     if len(rows.selected()):
         return DataError(f"the weight of {report.name} takes none of its rows", hint="Give a larger one, such as *1.")
     dropped = rows.too_long & rows.drops_long
-    truncated = int(((rows.table.lost > 0) & rows.without_supervision & ~rows.held_out & ~dropped).sum())
+    truncated = int(((rows.table.lost > 0) & rows.untrained & ~rows.held_out & ~dropped).sum())
     reasons = [
         f"{number:,} {reason}"
         for number, reason in (

@@ -210,7 +210,7 @@ class _SourceStream:
         if self._held_out.contains(digest_row(truncated.input_ids, truncated.labels), row.group):
             self.counts["held_out"] += 1
             return None
-        self.counts["supervised_tokens"] += tokens.num_supervised
+        self.counts["supervised_tokens"] += tokens.num_trained
         if length > settings.max_length:
             if settings.on_long == OnLong.ERROR:
                 where = f"{row.raw.file}, row {row.raw.number}"
@@ -220,11 +220,11 @@ class _SourceStream:
                 )
             is_dropped = settings.on_long == OnLong.DROP
             self.counts["dropped" if is_dropped else "truncated"] += 1
-            remaining = 0 if is_dropped else truncated.num_supervised
-            self.counts["supervised_tokens_lost"] += tokens.num_supervised - remaining
+            remaining = 0 if is_dropped else truncated.num_trained
+            self.counts["supervised_tokens_lost"] += tokens.num_trained - remaining
             if is_dropped:
                 return None
-        if truncated.num_supervised == 0:
+        if truncated.num_trained == 0:
             self.counts["without_supervision"] += 1
             return None
         if row.text_digest in self._held_out.texts:

@@ -42,9 +42,9 @@ class TokenTable:
         return self._column("length")
 
     @cached_property
-    def supervised(self) -> Numbers:
+    def trained(self) -> Numbers:
         """The number of trained tokens of each row after truncation."""
-        return self._column("supervised")
+        return self._column("trained")
 
     @cached_property
     def lost(self) -> Numbers:

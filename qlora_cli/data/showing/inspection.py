@@ -172,8 +172,8 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
 
 def _troubles(table: TokenTable, settings: DataSettings) -> list[Trouble]:
     """Return the kinds of suspicious rows that occur."""
-    no_answer = (table.supervised + table.lost) == 0
-    all_truncated = (table.supervised == 0) & (table.lost > 0)
+    no_answer = (table.trained + table.lost) == 0
+    all_truncated = (table.trained == 0) & (table.lost > 0)
     kinds = (
         ("all prompt: no token to train", no_answer),
         (f"longer than {settings.max_length:,} tokens", table.length > settings.max_length),

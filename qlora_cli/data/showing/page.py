@@ -100,18 +100,18 @@ def figures_of(reports: Sequence[DataReport]) -> list[list[tuple[str, list[Cell]
 
 
 def _figures(report: DataReport, *, is_evaluation: bool) -> list[list[tuple[str, Cell]]]:
-    supervised, lost = report.supervised_tokens, report.supervised_tokens_lost
+    trained, lost = report.supervised_tokens, report.supervised_tokens_lost
     return [
         [("Rows read", Cell(report.rows)), ("Rows fed", Cell(report.rows_trained))],
         [
             ("Tokens fed", Cell(report.tokens)),
-            ("Trained tokens", Cell(supervised, _share(supervised, report.tokens))),
+            ("Trained tokens", Cell(trained, _share(trained, report.tokens))),
         ],
         [
             ("Rows truncated", Cell(report.truncated_rows)),
             ("Rows dropped as too long", Cell(report.dropped_rows)),
             ("Tokens lost", Cell(report.tokens_lost, _share(report.tokens_lost, report.tokens + report.tokens_lost))),
-            ("Trained tokens lost", Cell(lost, _share(lost, supervised + lost))),
+            ("Trained tokens lost", Cell(lost, _share(lost, trained + lost))),
         ],
         [
             ("Rows without trained tokens", Cell(report.rows_without_supervision)),

@@ -250,21 +250,21 @@ def _tokenize_rows(
 
 
 def _token_row(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> TokenRow:
-    length, supervised = len(tokens.input_ids), tokens.num_supervised
+    length, trained = len(tokens.input_ids), tokens.num_trained
     digest = digest_row(tokens.input_ids, tokens.labels)
-    truncated, truncated_supervised, truncated_digest = tokens, supervised, digest
+    truncated, truncated_trained, truncated_digest = tokens, trained, digest
     if length > max_length:
         truncated = tokens.truncate(max_length)
-        truncated_supervised, truncated_digest = (
-            truncated.num_supervised,
+        truncated_trained, truncated_digest = (
+            truncated.num_trained,
             digest_row(truncated.input_ids, truncated.labels),
         )
     return TokenRow(
         input_ids=truncated.input_ids,
         labels=truncated.labels,
         length=length,
-        supervised=truncated_supervised,
-        lost=supervised - truncated_supervised,
+        trained=truncated_trained,
+        lost=trained - truncated_trained,
         digest=digest,
         truncated_digest=truncated_digest,
         group=group,

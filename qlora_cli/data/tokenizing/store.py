@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
         ("input_ids", IDS),
         ("labels", IDS),
         ("length", pa.int64()),
-        ("supervised", pa.int64()),
+        ("trained", pa.int64()),
         ("lost", pa.int64()),
         ("digest", pa.int64()),
         ("truncated_digest", pa.int64()),
@@ -70,7 +70,7 @@ class TokenRow(NamedTuple):
         input_ids: int32 `(seq,)`, truncated to `max_length`.
         labels: int32 `(seq,)`; -100 is ignored by the loss.
         length: The number of tokens before truncation.
-        supervised: The number of trained tokens in `input_ids`.
+        trained: The number of trained tokens in `input_ids`.
         lost: The number of tokens to train that truncation removed.
         digest: A digest of tokens and labels before truncation.
         truncated_digest: The same after truncation.
@@ -84,7 +84,7 @@ class TokenRow(NamedTuple):
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     length: int
-    supervised: int
+    trained: int
     lost: int
     digest: int
     truncated_digest: int

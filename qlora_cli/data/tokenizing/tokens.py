@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     labels: Ids
 
     @property
-    def num_supervised(self) -> int:
+    def num_trained(self) -> int:
         """The number of trained tokens."""
         return int(np.count_nonzero(self.labels != IGNORE_INDEX))
 

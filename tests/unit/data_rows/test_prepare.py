@@ -67,7 +67,7 @@ def test_long_rows_are_dropped_with_on_long_drop(tmp_path: Path) -> None:
     report = prepare(path, max_length=24, on_long="drop", accept_lost=True).train.report
     assert (report.rows_trained, report.truncated_rows, report.dropped_rows) == (3, 0, 2)
     assert report.tokens_lost == int(whole.table.length[[0, 4]].sum())
-    assert report.supervised_tokens_lost == int(whole.table.supervised[[0, 4]].sum())
+    assert report.supervised_tokens_lost == int(whole.table.trained[[0, 4]].sum())
     assert report.rows_without_supervision == 0
 
 
