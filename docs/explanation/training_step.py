@@ -21,7 +21,7 @@ SEED = 0
 RANK, ALPHA = 16, 32
 MAX_LENGTH, BATCH = 256, 16
 EPOCHS, LEARNING_RATE, WARMUP_SHARE, MAX_NORM = 2, 2e-3, 0.03, 1.0
-IGNORED = -100  # the label of a token that is read but not learnt
+IGNORED = -100  # the label of a token that is read but not trained
 
 Row = tuple[list[int], list[int]]  # tokens and labels, of one length
 
@@ -43,7 +43,7 @@ def load(path: Path) -> PeftModel:
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Return the conversations of a file as tokens; only what the assistant says, and its end of turn, is learnt."""
+    """Return the conversations of a file as tokens; only what the assistant says, and its end of turn, is trained."""
     return [encode(json.loads(line)["messages"], tokenizer) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -57,11 +57,11 @@ def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
         if message["role"] == "assistant":
             spans.append((start, position))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    is_learnt = [
+    is_trained = [
         any(start < end and begin <= start < stop for begin, stop in spans) for start, end in encoded["offset_mapping"]
     ]
     ids = encoded["input_ids"][:MAX_LENGTH]
-    return ids, [token if learnt else IGNORED for token, learnt in zip(ids, is_learnt, strict=False)]
+    return ids, [token if trained else IGNORED for token, trained in zip(ids, is_trained, strict=False)]
 
 
 def batches(rows: list[Row], pad: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -86,7 +86,7 @@ def learning_rate(step: int, num_steps: int) -> float:
 
 
 def train(base: Path, data: Path) -> Iterator[float]:
-    """Yield the loss of each step: the mean over its learnt tokens, before the step changes the weights."""
+    """Yield the loss of each step: the mean over its trained tokens, before the step changes the weights."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = load(base).train()
     rows = read(data, tokenizer)

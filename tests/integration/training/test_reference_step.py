@@ -11,7 +11,7 @@ from qlora_cli.demo.demonstration import ASSETS, DEMO_SETTINGS
 from tests.support.demo_losses import NUM_STEPS, first_losses, golden_file, golden_losses
 
 REFERENCE = Path(__file__).parents[3] / "docs" / "explanation" / "training_step.py"
-# The two sum the same terms in another order: TRL projects the learnt tokens alone, tile by tile. In fp32, that was
+# The two sum the same terms in another order: TRL projects the trained tokens alone, tile by tile. In fp32, that was
 # measured to leave 2.6e-7 over twenty steps.
 SUMMED_OTHERWISE = 5e-6
 # Other processors multiply in another order too, and each step begins where the one before ended. Measured over the
