@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qlora_cli.answering.answers import Answer, GenerationReport, Listener, collect, cut_note, prompt_name
+from qlora_cli.answering.answers import Answer, GenerationReport, Listener, collect, prompt_name, truncation_note
 from qlora_cli.answering.open_model import OpenModel, open_model
 from qlora_cli.answering.prompts import encode, messages_of
 from qlora_cli.events import Noted, PhaseStarted, Reporter
@@ -64,7 +64,7 @@ def answer_all(
         reporter.report(PhaseStarted(title=f"{f'Answering {name}'.strip()} ({', '.join(opened.sources)})"))
         answers.append(answer_prompt(opened, request, prompt))
         for answer in answers[-1]:
-            if note := cut_note(answer, request.max_new_tokens, name):
+            if note := truncation_note(answer, request.max_new_tokens, name):
                 reporter.report(Noted(message=note))
     return answers
 

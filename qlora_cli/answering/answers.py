@@ -76,7 +76,7 @@ def collect(prompt: str, answers: list[Answer]) -> PromptAnswers:
     return PromptAnswers(prompt=prompt, answers=tuple(answers), differ=differ)
 
 
-def cut_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | None:
+def truncation_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | None:
     """Return a sentence on an answer that did not end by itself, and what ended it, or None.
 
     `prompt` is which one it answers, `prompt 2 of 3`, where there are several.
@@ -85,7 +85,7 @@ def cut_note(answer: Answer, max_new_tokens: int, prompt: str = "") -> str | Non
         return None
     why = "--max-new-tokens" if answer.num_new_tokens >= max_new_tokens else "the model has no more positions"
     which = f"the answer ({answer.source}){f' to {prompt}' if prompt else ''}"
-    return f"{which} was cut off after {counted(answer.num_new_tokens, 'token')}: {why}"
+    return f"{which} was truncated after {counted(answer.num_new_tokens, 'token')}: {why}"
 
 
 def prompt_name(number: int, num_prompts: int) -> str:

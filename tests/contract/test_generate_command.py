@@ -65,7 +65,7 @@ def test_the_answer_alone_is_on_stdout_and_all_else_on_stderr(base_model: Path) 
     done = qlora_generate(base_model, "--prompt", "hello", *CPU)
     assert done.exit_code == 0, done.output
     assert done.stdout == only(answered(base_model, "--prompt", "hello"))["text"] + "\n"
-    assert "the answer (base) was cut off after 8 tokens: --max-new-tokens" in done.stderr
+    assert "the answer (base) was truncated after 8 tokens: --max-new-tokens" in done.stderr
 
 
 def test_on_a_terminal_the_answer_is_written_as_it_comes(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,14 +83,14 @@ def test_on_a_terminal_the_answer_is_written_as_it_comes(base_model: Path, monke
     assert streamed.stdout == whole.stdout
     assert "".join(written) + "\n" == whole.stdout
     assert len(written) > 3
-    assert "was cut off" in streamed.stderr
+    assert "was truncated" in streamed.stderr
 
 
 def test_several_prompts_become_headings_of_their_answers(base_model: Path) -> None:
     done = qlora_generate(base_model, "--prompt", "hello", "--prompt", "[b]why", *CPU)
     hello, why = answered(base_model, "--prompt", "hello", "--prompt", "[b]why")["answers"]
     assert done.stdout == (f"hello\n{hello['answers'][0]['text']}\n\n\n[b]why\n{why['answers'][0]['text']}\n\n")
-    assert "the answer (base) to prompt 1 of 2 was cut off" in done.stderr
+    assert "the answer (base) to prompt 1 of 2 was truncated" in done.stderr
 
 
 def test_compared_answers_stand_under_headings_with_a_verdict(adapter: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers, Source, cut_note
+from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers, Source, truncation_note
 from qlora_cli.cli.console import console, title
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.visible import escape_controls
@@ -84,5 +84,5 @@ class AnswerPrinter:
     def end(self, answer: Answer) -> None:
         """End the line, and report on stderr if the answer was truncated."""
         print(flush=True)
-        if note := cut_note(answer, self._max_new_tokens, self._prompt):
+        if note := truncation_note(answer, self._max_new_tokens, self._prompt):
             print_line(note)

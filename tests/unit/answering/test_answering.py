@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qlora_cli.answering.answer_checks import check_merged
 from qlora_cli.answering.answerer import Answerer, Watch
-from qlora_cli.answering.answers import Answer, FinishReason, GenerationReport, Source, collect, cut_note, prompt_name
+from qlora_cli.answering.answers import (
+    Answer,
+    FinishReason,
+    GenerationReport,
+    Source,
+    collect,
+    prompt_name,
+    truncation_note,
+)
 from qlora_cli.answering.prompts import check_system, encode, messages_of, written
 from qlora_cli.cli.rendering import answer_text
 from qlora_cli.cli.rendering.answer_text import AnswerPrinter, verdict
@@ -283,10 +291,11 @@ def test_compared_answers_are_not_read_as_markup(capsys: pytest.CaptureFixture[s
 
 
 def test_a_truncated_answer_is_reported_with_the_reason() -> None:
-    assert cut_note(an_answer(), 3) is None
-    assert cut_note(an_answer(reason="interrupted"), 3) is None
-    assert cut_note(an_answer(reason="length"), 3) == "the answer (base) was cut off after 3 tokens: --max-new-tokens"
-    assert "no more positions" in str(cut_note(an_answer(reason="length"), 9))
-    which = cut_note(an_answer(reason="length"), 3, prompt_name(2, 3))
-    assert which == "the answer (base) to prompt 2 of 3 was cut off after 3 tokens: --max-new-tokens"
+    assert truncation_note(an_answer(), 3) is None
+    assert truncation_note(an_answer(reason="interrupted"), 3) is None
+    truncated = an_answer(reason="length")
+    assert truncation_note(truncated, 3) == "the answer (base) was truncated after 3 tokens: --max-new-tokens"
+    assert "no more positions" in str(truncation_note(truncated, 9))
+    which = truncation_note(truncated, 3, prompt_name(2, 3))
+    assert which == "the answer (base) to prompt 2 of 3 was truncated after 3 tokens: --max-new-tokens"
     assert prompt_name(1, 1) == ""
