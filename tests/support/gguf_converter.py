@@ -98,7 +98,7 @@ def main() -> None:
     whole = arguments.outfile.read_bytes()
     if wrong == "garbage":
         arguments.outfile.write_bytes(b"garbage!" * 100)
-    elif wrong == "cut off":
+    elif wrong == "truncated":
         arguments.outfile.write_bytes(whole[: len(whole) // 2])
 
 

@@ -22,7 +22,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DAMAGED_PICKLES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage!" * 10),
-    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "another archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
     "a list": lambda path: torch.save([1, 2], path),
     "code": lambda path: torch.save({"weight": torch.nn.Linear(1, 1)}, path),

@@ -427,12 +427,12 @@ def damageable(ended: Ended, tmp_path: Path) -> Path:
     return adapter
 
 
-@pytest.mark.parametrize("content", ["cut off", "empty", "garbage"])
+@pytest.mark.parametrize("content", ["truncated", "empty", "garbage"])
 def test_a_damaged_adapter_is_named_before_the_base_is_read(
     damageable: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = damageable / "adapter_model.safetensors"
-    path.write_bytes({"cut off": path.read_bytes()[:-100], "empty": b"", "garbage": b"garbage!" * 10}[content])
+    path.write_bytes({"truncated": path.read_bytes()[:-100], "empty": b"", "garbage": b"garbage!" * 10}[content])
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     message = refused(damageable, ModelError)
     assert f"{path} is damaged: it " in message

@@ -25,7 +25,7 @@ WRONG = {
     "template": "another chat template",
     "no template": "no chat template",
     "garbage": "can't be read as GGUF",
-    "cut off": "can't be read as GGUF",
+    "truncated": "can't be read as GGUF",
 }
 
 
