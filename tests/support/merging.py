@@ -4,6 +4,7 @@ The adapters are made by plain PEFT on the plain model in fp32, with random valu
 """
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -145,6 +146,13 @@ def change_adapter(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
     """Change the values of an adapter in its file."""
     file = directory / ADAPTER_WEIGHTS
     save_file({key: value.contiguous() for key, value in change(load_file(file)).items()}, file)
+
+
+def changed_copy(adapter: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], Tensors]) -> Path:
+    """Return a copy of an adapter at `place`, with its values changed."""
+    shutil.copytree(adapter, place)
+    change_adapter(place, change)
+    return place
 
 
 def merged_by_peft(model: PeftModel, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:

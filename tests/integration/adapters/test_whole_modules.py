@@ -24,16 +24,6 @@ from tests.support.reference_models import IDS, ROWS, dequantized
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("llama"), vocab_size=ROWS)
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tied"), vocab_size=ROWS, tie_word_embeddings=True)
-
-
 def refusal(
     checkpoint: Path, *names: str, new_token_ids: tuple[int, ...] = (), flags: Any = None, **lora: object
 ) -> str:
