@@ -8,26 +8,15 @@ import pytest
 import torch
 
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.events import CheckpointSaved, Event, Noted, Rehearsed, StepDone
+from qlora_cli.events import Noted, Rehearsed, StepDone
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
+from tests.support.killed_runs import kill_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
 ON_CUDA: dict[str, object] = {"model__device": "cuda", "model__dtype": "auto", "training__max_steps": 8}
-
-
-class Killed(BaseException):
-    """Passes every handler, as a signal would."""
-
-
-class Killer(Recorder):
-    """Kills the run after the checkpoint of a step."""
-
-    def report(self, event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == 4:
-            raise Killed
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "paged_adamw_8bit"])
@@ -40,8 +29,7 @@ def test_a_run_resumes_exactly(base_model: Path, rows: Path, tmp_path: Path, opt
         "training__save_steps": 2,
     }
     train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
-    with pytest.raises(Killed):
-        train(train_settings(base_model, rows, tmp_path / "run", **changed), Killer())
+    kill_after(train_settings(base_model, rows, tmp_path / "run", **changed), 4)
     assert train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder()).resumed_from_step == 4
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -88,17 +88,28 @@ def place_killed(run: Path, step: int, target: Path) -> None:
 
 def stopped_at(settings: Resolved[TrainSettings], step: int) -> None:
     """Train, and stop after the checkpoint of `step`, leaving the run as a killed process would."""
-
-    class Killer(Recorder):
-        def report(self, event: object) -> None:
-            if isinstance(event, CheckpointSaved) and event.step == step:
-                raise Killed
-
-    with pytest.raises(Killed):
-        train(settings, Killer())
+    kill_after(settings, step)
     record = settings.settings.output.directory / "run.json"
     content = json.loads(record.read_text(encoding="utf-8"))
     record.write_text(json.dumps({**content, "status": "running"}), encoding="utf-8")
+
+
+def kill_after(settings: Resolved[TrainSettings], step: int) -> None:
+    """Train until the checkpoint of `step`, and leave the run as an exception does that nothing handles."""
+    with pytest.raises(Killed):
+        train(settings, Killer(step))
+
+
+class Killer(Recorder):
+    """Kills a run after the checkpoint of `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def report(self, event: object) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == self._step:
+            raise Killed
 
 
 class Killed(BaseException):

@@ -10,25 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import QloraError
-from qlora_cli.events import CheckpointSaved
 from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, seal
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.killed_runs import kill_after
 
 FAST = {"training__max_steps": 3, "training__save_steps": 1, "training__gradient_accumulation_steps": 1}
 WEIGHTS = "adapter_model.safetensors"
-
-
-class Stopped(BaseException):
-    """Passes every handler, as if the process had been killed."""
-
-
-class Killer(Recorder):
-    """Stops after the second checkpoint."""
-
-    def report(self, event: object) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == 2:
-            raise Stopped
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +30,7 @@ def rows_of_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stopped(base_model: Path, rows_of_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.raises(Stopped):
-        train(train_settings(base_model, rows_of_run, run, **FAST), Killer())
+    kill_after(train_settings(base_model, rows_of_run, run, **FAST), 2)
     return run
 
 

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.events import CheckpointSaved, Noted, StepDone
+from qlora_cli.events import Noted, StepDone
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
+from tests.support.killed_runs import kill_after
 
 FAST = {
     **{"training__max_steps": 5, "training__save_steps": 1, "training__gradient_accumulation_steps": 1},
     **{"output__max_checkpoints": 1},
 }
-
-
-class Stopped(BaseException):
-    """Passes every handler, as if the process had been killed."""
 
 
 def notes_of(recorder: Recorder) -> list[str]:
@@ -29,14 +26,7 @@ def notes_of(recorder: Recorder) -> list[str]:
 @pytest.fixture
 def run(base_model: Path, rows: Path, tmp_path: Path) -> Path:
     """A run that was killed after its second step."""
-
-    class Killer(Recorder):
-        def report(self, event: object) -> None:
-            if isinstance(event, CheckpointSaved) and event.step == 2:
-                raise Stopped
-
-    with pytest.raises(Stopped):
-        train(train_settings(base_model, rows, tmp_path / "run", **FAST), Killer())
+    kill_after(train_settings(base_model, rows, tmp_path / "run", **FAST), 2)
     return tmp_path / "run"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.errors import DatasetNotFoundError, ModelNotFoundError, OutputDirectoryError, SettingsError
 from qlora_cli.evaluating.evaluation import evaluate
 from qlora_cli.evaluating.evaluation_result import Evaluation
-from qlora_cli.events import CheckpointSaved, Noted, StepDone
+from qlora_cli.events import Noted, StepDone
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.model_files.source import find_model
@@ -21,27 +21,12 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
+from tests.support.killed_runs import kill_after
 from tests.support.loading import load
 from tests.support.training_process import SignalAt
 
 WEIGHTS = "adapter_model.safetensors"
 CHANGED: dict[str, object] = {"training__max_steps": 6, "training__save_steps": 1, "training__learning_rate": 0.01}
-
-
-class Killed(BaseException):
-    """Passes every handler, as a signal would."""
-
-
-class KilledAt(Recorder):
-    """Leaves as a killed process would, after the checkpoint of a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._step = step
-
-    def report(self, event: object) -> None:
-        if isinstance(event, CheckpointSaved) and event.step == self._step:
-            raise Killed
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,8 +55,7 @@ def test_a_run_stopped_resumed_and_killed_is_its_newest_checkpoint(
     assert (stopped.adapter, stopped.adapter_step, stopped.run_is_done) == (run / "adapter", first.steps, False)
     of_stop = shutil.copytree(run / "adapter", tmp_path / "of-stop")
 
-    with pytest.raises(Killed):
-        train(settings, KilledAt(5))
+    kill_after(settings, 5)
     assert not (run / "adapter").exists()  # it was the adapter of the stop
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "status": "running"}))  # a killed run can't record its end
