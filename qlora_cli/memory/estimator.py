@@ -178,6 +178,7 @@ class Estimator:
     def layout(self, settings: EstimateSettings, dtype: Dtype) -> StoragePlan:
         """Return the plan by which the weights are stored."""
         quantization = settings.quantization
+        # Without the scaling of positions, which changes no weight.
         key = ("layout", dtype, quantization.model_dump_json())
 
         def plan() -> StoragePlan:
@@ -193,6 +194,7 @@ class Estimator:
         events = self.traced(settings, gpu).events
         deterministic = settings.training.full_determinism
         workspace_bytes = cublas_workspace_bytes(gpu.capability, deterministic=deterministic)
+        # An id suffices, since the cache keeps the events. The GPU's memory is left out: a replay has no limit.
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
@@ -200,8 +202,10 @@ class Estimator:
         dtype = self.dtype_on(settings, gpu)
         step = self._step(settings, dtype, representative_capability(gpu.capability))
         training = settings.training
+        # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
-        # Exactly what decides the allocations: sweeps and suggestions ask for the same run repeatedly.
+        # Exactly what decides the allocations: sweeps and suggestions ask for the same run repeatedly. Without full
+        # determinism, which changes only the workspaces, whose size the replay sets.
         key = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
         return self._cached(key, lambda: self._trace(settings, dtype, step))
 
@@ -365,6 +369,7 @@ class Estimator:
 
 def representative_capability(capability: tuple[int, int]) -> tuple[int, int]:
     """Return the compute capability that stands for all those whose kernels allocate the same."""
+    # A trace asks only whether a GPU is an Ampere or newer; workspaces differ further, and the replay sets their size.
     return (7, 5) if capability < AMPERE else (8, 0)
 
 

@@ -96,6 +96,7 @@ class Session:
                 f"{reason_of(error)}",
                 hint="Change the setting that it names; qlora config show lists all, and which are not defaults.",
             ) from error
+        # Without tqdm, transformers adds it: it would print every log to standard output, which is for results.
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -138,6 +139,7 @@ class Session:
             rows=self._batches().largest(prepared.plan.num_epochs or 1),
             eval_rows=None if evaluation is None else largest_held_out(evaluation, size),
             collate=self.trainer.data_collator,
+            # Paged state is in unified memory, which the driver moves out of a full GPU.
             state_bytes=0 if prepared.settings.training.optimizer.is_paged else prepared.plan.optimizer_bytes,
         )
 
@@ -183,7 +185,9 @@ class Session:
         self._announce()
         stopped = self._loop() or self._evaluate_at_end()
         if stopped:
+            # The loop evaluates before it saves: a signal in an evaluation prevents the checkpoint of its step.
             self.trainer.save_last_step()
+        # After the last step and its evaluation, a signal interrupts nothing: a resume would have nothing to train.
         is_whole = self._stop.name is None or (self.step >= num_steps and self._is_evaluated)
         interrupted_by = None if is_whole else self._stop.name
         train_seconds = time.monotonic() - start
@@ -215,6 +219,8 @@ class Session:
                 self.trainer.resume(checkpoint)
             if checkpoint is None or not self._has_ended:
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            # The loop looks whether to stop only after a step, so it could train a run that has ended further.
+            # Without it there is no `on_train_end`, which answers the prompts with the trained model.
             elif self._samples is not None:
                 self._samples.answer_last(self._prepared.model, self.step)
         except StoppedError:

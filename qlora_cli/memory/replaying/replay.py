@@ -57,7 +57,7 @@ class Replay:
     def peaks(self, run: RunEvents) -> Peaks:
         """Return the peaks of `run`, from loading to evaluation."""
         self.load(run.resident)
-        rounds = min(run.num_micro_batches - 1, 1)
+        rounds = min(run.num_micro_batches - 1, 1)  # later micro-batches find gradients, as the second does
         for step in range(NUM_STEPS):
             again = step > 0
             self.run("forward", run.step, ["first forward"], again=again)
@@ -85,7 +85,7 @@ class Replay:
         """Replay passes as a part of `phase`; `again`: they ran before, so permanent storages exist already."""
         allocator, live, labels = self.allocator, self._live, self.labels
         allocator.reset_peaks()
-        owner = id(passes)
+        owner = id(passes)  # each counts its storages from 0
         for name in names:
             for event in passes.events.get(name, ()):
                 if event >= 0:
@@ -93,6 +93,7 @@ class Replay:
                         continue
                     storage = passes.storages[event]
                     label = storage.label
+                    # A trace is of every GPU with the same kernels, and so knows no size of this workspace.
                     num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
                     leftover = live.get((owner, event))
                     live[owner, event] = allocator.allocate(num_bytes)

@@ -73,6 +73,7 @@ class Kernels:
 
     def _operator(self, func: Any) -> Operator | None:
         """Return what a quantization method declares about an operator that is not one of PyTorch's own."""
+        # Every operator of a trace comes here: the name is put together only for the few that are not PyTorch's.
         return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
 
     def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:
@@ -87,7 +88,7 @@ class Kernels:
         batch, heads, num_queries, head_dim = query.shape
         num_keys, value_dim = key.shape[2], value.shape[3]
         delta = batch * heads * num_queries * FLOAT_BYTES
-        if query.element_size() > 2:
+        if query.element_size() > 2:  # the results are in fp32, and accumulate in place
             return Temporaries(after=(delta,))
         largest_dim = max(head_dim, value_dim)
         has_large_blocks = self.capability >= (8, 0) and largest_dim > 64
@@ -104,6 +105,8 @@ class Kernels:
 
 
 def _gemm(_: tuple[Any, ...], __: dict[str, Any]) -> Temporaries:
+    # No size: the first product of a thread allocates the workspace, which all later ones use, and a replay sets the
+    # size, so that a trace holds for GPUs with other workspaces.
     return Temporaries(uses_cublas=True)
 
 

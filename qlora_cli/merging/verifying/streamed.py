@@ -62,6 +62,8 @@ class StreamedModel:
         self._read, self._device, self._dtype = read, device, dtype
         self._base = _empty(config, dtype, trust_remote_code=trust_remote_code)
         self._fixed_dtypes: dict[str, torch.dtype] = self._base._get_dtype_plan(dtype)
+        # By identity, since PEFT renames the modules when it attaches an adapter; valid until placeholders
+        # replace the parameters.
         names = {id(parameter): name for name, parameter in self._base.named_parameters()}
         units = unit_paths(self._base)
         self._fill_buffers()
@@ -123,6 +125,7 @@ class StreamedModel:
 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
     config = deepcopy(config)
+    # Buffers are computed now: those that are not saved, such as frequencies of positions, are in no file.
     with init_empty_weights(include_buffers=False):
         model = build_model(config, dtype, trust_remote_code=trust_remote_code)
     model.requires_grad_(False)
@@ -143,6 +146,7 @@ def unit_paths(model: nn.Module) -> list[tuple[str, bool]]:
             layers.append(path)
             units.append((path, True))
         elif any(parameter is not None for parameter in module._parameters.values()):
+            # Submodules get weights when they run themselves: they may be layers, which must not be loaded together.
             units.append((path, not any(True for _ in module.children())))
     return units
 
@@ -195,6 +199,7 @@ def _streaming(
             for slot, parameter in empty:
                 slot.module._parameters[slot.attribute] = parameter
 
+        # `always_call`: an error, such as no memory, must not leave the weights of its unit in memory.
         handles += [module.register_forward_pre_hook(fill), module.register_forward_hook(clear, always_call=True)]
     try:
         yield
@@ -227,7 +232,7 @@ def _attach(
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for label, one in zip(labels, adapters, strict=True):
-                if label in module.scaling:
+                if label in module.scaling:  # PEFT adds up the active adapters, each times its scaling
                     module.scaling[label] *= one.weight
     return model, replaced
 
