@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from qlora_cli.errors import DataError
-from qlora_cli.units import MIB, format_bytes
+from qlora_cli.units import MIB, counted, format_bytes
 
 # Per line, field or list element: about sixteen million tokens, far beyond any model's context.
 MAX_ROW_BYTES = 64 * MIB
@@ -84,7 +84,7 @@ def check_columns(columns: Collection[str], name: str) -> None:
     """
     if len(columns) > MAX_COLUMNS:
         raise DataError(
-            f"{name} has {len(columns):,} columns, more than {MAX_COLUMNS:,}",
+            f"{name} has {counted(len(columns), 'column')}, more than {MAX_COLUMNS:,}",
             hint="Write a file with only the columns to train on.",
         )
 
@@ -97,7 +97,7 @@ def check_blank_lines(num_blank: int, num_rows: int, name: str) -> None:
     """
     if num_blank > MAX_BLANK_LINES + MAX_BLANK_LINES_PER_ROW * num_rows:
         raise DataError(
-            f"{name} has {num_blank:,} blank lines and {num_rows:,} rows so far: more blank lines than "
+            f"{name} has {num_blank:,} blank lines and {counted(num_rows, 'row')} so far: more blank lines than "
             f"{MAX_BLANK_LINES:,}, and {MAX_BLANK_LINES_PER_ROW} for each row",
             hint="If it is text to train on, remove them with: grep -v '^[[:space:]]*$'",
         )

@@ -17,6 +17,7 @@ from qlora_cli.merging.output_directory import result_name
 from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.model_files.merged import adapter_digest
+from qlora_cli.units import counted
 from qlora_cli.visible import visible
 
 CARD = "README.md"
@@ -87,9 +88,11 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
         weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
         yield f"| adapter | `{_public_name(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
     for one in data:
-        yield f"| trained on | `{one['name']}`, {one['rows_trained']} rows, fingerprint `{one['fingerprint']}` |"
+        rows = counted(one["rows_trained"], "row")
+        yield f"| trained on | `{one['name']}`, {rows}, fingerprint `{one['fingerprint']}` |"
     yield f"| merged into | the {result.base} weights of the base ({result.base_choice.reason}) |"
-    yield f"| weights | {result.num_merged_tensors:,} of {result.num_tensors:,} tensors merged, in {result.dtype} |"
+    tensors = counted(result.num_tensors, "tensor")
+    yield f"| weights | {result.num_merged_tensors:,} of {tensors} merged, in {result.dtype} |"
     yield f"| verified | {_verified(result)} |"
     if (requantized := result.requantized.get(written.name)) is not None:
         yield f"| requantized | to {requantized.to}: {_from_merged(requantized.divergence)} |"
@@ -134,7 +137,7 @@ def _verified(result: MergeResult) -> str:
         return "no"
     passed = "" if verification.passed else "**failed**: "
     exact = "exactly" if verification.is_exact else "not exactly"
-    over = f"over {verification.divergence.num_tokens:,} tokens"
+    over = f"over {counted(verification.divergence.num_tokens, 'token')}"
     model = "base with the adapter on it"
     if not verification.ran_adapters:
         model = "sum in fp32 of adapters that can't run together, which is not verified itself"

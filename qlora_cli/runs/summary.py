@@ -84,10 +84,11 @@ class RunSummary:
     def sentence(self) -> str:
         """How far the run is, or got."""
         of = f" of {self.num_steps:,}" if self.num_steps else ""
+        steps = f"{self.step:,} of {counted(self.num_steps, 'step')}" if self.num_steps else counted(self.step, "step")
         when = f"after step {self.step:,}{of}" if self.step else "before the first step"
         return {
             "running": f"Running, {when}",
-            "done": f"Done, {self.step:,}{of} steps",
+            "done": f"Done, {steps}",
             "interrupted": f"Interrupted {when}",
             "failed": f"Failed {when}",
             "killed": f"Killed {when}",

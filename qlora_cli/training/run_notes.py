@@ -20,7 +20,7 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
     """Report what was recognised, with one row, and what was truncated, dropped or skipped."""
     report = data.report
     summary = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
-    trained = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them trained"
+    trained = f"{counted(report.tokens, 'token')}, {report.supervised_tokens:,} of them trained"
     fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
     reporter.report(Noted(message=f"{summary}; {fed}{trained}"))
     for row in preview_rows(data, tokenizer, 1):
@@ -29,7 +29,9 @@ def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length
         reporter.report(Noted(message=f"mixed of {describe_mixture(report)}"))
     if report.packed_rows is not None:
         share = report.tokens / (report.packed_rows * max_length)
-        reporter.report(Noted(message=f"packed into {report.packed_rows:,} rows of {max_length:,}, {share:.1%} full"))
+        reporter.report(
+            Noted(message=f"packed into {counted(report.packed_rows, 'row')} of {max_length:,}, {share:.1%} full")
+        )
     if report.held_out_rows:
         reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
     if report.groups is not None:

@@ -44,6 +44,7 @@ from qlora_cli.training.resuming.resume import (
     find_resume,
 )
 from qlora_cli.training.run_notes import note_data, note_resume
+from qlora_cli.units import counted
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
@@ -288,10 +289,15 @@ def _check_head_is_unquantized(load_plan: LoadPlan) -> None:
 
 def batch_arithmetic(plan: TrainPlan) -> str:
     """Describe in one line the rows of a step and the steps of the run."""
-    epochs = "" if plan.num_epochs is None else f", {plan.num_epochs:.2f} epochs of {plan.num_train_tokens:,} tokens"
+    epochs = (
+        ""
+        if plan.num_epochs is None
+        else f", {plan.num_epochs:.2f} epochs of {counted(plan.num_train_tokens, 'token')}"
+    )
     return (
         f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
-        f"{plan.num_devices} device = {plan.examples_per_step} examples a step; {plan.num_steps:,} steps{epochs}"
+        f"{plan.num_devices} device = {counted(plan.examples_per_step, 'example')} a step; "
+        f"{counted(plan.num_steps, 'step')}{epochs}"
     )
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 import qlora_cli
 from qlora_cli.cli.console import TextConsole
 from qlora_cli.cli.stderr import redact, sanitize
+from tests.conftest import RunQlora, write_jsonl
 
 PACKAGE = Path(qlora_cli.__file__).parent
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -143,3 +144,28 @@ def test_logs_and_warnings_of_libraries_are_sanitized_like_our_own_lines() -> No
     assert ended.stderr.count("ValueError: [U+001B][2Jhf_***\n") == 2
     assert "UserWarning: a key [U+001B]]0;x[U+0007] of https://***@host\n" in ended.stderr
     assert "f:1: UserWarning: [U+009B]1m\n" in ended.stdout
+
+
+def test_one_is_singular_in_all_that_a_run_of_one_step_prints(
+    run_qlora: RunQlora, base_model: Path, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "Name a metal."}, {"role": "assistant", "content": "Iron."}]}
+    data = write_jsonl(tmp_path / "row.jsonl", [row])
+    run = tmp_path / "run"
+    in_fp32 = ("--dtype", "fp32", "--device", "cpu")
+    one_step = ("--max-steps", "1", "--gradient-accumulation-steps", "1")
+    commands = (
+        ("inspect-data", "--model", base_model, "--dataset", data),
+        ("train", "--model", base_model, "--dataset", data, "--output", run, *in_fp32, *one_step),
+        ("runs", "show", run),
+        ("evaluate", run, "--dataset", data),
+        ("merge", run, "--output", tmp_path / "merged", "--base", "original"),
+        ("generate", run, "--prompt", "hello", "--max-new-tokens", "1", "--device", "cpu"),
+    )
+    for command in commands:
+        done = run_qlora(*command)
+        assert done.code == 0, done.stderr
+        output = done.stdout + done.stderr
+        assert "1 " in output
+        words = re.findall(r"(?<![\d.,])1 [a-z-]+s\b", output)
+        assert words == [], (command[0], words)

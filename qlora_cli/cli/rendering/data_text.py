@@ -31,7 +31,7 @@ def render_data(inspection: DataInspection) -> None:
         for line in trouble_lines(inspection.troubles, inspection.notes):
             console().print(Text(line), soft_wrap=True)
     for row in inspection.previews:
-        title(f"{row.where}: {row.num_tokens:,} tokens, {row.num_supervised:,} of them trained")
+        title(f"{row.where}: {counted(row.num_tokens, 'token')}, {row.num_supervised:,} of them trained")
         console().print(preview_text(row, is_coloured=console().color_system is not None), soft_wrap=True)
 
 
@@ -81,7 +81,7 @@ def _describe_long(report: DataReport, max_length: int) -> str:
         for number, what in ((report.truncated_rows, "truncated"), (report.dropped_rows, "dropped"))
         if number
     ]
-    lost = f", {report.tokens_lost:,} tokens lost" if report.tokens_lost else ""
+    lost = f", {counted(report.tokens_lost, 'token')} lost" if report.tokens_lost else ""
     return f"{' and '.join(parts) or 'none'} at {max_length:,} tokens{lost}"
 
 

@@ -116,7 +116,8 @@ def _describe_choice(choice: BaseChoice) -> str:
 def _verification_rows(verification: Verification) -> Iterator[Row]:
     yield from _divergence_rows(verification.divergence)
     rows = f" and {counted(verification.num_rows, 'row')} of the data" if verification.num_rows else ""
-    yield "over", f"{verification.divergence.num_tokens:,} tokens of {verification.num_prompts} prompts{rows}"
+    prompts = counted(verification.num_prompts, "prompt")
+    yield "over", f"{counted(verification.divergence.num_tokens, 'token')} of {prompts}{rows}"
     yield "computed", f"in fp32 on {verification.device}, in {format_duration(verification.seconds)}"
     if verification.ran_adapters:
         median = f"KL divergence {verification.unrounded.median_kl:.1g} at the median token"

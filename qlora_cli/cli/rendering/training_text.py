@@ -38,7 +38,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
         (
             "batch",
             f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
-            f"{plan.num_devices} device = {plan.examples_per_step} examples a step",
+            f"{plan.num_devices} device = {counted(plan.examples_per_step, 'example')} a step",
         ),
         ("steps", f"{plan.num_steps:,} ({_epochs(plan)}), a checkpoint every {counted(plan.save_steps, 'step')}"),
         *_memory_rows(plan.predicted_memory),
@@ -47,7 +47,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
 
 def _describe_padding(plan: TrainPlan) -> str:
     if plan.num_packed_rows is not None:
-        return f"none: packed into {plan.num_packed_rows:,} rows"
+        return f"none: packed into {counted(plan.num_packed_rows, 'row')}"
     return f"{plan.padding_share:.1%} of the tokens of the first epoch"
 
 
@@ -69,8 +69,10 @@ def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:
 
 def render_training(result: TrainResult) -> None:
     """Print the result of a run."""
-    of = f" of {result.num_steps:,}" if result.interrupted_by is not None else ""
-    title(f"Trained {result.steps:,}{of} steps")
+    steps = counted(result.steps, "step")
+    if result.interrupted_by is not None:
+        steps = f"{result.steps:,} of {counted(result.num_steps, 'step')}"
+    title(f"Trained {steps}")
     print_rows(_training_rows(result))
 
 
@@ -78,7 +80,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
     rows = [
         ("loss", f"{_loss(result.final_loss)} at the last step, {_loss(result.train_loss)} on average"),
         ("held-out loss", _loss(result.eval_loss)),
-        ("speed", f"{result.tokens_per_second:,.0f} tokens/s over all steps ({result.num_tokens:,} tokens)"),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s over all steps ({counted(result.num_tokens, 'token')})"),
         ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
@@ -105,7 +107,8 @@ def render_demo(result: DemoResult) -> None:
             ),
             (
                 "trained",
-                f"{format_count(result.train.num_trainable_parameters)} LoRA parameters, {result.train.steps} steps",
+                f"{format_count(result.train.num_trainable_parameters)} LoRA parameters, "
+                f"{counted(result.train.steps, 'step')}",
             ),
             (
                 "held-out loss",

@@ -17,6 +17,7 @@ from qlora_cli.data.reading.json_values import JsonValues, Required
 from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection, open_text
 from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.settings.choices import DataFormat
+from qlora_cli.units import counted
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
 # A list of objects under one of these is one conversation, not a list of rows.
@@ -116,7 +117,7 @@ def _row(file_name: str, number: int, decoded: Decoded, advice: str = "") -> Raw
     if problem is None and not isinstance(value, dict):
         problem = f"expected a JSON object, found {KINDS.get(type(value), 'null')}"
     elif problem is None and len(value) > MAX_COLUMNS:
-        problem = f"{len(value):,} keys, more than {MAX_COLUMNS:,}"
+        problem = f"{counted(len(value), 'key')}, more than {MAX_COLUMNS:,}"
     if problem is not None:
         value, problem = None, problem + advice
     return RawRow(file_name, number, line, value, problem, num_characters)

@@ -160,7 +160,8 @@ def describe_lengths(inspection: "DataInspection") -> str:
     num_rows = sum(bar.rows for bar in inspection.lengths)
     longer = "longer rows are in another colour" if _has_longer(inspection) else "no row is longer"
     return (
-        f"Histogram of the lengths of {num_rows:,} rows. The tallest bar: {tallest.rows:,} rows of {tallest.first:,} "
+        f"Histogram of the lengths of {counted(num_rows, 'row')}. "
+        f"The tallest bar: {counted(tallest.rows, 'row')} of {tallest.first:,} "
         f"to {tallest.last:,} tokens. The longest row has {inspection.longest_uncut_tokens:,} tokens. A line marks "
         f"the max length, {inspection.max_length:,} tokens; {longer}."
     )

@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ExportError
+from qlora_cli.units import counted
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
 EMBEDDING = "token_embd.weight"
@@ -99,7 +100,8 @@ def _weight_mismatches(facts: GgufFacts, config: PreTrainedConfig, num_parameter
     problems = []
     if facts.num_announced_blocks != layers or facts.blocks != frozenset(range(layers)):
         problems.append(
-            f"{len(facts.blocks)} layers, {facts.num_announced_blocks} by its metadata, and the model has {layers}"
+            f"{counted(len(facts.blocks), 'layer')}, {facts.num_announced_blocks} by its metadata, and the model has "
+            f"{layers}"
         )
     if facts.width != config.hidden_size:
         problems.append(f"a hidden size of {facts.width}, and the model has {config.hidden_size}")

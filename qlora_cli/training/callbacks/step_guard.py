@@ -9,6 +9,7 @@ from qlora_cli.errors import TrainingError
 from qlora_cli.events import Reporter, StepSkipped
 from qlora_cli.settings.choices import OnNan
 from qlora_cli.settings.models import TrainingSettings
+from qlora_cli.units import counted
 
 NameRows = Callable[[int, int], tuple[str, ...]]
 # A gradient scaler starts far too high, and halves until fp16 gradients are finite: 2**16 takes 17 halvings.
@@ -85,8 +86,8 @@ class StepGuard:
         self.num_skipped += 1
         if self.num_skipped > self._settings.max_nan_skips:
             raise TrainingError(
-                f"step {step + 1}: {reason}, as in {self.num_skipped - 1} steps that were skipped before it; "
-                f"the rows: {', '.join(rows)}",
+                f"step {step + 1}: {reason}, as in {counted(self.num_skipped - 1, 'step')} that were skipped "
+                f"before it; the rows: {', '.join(rows)}",
                 hint="Restart with a lower --learning-rate, or allow more by training.max_nan_skips.",
             )
         self._reporter.report(StepSkipped(step=step + 1, reason=reason, rows=rows))

@@ -21,6 +21,7 @@ from qlora_cli.settings.choices import Schedule
 from qlora_cli.settings.models import SECTIONS, OutputSettings, TrainSettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import OnResume
+from qlora_cli.units import counted
 
 AUTO, NEVER = "auto", "never"
 RESUME = "output.resume"
@@ -317,7 +318,7 @@ def _batch_problems(
     if rows != rows_before:
         yield Problem(
             where="training.micro_batch_size x training.gradient_accumulation_steps",
-            message=f"is {rows} rows a step, and was {rows_before}",
+            message=f"is {counted(rows, 'row')} a step, and was {rows_before}",
             hint=f"Choose them so that their product is {rows_before}, or restart with another --output.",
         )
 
@@ -344,8 +345,8 @@ def check_length(resume: Resume, settings: TrainSettings, num_steps: int) -> Non
         [
             Problem(
                 where="training.max_steps, training.epochs",
-                message=f"make {num_steps:,} steps, and made {before:,}; the learning rates until step "
-                f"{resume.step:,} were those of {before:,} steps",
+                message=f"make {counted(num_steps, 'step')}, and made {before:,}; the learning rates until step "
+                f"{resume.step:,} were those of {counted(before, 'step')}",
                 hint=f"Leave them as they were, or restart with another --output{_or_train_on(resume)}.",
             )
         ]
