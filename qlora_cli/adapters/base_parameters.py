@@ -22,7 +22,7 @@ from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.quantization.methods import is_quantized_layer
 
 State = Mapping[str, torch.Tensor]
-MODULE_NAME = "qlora_kept"  # of the module that switches them
+MODULE_NAME = "qlora_switched_parameters"  # of the module that switches them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

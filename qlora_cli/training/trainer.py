@@ -181,10 +181,10 @@ class QloraTrainer(TrainerSeam):
             # For a failed step, the trainer wrote the generators as the failure left them.
             torch.save(dict(self._generators()), finished / RNG_STATE)
             published = self._store.publish(finished, step, self.state.best_global_step)
-        self._report_kept(published)
+        self._report_not_deleted(published)
         self._reporter.report(CheckpointSaved(step=step, path=published.path))
 
-    def _report_kept(self, published: PublishedCheckpoint) -> None:
+    def _report_not_deleted(self, published: PublishedCheckpoint) -> None:
         """Report once of each folder among the checkpoints that it is not deleted."""
         for path, reason in published.not_deleted.items():
             if path not in self._reported:

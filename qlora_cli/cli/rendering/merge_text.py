@@ -17,7 +17,7 @@ from qlora_cli.merging.merge_result import (
 )
 from qlora_cli.units import counted, format_bytes, format_duration
 
-TOLD = {
+ACTION_NAMES = {
     "copy": "copied as bytes",
     "cast": "cast",
     "dequantize": "dequantized",
@@ -73,7 +73,7 @@ def render_merge_plan(report: MergeReport) -> None:
     print_rows(
         [
             (
-                TOLD[count.action.value],
+                ACTION_NAMES[count.action.value],
                 f"{counted(count.num_tensors, 'tensor')}, {format_bytes(count.base_bytes)} read, "
                 f"{format_bytes(count.written_bytes)} written",
             )
@@ -87,7 +87,7 @@ def render_merge_plan(report: MergeReport) -> None:
 def _describe_tensor(tensor: TensorPlan) -> str:
     dtype = tensor.dtype if tensor.dtype == tensor.base_dtype else f"{tensor.base_dtype} to {tensor.dtype}"
     shape = " x ".join(map(str, tensor.shape)) or "scalar"
-    return f"{TOLD[tensor.action.value]}, {shape}, {dtype}, in {tensor.file}"
+    return f"{ACTION_NAMES[tensor.action.value]}, {shape}, {dtype}, in {tensor.file}"
 
 
 def _named(name: str, commit: str | None) -> str:
