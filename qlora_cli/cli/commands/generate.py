@@ -22,7 +22,7 @@ PROMPTS = "generate.prompts"
 
 @options.takes(Command.GENERATE)
 def generate(context: typer.Context, json: options.Json = False) -> None:
-    """Answer prompts, greedily unless told otherwise, with the model's chat template and end tokens.
+    """Answer prompts, greedily by default, with the model's chat template and end tokens.
 
     MODEL is a model, an adapter or a run directory. The answer alone is on stdout.
     """

@@ -28,7 +28,8 @@ def render_load(report: LoadReport) -> None:
     if report.unquantized_fits:
         size = format_bytes(report.unquantized_model_bytes)
         advice = (
-            f"It would fit here unquantized ({size}) with room to train: LoRA with --quant none is exact and faster."
+            f"It would fit here unquantized ({size}) with memory left to train: "
+            "LoRA with --quant none is exact and faster."
         )
         console().print(Text(advice), soft_wrap=True)
 

@@ -263,7 +263,7 @@ def test_a_save_that_is_killed_leaves_nothing_that_looks_complete(
     deadline = time.monotonic() + 120
     while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert marker.exists(), "it did not come to writing"
+    assert marker.exists(), "it did not begin to write"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not target.exists()

@@ -50,7 +50,7 @@ def test_a_terminal_too_narrow_for_words_gets_unbroken_lines(
     assert len(shown(capsys)) == len(ROWS)
 
 
-LINES = ["  a setting  and a long note of the run, which goes on for more than a line", "", "    short"]
+LINES = ["  a setting  and a long note of the run, which is longer than a line", "", "    short"]
 
 
 def test_lines_are_unbroken_in_a_pipe_and_wrapped_and_indented_on_a_terminal(
