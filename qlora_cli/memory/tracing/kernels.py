@@ -88,7 +88,7 @@ class Kernels:
         batch, heads, num_queries, head_dim = query.shape
         num_keys, value_dim = key.shape[2], value.shape[3]
         delta = batch * heads * num_queries * FLOAT_BYTES
-        if query.element_size() > 2:  # the results are in fp32, and accumulate in place
+        if query.element_size() > 2:
             return Temporaries(after=(delta,))
         largest_dim = max(head_dim, value_dim)
         has_large_blocks = self.capability >= (8, 0) and largest_dim > 64
