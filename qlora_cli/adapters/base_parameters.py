@@ -136,7 +136,7 @@ def switch_parameters(
     modules = {
         in_base(path): (path, module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if any(parameter is not None for parameter in module._parameters.values())
+        if any(True for _ in module.parameters(recurse=False))
     }
     slots: list[ParameterSlot] = []
     live: dict[str, nn.Parameter] = {}

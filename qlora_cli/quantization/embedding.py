@@ -34,8 +34,7 @@ def vocabulary_weights(model: PreTrainedModel) -> set[str]:
     return {
         f"{name}.{leaf}"
         for name, module in vocabulary_modules(model).items()
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None
+        for leaf, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     }
 
 
@@ -54,7 +53,8 @@ def offload_device_map(model: PreTrainedModel, device: torch.device) -> dict[str
             device_map[path] = "cpu"
             continue
         prefix = f"{path}." if path else ""
-        inside = [*(name for name, _ in module.named_children()), *module._parameters, *module._buffers]
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        inside = [name for name, _ in (*module.named_children(), *own)]
         device_map |= {f"{prefix}{name}": device for name in inside if f"{prefix}{name}" not in ancestors}
     return device_map
 

@@ -136,7 +136,6 @@ SEAMS = (
     _attribute("torch.optim.lr_scheduler.LRScheduler", "_last_lr", TORCH, "compare a saved schedule with the run's"),
     # ---- modules as PyTorch holds them ----
     _attribute("torch.nn.Module", "_parameters", TORCH, "switch between an adapter's parameters and the base's"),
-    _attribute("torch.nn.Module", "_buffers", TORCH, "place and name buffers"),
     _attribute("torch.nn.Module", "_modules", TORCH, "switch between a quantized layer and a plain one"),
     _word("torch._dynamo.eval_frame", "_orig_mod", TORCH, "read adapters that were saved compiled"),
     _word("torch.distributed.fsdp._common_utils", "_fsdp_wrapped_module", TORCH, "read adapters saved under FSDP"),

@@ -88,9 +88,8 @@ class StreamedModel:
             if name in saved:
                 buffer.copy_(self._read(name))
         for module in self._base.modules():  # parameters stay on the meta device
-            for name, held in module._buffers.items():
-                if held is not None:
-                    module._buffers[name] = held.to(self._device)
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, name, buffer.to(self._device))
 
     def _fill_placeholders(self) -> None:
         """Put placeholders for weights on the device: some models move their input to the device of a weight.
@@ -99,8 +98,8 @@ class StreamedModel:
         """
         nothing = torch.tensor(torch.nan, device=self._device, dtype=self._dtype)
         for slot in (slot for slots in self._units for slot in slots):
-            shape = slot.module._parameters[slot.attribute].shape  # type: ignore[union-attr] # a slot holds a weight
-            slot.module._parameters[slot.attribute] = nn.Parameter(nothing.expand(shape), requires_grad=False)
+            shape = slot.module.get_parameter(slot.attribute).shape
+            setattr(slot.module, slot.attribute, nn.Parameter(nothing.expand(shape), requires_grad=False))
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -145,7 +144,7 @@ def unit_paths(model: nn.Module) -> list[tuple[str, bool]]:
         if path and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.ModuleList):
             layers.append(path)
             units.append((path, True))
-        elif any(parameter is not None for parameter in module._parameters.values()):
+        elif any(True for _ in module.parameters(recurse=False)):
             # Submodules get weights when they run themselves: they may be layers, which must not be loaded together.
             units.append((path, not any(True for _ in module.children())))
     return units
@@ -177,8 +176,8 @@ def _slots(module: nn.Module, names: dict[int, str], *, deep: bool) -> list[Slot
     return [
         Slot(module=holder, attribute=attribute, name=names[id(parameter)])
         for holder in holders
-        for attribute, parameter in holder._parameters.items()
-        if parameter is not None and id(parameter) in names
+        for attribute, parameter in holder.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in names
     ]
 
 
@@ -189,15 +188,15 @@ def _streaming(
     """Load the weights of each unit while its module runs."""
     handles = []
     for module, slots in zip(modules, units, strict=True):
-        empty = [(slot, slot.module._parameters[slot.attribute]) for slot in slots]
+        empty = [(slot, slot.module.get_parameter(slot.attribute)) for slot in slots]
 
         def fill(_: nn.Module, __: Any, slots: list[Slot] = slots) -> None:
             for slot in slots:
-                slot.module._parameters[slot.attribute] = nn.Parameter(load(slot), requires_grad=False)
+                setattr(slot.module, slot.attribute, nn.Parameter(load(slot), requires_grad=False))
 
-        def clear(_: nn.Module, __: Any, ___: Any, empty: list[tuple[Slot, nn.Parameter | None]] = empty) -> None:
+        def clear(_: nn.Module, __: Any, ___: Any, empty: list[tuple[Slot, nn.Parameter]] = empty) -> None:
             for slot, parameter in empty:
-                slot.module._parameters[slot.attribute] = parameter
+                setattr(slot.module, slot.attribute, parameter)
 
         # `always_call`: an error, such as no memory, must not leave the weights of its unit in memory.
         handles += [module.register_forward_pre_hook(fill), module.register_forward_hook(clear, always_call=True)]
@@ -250,7 +249,7 @@ def _fill(model: PeftModel, label: str, values: Mapping[str, torch.Tensor]) -> N
 def _materialize(model: PeftModel, names: dict[int, str], device: torch.device) -> None:
     """Allocate the parameters of adapters in fp32; the base stays empty."""
     for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and id(parameter) not in names:
+        for attribute, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta and id(parameter) not in names:
                 values = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-                module._parameters[attribute] = nn.Parameter(values, requires_grad=False)
+                setattr(module, attribute, nn.Parameter(values, requires_grad=False))

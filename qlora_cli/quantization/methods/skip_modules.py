@@ -97,7 +97,9 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:
     for path, module in model.named_modules():
         if isinstance(module, nn.utils.parametrize.ParametrizationList):
             continue
-        shapes = {name: weight.shape for name, weight in module._parameters.items() if weight is not None}
+        shapes = {
+            name: weight.shape for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+        }
         for name, chain in getattr(module, "parametrizations", {}).items():
             shapes[name] = stored_weight(module, name, chain.original).shape
         for name, shape in shapes.items():
