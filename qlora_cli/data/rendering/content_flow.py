@@ -21,11 +21,24 @@ CONTENT_KEY = "content"
 TRIM_METHODS = ("strip", "lstrip", "rstrip")
 # Tests of a type, or of whether there is a value: all contents give the same result.
 TYPE_TESTS = frozenset(
-    ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "integer", "float")
-) | frozenset(("boolean", "true", "false", "callable"))
-# Names and filters whose results differ from one call to the next.
-RANDOM_FUNCTION, RANDOM_FILTER = "lipsum", "random"
-# Attributes of dictionaries, which Jinja finds before keys; only `get` is understood.
+    (
+        *("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "integer", "float"),
+        *("boolean", "true", "false", "callable"),
+    )
+)
+# Filters that make a constant of constants: none that is random, and none that marks text as safe, because what is
+# added to such text is escaped.
+CONSTANT_FILTERS = frozenset(
+    (
+        *("abs", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "float", "format", "indent"),
+        *("int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr"),
+        *("replace", "reverse", "round", "select", "selectattr", "slice", "sort", "string", "sum", "title", "tojson"),
+        *("trim", "unique", "upper", "wordcount"),
+    )
+)
+# Functions whose results differ from one call to the next.
+CHANGING_FUNCTIONS = ("lipsum", "strftime_now")
+# Attributes of dictionaries, which Jinja finds as attributes and as items; only `get` is understood.
 DICTIONARY_ATTRIBUTES = frozenset(dir(dict))
 # The variable of a loop, and its attributes that are items.
 LOOP, NEIGHBOURS = "loop", ("previtem", "nextitem")
@@ -134,7 +147,7 @@ class _ContentTracker:
 
     @_kind.register
     def _kind_of_name(self, node: nodes.Name) -> Kind:
-        if node.name in (LOOP, RANDOM_FUNCTION):
+        if node.name in (LOOP, *CHANGING_FUNCTIONS):
             raise _NotProvenError(node.name)
         return self._kinds.get(node.name, Kind.CONSTANT)
 
@@ -143,7 +156,7 @@ class _ContentTracker:
         if isinstance(node.node, nodes.Name) and node.node.name == LOOP:
             return Kind.MESSAGE if node.attr in NEIGHBOURS else Kind.CONSTANT
         owner = self._kind(node.node)
-        if owner == Kind.MESSAGE and node.attr not in DICTIONARY_ATTRIBUTES:
+        if owner == Kind.MESSAGE:
             return _kind_of_key(node.attr)
         return self._require(owner, Kind.CONSTANT)
 
@@ -153,7 +166,7 @@ class _ContentTracker:
         if owner == Kind.MESSAGE and isinstance(node.arg, nodes.Const):
             return _kind_of_key(node.arg.value)
         self._require_constant([node.arg])
-        if owner == Kind.MESSAGES:
+        if owner == Kind.MESSAGES and not (isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)):
             return Kind.MESSAGES if isinstance(node.arg, nodes.Slice) else Kind.MESSAGE
         return self._require(owner, Kind.CONSTANT)
 
@@ -165,7 +178,7 @@ class _ContentTracker:
             owner = self._kind(function.node)
             if owner == Kind.MESSAGE and function.attr == "get" and _is_constant_key(node.args):
                 return _kind_of_key(node.args[0].value)
-            if owner == Kind.CONTENT and function.attr in TRIM_METHODS and not (node.args or node.kwargs):
+            if owner == Kind.CONTENT and function.attr in TRIM_METHODS and not _has_arguments(node):
                 return Kind.CONTENT
         return self._require(self._kind(function), Kind.CONSTANT)
 
@@ -175,9 +188,11 @@ class _ContentTracker:
             raise _NotProvenError("filters its output")
         kind, name = self._kind(node.node), node.name
         self._require_constant([*node.args, *node.kwargs, node.dyn_args, node.dyn_kwargs])
-        if kind == Kind.CONSTANT and name != RANDOM_FILTER:
+        if kind == Kind.CONSTANT and name in CONSTANT_FILTERS and (name != "map" or _maps_attribute(node)):
             return kind
-        if kind == Kind.CONTENT and ((name == "trim" and not node.args) or name in ("string", "default", "d")):
+        if kind == Kind.CONTENT and (
+            (name == "trim" and not _has_arguments(node)) or name in ("string", "default", "d")
+        ):
             return kind
         if kind == Kind.MESSAGES and name in ("length", "count"):
             return Kind.CONSTANT
@@ -259,7 +274,13 @@ class _ContentTracker:
 
 
 def _kind_of_key(key: object) -> Kind:
-    """Return the kind of what a message has under a key; without other keys than role and content, a constant."""
+    """Return the kind of what a message has under a key; without other keys than role and content, a constant.
+
+    Raises:
+        _NotProvenError: it is a method of dictionaries.
+    """
+    if key in DICTIONARY_ATTRIBUTES:
+        raise _NotProvenError(str(key))
     return Kind.CONTENT if key == CONTENT_KEY else Kind.CONSTANT
 
 
@@ -272,6 +293,16 @@ def _joined(first: Kind, second: Kind) -> Kind:
     if {first, second} == {Kind.CONTENT, Kind.TEXT}:
         return Kind.TEXT
     raise _NotProvenError(f"{first.value}, or {second.value}")
+
+
+def _has_arguments(node: nodes.Call | nodes.Filter) -> bool:
+    return bool(node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
+
+
+def _maps_attribute(node: nodes.Filter) -> bool:
+    """Return whether `map` selects an attribute, and does not apply a filter."""
+    is_static = not (node.args or node.dyn_args or node.dyn_kwargs)
+    return is_static and all(keyword.key in ("attribute", "default") for keyword in node.kwargs)
 
 
 def _reads_role(node: nodes.Filter) -> bool:

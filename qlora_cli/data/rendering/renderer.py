@@ -5,6 +5,7 @@ itself is only examined if its contents may make a difference.
 """
 
 import itertools
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ WITH_REASONING = Conversation(
     ],
     trained=(),
 )
-SPACE = "\v"  # around marks: a space that no template writes
+SPACES = "\v\f\x1c\x1d\x1e"  # what `str.strip` removes and no template writes; random ones surround marks
+NUM_SPACES = 24
 Trim = Callable[[str], str]
 # By whether a space before a mark is kept, and one after it.
 TRIMS: Mapping[tuple[bool, bool], Trim] = {
@@ -324,14 +326,15 @@ class Renderer:
 
     def _shape_of(self, roles: tuple[str, ...], form: MessageForm) -> _Shape | None:
         """Return the text around contents; None if they do not all appear in the text, once and in order."""
-        marks = [f"Mark{index}Of{len(roles)}" for index in range(len(roles))]
+        nonce, before, after = secrets.token_hex(8), _random_spaces("\v"), _random_spaces("\f")
+        marks = [f"{nonce}-{index}-" for index in range(len(roles))]
         messages = [
-            {"role": role, "content": f"{SPACE}{mark}{SPACE}"} for role, mark in zip(roles, marks, strict=True)
+            {"role": role, "content": f"{before}{mark}{after}"} for role, mark in zip(roles, marks, strict=True)
         ]
         conversation = form.apply(Conversation(messages=messages, trained=()))
         try:
             text = self._template.text(conversation)
-            around = _split_at_marks(text, marks)
+            around = _split_at_marks(text, marks, before, after)
             if around is None:
                 return None
             literals, trims = around
@@ -368,7 +371,14 @@ def _roles_of(conversation: Conversation) -> tuple[str, ...] | None:
     return None if any(has_reasoning) else roles
 
 
-def _split_at_marks(text: str, marks: Sequence[str]) -> tuple[tuple[str, ...], tuple[Trim, ...]] | None:
+def _random_spaces(edge: str) -> str:
+    """Return spaces that no text contains by chance, between two that are `edge`."""
+    return edge + "".join(secrets.choice(SPACES) for _ in range(NUM_SPACES)) + edge
+
+
+def _split_at_marks(
+    text: str, marks: Sequence[str], space_before: str, space_after: str
+) -> tuple[tuple[str, ...], tuple[Trim, ...]] | None:
     """Return the text around the marks, and which of the spaces around each are gone.
 
     None if a mark is missing, repeated or out of order.
@@ -378,9 +388,9 @@ def _split_at_marks(text: str, marks: Sequence[str]) -> tuple[tuple[str, ...], t
         before, separator, text = text.partition(each)
         if not separator or each in text:
             return None
-        trims.append(TRIMS[before.endswith(SPACE), text.startswith(SPACE)])
-        literals.append(before.removesuffix(SPACE))
-        text = text.removeprefix(SPACE)
+        trims.append(TRIMS[before.endswith(space_before), text.startswith(space_after)])
+        literals.append(before.removesuffix(space_before))
+        text = text.removeprefix(space_after)
     return (*literals, text), tuple(trims)
 
 

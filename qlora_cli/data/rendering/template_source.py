@@ -1,13 +1,23 @@
 """What the source of a chat template says about it, without rendering it."""
 
 import functools
-import re
 
 from jinja2 import Environment, TemplateSyntaxError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 GENERATION_PROMPT = "add_generation_prompt"
-# Templates mark what the model writes by these tags, which plain Jinja does not know.
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+class GenerationTag(Extension):
+    """The tag by which templates mark what the model writes, which plain Jinja does not know; its content is kept."""
+
+    tags = frozenset(("generation",))  # type: ignore[assignment] # Jinja only looks a name up
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what is within the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @functools.lru_cache
@@ -38,7 +48,7 @@ def variables_of(source: str) -> frozenset[str] | None:
 def parse(source: str) -> nodes.Template | None:
     """Return a template as its parts; None if it can't be parsed."""
     try:
-        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", source))  # noqa: S701 - never rendered
+        return Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"]).parse(source)  # noqa: S701 - never rendered
     except (TemplateSyntaxError, RecursionError):
         return None
 

@@ -60,7 +60,8 @@ class Conversation:
     @property
     def is_plain(self) -> bool:
         """Whether the template gets nothing but messages, none of which calls tools."""
-        return not (self.tools or self.template_kwargs or any("tool_calls" in message for message in self.messages))
+        has_variables = self.tools is not None or self.template_kwargs
+        return not (has_variables or any("tool_calls" in message for message in self.messages))
 
 
 @dataclass(frozen=True, kw_only=True)

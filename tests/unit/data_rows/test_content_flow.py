@@ -1,6 +1,7 @@
 """A row is rendered without the template only if that is proven to give the same text."""
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -117,6 +118,49 @@ DECIDING = (
     "{{ eos_token | default(message.content) | length }}",
     "{{ [1, 2, 3] | random }}{{ message.content }}",
     "{{ lipsum() }}{{ message.content }}",
+    "{{ strftime_now('%f') }}{{ message.content }}",
+    "{{ (['abc'] | map('random') | list)[0] }}{{ message.content }}",
+    # Items are attributes, too.
+    "{% if 'x' in message['get']('content') %}!{% endif %}{{ message.content }}",
+    "{% if 'x' in message['copy']().content %}!{% endif %}{{ message.content }}",
+    "{{ message['values']() | list }}",
+    "{% if (messages | first)['get']('content') == 'a' %}!{% endif %}{{ message.content }}",
+    "{{ messages['copy']()[0].content | length }}",
+    # Characters to trim, by every way to pass them.
+    "{{ message.content | trim(chars='a') }}",
+    "{{ message.content | trim(*['a']) }}",
+    "{{ message.content | trim(**{'chars': 'a'}) }}",
+    "{{ message.content.strip(*['a']) }}",
+    "{{ message.content.strip(**{}) }}",
+    # Text that is marked as safe escapes what is added to it.
+    "{{ ('' | safe) + message.content }}",
+    "{{ message.content + ('\n' | e) }}",
+    "{{ ('<' | escape) + message.content }}",
+    "{{ (([''] | map('escape')) | first) + message.content }}",
+    "{{ (([''] | map(*['escape'])) | first) + message.content }}",
+)
+# Templates in which the tags of what the model writes are text, or hide a decision.
+HIDDEN = (
+    "{% for message in messages %}{{ message.content }}</s>{# #{% generation %}} {% raw %} #}"
+    "{% if 'x' in message.content %}!{% endif %}{# {% endraw %} #}{% endfor %}",
+    EACH.format(
+        "{% set q = '\\{% generation %}' %}{% if \"x\" in message.content %}!{% endif %}' %}{{ message.content }}"
+    ),
+)
+# Contents that touch, and text of the template that looks like a mark or the spaces around it.
+MERGED = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content | trim %}{% set rest = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+    "[INST]{{ first if loop.first else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+LOOKALIKES = (
+    MERGED,
+    MERGED.replace("{{ m.content }}[/INST]", "{{ m.content | trim }}[/INST]").replace(
+        "content | trim %}", "content %}"
+    ),
+    EACH.format("{{ message.content.strip() ~ '\x0b' }}"),
+    EACH.format("{{ '\x0b\x0c' ~ message.content ~ '\x0c' }}"),
+    EACH.format("{% if loop.index0 == 1 %}Mark1Of2{% endif %}{{ message.content }}"),
 )
 
 
@@ -155,6 +199,28 @@ def test_a_template_that_inserts_contents_is_proven_to(part: str) -> None:
 @pytest.mark.parametrize("part", DECIDING)
 def test_a_template_whose_text_depends_on_contents_is_not_proven(part: str) -> None:
     assert not only_inserts_contents(EACH.format(part))
+
+
+@pytest.mark.parametrize("template", HIDDEN)
+def test_the_template_that_jinja_runs_is_analysed(template: str) -> None:
+    assert not only_inserts_contents(template)
+
+
+@pytest.mark.parametrize("template", LOOKALIKES)
+def test_contents_that_touch_and_text_like_marks_are_distinguished(template: str) -> None:
+    assert only_inserts_contents(template)
+    text = tokenizer_for(template)
+    num_inserted = 0
+    for system, question in product(("sys", " sys\n\n", "\v"), ("\n\nquestion", "question", "\vquestion\f")):
+        messages = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": " answer\n"},
+        ]
+        inserted, expected = rendered(text, messages, LossOn.COMPLETIONS)
+        num_inserted += inserted is not None
+        assert inserted in (None, expected)
+    assert num_inserted > 0
 
 
 def test_published_templates_that_only_insert_contents_are_proven_to() -> None:
