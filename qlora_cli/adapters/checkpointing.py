@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import ModelError
+from qlora_cli.quantization.methods import all_methods
 from qlora_cli.settings.choices import Checkpointing
 
 # Kernels of attention that store no scores, of PyTorch and of flash-attn.
@@ -25,10 +26,7 @@ ATTENTION = frozenset(
     f"aten::_scaled_dot_product_{kernel}"
     for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 ) | {"flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"}
-# Products with weights in 4, 8 and 16 bit; only those of the base's layers are kept.
-PRODUCTS = frozenset(
-    ("bitsandbytes::gemm_4bit", "bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm")
-) | {"aten::mm", "aten::addmm"}
+UNQUANTIZED_PRODUCTS = frozenset(("aten::mm", "aten::addmm"))
 
 
 class CheckpointingHandle:
@@ -78,6 +76,7 @@ class _KeepsProducts:
 
     def __init__(self) -> None:
         self._num_entered = 0  # layers of the base that are computing
+        self._products = UNQUANTIZED_PRODUCTS.union(*(method.products for method in all_methods()))
 
     def watch(self, layer: nn.Module) -> list[RemovableHandle]:
         """Note while a layer of the base computes, to keep its products and not the adapter's."""
@@ -93,7 +92,7 @@ class _KeepsProducts:
 
     def __call__(self, _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         name: str = operation.name()
-        if name in ATTENTION or (self._num_entered and name in PRODUCTS):
+        if name in ATTENTION or (self._num_entered and name in self._products):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -80,6 +80,7 @@ class FourBitMethod(Method):
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
     operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(temporaries=_product)})
+    products = frozenset(("bitsandbytes::gemm_4bit",))
 
     def describe(self, settings: QuantizationSettings) -> str:
         """Describe the kind of codes, and whether their constants are quantized, too."""

@@ -191,6 +191,7 @@ class Int8(Method):
             "bitsandbytes::int8_mixed_scaled_mm": Operator(temporaries=_product_temporaries, on_meta=_product_on_meta),
         }
     )
+    products = frozenset(("bitsandbytes::int8_scaled_mm", "bitsandbytes::int8_mixed_scaled_mm"))
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings

@@ -109,6 +109,7 @@ class Method(ABC):
         layer_types: The layers that replace linear ones and multiply with its weights.
         parametrization_types: The parametrizations that dequantize its weights elsewhere, whenever they are read.
         operators: Its operators that allocate temporaries, as `namespace::name`.
+        products: Its operators that multiply by a weight, whose results selective checkpointing keeps.
     """
 
     loader: str | None = None
@@ -118,6 +119,7 @@ class Method(ABC):
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
+    products: frozenset[str] = frozenset()
 
     # How its settings are described.
 
