@@ -4,6 +4,7 @@ The core knows nothing of terminals: it passes frozen events to a `Reporter`. Th
 directory writes them to `metrics.jsonl`.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,13 +194,28 @@ class SilentReporter:
         """Do nothing."""
 
 
-@dataclass(frozen=True)
 class Reporters:
-    """Passes each event to all `members`."""
+    """Passes each event to all `members`, one event after another.
 
-    members: Sequence[Reporter]
+    The handler of a signal reports in the middle of whatever the thread is doing. If that is a report, a stream can't
+    be written again before it has returned, so the event of the handler follows then.
+    """
+
+    def __init__(self, members: Sequence[Reporter]) -> None:
+        self._members = members
+        self._is_reporting = False
+        self._deferred: deque[Event] = deque()
 
     def report(self, event: Event) -> None:
         """Pass `event` on."""
-        for member in self.members:
-            member.report(event)
+        self._deferred.append(event)
+        if self._is_reporting:
+            return
+        self._is_reporting = True
+        try:
+            while self._deferred:
+                following = self._deferred.popleft()
+                for member in self._members:
+                    member.report(following)
+        finally:
+            self._is_reporting = False

@@ -67,7 +67,8 @@ def failures_as_messages(arguments: list[str], known: Mapping[str, Any]) -> Iter
             except OSError:  # the disk of stdout is full, not that of the run
                 redirect_to_null(sys.stdout)
             _fail(QloraError(f"the disk is full: {error}", hint="Free disk space and try again."), as_json=as_json)
-        print_line(_traceback_of(error))
+        with ignoring_lost_terminal(sys.stderr):
+            print_line(_traceback_of(error))
         _fail(QloraError(f"{type(error).__name__}: {error}", hint=BUG_REPORT), as_json=as_json)
     except BaseException as error:
         if not is_panic(error):

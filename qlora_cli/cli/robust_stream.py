@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -27,25 +27,40 @@ def redirect_to_null(file: TextIO) -> None:
 
 
 class RobustStream:
-    """Writes to `file`, and discards what can't be written: no reader, no terminal, a full disk."""
+    """Writes to `file`, and discards what can't be written: no reader, no terminal, a full disk.
+
+    The handler of a signal may write while `file` is being written, which a buffer refuses with a `RuntimeError`. What
+    it writes bypasses the buffer.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
+        self._is_busy = False
 
     def write(self, text: str) -> int:
         """Write `text` if possible."""
-        try:
-            self._file.write(text)
-        except OSError as error:
-            self._give_up(error)
+        if self._is_busy or not self._tried(lambda: self._file.write(text)):
+            with suppress(OSError):
+                os.write(self._file.fileno(), text.encode(self._file.encoding or "utf-8", "backslashreplace"))
         return len(text)
 
     def flush(self) -> None:
         """Flush if possible."""
+        if not self._is_busy:
+            self._tried(self._file.flush)
+
+    def _tried(self, action: Callable[[], object]) -> bool:
+        """Write or flush if possible; return False if the file is being written by somebody else."""
+        self._is_busy = True
         try:
-            self._file.flush()
+            action()
         except OSError as error:
             self._give_up(error)
+        except RuntimeError:  # written by a function that this handler of a signal interrupts
+            return False
+        finally:
+            self._is_busy = False
+        return True
 
     def _give_up(self, error: OSError) -> None:
         if error.errno == errno.EIO:  # the terminal is gone: libraries that print must not fail either
