@@ -29,7 +29,7 @@ from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
-from qlora_cli.memory.tracing.training_step import StepSettings, TracedStep, trace_step
+from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
 from qlora_cli.model_files.source import ModelSource
@@ -80,16 +80,18 @@ class Estimator:
         backend: SdpaBackend = SdpaBackend.AUTO,
         evaluates: bool | None = None,
         whole: bool = False,
+        loop: Loop | None = None,
     ) -> None:
         """Predict from the model's facts, for settings that are `settled`.
 
         `evaluates`: whether an evaluation batch is run as well; None if the settings decide. `whole` traces all layers
-        instead of a few: slower, with the same result.
+        instead of a few: slower, with the same result. `loop` makes the step that is traced, as for `trace_step`.
         """
         self._facts = facts
         self._backend = backend
         self._evaluates = evaluates
         self._whole = whole
+        self._loop = loop
         self._cache: dict[Any, Any] = {}
 
     def settled(self, asked: Resolved[EstimateT]) -> Resolved[EstimateT]:
@@ -261,7 +263,7 @@ class Estimator:
 
     def _run_step(self, meta_model: MetaModel, step: StepSettings) -> TracedStep:
         try:
-            return trace_step(meta_model, step)
+            return trace_step(meta_model, step, self._loop)
         except RuntimeError as error:
             if isinstance(error, QloraError):
                 raise

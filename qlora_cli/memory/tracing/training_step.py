@@ -76,11 +76,11 @@ class TracedStep:
     pinned_host_bytes: int
 
 
-def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "type[TrainingStep] | None" = None) -> TracedStep:
+def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "Loop | None" = None) -> TracedStep:
     """Record a step of `meta_model`, in segments that are marked `(pass, part)`.
 
-    A part is the index of a layer, or `HEAD` or `TAIL` for what comes before or after the layers. `loop` is the
-    training loop whose step is traced; by default that of `qlora train`.
+    A part is the index of a layer, or `HEAD` or `TAIL` for what comes before or after the layers. `loop` makes the
+    step that is traced: that of another training loop, or one that is observed; by default that of `qlora train`.
 
     Raises:
         ModelError: the model can't be trained as asked, or its code needs values.
@@ -343,6 +343,9 @@ class TrainingStep:
         for module in self.model.modules():
             if CHECKPOINT in vars(module):
                 setattr(module, CHECKPOINT, wrapped(getattr(module, CHECKPOINT)))
+
+
+Loop = Callable[[MetaModel, StepSettings, MemoryTrace, GpuFunctions], TrainingStep]
 
 
 def _flash_attention(
