@@ -1,0 +1,357 @@
+"""Turn the traced step of `qlora train` into milliseconds on a GPU: where they go, and how far that is from a floor.
+
+    python benchmarks/cost_of_a_step.py --models llama-3.1-8b --gpus "RTX 4090" --lengths 2048 --tables
+
+Nothing is measured: FLOPs, bytes and launches are those of the operations that `qlora inspect-memory` traces, the
+rates of the GPUs are assumptions (`RATES`). Each operation takes as long as its arithmetic or its traffic, whichever
+is longer. The floor is 4 (N + V H) FLOPs a token at that rate: each weight of the base and of the head, forward and
+backward. `published_algorithm.py` is the step that a traced one is compared with.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+# Without this, a script run as a file does not find its siblings.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.published_algorithm import StepShape, floor_flops, published_operations, shape_of
+from benchmarks.records import RESULTS, append, now, results_file, revision, versions
+from benchmarks.step_operations import Count, Kind, Operation, Pass
+from qlora_cli.errors import QloraError, UsageError
+from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue, nearest_names
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.prediction import Estimate
+from qlora_cli.quantization.methods.skip_modules import fused_experts
+from qlora_cli.settings.choices import Checkpointing, Dtype
+from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.units import GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What a GPU sustains.
+
+    Attributes:
+        flops: A second, in bf16 products with fp32 sums.
+        bytes_: A second, from and to its memory.
+        dequantization_share: The part of them that the kernels of dequantization reach.
+    """
+
+    flops: float
+    bytes_: float
+    dequantization_share: float = 1.0
+
+
+# Assumed, not measured: about 90 % of the dense products of the data sheet on consumer cards, 65 to 80 % on those
+# of data centres, which lower their clock; 88 % of the bandwidth.
+RATES = {
+    "L4": Rate(flops=60e12, bytes_=0.25e12),
+    "A10G": Rate(flops=58e12, bytes_=0.50e12),
+    "RTX 3090": Rate(flops=65e12, bytes_=0.82e12),
+    "RTX 4090": Rate(flops=155e12, bytes_=0.90e12),
+    "A100 40GB": Rate(flops=250e12, bytes_=1.35e12),
+    "A100 80GB": Rate(flops=255e12, bytes_=1.75e12),
+    "H100 SXM": Rate(flops=650e12, bytes_=2.9e12),
+    "H200": Rate(flops=680e12, bytes_=4.2e12),
+}
+KERNEL_SECONDS = 2e-6  # the shortest kernel
+DISPATCH_SECONDS = 11e-6  # Python, autograd and dispatch of one operation, measured on a server's CPU core
+MODES = (Checkpointing.ON, Checkpointing.SELECTIVE, Checkpointing.OFF)
+# AdamW in fp32 reads a weight, its gradient and two moments, and writes all but the gradient; clipping reads the
+# gradient twice and writes it once.
+UPDATE_BYTES = 4 * (7 + 3)
+UPDATE_KERNELS = 4
+
+Counted = Sequence[tuple[int, Operation]]  # each operation with how often it runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step: a model on a GPU, `rows` of `length` tokens."""
+
+    model: CatalogueModel
+    gpu: Gpu
+    rate: Rate
+    length: int
+    rows: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """All operations of one kind in one pass; `seconds` are the GPU's."""
+
+    kind: Kind
+    run_in: Pass
+    dispatches: int
+    kernels: int
+    flops: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost of a step.
+
+    Attributes:
+        device_seconds: Of the GPU, if it never waits for the host.
+        host_seconds: Of one core, to dispatch all operations; None where their number is unknown.
+    """
+
+    rows: tuple[Row, ...]
+    device_seconds: float
+    host_seconds: float | None
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two."""
+        return max(self.device_seconds, self.host_seconds or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A step of `qlora train` with its memory and the names of operators that are counted by their bytes alone."""
+
+    checkpointing: Checkpointing
+    estimate: Estimate
+    fits: bool
+    cost: Cost
+    unknown: tuple[str, ...]
+
+
+def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, Counted, StepShape]:
+    """Return the memory, the operations and the shape of a step.
+
+    Raises:
+        UsageError: the model has experts, of whose weights a token uses a part that the floor does not know.
+    """
+    count = Count()
+    facts = ModelFacts(name=case.model.name, content=deepcopy(dict(case.model.config)))
+    settings = EstimateSettings.model_validate(
+        {
+            "model": {"name": case.model.name},
+            "lora": {"rank": case.rank},
+            "data": {"max_length": case.length},
+            "training": {
+                "micro_batch_size": case.rows,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": checkpointing,
+            },
+        }
+    )
+    estimator = Estimator(facts, evaluates=False, loop=count.loop)
+    shapes = estimator.shapes(settings, Dtype.BF16)
+    if any(True for _ in fused_experts(shapes)):
+        raise UsageError(f"{case.model.name} has experts", hint="Name a model without them.")
+    estimate = estimator.estimate(settings, case.gpu)
+    update = _update(estimator.traced(settings, case.gpu).num_trained)
+    shape = shape_of(shapes, rank=case.rank, rows=case.rows, length=case.length)
+    return estimate, [*count.extended(), (1, update)], shape
+
+
+def _update(num_trained: int) -> Operation:
+    return Operation(Pass.UPDATE, Kind.OPTIMIZER, "AdamW", 0, UPDATE_BYTES * num_trained, UPDATE_KERNELS)
+
+
+def cost_of(operations: Iterable[tuple[int, Operation]], rate: Rate, *, is_dispatched: bool = True) -> Cost:
+    """Return the cost of operations on a GPU; not `is_dispatched`: known by arithmetic, without the host's part."""
+    sums: dict[tuple[Kind, Pass], list[float]] = {}
+    for times, operation in operations:
+        row = sums.setdefault((operation.kind, operation.run_in), [0.0] * 5)
+        seconds = seconds_of(operation, rate)
+        amounts = (1, operation.kernels, operation.flops, operation.num_bytes, seconds)
+        for index, amount in enumerate(amounts):
+            row[index] += times * amount
+    rows = tuple(
+        Row(
+            kind=kind,
+            run_in=run_in,
+            dispatches=int(dispatches),
+            kernels=int(kernels),
+            flops=int(flops),
+            num_bytes=int(num_bytes),
+            seconds=seconds,
+        )
+        for (kind, run_in), (dispatches, kernels, flops, num_bytes, seconds) in sums.items()
+    )
+    host_seconds = DISPATCH_SECONDS * sum(row.dispatches for row in rows) if is_dispatched else None
+    return Cost(rows=rows, device_seconds=sum(row.seconds for row in rows), host_seconds=host_seconds)
+
+
+def seconds_of(operation: Operation, rate: Rate) -> float:
+    """Return the seconds of one operation on the GPU."""
+    share = rate.dequantization_share if operation.kind == Kind.DEQUANTIZATION else 1.0
+    traffic = operation.num_bytes / (rate.bytes_ * share)
+    return max(operation.flops / rate.flops, traffic, operation.kernels * KERNEL_SECONDS)
+
+
+def traced_costs(case: Case, modes: Sequence[Checkpointing] = MODES) -> tuple[list[Traced], Cost, float]:
+    """Return the cost with each kind of checkpointing, that of the published algorithm, and the floor in seconds."""
+    traced = []
+    for mode in modes:
+        estimate, operations, shape = trace(case, mode)
+        traced.append(
+            Traced(
+                checkpointing=mode,
+                estimate=estimate,
+                fits=estimate.predicted.process_bytes <= case.gpu.usable_bytes,
+                cost=cost_of(operations, case.rate),
+                unknown=tuple(sorted({operation.operator for _, operation in operations if not operation.is_known})),
+            )
+        )
+    published: list[tuple[int, Operation]] = [(1, operation) for operation in published_operations(shape)]
+    published.append(operations[-1])  # the same update
+    return traced, cost_of(published, case.rate, is_dispatched=False), floor_flops(shape) / case.rate.flops
+
+
+def print_case(case: Case, traced: Sequence[Traced], published: Cost, floor_seconds: float) -> None:
+    """Print a line for each kind of checkpointing, and the ratios to the published algorithm."""
+    rate = case.rate
+    print(
+        f"\n{case.model.name}, rank {case.rank}, {case.rows} x {case.length:,} tokens, {case.gpu.name} "
+        f"({rate.flops / 1e12:.0f} TFLOP/s, {rate.bytes_ / 1e12:.2f} TB/s assumed)"
+    )
+    print(f"  {'checkpointing':28}{'memory':>11}{'GPU':>10}{'host':>9}{'tokens/s':>10}{'of floor':>10}")
+    tokens = case.rows * case.length
+    for step in traced:
+        host = f"{1000 * (step.cost.host_seconds or 0):.0f} ms"
+        memory = f"{step.estimate.predicted.allocated_bytes / GIB:.1f} GiB{' ' if step.fits else '!'}"
+        print(
+            f"  {step.checkpointing.value:28}{memory:>11}{1000 * step.cost.device_seconds:>7.0f} ms{host:>9}"
+            f"{tokens / step.cost.seconds:>10,.0f}{floor_seconds / step.cost.seconds:>10.0%}"
+        )
+    print(
+        f"  {'published algorithm':28}{'':>11}{1000 * published.seconds:>7.0f} ms{'':>9}"
+        f"{tokens / published.seconds:>10,.0f}{floor_seconds / published.seconds:>10.0%}"
+    )
+    print(f"  {'floor':28}{'':>11}{1000 * floor_seconds:>7.0f} ms{'':>9}{tokens / floor_seconds:>10,.0f}")
+    ratios = [
+        f"{published.seconds / step.cost.seconds:.2f} x at equal memory"
+        for step in traced
+        if step.checkpointing == Checkpointing.ON
+    ]
+    if fitting := [step for step in traced if step.fits]:
+        fastest = min(fitting, key=lambda step: step.cost.seconds)
+        ratios.append(
+            f"{published.seconds / fastest.cost.seconds:.2f} x with what fits ({fastest.checkpointing.value})"
+        )
+    print(f"  tokens/s against the published algorithm: {', '.join(ratios)}")
+    if unknown := sorted({name for step in traced for name in step.unknown}):
+        print(f"  counted by their bytes alone: {', '.join(unknown)}")
+
+
+def print_table(title: str, cost: Cost) -> None:
+    """Print a line for each kind of operation and pass."""
+    print(f"\n  {title:26}{'pass':10}{'launches':>9}{'TFLOP':>8}{'GB':>8}{'ms':>9}{'share':>7}")
+    for row in sorted(cost.rows, key=lambda row: -row.seconds):
+        print(
+            f"  {row.kind.value:26}{row.run_in.value:10}{row.kernels:>9,}{row.flops / 1e12:>8.2f}"
+            f"{row.num_bytes / 1e9:>8.1f}{1000 * row.seconds:>9.1f}{row.seconds / cost.device_seconds:>7.1%}"
+        )
+
+
+def record_of(case: Case, name: str, cost: Cost, floor_seconds: float, **more: Any) -> dict[str, Any]:
+    """Return the line of a results file for one step."""
+    return {
+        "benchmark": "cost_of_a_step",
+        "time": now(),
+        "model": case.model.name,
+        "gpu": case.gpu.name,
+        "assumed_rates": asdict(case.rate),
+        "length": case.length,
+        "micro_batch_size": case.rows,
+        "rank": case.rank,
+        "step": name,
+        "device_seconds": cost.device_seconds,
+        "host_seconds": cost.host_seconds,
+        "floor_seconds": floor_seconds,
+        "share_of_floor": floor_seconds / cost.seconds,
+        "tokens_per_second": case.rows * case.length / cost.seconds,
+        **more,
+        "operations": [asdict(row) for row in cost.rows],
+    }
+
+
+def run(case: Case, results: Path, context: dict[str, Any], *, tables: bool) -> None:
+    """Trace, print and record one case."""
+    traced, published, floor_seconds = traced_costs(case)
+    print_case(case, traced, published, floor_seconds)
+    for step in traced:
+        more = {
+            "allocated_bytes": step.estimate.predicted.allocated_bytes,
+            "process_bytes": step.estimate.predicted.process_bytes,
+            "fits": step.fits,
+            "ratio_to_published": published.seconds / step.cost.seconds,
+            "counted_by_bytes_alone": step.unknown,
+        }
+        name = f"checkpointing {step.checkpointing.value}"
+        append(results, record_of(case, name, step.cost, floor_seconds, **more) | context)
+        if tables:
+            print_table(name, step.cost)
+    append(results, record_of(case, "published algorithm", published, floor_seconds) | context)
+    if tables:
+        print_table("published algorithm", published)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = ("RTX 4090", "A100 80GB", "H100 SXM", "H200")
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen3-8b"], help="names of the catalogue")
+    parser.add_argument("--gpus", nargs="+", default=gpus, choices=RATES, help="default: %(default)s")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="tokens of a row")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1], help="rows of a micro-batch (default: 1)")
+    parser.add_argument("--rank", type=int, default=16, help="default: 16")
+    share_help = "of the bandwidth that dequantization reaches (default: 1; public rows on A100s suggest 0.27)"
+    parser.add_argument("--dequantization-share", type=float, default=1.0, help=share_help)
+    parser.add_argument("--tables", action="store_true", help="print where the milliseconds of each step go")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
+    return parser.parse_args()
+
+
+def find_model(name: str) -> CatalogueModel:
+    """Return a model of the catalogue.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    model = find_in_catalogue(name)
+    if model is None:
+        nearest = ", ".join(nearest_names(name)) or "llama-3.1-8b, qwen3-8b"
+        raise UsageError(f"no model {name!r} in the catalogue", hint=f"It has, for example, {nearest}.")
+    return model
+
+
+def main() -> int:
+    """Trace and print each case; the exit code is 2 for a model or a length that can't be traced."""
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    results = results_file(arguments.output_dir, "cost_of_a_step")
+    context = {"versions": versions(), "revision": revision()}
+    try:
+        for name, gpu, length, rows in product(
+            arguments.models, arguments.gpus, arguments.lengths, arguments.micro_batches
+        ):
+            rate = replace(RATES[gpu], dequantization_share=arguments.dequantization_share)
+            model, card = find_model(name), find_gpu(gpu)
+            case = Case(model=model, gpu=card, rate=rate, length=length, rows=rows, rank=arguments.rank)
+            run(case, results, context, tables=arguments.tables)
+    except QloraError as error:
+        print(f"{error}\n{error.hint or ''}", file=sys.stderr)
+        return 2
+    print(f"\nWritten to {results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
