@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cost_of_a_step import Rate, cost_of, seconds_of
+from benchmarks.cost_of_a_step import RATES, Rate, cost_of, find_model, seconds_of
 from benchmarks.published_algorithm import StepShape, floor_flops, published_operations, shape_of
+from benchmarks.published_speed import predicted, read_rows
 from benchmarks.step_operations import Count, Kind, Operation, Owner, Pass, operations_of
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
@@ -195,3 +196,14 @@ def test_the_shape_of_a_step_counts_rows_times_tokens() -> None:
         length=8,
     )
     assert floor_flops(shape) == 4 * 32 * (2 * 3 + 5 * 2)
+
+
+def test_the_model_is_within_a_factor_of_two_of_published_throughput() -> None:
+    rows = read_rows()
+    assert {row["algorithm"] for row in rows} == {"traced", "published"}
+    for row in rows:
+        assert row["gpu"] in RATES
+        assert find_model(row["model"]).name == row["model"]
+        assert row["source"]
+    ratios = [predicted(row) / float(row["tokens_per_second"]) for row in (rows[0], rows[-1])]
+    assert all(1 / 2 < ratio < 2 for ratio in ratios)
