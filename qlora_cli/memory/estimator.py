@@ -24,11 +24,11 @@ from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
 from qlora_cli.memory.request import runs_evaluation
-from qlora_cli.memory.tracing.attention import AMPERE
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.sdpa import AMPERE
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config

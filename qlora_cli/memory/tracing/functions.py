@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from qlora_cli.memory.tracing.attention import AMPERE, attend, choose_backend
+from qlora_cli.memory.tracing.sdpa import AMPERE, attend, choose_backend
 from qlora_cli.settings.choices import SdpaBackend
 
 CUDA, META = "cuda", "meta"

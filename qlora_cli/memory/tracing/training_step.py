@@ -20,11 +20,11 @@ from transformers.masking_utils import flash_attention_mask
 from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpointing
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
-from qlora_cli.memory.tracing.attention import attend
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.loss import fused_loss
 from qlora_cli.memory.tracing.meta_model import MetaModel
+from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlora_cli.memory.tracing.attention import attend, choose_backend
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.sdpa import attend, choose_backend
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.settings.choices import SdpaBackend
 
