@@ -67,8 +67,8 @@ tokens, each with the kernels and the context of the card itself, the smallest c
 | no | not even the tensors would fit |
 | {NONE} | more tokens than the model has positions |
 
-A T4 has no bf16 and no flash attention, so that longer rows take more there than on newer cards:
-[why](../how-to/does-not-fit.md#on-a-t4-or-another-card-before-ampere).
+A T4 has no bf16 and no flash attention, so that some rows take more there than on newer cards:
+[which attention runs where](../how-to/does-not-fit.md#which-attention-and-what-it-takes).
 [How well it is predicted](../explanation/predicting-memory.md#how-well).\
 """
 

@@ -9,7 +9,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora_cli.adapters.initialization import quantized_base_problem
 from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabulary_rows, open_adapter
-from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError
+from qlora_cli.attention.choice import ChosenAttention, choose_attention
+from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.hardware.driver import unused_gpu
@@ -43,7 +44,7 @@ class LoadPlan:
     tokenizer: LoadedTokenizer
     device: torch.device
     dtype: ComputeDtype
-    attention: str
+    attention: ChosenAttention
     free_bytes: int
     adapter: Adapter | None
     num_rows: int
@@ -95,7 +96,7 @@ def plan_outlined(model: ModelOutline, settings: LoadSettings, reporter: Reporte
     if settings.model.offload_embedding:
         check_offload(shapes, device)
     adapter, num_rows = _adapter_for(model, shapes, tokenizer, dtype, settings.model)
-    attention = choose_attention(settings.model.attention, device, shapes)
+    attention = _attention_on(device, settings.model.attention, shapes, dtype.torch_dtype)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, model.prequantized, device=device)
     if adapter is not None and layout.is_quantized and (refusal := quantized_base_problem(adapter.lora)):
         raise refusal
@@ -166,30 +167,24 @@ def _check_fit(
     )
 
 
-def choose_attention(choice: Attention, device: torch.device, shapes: PreTrainedModel) -> str:
-    """Return the name in transformers of the attention implementation for the model `shapes`.
+def _attention_on(
+    device: torch.device, asked: Attention, shapes: PreTrainedModel, dtype: torch.dtype
+) -> ChosenAttention:
+    """Return the attention on this machine.
 
     Raises:
-        HardwareError: it needs a GPU, and there is none.
+        HardwareError: it does not run on the device.
         MissingDependencyError: it needs a package that is not installed.
-        ModelError: the model has no such implementation.
+        ModelError: the model does not compute attention so, or not in this dtype.
     """
-    name = type(shapes).__name__
-    if choice == Attention.AUTO:
-        return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
-    if choice == Attention.SDPA and not shapes._supports_sdpa:
-        raise ModelError(f"{name} does not compute attention by sdpa", hint="Use --attention eager.")
-    if choice == Attention.FLASH_ATTENTION_2:
-        if device.type != "cuda":
-            raise HardwareError("flash_attention_2 needs an NVIDIA GPU", hint="Use --attention sdpa.")
-        if not is_flash_attn_2_available():
-            raise MissingDependencyError(
-                "flash_attention_2 needs the package flash-attn",
-                hint="Run: pip install flash-attn, or use --attention sdpa.",
-            )
-        if not shapes._supports_flash_attn:
-            raise ModelError(f"{name} does not compute attention by flash-attn", hint="Use --attention eager.")
-    return choice.value
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    chosen = choose_attention(asked, shapes, dtype=dtype, capability=capability)
+    if chosen.name == Attention.FLASH_ATTENTION_2 and not is_flash_attn_2_available():
+        raise MissingDependencyError(
+            "flash_attention_2 needs the package flash-attn",
+            hint="Run: pip install flash-attn, or leave --attention out.",
+        )
+    return chosen
 
 
 def _fitted(

@@ -199,7 +199,7 @@ def load_planned(
         settings=settings,
         device=device,
         dtype=load_plan.dtype,
-        attention=load_plan.attention,
+        attention=load_plan.attention.name.value,
         layout=load_plan.layout,
         inventory=inventory,
         errors=load_plan.layout.method.measured_errors(model) if measure_error else None,
@@ -231,7 +231,7 @@ def _load(
         quantization=quantization_config(
             load_plan.layout, compute_dtype, measure_error=measure_error, residuals=residuals
         ),
-        attention=load_plan.attention,
+        attention=load_plan.attention.implementation,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
     )

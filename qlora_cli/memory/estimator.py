@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.reader import Adapter, fit_outline, num_vocabulary_rows, without_values
-from qlora_cli.errors import HardwareError, ModelError, QloraError
-from qlora_cli.hardware.device import TORCH_DTYPES, settle_compute_dtype
+from qlora_cli.attention.choice import choose_attention
+from qlora_cli.attention.sdpa_rules import representative_capability
+from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.model_facts import ModelFacts
@@ -28,7 +30,6 @@ from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
-from qlora_cli.memory.tracing.sdpa import AMPERE
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
@@ -38,7 +39,7 @@ from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
-from qlora_cli.settings.choices import Attention, Checkpointing, Dtype, SdpaBackend
+from qlora_cli.settings.choices import Checkpointing, Dtype, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import settle
@@ -202,7 +203,8 @@ class Estimator:
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
         """Return the allocations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
-        step = self._step(settings, dtype, representative_capability(gpu.capability))
+        capability = representative_capability(gpu.capability, self.shapes(settings, dtype))
+        step = self._step(settings, dtype, capability)
         training = settings.training
         # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
@@ -323,19 +325,10 @@ class Estimator:
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
-        """Return the attention implementation; the package that it needs is required only for the run itself."""
-        shapes, asked = self.shapes(settings, dtype), settings.model.attention
-        name = type(shapes).__name__
-        if asked == Attention.AUTO:
-            return (Attention.SDPA if shapes._supports_sdpa else Attention.EAGER).value
-        supported = {Attention.SDPA: shapes._supports_sdpa, Attention.FLASH_ATTENTION_2: shapes._supports_flash_attn}
-        if not supported.get(asked, True):
-            raise ModelError(f"{name} does not compute attention by {asked.value}", hint="Use --attention eager.")
-        if asked == Attention.FLASH_ATTENTION_2 and dtype == Dtype.FP32:
-            raise ModelError("flash_attention_2 computes in 16 bit only", hint="Use --dtype bf16 or --attention sdpa.")
-        if asked == Attention.FLASH_ATTENTION_2 and capability < AMPERE:
-            raise HardwareError("flash_attention_2 needs an Ampere GPU or a newer one", hint="Use --attention sdpa.")
-        return asked.value
+        """Return transformers' name of the attention; the package that it needs is required only for the run."""
+        shapes = self.shapes(settings, dtype)
+        chosen = choose_attention(settings.model.attention, shapes, dtype=TORCH_DTYPES[dtype], capability=capability)
+        return chosen.implementation
 
     def _num_experts(self, settings: EstimateSettings, dtype: Dtype) -> int:
         shapes = [shape for _, shape in fused_experts(self.shapes(settings, dtype))]
@@ -367,12 +360,6 @@ class Estimator:
             self._cache[key] = make()
         value: Value = self._cache[key]
         return value
-
-
-def representative_capability(capability: tuple[int, int]) -> tuple[int, int]:
-    """Return the compute capability that stands for all those whose kernels allocate the same."""
-    # A trace asks only whether a GPU is an Ampere or newer; workspaces differ further, and the replay sets their size.
-    return (7, 5) if capability < AMPERE else (8, 0)
 
 
 def _checkpointing(settings: EstimateSettings) -> Checkpointing:

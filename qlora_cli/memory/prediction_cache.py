@@ -21,7 +21,17 @@ from qlora_cli.writing import PRIVATE_FILE, private_folder, unsafe_reason, write
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # The packages of this project that a prediction depends on.
-PARTS = ("memory", "loading", "adapters", "quantization", "model_files", "settings", "tokenizing", "hardware")
+PARTS = (
+    "memory",
+    "loading",
+    "attention",
+    "adapters",
+    "quantization",
+    "model_files",
+    "settings",
+    "tokenizing",
+    "hardware",
+)
 UNKEYED = ("gpus", "sweep", "plot")  # their parsed values are in the key; the file of a plot changes nothing
 MAX_PREDICTIONS = 500
 

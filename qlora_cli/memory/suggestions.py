@@ -220,7 +220,7 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]
         _denser_storage(settings),
         _smaller_optimizer(settings),
         _offload(base),
-        _sdpa(settings),
+        _attention(settings),
     )
     other = (_fewer_bits(settings), _lower_rank(settings), _shorter_rows(settings), _fewer_targets(settings))
     for is_gentle, changes in ((True, gentle), (False, other)):
@@ -294,9 +294,10 @@ def _offload(base: Estimate) -> Iterator[ChangeStep]:
         )
 
 
-def _sdpa(settings: EstimateSettings) -> Iterator[ChangeStep]:
+def _attention(settings: EstimateSettings) -> Iterator[ChangeStep]:
     if settings.model.attention == Attention.EAGER:
-        yield ChangeStep(values={"model.attention": Attention.SDPA}, effect="same result but for rounding, faster")
+        for better in (Attention.SDPA, Attention.BLOCKWISE):  # a model has one of them at most
+            yield ChangeStep(values={"model.attention": better}, effect="same result but for rounding, faster")
 
 
 def _fewer_bits(settings: EstimateSettings) -> Iterator[ChangeStep]:

@@ -201,11 +201,12 @@ class Device(Choice):
 
 
 class Attention(Choice):
-    """The attention kernel."""
+    """The attention kernel. `blockwise`: the model's own attention, for a block of queries at a time."""
 
     AUTO = "auto"
     EAGER = "eager"
     SDPA = "sdpa"
+    BLOCKWISE = "blockwise"
     FLASH_ATTENTION_2 = "flash_attention_2"
 
 

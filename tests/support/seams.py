@@ -177,6 +177,15 @@ SEAMS = (
     ),
     _attribute(MODEL, "_supports_sdpa", TRANSFORMERS, "choose an attention that the model has"),
     _attribute(MODEL, "_supports_flash_attn", TRANSFORMERS, "refuse an attention that the model has not"),
+    _attribute(
+        MODEL, "_supports_flex_attn", TRANSFORMERS, "know whether a model hands on its mask without reading it"
+    ),
+    _attribute(
+        MODEL,
+        "_compatible_flash_implementations",
+        TRANSFORMERS,
+        "refuse what would be replaced by a kernel of the hub",
+    ),
     _function(MODEL, "_get_dtype_plan", "self, dtype", TRANSFORMERS, "know which weights stay in fp32"),
     _attribute(MODEL, "_keep_in_fp32_modules", TRANSFORMERS, "leave unquantized what stays in fp32"),
     _attribute(MODEL, "_keep_in_fp32_modules_strict", TRANSFORMERS, "the same"),

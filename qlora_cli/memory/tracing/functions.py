@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from qlora_cli.memory.tracing.sdpa import AMPERE, attend, choose_backend
+from qlora_cli.attention.sdpa_rules import choose_backend
+from qlora_cli.hardware.device import AMPERE
+from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.settings.choices import SdpaBackend
 
 CUDA, META = "cuda", "meta"
@@ -171,7 +173,13 @@ class GpuFunctions(TorchFunctionMode):
         backend = self._backend
         if backend == SdpaBackend.AUTO:
             backend = choose_backend(
-                query, key, value, has_mask=attn_mask is not None, enable_gqa=enable_gqa, capability=self._capability
+                query,
+                key,
+                value,
+                has_mask=attn_mask is not None,
+                enable_gqa=enable_gqa,
+                capability=self._capability,
+                dropout=dropout_p,
             )
         self.backends.add(backend)
         return attend(

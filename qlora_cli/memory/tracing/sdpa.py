@@ -1,8 +1,8 @@
-"""The attention kernel that PyTorch chooses on a GPU, run on tensors without data.
+"""The kernel of attention that PyTorch chooses on a GPU, run on tensors without data.
 
 PyTorch chooses a backend of `scaled_dot_product_attention` by device; on the meta device it would always be the one
-that stores all scores. A function mode (`functions`) calls the GPU's choice instead, with the operations that PyTorch
-puts around it.
+that stores all scores. A function mode (`functions`) calls the GPU's choice instead (`attention.sdpa_rules`), with the
+operations that PyTorch puts around it.
 """
 
 import torch
@@ -11,32 +11,6 @@ import torch.nn.functional as F  # noqa: N812 - its conventional name
 from qlora_cli.settings.choices import SdpaBackend
 
 aten = torch.ops.aten
-AMPERE = (8, 0)
-MAX_FLASH_HEAD_DIM = 256
-
-
-def choose_backend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    has_mask: bool,
-    enable_gqa: bool,
-    capability: tuple[int, int],
-) -> SdpaBackend:
-    """Return what PyTorch chooses on a GPU of `capability`; tensors are `(batch, heads, seq, head_dim)`.
-
-    `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: flash before memory-efficient before math. cuDNN, which
-    newer GPUs may prefer to flash, stores no scores either.
-    """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    same_dim = query.shape[-1] == key.shape[-1] == value.shape[-1]
-    if capability >= AMPERE and half and not has_mask and same_dim and query.shape[-1] <= MAX_FLASH_HEAD_DIM:
-        return SdpaBackend.FLASH
-    grouped = enable_gqa and key.shape[1] != query.shape[1]
-    if not grouped and not (query.dtype == torch.bfloat16 and capability < AMPERE):
-        return SdpaBackend.EFFICIENT
-    return SdpaBackend.MATH
 
 
 def attend(

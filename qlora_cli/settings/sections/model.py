@@ -48,7 +48,10 @@ class ModelSettings(Section):
     )
     attention: Annotated[
         Attention, Metadata(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
-    ] = Field(default=Attention.AUTO, description="Attention kernel. auto: sdpa, PyTorch's own.")
+    ] = Field(
+        default=Attention.AUTO,
+        description="Attention kernel. auto: sdpa, PyTorch's own; for models that it can't compute, blockwise.",
+    )
     offload_embedding: Annotated[
         bool, Metadata(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
     ] = Field(default=False, description="Keep the embedding in host memory and look tokens up there; needs a GPU.")

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_cli.attention.expanded_heads import EXPANDED_SDPA, register_expanded_sdpa
 from qlora_cli.errors import HardwareError, ModelError, SettingsError
 from qlora_cli.quantization.embedding import check_offload, keep_on_host
 from qlora_cli.settings.models import SECTIONS, LoadCommandSettings, all_settings, metadata_of
@@ -80,12 +81,30 @@ def test_attention_is_the_kernel_asked_for_and_one_that_the_model_lacks_is_refus
         logits(loaded_with["eager"].base), logits(loaded_with["sdpa"].base), rtol=1e-4, atol=1e-4
     )
     assert "needs an NVIDIA GPU" in refused(base_model, HardwareError, model__attention="flash_attention_2")
+    assert "blockwise is for models without a kernel of PyTorch" in refused(
+        base_model, ModelError, model__attention="blockwise"
+    )
     # Its attention has sinks, which sdpa does not know.
     model = save_model(tmp_path / "gpt_oss", "gpt_oss")
     message = refused(model, ModelError, model__attention="sdpa")
-    assert "GptOssForCausalLM does not compute attention by sdpa | Use --attention eager." in message
-    loaded = load(model)
-    assert loaded.attention == loaded.base.config._attn_implementation == "eager"
+    assert "GptOssForCausalLM does not compute attention by sdpa | Leave --attention out." in message
+    for asked, kernel in (("auto", "blockwise"), ("blockwise", "blockwise"), ("eager", "eager")):
+        loaded = load(model, model__attention=asked)
+        assert loaded.attention == loaded.base.config._attn_implementation == kernel
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
+def test_no_saved_config_has_the_name_of_an_attention(tmp_path: Path, family: str) -> None:
+    """A name that this program gives to transformers would be unknown wherever else the model is loaded."""
+    loaded = load(save_model(tmp_path / "base", family))
+    if family == "llama":  # as on a GPU without flash attention
+        register_expanded_sdpa()
+        loaded.base.set_attn_implementation(EXPANDED_SDPA)
+    assert loaded.base.config._attn_implementation in ("blockwise", EXPANDED_SDPA)
+    loaded.base.save_pretrained(tmp_path / "saved")
+    texts = [file.read_text() for file in (tmp_path / "saved").glob("*.json")]
+    assert len(texts) >= 2
+    assert not any("blockwise" in text or "sdpa" in text or "attn_implementation" in text for text in texts)
 
 
 @proves("offload_embedding")

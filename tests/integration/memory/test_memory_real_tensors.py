@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.attention import blockwise
 from qlora_cli.memory.replaying.optimizer_step import FIRST, optimizer_steps
 from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.kernels import Kernels
@@ -53,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent attention": ("deepseek_v3", {}),
     "linear attention": ("qwen3_next", {}),
     "state space": ("bamba", {}),
+    "soft caps": ("gemma2", WINDOWS),
+    "sinks": ("gpt_oss", WINDOWS),
 }
 STEPS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
@@ -181,6 +184,17 @@ def _without_pairs(sizes: list[int], size: int) -> list[int]:
 def test_attention_composed_by_pytorch_is_the_same(pair: Make, step: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         assert_same(*pair("plain").traced(attention="sdpa", **STEPS[step]))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("model", ["soft caps", "sinks"])
+def test_attention_by_blocks_is_the_same(pair: Make, monkeypatch: pytest.MonkeyPatch, model: str, step: str) -> None:
+    for name, value in (("MAX_SCORES", 2**9), ("MIN_ROWS", 4), ("WINDOW_ROWS", 4)):
+        monkeypatch.setattr(blockwise, name, value)
+    blockwise.register_blockwise()
+    real, meta = pair(model).traced(attention="blockwise", **STEPS[step])
+    assert_same(real, meta)
+    assert meta.backends == ("blockwise",)
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])

@@ -1,15 +1,15 @@
-"""The attention kernel that a GPU uses, and the memory that each one allocates: with scores or without."""
+"""The memory that each kernel of attention allocates: with scores or without."""
 
 import pytest
 import torch
 
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
-from qlora_cli.memory.tracing.sdpa import attend, choose_backend
+from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.settings.choices import SdpaBackend
 
-T4, A100 = (7, 5), (8, 0)
+A100 = (8, 0)
 BATCH, HEADS, SEQ, WIDTH = 2, 4, 96, 16
 
 
@@ -18,45 +18,6 @@ def heads(
 ) -> torch.Tensor:
     """Return a projection, `(batch, heads, seq, width)`, on the meta device."""
     return torch.empty((BATCH, num_heads, seq, width), dtype=dtype, device="meta", requires_grad=True)
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "kv_heads", "widths", "has_mask", "expected"),
-    [
-        (T4, torch.float16, 4, (64, 64), False, SdpaBackend.EFFICIENT),
-        (T4, torch.float16, 4, (64, 64), True, SdpaBackend.EFFICIENT),
-        (
-            T4,
-            torch.float16,
-            2,
-            (64, 64),
-            False,
-            SdpaBackend.MATH,
-        ),  # grouped queries, which only flash and math support
-        (T4, torch.bfloat16, 4, (64, 64), False, SdpaBackend.MATH),
-        (T4, torch.float32, 4, (64, 64), False, SdpaBackend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (64, 64), False, SdpaBackend.FLASH),
-        (A100, torch.float16, 2, (64, 64), False, SdpaBackend.FLASH),
-        (A100, torch.bfloat16, 4, (64, 64), True, SdpaBackend.EFFICIENT),
-        (A100, torch.bfloat16, 2, (64, 64), True, SdpaBackend.MATH),
-        (A100, torch.float32, 4, (64, 64), False, SdpaBackend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (256, 256), False, SdpaBackend.FLASH),
-        (A100, torch.bfloat16, 4, (512, 512), False, SdpaBackend.EFFICIENT),
-        (A100, torch.bfloat16, 4, (192, 128), False, SdpaBackend.EFFICIENT),  # latent attention
-    ],
-)
-def test_the_backend_is_that_chosen_by_pytorch(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    kv_heads: int,
-    widths: tuple[int, int],
-    has_mask: bool,
-    expected: SdpaBackend,
-) -> None:
-    width, value_width = widths
-    query, key, value = heads(4, width, dtype), heads(kv_heads, width, dtype), heads(kv_heads, value_width, dtype)
-    chosen = choose_backend(query, key, value, has_mask=has_mask, enable_gqa=kv_heads != 4, capability=capability)
-    assert chosen == expected
 
 
 def run(
