@@ -204,7 +204,7 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
         "--double-quant",
         "--optimizer adamw_8bit",
         "--gradient-checkpointing offload",
-        "--attention sdpa",
+        "--attention auto",
     ]
     assert len(suggested) == MAX_SUGGESTIONS
     assert {suggestion.fits for suggestion in suggested} == {"yes"}
