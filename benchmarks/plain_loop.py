@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
+from qlora_cli.attention.sdpa_rules import representative_capability
 from qlora_cli.hardware.device import TORCH_DTYPES
-from qlora_cli.memory.estimator import representative_capability
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.replaying.figures import estimate_of
@@ -65,7 +65,7 @@ def predict_plain_loop(
         checkpointing=settings.training.gradient_checkpointing,
         attention=settings.model.attention.value,
         backend=backend,
-        capability=representative_capability(gpu.capability),
+        capability=representative_capability(gpu.capability, adapted.model),
         dtype=dtype,
         is_autocast=False,
     )
