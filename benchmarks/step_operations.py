@@ -299,6 +299,7 @@ FILLS = (
     *("fill", "fill_", "zero_", "arange"),
 )
 GATHERS = ("embedding", "index", "index_select", "gather")
+SCATTERS = ("index_copy_", "index_put_", "scatter_")  # they write as many values as they read of the source
 CAUSAL_SHARE = 0.5  # of the scores that a causal kernel computes
 BACKWARD_PRODUCTS = 2.5  # of attention: five matrix products, where the forward pass has two
 
@@ -367,6 +368,8 @@ def _moved_bytes(func: Any, inputs: Sequence[torch.Tensor], outputs: Sequence[to
         return _sum_bytes(inputs[1:]) + written
     if func._opname in GATHERS:
         return 2 * written + _sum_bytes(tensor for tensor in inputs[1:] if not tensor.is_floating_point())
+    if func._opname in SCATTERS:
+        return _sum_bytes(inputs[1:]) + _nbytes(inputs[-1])
     return _sum_bytes(inputs) + written
 
 

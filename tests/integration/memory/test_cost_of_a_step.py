@@ -139,6 +139,9 @@ def test_an_operator_moves_its_inputs_and_outputs() -> None:
     assert cost(aten.zero_.default, values).num_bytes == 48
     assert cost(aten.zeros_like.default, values).num_bytes == 48
     assert cost(aten.embedding.default, torch.ones(1000, 4), torch.zeros(3, dtype=torch.long)).num_bytes == 2 * 48 + 24
+    rows, ids = torch.ones(1000, 4), torch.tensor([1, 5, 7])
+    assert cost(aten.index_select.default, rows, 0, ids).num_bytes == 2 * 48 + 24
+    assert cost(aten.index_copy_.default, rows, 0, ids, values).num_bytes == 2 * 48 + 24
     assert cost(aten.add.Tensor, values, values).kernels == 1
 
 
