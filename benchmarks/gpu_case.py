@@ -4,7 +4,9 @@ Each case has its own process: peaks start at zero, and a case that runs out of 
 """
 
 import argparse
+import faulthandler
 import json
+import signal
 import statistics
 import threading
 import traceback
@@ -18,9 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_cases import Case
+from benchmarks.gpu_kernels import kernels_of
+from benchmarks.gpu_profile import StepProfiler
 from benchmarks.load_case import load_with_qlora
 from benchmarks.synthetic import write_rows
-from qlora_cli.events import Event, StepDone
+from qlora_cli.events import Event, Reporters, StepDone
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
@@ -74,25 +78,31 @@ class ProcessPeak:
             self.sample()
 
 
-def run_case(case: Case, model: Path, device: str, directory: Path, used_before_bytes: int | None) -> dict[str, Any]:
-    """Load and train according to `case` and return the figures; times in seconds, sizes in bytes."""
+def run_case(
+    case: Case, model: Path | None, device: str, directory: Path, used_before_bytes: int | None
+) -> dict[str, Any]:
+    """Load and train, or time kernels, according to `case`; times in seconds, sizes in bytes."""
+    if model is None:
+        return kernels_of(device)
     if not case.num_steps:
         return load_only(case, model, device)
     resolved = _settings(case, model, device, directory)
-    recorder = Recorder()
+    recorder, profiler = Recorder(), StepProfiler(case.num_steps)
+    reporter = Reporters([recorder, profiler]) if case.is_profiled else recorder
     if device == "cpu" or used_before_bytes is None:
-        result, process_peak = train(resolved, recorder), None
+        result, process_peak = train(resolved, reporter), None
     else:
         watcher = ProcessPeak(used_before_bytes)
         with watcher.watching():
-            result = train(resolved, recorder)
+            result = train(resolved, reporter)
         process_peak = watcher.peak_bytes
     run = json.loads((resolved.settings.output.directory / "run.json").read_text(encoding="utf-8"))
     return {
         "load_seconds": run["base_model"]["load_seconds"],
         "load_peak_allocated_bytes": run["base_model"]["peak_device_bytes"],
         "base_model_bytes": run["base_model"]["total_bytes"],
-        **_steps(case, recorder.steps),
+        **(steps := _steps(case, recorder.steps[: case.num_steps])),
+        "profile": profiler.figures(steps["step_seconds"]),
         "peak_allocated_bytes": result.peak_memory.device_allocated_bytes,
         "peak_reserved_bytes": result.peak_memory.device_reserved_bytes,
         "peak_process_bytes": process_peak,
@@ -131,6 +141,7 @@ def load_only(case: Case, model: Path, device: str) -> dict[str, Any]:
 
 
 def _settings(case: Case, model: Path, device: str, directory: Path) -> Resolved[TrainSettings]:
+    num_steps = case.num_steps + case.is_profiled
     values = {
         "data.max_length": 1024,
         "training.micro_batch_size": 1,
@@ -139,10 +150,10 @@ def _settings(case: Case, model: Path, device: str, directory: Path) -> Resolved
         "model.name": str(model),
         "model.device": device,
         "data.dataset": str(directory / "train.jsonl"),
-        "training.max_steps": case.num_steps,
+        "training.max_steps": num_steps,
         "output.directory": str(directory / "run"),
     }
-    num_rows = values["training.micro_batch_size"] * values["training.gradient_accumulation_steps"] * case.num_steps
+    num_rows = values["training.micro_batch_size"] * values["training.gradient_accumulation_steps"] * num_steps
     # Each packed row consists of four short ones.
     share = 4 if values.get("data.packing") else 1
     num_tokens = values["data.max_length"] // share
@@ -177,7 +188,7 @@ def main() -> None:
     """Run the case given as JSON and write `result.json`; a failure is a result as well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", required=True, help="the case, as JSON")
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="the model; without it, kernels are timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--directory", type=Path, required=True, help="where rows, run and result go")
     parser.add_argument(
@@ -187,6 +198,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     case = Case(**json.loads(arguments.case))
+    faulthandler.register(signal.SIGUSR1)  # the suite asks a case that takes too long where it is
     record: dict[str, Any] = {"case": asdict(case)}
     try:
         figures = run_case(case, arguments.model, arguments.device, arguments.directory, arguments.used_before_bytes)

@@ -1,15 +1,17 @@
-"""Measure loading and training at true sizes on this machine's NVIDIA GPU, unattended, in under ten minutes.
+"""Measure loading and training at true sizes on this machine's NVIDIA GPU, unattended, in under six minutes.
 
 Llama- and Qwen3-MoE-shaped models with random weights are made in a temporary directory, loaded by the shared loader
 and trained for a few steps by the code that `qlora train` runs. The results have one JSON line per case: seconds to
 load, seconds per step, tokens/s, and the peaks of memory allocated, reserved and used by the process, next to those
 predicted; for a case that only loads, bytes predicted, counted and allocated at the peak.
 
-The cases named `*-memory-*` compare predictions with measurements; together with the rest they take more than ten
-minutes, so run `--cases '*-memory-*'` by itself.
+Cases run in the order of their worth, each in its own process with a time limit. Those whose seconds count have the
+GPU to themselves, the others run several at a time. A record is on the disk when its case ends. A second run with the
+same output directory continues: it skips what is measured, and leaves for last what failed or took too long.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -17,100 +19,179 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 # Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_cases import CASES, Case
-from benchmarks.measured import run_measured, write_model_in_process
-from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, results_file, revision, versions
+from benchmarks.gpu_cases import CASES, Case, rehearsed
+from benchmarks.gpu_processes import Deadline, Ended, run_until
+from benchmarks.records import RESULTS, ROOT, append, cpu_hardware, now, read, results_file, revision, versions
 from benchmarks.synthetic import SHAPES, num_parameters
-from qlora_cli.units import format_bytes
+from qlora_cli.units import GIB, format_bytes
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+SHORTEST_SECONDS = 10.0  # with less left, a case is not started: it could not load a model
+WORKER_BYTES = 32 * GIB  # of GPU memory for each case that runs at the same time as others
+MOST_WORKERS = 4
+NUM_STEPS_SHOWN = 20
 
-DEFAULT_SIZES = {"cuda": ("1b", "2b-moe", "8b", "70b-wide"), "cpu": ("tiny", "tiny-moe")}
 
-
-def select_cases(patterns: Sequence[str], sizes: Sequence[str], without: Sequence[str] = ()) -> list[Case]:
-    """Return the cases of these sizes that match one of the patterns and none of `without`, by model."""
-    cases = [
+def select_cases(patterns: Sequence[str], without: Sequence[str] = ()) -> list[Case]:
+    """Return the cases that match one of the patterns and none of `without`, in the order of the table."""
+    return [
         case
         for case in CASES
-        if case.size in sizes
-        and any(fnmatch(case.name, pattern) for pattern in patterns)
+        if any(fnmatch(case.name, pattern) for pattern in patterns)
         and not any(fnmatch(case.name, pattern) for pattern in without)
     ]
-    return sorted(cases, key=lambda case: sizes.index(case.size))
+
+
+def remaining(cases: Sequence[Case], records: Sequence[dict[str, Any]]) -> list[Case]:
+    """Return the cases that no record says are measured; those that were tried without success come last."""
+    of_cases = {case.name: _as_recorded(case) for case in cases}
+    tried: dict[str, set[str]] = {}
+    for record in records:
+        name = record["case"]["name"]
+        if record["case"] == of_cases.get(name):
+            tried.setdefault(name, set()).add(record["status"])
+    waiting = [case for case in cases if "done" not in tried.get(case.name, ())]
+    return sorted(waiting, key=lambda case: case.name in tried)
+
+
+def _as_recorded(case: Case) -> dict[str, Any]:
+    recorded: dict[str, Any] = json.loads(json.dumps(asdict(case)))
+    return recorded
+
+
+def batches(cases: Sequence[Case], num_workers: int) -> Iterator[tuple[list[Case], int]]:
+    """Return cases that may run at the same time, in order, and how many of them: those that are timed run alone."""
+    for is_timed, group in groupby(cases, key=lambda case: case.is_timed):
+        yield list(group), 1 if is_timed else num_workers
+
+
+class Models:
+    """The models of the suite: made in the order of their use while earlier cases run, deleted after their last."""
+
+    def __init__(self, directory: Path, deadline: Deadline, cases: Sequence[Case]) -> None:
+        self._directory = directory
+        self._deadline = deadline
+        self._pool = ThreadPoolExecutor(1)
+        sizes = dict.fromkeys(case.size for case in cases if case.size is not None)
+        self._made: dict[str, Future[Path]] = {size: self._pool.submit(self._make, size) for size in sizes}
+
+    def of(self, case: Case) -> Path | None:
+        """Return the model of a case, once it is there; None if the case needs none.
+
+        Raises:
+            RuntimeError: it could not be made.
+        """
+        return None if case.size is None else self._made[case.size].result()
+
+    def delete_unused(self, coming: Sequence[Case]) -> None:
+        """Delete the models that no case to come uses."""
+        for size in self._made.keys() - {case.size for case in coming}:
+            shutil.rmtree(self._path(size), ignore_errors=True)
+
+    def close(self) -> None:
+        """Make no more models; the one that is being made is ended by the deadline at the latest."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _path(self, size: str) -> Path:
+        return self._directory / f"model-{size}"
+
+    def _make(self, size: str) -> Path:
+        command = [sys.executable, "-m", "benchmarks.synthetic", "--size", size, "--output", str(self._path(size))]
+        ended = run_until(command, seconds=self._deadline.seconds_left)
+        if ended.exit_code != 0:
+            raise RuntimeError(f"making the {size} model failed: {ended.errors[-2000:]}")
+        print(f"made the {size} model in {ended.seconds:.0f} s", flush=True)
+        return self._path(size)
 
 
 class Suite:
     """One run of the suite: its directory, its deadline, and the fields that all records share."""
 
-    def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, directory: Path, results: Path, shared: dict[str, Any]) -> None:
         self._device: str = arguments.device
         self._directory = directory
-        self._deadline: float = time.monotonic() + arguments.time_limit
-        self._shared = {
-            "benchmark": "gpu_suite",
-            "command": _shown(shlex.join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]]), arguments.output_dir),
-            "revision": revision(),
-            "versions": versions(),
-            "host": cpu_hardware(),
-            "gpu": query_gpu() if arguments.device == "cuda" else None,
-        }
+        self._results = results
+        self._shared = shared
+        self._deadline = Deadline(arguments.time_limit)
 
-    def run(self, case: Case) -> dict[str, Any]:
-        """Return the record of one case, failed or done."""
-        record = {**self._shared, "time": now(), "num_parameters": num_parameters(SHAPES[case.size])}
-        if self._seconds_left() <= 0:
-            return {**record, "case": asdict(case), "status": "skipped", "error": "the time limit was reached"}
+    def run(self, cases: Sequence[Case], num_workers: int) -> list[str]:
+        """Run the cases, append a record of each that was started, and return how each ended."""
+        statuses: list[str] = []
+        models = Models(self._directory, self._deadline, cases)
         try:
-            return {**record, **self._run_in_process(case, self._model(case.size))}
-        except RuntimeError as error:
-            return {**record, "case": asdict(case), "status": "failed", "error": _shown(str(error), self._directory)}
+            for batch, workers in batches(cases, num_workers):
+                with ThreadPoolExecutor(workers) as pool:
+                    statuses += pool.map(partial(self._record, models, workers == 1), batch)
+                models.delete_unused(cases[len(statuses) :])
+        finally:
+            models.close()
+        return statuses
 
-    def _seconds_left(self) -> float:
-        return self._deadline - time.monotonic()
+    def _record(self, models: Models, is_alone: bool, case: Case) -> str:
+        """Run one case, append its record, and return how it ended; one that is not started leaves no record."""
+        missing = case.needs is not None and importlib.util.find_spec(case.needs) is None
+        if missing or self._deadline.seconds_left < SHORTEST_SECONDS:
+            reason = f"needs {case.needs}" if missing else "the time limit was reached"
+            print(f"{case.name:32} not started: {reason}", flush=True)
+            return "left out" if missing else "not started"
+        num_weights = num_parameters(SHAPES[case.size]) if case.size is not None else None
+        record = {**self._shared, "time": now(), "num_parameters": num_weights, "is_alone": is_alone}
+        try:
+            record |= self._run_in_process(case, models.of(case), is_alone=is_alone)
+        except (RuntimeError, OSError) as error:
+            record |= {"case": asdict(case), "status": "failed", "error": _shown(str(error), self._directory)}
+        append(self._results, record)
+        print(describe(record), flush=True)
+        return str(record["status"])
 
-    def _model(self, size: str) -> Path:
-        """Return the model of this size; it is made at its first use and replaces the previous one."""
-        path = self._directory / f"model-{size}"
-        if not path.exists():
-            for previous in self._directory.glob("model-*"):
-                shutil.rmtree(previous)
-            seconds = write_model_in_process(
-                sys.executable, size, path, environment=ENVIRONMENT, timeout_seconds=self._seconds_left()
-            )
-            print(f"made the {size} model in {seconds:.0f} s", flush=True)
-        return path
+    def _run_in_process(self, case: Case, model: Path | None, *, is_alone: bool) -> dict[str, Any]:
+        """Return the record of a case; its directory is deleted.
 
-    def _run_in_process(self, case: Case, model: Path) -> dict[str, Any]:
+        The process's use of the GPU is not measured for cases that run at the same time: the driver's figure is that
+        of all.
+        """
         directory = self._directory / f"case-{case.name}"
         directory.mkdir()
-        used_before = query_gpu()["memory_used_bytes"] if self._device == "cuda" else None
+        used_before = query_gpu()["memory_used_bytes"] if self._device == "cuda" and is_alone else None
         command = [
             *(sys.executable, "-m", "benchmarks.gpu_case", "--case", json.dumps(asdict(case))),
-            *("--model", str(model), "--device", self._device, "--directory", str(directory)),
+            *("--device", self._device, "--directory", str(directory)),
+            *(("--model", str(model)) if model is not None else ()),
             *(("--used-before-bytes", str(used_before)) if used_before is not None else ()),
         ]
-        finished = run_measured(command, environment=ENVIRONMENT, timeout_seconds=self._seconds_left())
+        seconds = min(case.timeout_seconds, self._deadline.seconds_left)
+        ended = run_until(command, seconds=seconds)
+        try:
+            return {**self._result(case, directory, ended), "case_seconds": ended.seconds}
+        finally:
+            shutil.rmtree(directory)
+
+    def _result(self, case: Case, directory: Path, ended: Ended) -> dict[str, Any]:
         result = directory / "result.json"
-        if finished.exit_code != 0 or not result.exists():
-            reason = "the time limit was reached" if self._seconds_left() <= 0 else finished.stderr[-2000:]
-            raise RuntimeError(f"ended with {finished.exit_code}: {reason}")
-        record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        shutil.rmtree(directory)
-        if record["status"] == "failed":
-            record["error"] = _shown(record["error"], self._directory)
-            record["stderr_tail"] = _shown(finished.stderr[-3000:], self._directory)
-        return record
+        errors = _shown(ended.errors[-3000:], self._directory)
+        if result.exists():
+            record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            if record["status"] != "failed":
+                return record
+            return {**record, "error": _shown(record["error"], self._directory), "stderr_tail": errors}
+        return {
+            "case": asdict(case),
+            "status": "timed out" if ended.timed_out else "failed",
+            "error": f"no result after {ended.seconds:.0f} s; exit code {ended.exit_code}",
+            "stderr_tail": errors,
+            "steps": list(read(directory.glob("run/metrics.jsonl")))[-NUM_STEPS_SHOWN:],
+        }
 
 
 def _shown(text: str, directory: Path) -> str:
@@ -153,18 +234,38 @@ def _mib(text: str) -> int | None:
 
 def describe(record: dict[str, Any]) -> str:
     """Return one line about a case."""
-    name = record["case"]["name"]
+    name = f"{record['case']['name']:32}"
     if record["status"] != "done":
-        first_line = record["error"].strip().splitlines()[-1]
-        return f"{name:24} {record['status']}: {first_line}"
+        reason = record["error"].strip().splitlines()[-1]
+        last = next((line for line in reversed(record.get("stderr_tail", "").splitlines()) if line.strip()), "")
+        return f"{name} {record['status']}: {reason}   {last.strip()}"
+    if record["case"]["size"] is None:
+        return _describe_kernels(name, record)
     if not record["case"]["num_steps"]:
-        return _describe_load(record)
+        return _describe_load(name, record)
     peaks = [record[f"peak_{kind}_bytes"] for kind in ("allocated", "reserved", "process", "host")]
     shown = " / ".join("-" if peak is None else format_bytes(peak) for peak in peaks)
     return (
-        f"{name:24} load {record['load_seconds']:6.1f} s   step {record['step_seconds']:7.3f} s   "
+        f"{name} load {record['load_seconds']:6.1f} s   step {record['step_seconds']:7.3f} s   "
         f"{record['tokens_per_second']:8.0f} tokens/s   allocated / reserved / process / host {shown}"
-        f"{_describe_error(record['memory'])}"
+        f"{_describe_error(record['memory'])}{_describe_profile(record['profile'])}"
+    )
+
+
+def _describe_profile(profile: dict[str, Any] | None) -> str:
+    if profile is None:
+        return ""
+    return f"   GPU {100 * profile['gpu_share_of_step']:.0f} % of the step, {profile['num_launches']:,} launches"
+
+
+def _describe_kernels(name: str, record: dict[str, Any]) -> str:
+    layer, attention = record["layer"], record["attention"]
+    dequantized = layer["dequantize_double"]
+    return (
+        f"{name} copy {record['copy_bytes_per_second'] / 1e9:.0f} GB/s   dequantization "
+        f"{100 * dequantized['share_of_copy']:.0f} % of that, {100 * dequantized['share_of_product']:.0f} % of the "
+        f"products of {layer['num_tokens']:,} tokens   attention of {len(attention['lengths'])} new lengths "
+        f"{attention['without_cudnn']['sum_first']:.2f} s, with cuDNN {attention['with_cudnn']['sum_first']:.2f} s"
     )
 
 
@@ -176,11 +277,11 @@ def _describe_error(memory: dict[str, Any] | None) -> str:
     return f"   predicted {errors}"
 
 
-def _describe_load(record: dict[str, Any]) -> str:
+def _describe_load(name: str, record: dict[str, Any]) -> str:
     peak, within = record["peak_device_bytes"], record["peak_within_one_16_bit_tensor"]
     shown = "-" if peak is None else f"{format_bytes(peak)}, {'within' if within else 'BEYOND'} one 16-bit tensor"
     return (
-        f"{record['case']['name']:24} load {record['load_seconds']:6.1f} s   "
+        f"{name} load {record['load_seconds']:6.1f} s   "
         f"predicted {format_bytes(record['predicted_bytes'])}   counted {format_bytes(record['model_bytes'])}   "
         f"on the device {format_bytes(record['device_model_bytes'])}   peak {shown}"
     )
@@ -192,44 +293,62 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns of cases (default: all)")
     parser.add_argument("--without", nargs="+", default=[], help="names or patterns of cases to leave out")
     parser.add_argument(
-        "--sizes",
-        nargs="+",
-        choices=SHAPES,
-        help="model sizes (default: all but tiny ones and 405b; on a CPU: tiny tiny-moe)",
+        "--rehearse", action="store_true", help="all of it on a CPU, with tiny models, in place of a GPU"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script out")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
-    parser.add_argument("--time-limit", type=float, default=560, help="seconds for the whole suite (default: 560)")
+    parser.add_argument("--time-limit", type=float, default=330, help="seconds for the whole suite (default: 330)")
+    parser.add_argument(
+        "--workers", type=int, help="cases at a time, of those that are not timed (default: by memory)"
+    )
     arguments = parser.parse_args()
-    arguments.sizes = arguments.sizes or DEFAULT_SIZES[arguments.device]
+    arguments.device = "cpu" if arguments.rehearse else "cuda"
     return arguments
 
 
 def main() -> int:
-    """Run the suite; return 0 if every case was measured, 1 if one was not, 2 if nothing can be run."""
+    """Run the suite; return 0 if every case is measured, 1 if one is not, 2 if nothing can be run."""
     arguments = parse_arguments()
-    cases = select_cases(arguments.cases, arguments.sizes, arguments.without)
+    cases = select_cases(arguments.cases, arguments.without)
     if not cases:
         print(f"No case matches. There are: {', '.join(case.name for case in CASES)}", file=sys.stderr)
         return 2
-    device_name = "cpu"
-    if arguments.device == "cuda":
-        try:
-            device_name = query_gpu()["name"]
-        except RuntimeError as error:
-            print(f"No NVIDIA GPU: {error}. To try the script out: --device cpu --sizes tiny", file=sys.stderr)
-            return 2
-    results = results_file(arguments.output_dir, f"gpu-{device_name}")
-    statuses = []
+    try:
+        gpu = query_gpu() if arguments.device == "cuda" else None
+    except RuntimeError as error:
+        print(f"No NVIDIA GPU: {error}. To try the suite out: --rehearse", file=sys.stderr)
+        return 2
+    shared = {
+        "benchmark": "gpu_suite",
+        "command": _shown(shlex.join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]]), arguments.output_dir),
+        "revision": revision(),
+        "versions": versions(),
+        "host": cpu_hardware(),
+        "gpu": gpu,
+    }
+    name = f"gpu-{gpu['name']}" if gpu is not None else "gpu-rehearsed-on-a-cpu"
+    results = results_file(arguments.output_dir, name)
+    if arguments.rehearse:
+        cases = [rehearsed(case) for case in cases]
+    cases = remaining(cases, _earlier(results, shared))
     with tempfile.TemporaryDirectory(prefix="qlora-gpu-suite-") as directory:
-        suite = Suite(arguments, Path(directory))
-        for case in cases:
-            record = suite.run(case)
-            append(results, record)
-            statuses.append(record["status"])
-            print(describe(record), flush=True)
+        suite = Suite(arguments, Path(directory), results, shared)
+        statuses = suite.run(cases, arguments.workers or _num_workers(gpu))
     print(f"Written to {results}")
-    return 0 if set(statuses) == {"done"} else 1
+    return 0 if set(statuses) <= {"done", "left out"} else 1
+
+
+def _earlier(results: Path, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of earlier runs of the same revision on the same GPU, also those of other days."""
+    files = sorted(results.parent.glob(f"{results.stem[: -len('-YYYY-MM-DD')]}-*.jsonl"))
+    records = [record for record in read(files) if record.get("benchmark") == "gpu_suite"]
+    return [record for record in records if record["revision"] == shared["revision"]]
+
+
+def _num_workers(gpu: dict[str, Any] | None) -> int:
+    """Return how many cases run at a time on a GPU of this size."""
+    if gpu is None or gpu["memory_bytes"] is None:
+        return 1
+    return int(min(MOST_WORKERS, max(1, gpu["memory_bytes"] // WORKER_BYTES)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,7 +88,17 @@ def results_file(directory: Path, name: str) -> Path:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to a results file."""
+    """Add one line to a results file; it is on the disk when this returns, whatever ends the process next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Return the records of results files; a line that was not written to its end is passed over."""
+    for path in paths:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)

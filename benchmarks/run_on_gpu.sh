@@ -1,33 +1,41 @@
 #!/usr/bin/env bash
-# Run the GPU tests and the GPU suite on a bare machine with an NVIDIA GPU.
+# Run what needs an NVIDIA GPU on a bare machine that has one, in two calls of under six minutes each.
 #
-#   benchmarks/run_on_gpu.sh [WHEELS] [OUTPUT] [CASES...]
+#   benchmarks/run_on_gpu.sh OUTPUT tests      # qlora doctor, then the tests marked gpu
+#   benchmarks/run_on_gpu.sh OUTPUT measure    # the GPU suite: memory, seconds of a step, kernels
 #
-# WHEELS: a folder of wheels to put before what is installed; nothing is downloaded. "" for none.
-# OUTPUT: where the results go (default: benchmarks/results). PYTHON names the interpreter (default: python3).
-# CASES: patterns of cases of the suite; with them, the GPU tests are left out. '*-memory-*' compares predicted with
-# measured memory and takes about eight minutes.
+# OUTPUT: the folder for the results. A call with the same folder continues where the one before it ended.
+# Further arguments go to benchmarks/gpu_tests.py or benchmarks/gpu_suite.py, such as `--cases '8b-*'`, or `--rehearse`
+# for all of `measure` on a CPU.
+# WHEELS, a variable: a folder that benchmarks/make_wheels.py made, to put before what is installed; nothing is
+# downloaded. PYTHON names the interpreter (default: python3).
 set -euo pipefail
-wheels=${1:+$(realpath "$1")}
-output=$(realpath -m "${2:-"$(dirname "$0")/results"}")
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
+    exit 2
+fi
+output=$(realpath -m "$1")
+part=$2
+shift 2
+case $part in
+tests) script=gpu_tests.py ;;
+measure) script=gpu_suite.py ;;
+*)
+    echo "There is no part '$part', only: tests, measure" >&2
+    exit 2
+    ;;
+esac
+wheels=${WHEELS:+$(realpath "$WHEELS")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
 if [ -n "$wheels" ]; then
     packages=$(mktemp -d)
     trap 'rm -rf "$packages"' EXIT
-    "$python" -m pip install --quiet --no-index --no-deps --target "$packages" "$wheels"/*.whl
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$packages" "$wheels"/*.whl
     export PYTHONPATH="$packages:$PYTHONPATH"
 fi
 
 mkdir -p "$output"
-status=0
-if [ $# -gt 2 ]; then
-    "$python" benchmarks/gpu_suite.py --output-dir "$output" --cases "${@:3}"
-    exit
-fi
-"$python" -m pytest -m gpu tests/gpu -p no:cacheprovider 2>&1 | tee "$output/gpu-tests.log" || status=$?
-# Names with `memory` in them are left for a call of their own.
-"$python" benchmarks/gpu_suite.py --output-dir "$output" --without '*-memory-*' || status=$?
-exit "$status"
+"$python" "benchmarks/$script" --output-dir "$output" "$@" 2>&1 | tee -a "$output/$part.log"

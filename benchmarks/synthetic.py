@@ -361,10 +361,13 @@ def write_rows(path: Path, model: Path, *, num_rows: int, num_tokens: int) -> No
     generator = random.Random(1)  # noqa: S311 - reproducible text, no secret
     rows = []
     for _ in range(num_rows):
-        words = sample_text(generator, num_tokens).split(" ")
-        while len(tokenizer.encode(" ".join(words)).ids) > num_tokens - 1:
-            words.pop()
-        rows.append(json.dumps({"text": " ".join(words)}) + "\n")
+        text = sample_text(generator, num_tokens)
+        encoding = tokenizer.encode(text)
+        if len(encoding.ids) > num_tokens - 1:
+            # No token spans two words, so that the whole words before the first token too many have their own tokens.
+            start_of_excess = encoding.offsets[num_tokens - 1][0]
+            text = text[: max(0, text.rfind(" ", 0, start_of_excess + 1))]
+        rows.append(json.dumps({"text": text}) + "\n")
     path.write_text("".join(rows), encoding="utf-8")
 
 
