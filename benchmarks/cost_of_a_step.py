@@ -135,7 +135,7 @@ def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, Counted, 
     """Return the memory, the operations and the shape of a step.
 
     Raises:
-        UsageError: the model has experts, of whose weights a token uses a part that the floor does not know.
+        UsageError: the model is not a dense decoder whose layers are like Llama's, as floor and comparison assume.
     """
     count = Count()
     facts = ModelFacts(name=case.model.name, content=deepcopy(dict(case.model.config)))
@@ -153,8 +153,11 @@ def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, Counted, 
     )
     estimator = Estimator(facts, evaluates=False, loop=count.loop)
     shapes = estimator.shapes(settings, Dtype.BF16)
-    if any(True for _ in fused_experts(shapes)):
-        raise UsageError(f"{case.model.name} has experts", hint="Name a model without them.")
+    if any(True for _ in fused_experts(shapes)) or not hasattr(shapes.config, "intermediate_size"):
+        raise UsageError(
+            f"{case.model.name} is no dense decoder with layers like Llama's, with which the step is compared",
+            hint="Name another model, such as llama-3.1-8b.",
+        )
     estimate = estimator.estimate(settings, case.gpu)
     update = _update(estimator.traced(settings, case.gpu).num_trained)
     shape = shape_of(shapes, rank=case.rank, rows=case.rows, length=case.length)

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cost_of_a_step import RATES, Rate, cost_of, find_model, seconds_of
+from benchmarks.cost_of_a_step import RATES, Case, Rate, cost_of, find_model, seconds_of, traced_costs
 from benchmarks.published_algorithm import StepShape, floor_flops, published_operations, shape_of
 from benchmarks.published_speed import predicted, read_rows
 from benchmarks.step_operations import Count, Kind, Operation, Owner, Pass, operations_of
+from qlora_cli.errors import UsageError
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
@@ -210,3 +211,9 @@ def test_the_model_is_within_a_factor_of_two_of_published_throughput() -> None:
         assert row["source"]
     ratios = [predicted(row) / float(row["tokens_per_second"]) for row in (rows[0], rows[-1])]
     assert all(1 / 2 < ratio < 2 for ratio in ratios)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-30b-a3b", "gemma-3-4b-no-such"])
+def test_a_model_that_the_comparison_does_not_fit_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is no dense decoder|no model '{name}'"):
+        traced_costs(Case(model=find_model(name), gpu=GPU, rate=RATES[GPU.name], length=64, rows=1, rank=RANK))
