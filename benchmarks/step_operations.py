@@ -266,7 +266,8 @@ def operations_of(
     run_in: Pass,
     num_tokens: int,
 ) -> Iterator[Operation]:
-    """Yield what a call of `func` by `owner` costs; a product with a quantized weight is two operations.
+    """Yield what a call of `func` by `owner` costs; a product with a quantized weight is two operations,
+    and with an adapter's added to it three.
 
     `num_tokens` are those of a micro-batch.
     """
@@ -276,6 +277,11 @@ def operations_of(
         yield Operation(run_in, owner.kind, name)
     elif name in PRODUCTS:
         yield from _product(name, inputs, outputs[0], run_in)
+    elif name in SUMS:
+        *of_base, low, b = inputs
+        yield from _product(name, of_base, outputs[0], run_in)
+        flops = 2 * outputs[0].numel() * low.shape[-1]
+        yield Operation(run_in, Kind.LORA_GEMM, name, flops, _sum_bytes((low, b)) + 2 * _nbytes(outputs[0]), 1)
     elif "attention" in func._opname:
         yield _attention(func, args, kwargs, inputs, outputs, run_in)
     elif func._opname in GEMMS:
@@ -289,6 +295,8 @@ def operations_of(
 
 
 PRODUCTS = frozenset().union(*(method.products for method in all_methods()))
+# Products to which that of an adapter is added in place.
+SUMS = frozenset(method.fused_product.operator for method in all_methods() if method.fused_product is not None)
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 FREE = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
@@ -311,7 +319,7 @@ def _product(name: str, inputs: Sequence[torch.Tensor], output: torch.Tensor, ru
     """
     activations, *stored = inputs
     wide, narrow = activations.shape[-1], output.shape[-1]
-    weight_bytes = wide * narrow * output.element_size()
+    weight_bytes = wide * narrow * activations.element_size()
     kernels = 1 if len(stored) <= 2 else 3  # constants that are quantized themselves: their product and their offset
     yield Operation(run_in, Kind.DEQUANTIZATION, name, 0, _sum_bytes(stored) + weight_bytes, kernels)
     flops = 2 * output.numel() * wide

@@ -11,7 +11,8 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.base_parameters import ExtendedHead, switch_parameters
-from qlora_cli.adapters.expert_lora import use_expert_wrapper
+from qlora_cli.adapters.expert_lora import expert_wrappers
+from qlora_cli.adapters.fused_lora import fused_types
 from qlora_cli.adapters.initialization import (
     check_init,
     init_for_peft,
@@ -74,7 +75,7 @@ def attach_adapter(
             trainable_token_indices=rows,
             bias="none",
         )
-        use_expert_wrapper(config, model)
+        _use_own_layers(config, model)
         model.requires_grad_(False)
         result = get_peft_model(model, config, autocast_adapter_dtype=True)
     config.exclude_modules = None  # specific to this base; on another PEFT would warn that there are no such modules
@@ -83,6 +84,10 @@ def attach_adapter(
     initialize(result, settings.init_lora_weights)
     _complete_head(model)
     return result, notes
+
+
+def _use_own_layers(config: LoraConfig, model: PreTrainedModel) -> None:
+    config._register_custom_module({**fused_types(), **expert_wrappers(config, model)})
 
 
 def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:
@@ -109,7 +114,7 @@ def attach_from_config(model: PreTrainedModel, lora: LoraConfig, directory: Path
         ModelError: the model has nothing that the config names, or can't be adapted so.
     """
     config = deepcopy(lora)
-    use_expert_wrapper(config, model)
+    _use_own_layers(config, model)
     config.inference_mode = False
     model.requires_grad_(False)
     return attach(model, config, directory)

@@ -76,7 +76,10 @@ class _KeepsProducts:
 
     def __init__(self) -> None:
         self._num_entered = 0  # layers of the base that are computing
-        self._products = UNQUANTIZED_PRODUCTS.union(*(method.products for method in all_methods()))
+        methods = all_methods()
+        self._products = UNQUANTIZED_PRODUCTS.union(*(method.products for method in methods))
+        # Those of a layer with its adapter, which the adapter's own product is part of.
+        self._sums = {method.fused_product.operator for method in methods if method.fused_product is not None}
 
     def watch(self, layer: nn.Module) -> list[RemovableHandle]:
         """Note while a layer of the base computes, to keep its products and not the adapter's."""
@@ -92,7 +95,7 @@ class _KeepsProducts:
 
     def __call__(self, _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         name: str = operation.name()
-        if name in ATTENTION or (self._num_entered and name in self._products):
+        if name in ATTENTION or name in self._sums or (self._num_entered and name in self._products):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

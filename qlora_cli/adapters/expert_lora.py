@@ -82,9 +82,12 @@ class _OrderedName(str):
         return self.order < other.order if isinstance(other, _OrderedName) else str(self) < other
 
 
-def use_expert_wrapper(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Make `config` use `ParamWrapper` for the quantized experts of `model`, as a custom module of PEFT."""
-    wrapped: dict[type[nn.Module], Any] = {
+def expert_wrappers(config: LoraConfig, model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module]]:
+    """Return `ParamWrapper` for each type of the quantized experts of `model`, as custom modules of PEFT.
+
+    `config` is adapted to them.
+    """
+    wrappers: dict[type[nn.Module], type[nn.Module]] = {
         # A parametrized module has a class of its own, made from its original one.
         type(module).__bases__[0]: ParamWrapper
         for module in model.modules()
@@ -94,13 +97,12 @@ def use_expert_wrapper(config: LoraConfig, model: PreTrainedModel) -> None:
             for parametrization in chain
         )
     }
-    if not wrapped:
-        return
-    config._register_custom_module(wrapped)
-    # The parametrizations of a fused weight are in a module of its name, which a linear layer may have: down_proj.
-    config.exclude_modules = _also_excluding(r".*\.parametrizations\..*", config.exclude_modules)
-    if config.target_parameters:
-        config.target_parameters = _in_model_order(config.target_parameters, model)
+    if wrappers:
+        # The parametrizations of a fused weight are in a module of its name, which a linear layer may have: down_proj.
+        config.exclude_modules = _also_excluding(r".*\.parametrizations\..*", config.exclude_modules)
+        if config.target_parameters:
+            config.target_parameters = _in_model_order(config.target_parameters, model)
+    return wrappers
 
 
 def _also_excluding(pattern: str, excluded: Iterable[str] | str | None) -> str:

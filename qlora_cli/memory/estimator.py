@@ -320,6 +320,7 @@ class Estimator:
             is_packed=settings.data.packing,
             # Rows of different lengths are the usual case, and their mask takes memory.
             is_padded=training.micro_batch_size > 1 and not settings.data.packing,
+            fuses_lora=training.fused_lora,
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=runs_evaluation(settings, self._evaluates),
         )

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
+from qlora_cli.adapters.fused_lora import switch_fused, unfused
 from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.data.feeding.order import padding_share
@@ -23,7 +24,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
-from qlora_cli.settings.models import LoraSettings, TrainSettings
+from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
@@ -190,7 +191,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     loaded = load_planned(load_plan, reporter, trains_adapter=True, lora=settings.lora)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
-    model = _attach(loaded, settings.lora, reporter)
+    model = _attach(loaded, settings, reporter)
     if settings.training.use_liger_kernel:
         use_liger_kernels(model)
     if settings.data.packing:
@@ -264,14 +265,20 @@ def _check_memory(
     return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force)
 
 
-def _attach(loaded: LoadedModel, settings: LoraSettings, reporter: Reporter) -> PeftModel:
+def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:
     """Return the model with the adapter to train: an existing or a new one."""
-    if isinstance(loaded.model, PeftModel):
+    model = loaded.model
+    if isinstance(model, PeftModel):
         reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} is trained further"))
-        return loaded.model
-    model, notes = attach_adapter(loaded.model, settings, loaded.new_token_ids, loaded.source.commit)
-    for note in notes:
-        reporter.report(Noted(level="warning", message=note))
+    else:
+        model, notes = attach_adapter(model, settings.lora, loaded.new_token_ids, loaded.source.commit)
+        for note in notes:
+            reporter.report(Noted(level="warning", message=note))
+    switch_fused(model, enabled=settings.training.fused_lora)
+    if settings.training.fused_lora:
+        for reason, number in unfused(model, loaded.dtype.torch_dtype).items():
+            message = f"{counted(number, 'layer')} computed as by PEFT, which is slower: {reason}"
+            reporter.report(Noted(message=message))
     return model
 
 

@@ -51,6 +51,7 @@ def step_settings(**changes: Any) -> StepSettings:
         "capability": (8, 0),
         "dtype": torch.bfloat16,
         "is_autocast": True,
+        "fuses_lora": True,
         "evaluates": True,
         **changes,
     }

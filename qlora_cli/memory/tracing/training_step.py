@@ -18,6 +18,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpointing
+from qlora_cli.adapters.fused_lora import switch_fused
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory.tracing.functions import GpuFunctions
@@ -45,6 +46,7 @@ class StepSettings:
         length: The length of a row, in tokens.
         is_packed: Whether rows are packed into one of `batch_size` times the length.
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
+        fuses_lora: Whether layers compute together with their adapters where they can.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
     """
 
@@ -59,6 +61,7 @@ class StepSettings:
     is_autocast: bool
     is_packed: bool = False
     is_padded: bool = False
+    fuses_lora: bool = False
     adds_noise: bool = False
     evaluates: bool = False
     device: torch.device = META  # another one only in tests, which compare with real tensors
@@ -154,6 +157,7 @@ class TrainingStep:
             if parameter.requires_grad
         ]
         self._set_attention()
+        switch_fused(self.model, enabled=self.settings.fuses_lora)
         checkpointing = self._enable_checkpointing()
         noise = activate_neftune(self.model, 1.0) if self.settings.adds_noise else None
         self.base.config.use_cache = False

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBitFormat
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
 from qlora_cli.quantization.methods.bitsandbytes import SKIP_MODULES_KEY, is_stored_by, replace_layers
+from qlora_cli.quantization.methods.four_bit_product import OPERATOR as FUSED
+from qlora_cli.quantization.methods.four_bit_product import FourBitProduct, gemm_temporaries, sum_temporaries
 from qlora_cli.quantization.methods.four_bit_quantizer import LOADER, QloraConfig, QloraQuantizer
 from qlora_cli.quantization.methods.method import (
     META,
@@ -33,7 +34,6 @@ from qlora_cli.quantization.methods.method import (
     Operator,
     Saving,
     StoredWeight,
-    Temporaries,
     WeightPart,
 )
 from qlora_cli.quantization.methods.skip_modules import fused_experts, linear_layers
@@ -48,26 +48,13 @@ STORAGE_DTYPES = {
     Storage.FP16: torch.float16,
     Storage.FP32: torch.float32,
 }
+GEMM = "bitsandbytes::gemm_4bit"
 STORED_KEY = "load_in_4bit"  # in the config of a checkpoint
 CODE_BYTES = 16 * 4  # the 16 levels, one table per weight
 NESTED_CODE_BYTES = 256 * 4  # the levels of the constants, likewise
 OFFSET_BYTES = FLOAT_BYTES = 4
 # What bitsandbytes stores with packed codes.
 CONSTANT = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__\w+)")
-
-
-def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries:
-    """Return the temporaries of a product with a 4-bit weight in the forward pass.
-
-    `bitsandbytes/backends/cuda/ops.py`: beyond 1536 rows the whole weight is dequantized and multiplied by cuBLAS;
-    with double quantization its constants are dequantized too, to fp32. Below, a fused kernel may need neither, by
-    heuristics for each GPU; the peak is the same, since the backward pass always dequantizes.
-    """
-    activations, shape = args[0], args[2]
-    num_weights = prod(shape)
-    constants = num_weights // args[4] * FLOAT_BYTES if kwargs.get("absmax_8bit") is not None else 0
-    weight = num_weights * activations.element_size()
-    return Temporaries(before=(constants, weight) if constants else (weight,), uses_cublas=True)
 
 
 class FourBitMethod(Method):
@@ -79,8 +66,11 @@ class FourBitMethod(Method):
     stores_experts = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
-    operators = MappingProxyType({"bitsandbytes::gemm_4bit": Operator(temporaries=_product)})
-    products = frozenset(("bitsandbytes::gemm_4bit",))
+    operators = MappingProxyType(
+        {GEMM: Operator(temporaries=gemm_temporaries), FUSED: Operator(temporaries=sum_temporaries)}
+    )
+    products = frozenset((GEMM,))
+    fused_product = FourBitProduct()
 
     def describe(self, settings: QuantizationSettings) -> str:
         """Describe the kind of codes, and whether their constants are quantized, too."""

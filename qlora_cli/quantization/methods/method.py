@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.entries import WeightEntry
+from qlora_cli.quantization.methods.fused_product import FusedProduct
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.settings.models import QuantizationSettings
 
@@ -110,6 +111,7 @@ class Method(ABC):
         parametrization_types: The parametrizations that dequantize its weights elsewhere, whenever they are read.
         operators: Its operators that allocate temporaries, as `namespace::name`.
         products: Its operators that multiply by a weight, whose results selective checkpointing keeps.
+        fused_product: How its layers multiply together with an adapter; None if they can't.
     """
 
     loader: str | None = None
@@ -120,6 +122,7 @@ class Method(ABC):
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
     products: frozenset[str] = frozenset()
+    fused_product: FusedProduct | None = None
 
     # How its settings are described.
 

@@ -95,6 +95,10 @@ class TrainingSettings(Section):
     neftune_noise_alpha: Annotated[float | None, Metadata(affects_memory=True)] = Field(
         default=None, gt=0, description="NEFTune: scale of the noise on embeddings while training."
     )
+    fused_lora: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
+        default=True,
+        description="Compute a 4-bit layer and its adapter in one step; PEFT's own layers are slower.",
+    )
     torch_compile: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Compile the model with torch.compile."
     )

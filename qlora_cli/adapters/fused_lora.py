@@ -1,0 +1,202 @@
+"""A linear layer and its adapter as one step: x W^T + scale · (x A^T) B^T, for a frozen weight W.
+
+PEFT computes the two products apart, and copies, scales and adds what they return. Here the adapter's product is added
+by the matrix multiplication itself, forward and backward, so that no result is written more than once, and each of the
+weight's dequantizations serves one product. The layers are PEFT's own in everything else, and an adapter that they
+train is saved, loaded and merged as any.
+
+There are two nodes in the graph of autograd. `_LowRank` saves all that the backward passes of both need, `_Sum` saves
+nothing: so a layer that is recomputed under checkpointing ends before the product with its last weight, which nothing
+in it needs.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from qlora_cli.quantization.methods import all_methods
+from qlora_cli.quantization.methods.fused_product import FusedProduct
+
+CUDA = "cuda"
+
+
+class _LowRank(torch.autograd.Function):
+    """Returns x A^T, `(…, rank)`. The gradients of x and of A are computed by `_Sum`, whose node comes first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: torch.Tensor, a_weight: torch.Tensor, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply; `rows`, `a` and `b` are x and the trained weights in the dtype of products. B is only saved."""
+        low = linear(rows, a)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.gradient_of_a = None
+        ctx.dtype = a_weight.dtype
+        return low
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient that `_Sum` has left."""
+        gradient, ctx.gradient_of_a = ctx.gradient_of_a, None
+        return None, gradient, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Returns x W^T + bias + scale · low B^T, `(…, out)`, in the dtype of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        low: torch.Tensor,
+        b_weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor,
+        b: torch.Tensor,
+        product: FusedProduct,
+        layer: nn.Module,
+        scale: float,
+        low_rank: Any,
+    ) -> torch.Tensor:
+        """Compute the sum; `low_rank` is the node of `_LowRank` that `low` comes from."""
+        ctx.product, ctx.layer, ctx.scale, ctx.low_rank = product, layer, scale, low_rank
+        ctx.dtypes = x.dtype, b_weight.dtype, None if bias is None else bias.dtype
+        return product.product(layer, rows, low, b, scale, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, of `low`, of B and of the bias, and leave that of A to its node."""
+        of_x, _, of_b, of_bias = ctx.needs_input_grad[:4]
+        x_dtype, b_dtype, bias_dtype = ctx.dtypes
+        scale, low_rank = ctx.scale, ctx.low_rank
+        # Under checkpointing they can be read once only, by either node.
+        rows, low, a, b = low_rank.saved_tensors
+        shape, low_shape = rows.shape, low.shape
+        rows, low = rows.reshape(-1, shape[-1]), low.reshape(-1, low_shape[-1])
+        gradient_of_bias = gradient.sum(dim=[*range(gradient.dim() - 1)], dtype=bias_dtype) if of_bias else None
+        gradient = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
+        gradient_of_low = gradient @ b
+        if scale != 1:
+            gradient_of_low.mul_(scale)
+        if low_rank.needs_input_grad[1]:
+            low_rank.gradient_of_a = (gradient_of_low.t() @ rows).to(low_rank.dtype)
+        gradient_of_b = None
+        if of_b:
+            gradient_of_b = gradient.t() @ low
+            if scale != 1:
+                gradient_of_b.mul_(scale)
+            gradient_of_b = gradient_of_b.to(b_dtype)
+        gradient_of_x = None
+        if of_x:
+            gradient_of_x = (gradient @ ctx.product.dequantized(ctx.layer, rows.dtype)).to(x_dtype)
+            gradient_of_x.addmm_(gradient_of_low.to(x_dtype), a.to(x_dtype))
+            gradient_of_x = gradient_of_x.view(shape)
+        return gradient_of_x, gradient_of_low.view(low_shape), gradient_of_b, gradient_of_bias, *[None] * 6
+
+
+class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
+    """Makes a layer of PEFT's, which is the next base class, compute in one step where that is the same.
+
+    Attributes:
+        is_fused: Whether to do so at all.
+    """
+
+    fused_product: FusedProduct  # of each subclass
+    is_fused = True
+
+    def unfused_reason(self, dtype: torch.dtype | None, *, trains: bool) -> str | None:
+        """Return in words why the layer computes as PEFT does; None if it does not.
+
+        `dtype` is that of the adapter's products; dropout acts if the layer `trains`.
+        """
+        names = self._adapters()
+        if not self.is_fused:
+            return "training.fused_lora is off"
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return "there is not one active adapter"
+        name = names[0]
+        if name in self.lora_variant:
+            return "DoRA needs the norms of the whole weight"
+        if trains and getattr(self.lora_dropout[name], "p", 0.0) > 0:
+            return "dropout gives the adapter another input than the weight"
+        if self.lora_B[name].bias is not None:
+            return "the adapter has a bias"
+        if (of_weight := self.fused_product.compute_dtype(self.get_base_layer())) != dtype:
+            return f"the weight's products are computed in {of_weight}, the adapter's in {dtype}"
+        return None
+
+    def _adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the products of x, `(…, in)`, with weight and adapter, `(…, out)`, in the dtype of x."""
+        dtype = _dtype_of_adapter(x, self)
+        is_usual = not args and not kwargs and x.numel() > 0 and not torch.compiler.is_compiling()
+        if not is_usual or self.unfused_reason(dtype, trains=self.training) is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,) = self._adapters()
+        a_weight, b_weight, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        product, layer = self.fused_product, self.get_base_layer()
+        rows, a, b = x.detach().to(dtype), a_weight.detach().to(dtype), b_weight.detach().to(dtype)
+        if not torch.is_grad_enabled():
+            return product.product(layer, rows, linear(rows, a), b, scale, x.dtype)
+        multiply: Any = _LowRank.apply
+        low: Any = multiply(x, a_weight, rows, a, b)
+        if low.grad_fn is None:  # nothing before B is trained
+            return super().forward(x)  # type: ignore[no-any-return]
+        add: Any = _Sum.apply
+        return add(x, low, b_weight, layer.bias, rows, b, product, layer, scale, low.grad_fn)  # type: ignore[no-any-return]
+
+
+def _dtype_of_adapter(x: torch.Tensor, layer: LoraLayer) -> torch.dtype | None:
+    """Return the dtype in which PEFT multiplies `x` and the adapter of `layer`; None if it has none."""
+    device = CUDA if x.is_meta else x.device.type  # tensors of a prediction act as a GPU's
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return next((a.weight.dtype for a in layer.lora_A.values()), None)
+
+
+def fused_types() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return a fused layer for each type of frozen layer that allows it, as custom modules of PEFT."""
+    return {
+        layer_type: _fused_type(method.fused_product)
+        for method in all_methods()
+        if method.fused_product is not None
+        for layer_type in method.layer_types
+    }
+
+
+@cache
+def _fused_type(product: FusedProduct) -> type[nn.Module]:
+    """Return PEFT's layer for a type of frozen layer, made to compute in one step."""
+    parent = product.lora_type
+    return type(f"Fused{parent.__name__}", (FusedLoraLayer, parent), {"fused_product": product})
+
+
+def fused_layers(model: nn.Module) -> Iterator[FusedLoraLayer]:
+    """Yield the layers of `model` that compute in one step where that is the same."""
+    return (module for module in model.modules() if isinstance(module, FusedLoraLayer))
+
+
+def switch_fused(model: nn.Module, *, enabled: bool) -> None:
+    """Compute in one step where possible, or as PEFT does everywhere."""
+    for layer in fused_layers(model):
+        layer.is_fused = enabled
+
+
+def unfused(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
+    """Return how many of these layers compute as PEFT does in training, by the reason in words.
+
+    `dtype` is that of the adapter's products.
+    """
+    reasons = (layer.unfused_reason(dtype, trains=True) for layer in fused_layers(model))
+    return Counter(reason for reason in reasons if reason is not None)

@@ -1,0 +1,38 @@
+"""The interface of a frozen weight to the layer that adds an adapter to its products; see `adapters/fused_lora.py`."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class FusedProduct(ABC):
+    """Multiplies by the frozen weights of one type of layer, `(out, in)`.
+
+    Attributes:
+        lora_type: PEFT's layer of an adapter on such a layer.
+        operator: What `product` computes with, as `namespace::name`: one operator, whose result selective
+            checkpointing keeps.
+    """
+
+    lora_type: type[nn.Module]
+    operator: str
+
+    @abstractmethod
+    def compute_dtype(self, layer: Any) -> torch.dtype | None:
+        """Return the dtype in which `layer` multiplies; None if it can't multiply yet."""
+
+    @abstractmethod
+    def product(
+        self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return `rows` W^T + bias + scale · `low` `b`^T in `dtype`, `(…, out)`, without a graph.
+
+        `rows` are `(…, in)`, `low` the rows times A^T, `(…, rank)`, and `b` is `(out, rank)`; all in one dtype, in
+        which W is multiplied. If `dtype` is wider, the sum is computed in it.
+        """
+
+    @abstractmethod
+    def dequantized(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight W, `(out, in)`."""

@@ -1,0 +1,432 @@
+"""A 4-bit layer and its adapter in one step: the results and gradients of PEFT's own layers, for less."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from qlora_cli.adapters.checkpointing import enable_checkpointing
+from qlora_cli.adapters.fused_lora import FusedLoraLayer, fused_layers, fused_types, switch_fused, unfused
+from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.settings.choices import Checkpointing
+from tests.support.adapters import adapt, settings_of, train_steps
+from tests.support.loading import load, save_model
+from tests.support.reference_models import IDS, ROWS
+
+FUSED, GEMM, DEQUANTIZE = "qlora::four_bit_product", "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
+FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe")
+WIDTH_IN, WIDTH_OUT, RANK = 128, 192, 8
+
+
+class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def one_layer(
+    dtype: torch.dtype = torch.float32,
+    *,
+    quant_type: str = "nf4",
+    nested: bool = True,
+    has_bias: bool = False,
+    storage: torch.dtype = torch.uint8,
+    **config: Any,
+) -> Any:
+    """Return a 4-bit layer with an adapter whose matrices are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(WIDTH_OUT, WIDTH_IN, generator=generator) / WIDTH_IN**0.5
+    layer = bnb.nn.Linear4bit(
+        WIDTH_IN,
+        WIDTH_OUT,
+        bias=has_bias,
+        compute_dtype=dtype,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight.to(dtype),
+        requires_grad=False,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+        module=layer,
+    )
+    if has_bias:
+        layer.bias = nn.Parameter(torch.randn(WIDTH_OUT, generator=generator), requires_grad=False)
+    owner: Any = nn.ModuleDict({"layer": layer.to("cpu")})
+    owner.is_loaded_in_4bit = True
+    settings = {"r": RANK, "lora_alpha": 24, "target_modules": ["layer"], **config}
+    lora = LoraConfig(**settings)
+    lora._register_custom_module(fused_types())
+    inject_adapter_in_model(lora, owner)
+    adapted = owner["layer"]
+    for parameters in (adapted.lora_A, adapted.lora_B):
+        weight = parameters["default"].weight
+        weight.data = torch.randn(weight.shape, generator=generator) / 10
+    return adapted.train()
+
+
+def rows_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return rows that a gradient is computed for."""
+    rows = torch.randn(*shape, WIDTH_IN, generator=torch.Generator().manual_seed(1))
+    return rows.to(dtype).requires_grad_()
+
+
+def passes(layer: Any, rows: torch.Tensor, *, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Return the result and the gradients of a forward and a backward pass."""
+    layer.zero_grad()
+    rows.grad = None
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        result = layer(rows)
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+    (result * weights).sum().backward()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    gradients = {"x": rows.grad, "A": a.grad, "B": b.grad}
+    if layer.base_layer.bias is not None and layer.base_layer.bias.grad is not None:
+        gradients["bias"] = layer.base_layer.bias.grad
+    return {"result": result.detach(), **{name: value.clone() for name, value in gradients.items()}}
+
+
+def exact_passes(layer: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the same, computed in fp64 from the dequantized weight."""
+    base = layer.base_layer
+    weight = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state).double()
+    x = rows.detach().double().requires_grad_()
+    a, b = (part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+    bias = None if base.bias is None else base.bias.detach().double().requires_grad_()
+    result = linear(x, weight, bias) + layer.scaling["default"] * linear(linear(x, a), b)
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2)).double()
+    (result * weights).sum().backward()
+    gradients = {"x": x.grad, "A": a.grad, "B": b.grad, **({} if bias is None else {"bias": bias.grad})}
+    return {"result": result.detach(), **gradients}
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error in the Euclidean norm."""
+    distance: float = ((actual.double() - expected).norm() / expected.norm()).item()
+    return distance
+
+
+def counted(function: Callable[[], Any]) -> Counter[str]:
+    """Return the operations of `function` by name."""
+    with CountOperations() as operations:
+        function()
+    counts: Counter[str] = operations.counts
+    return counts
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"quant_type": "fp4"},
+    {"nested": False},
+    {"has_bias": True},
+    {"use_rslora": True},
+    {"lora_alpha": RANK},  # a scale of 1
+    {"storage": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_in_fp32_results_and_gradients_are_exact_but_for_rounding(kind: dict[str, Any]) -> None:
+    layer = one_layer(**kind)
+    rows = rows_of(3, 7)
+    actual, expected = passes(layer, rows), exact_passes(layer, rows)
+    assert counted(lambda: layer(rows))[FUSED] == 1
+    expected.pop("bias", None)  # it is frozen
+    assert actual.keys() == expected.keys()
+    assert all(actual[name].shape == expected[name].shape for name in expected)
+    assert max(error(actual[name], expected[name]) for name in expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_in_bf16_nothing_is_farther_from_the_truth_than_by_peft(kind: dict[str, Any], x_dtype: torch.dtype) -> None:
+    layer = one_layer(torch.bfloat16, **kind)
+    rows = rows_of(5, 32, dtype=x_dtype)
+    expected = exact_passes(layer, rows)
+    expected.pop("bias", None)
+    errors = {}
+    for is_fused in (True, False):
+        switch_fused(layer, enabled=is_fused)
+        actual = passes(layer, rows, autocast=torch.bfloat16)
+        assert actual["result"].dtype == actual["x"].dtype == x_dtype
+        assert actual["A"].dtype == actual["B"].dtype == torch.float32
+        errors[is_fused] = {name: error(actual[name], expected[name]) for name in expected}
+    for name, by_peft in errors[False].items():
+        assert errors[True][name] <= by_peft * 1.02, name  # the roundings are others, by chance a little larger
+    assert errors[True] != errors[False]
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.booleans())
+def test_rows_of_any_shape(shape: list[int], is_transposed: bool) -> None:
+    layer = one_layer()
+    rows = rows_of(*shape)
+    if is_transposed and len(shape) > 1:
+        rows = rows.detach().transpose(0, 1).requires_grad_()
+    actual, expected = passes(layer, rows), exact_passes(layer, rows)
+    assert {name: value.shape for name, value in actual.items()} == {n: v.shape for n, v in expected.items()}
+    assert max(error(actual[name], expected[name]) for name in expected) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [{"x", "A", "B"}, {"A", "B"}, {"x", "A"}, {"x", "B"}, {"A"}, {"B"}, {"x"}])
+def test_only_what_is_trained_gets_a_gradient(trained: set[str]) -> None:
+    layer = one_layer()
+    rows = rows_of(3)
+    tensors = {"x": rows, "A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    expected = passes(layer, rows)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in trained)
+        tensor.grad = None
+    weights = torch.randn(3, WIDTH_OUT, generator=torch.Generator().manual_seed(2))
+    (layer(rows) * weights).sum().backward()
+    for name, tensor in tensors.items():
+        if name not in trained:
+            assert tensor.grad is None
+        else:
+            assert tensor.grad is not None
+            assert error(tensor.grad, expected[name].double()) < 1e-6
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    layer = one_layer(has_bias=True)
+    layer.base_layer.bias.requires_grad_(True)
+    rows = rows_of(3, 5)
+    actual, expected = passes(layer, rows), exact_passes(layer, rows)
+    assert error(actual["bias"], expected["bias"]) < 1e-6
+
+
+def test_a_layer_that_is_called_twice_sums_its_gradients() -> None:
+    layer = one_layer()
+    gradients = []
+    for is_fused in (True, False):
+        switch_fused(layer, enabled=is_fused)
+        layer.zero_grad()
+        rows = rows_of(3)
+        (layer(rows) + 2 * layer(rows * 3)).sum().backward()
+        gradients.append([rows.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad])
+    assert all(error(fused, by_peft.double()) < 1e-6 for fused, by_peft in zip(*gradients, strict=True))
+
+
+def test_a_second_backward_pass_is_refused_unless_the_graph_is_retained() -> None:
+    layer = one_layer()
+    result = layer(rows_of(3)).sum()
+    result.backward(retain_graph=True)
+    once = layer.lora_A["default"].weight.grad.clone()
+    result.backward()
+    assert torch.equal(layer.lora_A["default"].weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        result.backward()
+
+
+def test_one_pass_dequantizes_once_forward_and_once_backward() -> None:
+    layer = one_layer()
+    rows = rows_of(3)
+    counts = counted(lambda: layer(rows).sum().backward())
+    assert (counts[FUSED], counts[GEMM], counts[DEQUANTIZE]) == (1, 0, 1)  # the first two dequantize inside
+    # No result is copied, scaled or added apart, unlike by PEFT.
+    assert not {"aten::clone", "aten::add.Tensor", "aten::mul.Tensor"} & counts.keys()
+    switch_fused(layer, enabled=False)
+    counts = counted(lambda: layer(rows).sum().backward())
+    assert (counts[FUSED], counts[GEMM], counts[DEQUANTIZE]) == (0, 1, 1)
+    assert {"aten::clone", "aten::add.Tensor", "aten::mul.Tensor"} <= counts.keys()
+
+
+def test_the_last_layer_of_a_recomputed_block_is_not_multiplied_again() -> None:
+    first, last = one_layer(), one_layer()
+
+    def block(rows: torch.Tensor) -> torch.Tensor:
+        return last(torch.relu(first(rows)[..., :WIDTH_IN]))  # type: ignore[no-any-return]
+
+    counts = counted(lambda: checkpoint(block, rows_of(3), use_reentrant=False).sum().backward())
+    assert counts[FUSED] == 3  # both forward, and the first again
+
+
+def test_saved_tensors_are_those_of_peft_at_most() -> None:
+    sizes = []
+    for is_fused in (True, False):
+        layer = one_layer(torch.bfloat16)
+        switch_fused(layer, enabled=is_fused)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", dtype=torch.bfloat16):
+            result = layer(rows_of(4, 64, dtype=torch.bfloat16))
+        sizes.append(sum(saved.values()))
+        del result
+    assert 0 < sizes[0] <= sizes[1]
+
+
+def test_a_bias_of_the_adapter_is_left_to_peft() -> None:
+    layer = one_layer(has_bias=True, lora_bias=True)
+    assert unfused(layer, torch.float32) == {"the adapter has a bias": 1}
+    assert counted(lambda: layer(rows_of(3)))[FUSED] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "reason"),
+    [
+        ({"lora_dropout": 0.1}, None, "dropout"),
+        ({"use_dora": True}, None, "DoRA"),
+        ({}, "switch", "fused_lora is off"),
+        ({}, "disable", "active adapter"),
+        ({}, "bf16", "bfloat16, the adapter's in torch.float32"),
+    ],
+)
+def test_what_it_does_not_compute_is_computed_by_peft(config: dict[str, Any], change: str | None, reason: str) -> None:
+    layer = one_layer(torch.bfloat16 if change == "bf16" else torch.float32, **config)
+    if change == "switch":
+        switch_fused(layer, enabled=False)
+    if change == "disable":
+        layer.enable_adapters(False)
+    (message,) = unfused(layer, torch.float32)
+    assert reason in message
+    rows = rows_of(3)
+    torch.manual_seed(0)
+    actual = layer(rows)
+    plain: Any = type(layer).__bases__[1]
+    torch.manual_seed(0)
+    assert torch.equal(actual, plain.forward(layer, rows))
+    assert counted(lambda: layer(rows))[FUSED] == 0
+
+
+def test_dropout_stops_nothing_in_an_evaluation() -> None:
+    layer = one_layer(lora_dropout=0.1).eval()
+    with torch.no_grad():
+        assert counted(lambda: layer(rows_of(3)))[FUSED] == 1
+
+
+def test_an_evaluation_computes_as_training() -> None:
+    layer = one_layer()
+    rows = rows_of(3)
+    in_training = layer(rows).detach()
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(rows), in_training)
+
+
+def test_no_rows_are_left_to_peft() -> None:
+    layer = one_layer()
+    assert layer(rows_of(0)).shape == (0, WIDTH_OUT)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PeftModel]:
+    """Return a model with an adapter whose matrices are not zero, made once."""
+
+    @cache
+    def make(family: str, **lora: Any) -> PeftModel:
+        directory = save_model(tmp_path_factory.mktemp("model"), family, vocab_size=ROWS)
+        model = adapt(directory, settings_of(**lora), quantization__method="nf4", model__dtype="fp32")
+        switch_fused(model, enabled=False)
+        train_steps(model, 1)
+        model.checkpoint = directory
+        return model
+
+    return make
+
+
+@contextmanager
+def computing(model: PeftModel, *, fused: bool) -> Iterator[None]:
+    switch_fused(model, enabled=fused)
+    model.train()
+    model.zero_grad()
+    yield
+    switch_fused(model, enabled=False)
+
+
+def model_passes(model: PeftModel, *, fused: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the logits and the gradients of the adapter."""
+    with computing(model, fused=fused):
+        torch.manual_seed(0)
+        output = model(input_ids=IDS, labels=IDS, use_cache=False)
+        output.loss.backward()
+    return output.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_the_same_as_with_pefts_layers(adapted: Callable[..., PeftModel], family: str) -> None:
+    model = adapted(family)
+    assert any(True for _ in fused_layers(model))
+    fused, plain = model_passes(model, fused=True), model_passes(model, fused=False)
+    assert error(fused[0], plain[0].double()) < 1e-6
+    assert fused[1].keys() == plain[1].keys()
+    # Each layer rounds by 1e-7, and the gradient of the first has passed through all.
+    assert max(error(fused[1][name], plain[1][name].double()) for name in plain[1]) < 3e-6
+
+
+def test_ranks_and_scales_by_layer(adapted: Callable[..., PeftModel]) -> None:
+    model = adapted("llama", rank_pattern="q_proj=4", alpha_pattern="q_proj=64")
+    fused, plain = model_passes(model, fused=True), model_passes(model, fused=False)
+    assert max(error(fused[1][name], plain[1][name].double()) for name in plain[1]) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [*product(("llama", "gpt2"), (Checkpointing.ON, Checkpointing.SELECTIVE))]
+)
+def test_checkpointing_changes_no_bit(
+    adapted: Callable[..., PeftModel], family: str, checkpointing: Checkpointing
+) -> None:
+    model = adapted(family)
+    expected = model_passes(model, fused=True)[1]
+    handle = enable_checkpointing(model, checkpointing)
+    assert handle is not None
+    try:
+        with CountOperations() as operations:
+            actual = model_passes(model, fused=True)[1]
+    finally:
+        handle.remove()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    num_layers = sum(1 for _ in fused_layers(model))
+    # GPT-2 has dropout after the last layer of each block, which saves a mask.
+    num_last = 0 if family == "gpt2" else model.config.num_hidden_layers
+    again = 0 if checkpointing == Checkpointing.SELECTIVE else num_layers - num_last
+    assert operations.counts[FUSED] == num_layers + again
+
+
+def test_an_adapter_is_saved_as_pefts(adapted: Callable[..., PeftModel], tmp_path: Path) -> None:
+    model = adapted("llama")
+    save_adapter(model, tmp_path / "adapter")
+    assert "usedLinear" not in (tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+    base = load(model.checkpoint, quantization__method="nf4", model__dtype="fp32").base
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert not any(isinstance(module, FusedLoraLayer) for module in plain.modules())
+    switch_fused(model, enabled=True)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=IDS).logits
+        assert error(plain(input_ids=IDS).logits, logits.double()) < 1e-6
+    switch_fused(model, enabled=False)
+
+
+def test_only_4_bit_layers_are_replaced() -> None:
+    model: Any = nn.ModuleDict({"plain": nn.Linear(8, 8), "quantized": one_layer().base_layer})
+    model.is_loaded_in_4bit = True
+    config = LoraConfig(r=2, target_modules=["plain", "quantized"])
+    config._register_custom_module(fused_types())
+    inject_adapter_in_model(config, model)
+    assert not isinstance(model["plain"], FusedLoraLayer)
+    assert isinstance(model["quantized"], FusedLoraLayer)
