@@ -1,5 +1,7 @@
 """What commands import when they run, imported before: torch, transformers, TRL, PEFT, datasets and matplotlib."""
 
+import gc
+
 from matplotlib import figure
 from matplotlib.backends import backend_svg
 
@@ -19,3 +21,6 @@ MODULES = (
     *(load_plan, loader, save, memory_report, merge_run, train_run, merge_process, training_process),
     *(figure, backend_svg),
 )
+# No cycle is searched for in what is imported: a forked command would copy all of it, page by page, to do so.
+gc.collect()
+gc.freeze()
