@@ -170,10 +170,14 @@ def tokenizer_for(template: str) -> TextTokenizer:
     return text
 
 
-def rendered(text: TextTokenizer, messages: list[dict[str, Any]], loss_on: LossOn) -> tuple[object, object]:
+def renderer_of(text: TextTokenizer, loss_on: LossOn) -> Renderer:
+    """Return what renders all rows of a data set: it remembers what it has found out about the template."""
+    return Renderer(text.tokenizer, loss_on, text.end_ids)
+
+
+def rendered(renderer: Renderer, messages: list[dict[str, Any]]) -> tuple[object, object]:
     """Return a row rendered by insertion, or None, and rendered by the template, or its error."""
     trained = tuple(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    renderer = Renderer(text.tokenizer, loss_on, text.end_ids)
     try:
         row = renderer.fit(Conversation(messages=messages, trained=trained))
         inserted = renderer.insert(row)
@@ -209,7 +213,7 @@ def test_the_template_that_jinja_runs_is_analysed(template: str) -> None:
 @pytest.mark.parametrize("template", LOOKALIKES)
 def test_contents_that_touch_and_text_like_marks_are_distinguished(template: str) -> None:
     assert only_inserts_contents(template)
-    text = tokenizer_for(template)
+    renderer = renderer_of(tokenizer_for(template), LossOn.COMPLETIONS)
     num_inserted = 0
     for system, question in product(("sys", " sys\n\n", "\v"), ("\n\nquestion", "question", "\vquestion\f")):
         messages = [
@@ -217,7 +221,7 @@ def test_contents_that_touch_and_text_like_marks_are_distinguished(template: str
             {"role": "user", "content": question},
             {"role": "assistant", "content": " answer\n"},
         ]
-        inserted, expected = rendered(text, messages, LossOn.COMPLETIONS)
+        inserted, expected = rendered(renderer, messages)
         num_inserted += inserted is not None
         assert inserted in (None, expected)
     assert num_inserted > 0
@@ -238,9 +242,10 @@ def test_inserted_rows_equal_those_that_the_template_renders(seed: int, loss_on:
     }
     num_inserted = 0
     for name, text in texts.items():
+        renderer = renderer_of(text, loss_on)
         for _ in range(5):
             messages = draw_messages(chance)
-            inserted, expected = rendered(text, messages, loss_on)
+            inserted, expected = rendered(renderer, messages)
             if inserted is not None:
                 num_inserted += 1
                 assert inserted == expected, (name, messages)
@@ -292,10 +297,10 @@ def test_expressions_are_never_proven_wrongly(seed: int) -> None:
         template = EACH.format(f"{part}{{{{ message.content if '' == '{chance.choice(('', 'a'))}' }}}}")
         if not only_inserts_contents(template):
             continue
-        text = tokenizer_for(template)
+        renderer = renderer_of(tokenizer_for(template), LossOn.COMPLETIONS)
         for _ in range(4):
             messages = draw_messages(chance)
-            inserted, expected = rendered(text, messages, LossOn.COMPLETIONS)
+            inserted, expected = rendered(renderer, messages)
             num_inserted += inserted is not None
             assert inserted in (None, expected), (template, messages)
     assert num_inserted > 20
