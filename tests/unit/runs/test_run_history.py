@@ -28,6 +28,7 @@ from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
 from qlora_cli.units import MIB
 from tests.support.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
 
+NUM_EVENTS = 20_000
 STARTED = TrainingStarted(num_steps=10, output=Path("run"))
 
 
@@ -242,16 +243,19 @@ def test_200_000_lines_are_read_in_seconds(tmp_path: Path) -> None:
 def test_many_events_and_one_step_repeated_as_often_are_read_in_linear_time(
     tmp_path: Path, kind: Callable[..., Event]
 ) -> None:
-    """30,000 events of each kind, and then a step repeated as often that undoes none, one or all of them."""
+    """20,000 events of each kind, and then a step repeated as often that undoes none, one or all of them.
+
+    Where it was measured, reading them took 0.4 s of the CPU; a scan of the events for each step took 6.
+    """
     line = lines_of([step_done(1)])[0]
-    for after in (0, 29_999, 40_000):
-        events = lines_of([kind(step, **{"loss": 1.0} if kind is eval_done else {}) for step in range(30_000)])
+    events = lines_of([kind(step, **{"loss": 1.0} if kind is eval_done else {}) for step in range(NUM_EVENTS)])
+    for after in (0, NUM_EVENTS - 1, NUM_EVENTS + 1000):
         again = json.dumps({**json.loads(line), "step": after + 1})
         folder = write_run(tmp_path)
-        (folder / "metrics.jsonl").write_text("\n".join([*events, *[again] * 30_000]))
+        (folder / "metrics.jsonl").write_text("\n".join([*events, *[again] * NUM_EVENTS]))
         begin = time.process_time()
         history = read_history(folder)
-        assert time.process_time() - begin < 6
+        assert time.process_time() - begin < 3
         assert list(history.steps.step) == [after + 1]
         assert history.num_damaged_lines == 0
 
