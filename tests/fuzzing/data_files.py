@@ -79,6 +79,6 @@ def _text_rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-ARROW = Target(name="arrow", prepare=_arrow_rounds)
-PARQUET = Target(name="parquet", prepare=_parquet_rounds, seconds=5)
-TEXT = Target(name="text", prepare=_text_rounds, seconds=5)
+ARROW = Target(name="arrow", prepare=_arrow_rounds, num_rounds=1500)
+PARQUET = Target(name="parquet", prepare=_parquet_rounds, num_rounds=800)
+TEXT = Target(name="text", prepare=_text_rounds, num_rounds=3000)

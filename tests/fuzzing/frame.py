@@ -36,12 +36,13 @@ class Target:
     Attributes:
         name: The name that the script takes.
         prepare: Makes what all rounds share, in an empty directory, and returns the function that plays one round.
-        seconds: The time for it in the tests.
+        num_rounds: The number of rounds in the tests: twice those in which rounds still reached lines of the package
+            that none before had reached, or those of ten seconds where they did so to the end.
     """
 
     name: str
     prepare: Callable[[Path], Callable[[Generator], None]]
-    seconds: float = 10.0
+    num_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)

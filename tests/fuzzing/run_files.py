@@ -50,7 +50,7 @@ def _records(directory: Path) -> Callable[[Generator], None]:
         run.run_file.write_bytes(as_bytes(a_record(chance.choice(["done", "interrupted"]), **MORE), chance))
         recorded_run = read_run(run.path)
         detail_of(recorded_run).as_json()
-        if chance.random() < 0.1:
+        if chance.random() < 0.03:  # its charts take as long as thirty rounds without
             report_page(recorded_run.summary, recorded_run.history, recorded_run.record)
         output_problem(OutputSettings(directory=run.path))
         record = load_record(run.path)
@@ -77,11 +77,11 @@ def _metrics(directory: Path) -> Callable[[Generator], None]:
         run.metrics_file.write_bytes(damage(content, chance) if chance.random() < 0.2 else content)
         recorded_run = read_run(run.path)
         detail_of(recorded_run).as_json()
-        if chance.random() < 0.1:
+        if chance.random() < 0.03:  # its charts take as long as thirty rounds without
             report_page(recorded_run.summary, recorded_run.history, recorded_run.record)
 
     return play_round
 
 
-RECORD = Target(name="record", prepare=_records)
-METRICS = Target(name="metrics", prepare=_metrics)
+RECORD = Target(name="record", prepare=_records, num_rounds=250)
+METRICS = Target(name="metrics", prepare=_metrics, num_rounds=250)
