@@ -7,8 +7,6 @@ that, so less than half of one is allowed here: reading it as a whole takes more
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ import pytest
 from benchmarks.load_case import STATUS
 from benchmarks.synthetic import SHAPES, num_parameters, write_model
 from qlora_cli.units import GIB, MIB
+from tests.support.forks import output_of
 
-ROOT = Path(__file__).parents[3]
 PROMISED_BYTES = 3 * GIB // 2
 ALLOWED_BYTES = PROMISED_BYTES // 8
 SHARD_BYTES = 256 * MIB
@@ -48,18 +46,15 @@ def checkpoint_bytes(directory: Path) -> int:
 
 
 def measure(model: Path, *arguments: str | Path, **options: str) -> dict[str, Any]:
-    """Load in a process of its own and return the memory and time that it took."""
+    """Load in a process of its own and return the memory and time that it took.
+
+    It is forked, and what it had in memory before does not count, nor what it writes to that.
+    """
     values = json.dumps({"model.device": "cpu", **{key.replace("__", "."): value for key, value in options.items()}})
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load_case", "qlora", model, "--options", values, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},  # as the command sets it
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout)
+    command = ["qlora", str(model), "--options", values, *map(str, arguments)]
+    code, stdout, stderr = output_of(command, os.environ, module="benchmarks.load_case")
+    assert code == 0, stderr
+    figures: dict[str, Any] = json.loads(stdout)
     print(
         f"\n{model.name}, {options}: {checkpoint_bytes(model) / GIB:.2f} GiB of weights, "
         f"loaded {figures['model_bytes'] / MIB:.0f} MiB, peak {figures['peak_host_bytes'] / MIB:.0f} MiB "

@@ -7,8 +7,6 @@ so a quarter of it is allowed here: reading it as a whole takes more. Figures ar
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from benchmarks.load_case import STATUS
 from benchmarks.merge_case import write_adapter
 from benchmarks.synthetic import SHAPES, write_model
 from qlora_cli.units import MIB
+from tests.support.forks import output_of
 
-ROOT = Path(__file__).parents[3]
 ALLOWED_BYTES = 160 * MIB
 LIBRARY_BYTES = 256 * MIB  # files of the libraries, which are mapped
 
@@ -41,17 +39,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def measure(adapter: Path, output: Path, base: str) -> dict[str, Any]:
-    """Merge in a process of its own, and return the memory and time that it took."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.merge_case", "qlora", adapter, output, "--base", base],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},  # as the command sets it
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """Merge in a process of its own, which is forked, and return the memory and time that it took."""
+    command = ["qlora", str(adapter), str(output), "--base", base]
+    code, stdout, stderr = output_of(command, os.environ, module="benchmarks.merge_case")
+    assert code == 0, stderr
+    figures: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     peaks = [figures[name] / MIB for name in ("anonymous_bytes", "resident_bytes", "imports_host_bytes")]
     print(f"\n{base}: peak {peaks[0]:.0f} MiB, resident {peaks[1] - peaks[2]:.0f} MiB in {figures['seconds']:.1f} s")
     return figures
