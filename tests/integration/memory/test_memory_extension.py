@@ -4,6 +4,7 @@ Both are replayed in the allocator; memory allocated and reserved at the peak of
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from qlora_cli.memory.replaying.replay import Peaks
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.layers import LayerStack, find_stack
+from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
@@ -170,13 +172,21 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@cache
+def few_and_whole(family: str, step_with_adapter: str | None) -> tuple[MetaModel, MetaModel]:
+    """Return a model of six layers, reduced and whole, for all steps that do not change its adapter."""
+    adapter = {} if step_with_adapter is None else STEPS[step_with_adapter][1]
+    config = deep_config(family, 6, **THREE[family])
+    few, whole = (meta_model_of(config, whole=is_whole, **adapter) for is_whole in (False, True))
+    return few, whole
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("family", THREE)
 def test_few_layers_extend_in_every_kind_of_step(family: str, step: str) -> None:
     changes, adapter = STEPS[step]
     settings = step_settings(**{"gradient_accumulation_steps": 1, "evaluates": False, **changes})
-    config = deep_config(family, 6, **THREE[family])
-    few, whole = (meta_model_of(config, whole=is_whole, **adapter) for is_whole in (False, True))
+    few, whole = few_and_whole(family, step if adapter else None)
     assert few.stack is not None
     assert len(few.chosen) < len(few.stack.kinds) == 6
     extended = extend(trace_step(few, settings).trace, few.stack, few.chosen)
