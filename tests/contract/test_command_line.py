@@ -295,7 +295,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
 ) -> None:
     output = tmp_path / "run"
     command = ["train", "--model", str(base_model), "--output", str(output)]
-    command += ["--dataset", str(rows), "--max-steps", "9999", "--json"]
+    command += ["--dataset", str(rows), "--max-steps", "9999", "--gradient-accumulation-steps", "1", "--json"]
     process = start_command(command, os.environ, tmp_path, streams=tmp_path)
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -318,7 +318,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(
 def start_run_on_terminal(arguments: list[str], *, ignores_hangups: bool = False) -> tuple[BaseProcess, int]:
     """Start a run whose terminal is one of our own; return its process, and the other end of the terminal."""
     terminal, its_end = pty.openpty()
-    arguments = ["train", *arguments, "--device", "cpu"]
+    arguments = ["train", *arguments, "--gradient-accumulation-steps", "1", "--device", "cpu"]
     process = start_on_terminal(arguments, os.environ, os.ttyname(its_end), ignores_hangups=ignores_hangups)
     assert select.select([terminal], [], [], 300)[0], "nothing was shown"
     os.close(its_end)  # now that the run has it open, closing the other end is a hangup
