@@ -29,6 +29,7 @@ from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import LoraSettings
 from tests.conftest import Recorder, RunQlora
 from tests.integration.training.test_training import base_digest
+from tests.support.hanging_save import start_hanging_save
 from tests.support.loading import IDS, load, logits, save_model
 
 BY_PLAIN_TRANSFORMERS = """
@@ -48,24 +49,6 @@ for path in sys.argv[3:]:
         logits[path] = loaded(input_ids=ids).logits
 assert not any(name.startswith("qlora_cli") for name in sys.modules)
 torch.save(logits, sys.argv[2])
-"""
-
-HANGING = """
-import sys, time
-from pathlib import Path
-from transformers import PreTrainedTokenizerBase
-from qlora_cli.cli.app import main
-
-marker = Path(sys.argv.pop(1))
-
-def hang(self, directory, **kwargs):
-    aside = marker.with_suffix(".aside")
-    aside.write_text(str(directory))
-    aside.replace(marker)
-    time.sleep(600)
-
-PreTrainedTokenizerBase.save_pretrained = hang
-main()
 """
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -244,28 +227,14 @@ def test_a_save_that_is_killed_leaves_nothing_that_looks_complete(
     """The process is killed between two files: after the weights, before the tokenizer."""
     target = tmp_path / "saved"
     marker = tmp_path / "reached"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            HANGING,
-            str(marker),
-            "load",
-            str(base_model),
-            "--device",
-            "cpu",
-            "--save",
-            str(target),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_hanging_save(["load", str(base_model), "--device", "cpu", "--save", str(target)], marker)
     deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marker.exists(), "it did not begin to write"
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not target.exists()
     aside = Path(marker.read_text(encoding="utf-8"))
     assert list(aside.glob("*.safetensors")), "the weights were not written yet"
@@ -275,7 +244,7 @@ def test_a_save_that_is_killed_leaves_nothing_that_looks_complete(
     done = run_qlora("load", base_model, "--device", "cpu", "--dtype", "fp32", "--save", target)
     assert done.code == 0, done.stderr
     assert not aside.parent.exists()
-    assert torch.equal(plain_logits([target], tmp_path)[0], logits(load(base_model).model))
+    assert torch.equal(logits(load(target).model), logits(load(base_model).model))
 
 
 def test_a_failure_while_it_writes_leaves_nothing(
