@@ -24,6 +24,7 @@ from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.session import Session
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
+from tests.support.shallow_model import NUM_LAYERS
 
 
 def base_digest(model: torch.nn.Module) -> str:
@@ -42,11 +43,11 @@ def test_exact_dtype_inventory_of_a_quantized_model_with_adapter(base_model: Pat
     kinds = Counter(
         (type(parameter) is Params4bit, parameter.dtype, parameter.requires_grad) for parameter in model.parameters()
     )
-    num_linears = 4 * 7
+    num_linears = NUM_LAYERS * 7
     assert kinds == {
         (True, torch.uint8, False): num_linears,
         (False, torch.float32, True): 2 * num_linears,  # one A and one B each
-        (False, torch.bfloat16, False): 1 + 4 * 2 + 1,  # embedding (tied head), two norms a layer, final norm
+        (False, torch.bfloat16, False): 1 + NUM_LAYERS * 2 + 1,  # embedding (tied head), two norms a layer, final norm
     }
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
@@ -154,7 +155,7 @@ def test_gradient_accumulation_changes_neither_loss_nor_gradients(
     (loss, gradients), (other_loss, other_gradients) = steps
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert gradients.keys() == other_gradients.keys()
-    assert len(gradients) == 56
+    assert len(gradients) == 2 * 7 * NUM_LAYERS
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-6)
     assert any(gradient.abs().max() > 0 for gradient in gradients.values())

@@ -27,6 +27,7 @@ from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
 from qlora_cli.units import format_bytes
 from tests.conftest import Recorder, train_settings, write_jsonl
+from tests.support.shallow_model import NUM_LAYERS
 
 
 def messages(question: str, answer: str) -> dict[str, Any]:
@@ -372,7 +373,8 @@ def test_an_adapter_that_learnt_nothing_is_a_failed_run(base_model: Path, rows: 
     for name, parameter in prepared.model.named_parameters():
         if parameter.requires_grad and "layers.1.self_attn.q_proj" in name:
             parameter.register_hook(torch.zeros_like)
-    with pytest.raises(TrainingError, match=r"the adapter is empty: 1 of 28 targets .*layers\.1\.self_attn\.q_proj"):
+    empty = rf"the adapter is empty: 1 of {7 * NUM_LAYERS} targets .*layers\.1\.self_attn\.q_proj"
+    with pytest.raises(TrainingError, match=empty):
         run(prepared, Recorder())
     assert not (tmp_path / "run" / "adapter").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -387,7 +389,8 @@ def test_a_target_that_the_model_never_calls_is_reported_and_not_an_error(
     recorder = Recorder()
     assert run(prepared, recorder).steps == 3
     (note,) = [e.message for e in recorder.events if isinstance(e, Noted) and "does not call" in e.message]
-    assert note.startswith("the model does not call 3 of 28 layers with an adapter in its largest micro-batch")
+    part = f"3 of {7 * NUM_LAYERS} layers with an adapter"
+    assert note.startswith(f"the model does not call {part} in its largest micro-batch")
     assert "layers.1.mlp.down_proj" in note
 
 
