@@ -99,7 +99,14 @@ def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
 def _already_done(settings: TrainSettings, result: TrainResult, reporter: Reporter) -> TrainResult:
     directory = RunDirectory(settings.output.directory)
     reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
+    if not _has_current_report(directory):  # the process was killed after the record was written
+        draw_report(directory.path, reporter)
     return _pushed(settings, directory, load_record(directory.path), result, reporter)
+
+
+def _has_current_report(directory: RunDirectory) -> bool:
+    report, record = directory.report_file, directory.run_file
+    return report.exists() and report.stat().st_mtime_ns >= record.stat().st_mtime_ns
 
 
 def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:

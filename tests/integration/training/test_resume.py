@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, list_checkpoints, seal
 from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.history import read_history
+from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import settle_run
@@ -47,7 +49,7 @@ def kill_and_resume(
             if chance.random() < 0.5:
                 deadly_write = chance.randint(1, 150)
             else:
-                most_seconds = chance.uniform(0.3, 3)
+                most_seconds = chance.uniform(0.3, 1.5)
         process = start_training(settings, log, deadly_write)
         while process.is_alive() and cpu_seconds_of(process) < most_seconds:
             time.sleep(0.01)
@@ -249,6 +251,20 @@ def test_a_run_that_is_done_is_not_trained_again(base_model: Path, rows: Path, w
     assert result.steps == result.num_steps == 13
     assert any("nothing is left to train" in note for note in notes_of(recorder))
     assert (whole / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("has_page", [False, True], ids=["none", "an earlier one"])
+def test_a_run_that_was_killed_before_its_last_page_gets_it_when_it_is_started_again(
+    base_model: Path, rows: Path, tmp_path: Path, whole: Path, has_page: bool
+) -> None:
+    run = RunDirectory(shutil.copytree(whole, tmp_path / "run"))
+    page = write_report(run.path).read_text(encoding="utf-8")
+    run.report_file.unlink()
+    if has_page:
+        run.report_file.write_text("of the first steps", encoding="utf-8")
+        os.utime(run.report_file, ns=(0, run.run_file.stat().st_mtime_ns - 1))
+    train(train_settings(base_model, rows, run.path, **EXACT), Recorder())
+    assert run.report_file.read_text(encoding="utf-8") == page
 
 
 def test_a_directory_with_a_run_is_refused_if_resume_is_never(
