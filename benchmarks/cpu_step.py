@@ -44,6 +44,7 @@ TOLERANCES = {"fp32": 2e-5, "bf16": 5e-4}
 ROUNDED_ADAPTER = 5e-4
 PARTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qlora", {}),
+    ("qlora-peft-layers", {"training.fused_lora": False}),
     ("qlora-checkpointed", {"training.gradient_checkpointing": "on"}),
     ("qlora-selective", {"training.gradient_checkpointing": "selective"}),
     ("qlora-compiled", {"training.torch_compile": True}),

@@ -18,8 +18,6 @@ from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import EstimateSettings
 from tests.support.tracing import deep_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GPU = find_gpu("RTX 4090")
 RANK, TOKENS = 8, 96
 Sums = dict[tuple[Kind, Pass], tuple[int, int, int]]
