@@ -77,7 +77,8 @@ def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool 
     """Train an adapter and return the result; resume the run in the output directory, if there is one.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint and the adapter as it is
-    then; the result says so. `force` continues although the run is predicted not to fit on the GPU.
+    then; the result says so. Before the first step they end the process. `force` continues although the run is
+    predicted not to fit on the GPU.
 
     Raises:
         QloraError: of the type of the problem. Before the first step, nothing is left on the disk.

@@ -21,11 +21,16 @@ class StoppedError(Exception):
 class StopSignal:
     """A context that records the first stop signal instead of ending the process, and restores the handlers.
 
-    The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process.
+    The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process,
+    and so does the first one before training has begun, when there is nothing to save.
+
+    Attributes:
+        has_begun: Whether a step of this process has begun.
     """
 
     def __init__(self, reporter: Reporter) -> None:
         self.name: str | None = None
+        self.has_begun = False
         self._reporter = reporter
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -48,7 +53,11 @@ class StopSignal:
             if number == signal.SIGHUP:  # for a closed terminal, shell and kernel send one each
                 return
             sys.exit(128 + number)  # a second request: exit at once
-        self.name = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if not self.has_begun:
+            self._reporter.report(Noted(level="warning", message=f"{name}: ended before the first step"))
+            sys.exit(128 + number)
+        self.name = name
         again = "SIGTERM" if number == signal.SIGHUP else "again"
         message = (
             f"{self.name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
@@ -66,9 +75,19 @@ class StopCallback(TrainerCallback):
         self._stop = stop
         self._request = request
 
-    def on_step_end(
+    def on_step_begin(
         self,
         args: TrainingArguments,  # noqa: ARG002 - the signatures are those of transformers
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Let a signal wait for the end of the step from now on."""
+        self._stop.has_begun = True
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,  # noqa: ARG002
         control: TrainerControl,
         **kwargs: Any,  # noqa: ARG002

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.events import EvalStarted, Noted, StepDone
+from qlora_cli.events import EvalStarted, Noted, Rehearsed, StepDone
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -87,12 +87,11 @@ def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_resumes_exac
 
 def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # A single step that takes long.
-    changed = {**LONG, "training__gradient_accumulation_steps": 3000, "training__max_steps": 1}
+    # Steps that take long, of which the first is done: before that, one signal is enough.
+    changed = {**LONG, "training__gradient_accumulation_steps": 600, "training__max_steps": 2}
     settings = train_settings(base_model, ASSETS / "train.jsonl", run, **changed)
     process = start_training(settings, tmp_path / "log")
-    wait_for(process, lambda: any(event["event"] == "rehearsed" for event in events_of(run)))
-    time.sleep(0.3)
+    wait_for(process, lambda: steps_of(run) == [1])
     send(process, signal.SIGINT)
     time.sleep(0.3)
     assert process.is_alive()
@@ -104,12 +103,71 @@ def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> No
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 
+class SignalBeforeTheFirstStep(Recorder):
+    """Sends this process a signal when the largest batches have been tried."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self._number = number
+
+    def report(self, event: Any) -> None:
+        super().report(event)
+        if isinstance(event, Rehearsed):
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    base_model: Path, rows: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """There is nothing to save yet, and a first step may take minutes: longer than a batch system waits."""
+    settings, recorder = train_settings(base_model, rows, tmp_path / "run", **LONG), SignalBeforeTheFirstStep(number)
+    with pytest.raises(SystemExit) as ended:
+        train(settings, recorder)
+    assert ended.value.code == 128 + number
+    assert not [event for event in recorder.events if isinstance(event, StepDone)]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    # The same command then trains, from the start and in the end as if nothing had happened.
+    changed = {**LONG, "training__max_steps": 3}
+    with pytest.raises(SystemExit):
+        train(train_settings(base_model, rows, tmp_path / "again", **changed), SignalBeforeTheFirstStep(number))
+    result = train(train_settings(base_model, rows, tmp_path / "again", **changed), Recorder())
+    assert (result.steps, result.resumed_from_step, result.interrupted_by) == (3, 0, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_first_step_is_reported(number: signal.Signals) -> None:
+    recorder = Recorder()
+    with StopSignal(recorder) as stop, pytest.raises(SystemExit) as ended:
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert stop.name is None
+    (noted,) = recorder.events
+    assert isinstance(noted, Noted)
+    assert noted.message == f"{number.name}: ended before the first step"
+
+
+def test_a_resumed_run_that_ends_before_its_first_step_resumes_again(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    changed = {**LONG, "training__max_steps": 6}
+    settings, whole = whole_and_stopped(base_model, rows, tmp_path, changed, SignalAt(StepDone, 2))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    with pytest.raises(SystemExit):
+        train(settings, SignalBeforeTheFirstStep(signal.SIGTERM))
+    result = train(settings, Recorder())
+    assert (f"step-{result.resumed_from_step}", result.interrupted_by) == (checkpoint.name, None)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
     """When a terminal is closed, shell and kernel send a hangup each, at nearly the same time."""
     recorder = Recorder()
     before = signal.getsignal(signal.SIGHUP)
     with StopSignal(recorder) as stop:
+        stop.has_begun = True
         signal.raise_signal(first)
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)

@@ -46,6 +46,7 @@ def stream(tmp_path: Path) -> Iterator[io.TextIOWrapper]:
 def test_a_signal_while_a_line_is_written_is_reported_after_it(stream: io.TextIOWrapper, tmp_path: Path) -> None:
     reporters = Reporters([PlainReporter(stream)])
     with StopSignal(reporters) as stop:
+        stop.has_begun = True
         reporters.report(Noted(message="the first line"))
         reporters.report(Noted(message="the last line"))
     assert stop.name == "SIGHUP"
