@@ -35,8 +35,9 @@ def choose_attention(
         HardwareError: what was asked for does not run on this device.
         ModelError: the model does not compute attention so, or not in this dtype.
     """
-    chosen = _best_of(model) if asked == Attention.AUTO else asked
-    _check_model(chosen, model)
+    kernels = _kernels_of(model)
+    chosen = _best_of(kernels) if asked == Attention.AUTO else asked
+    _check_model(chosen, model, kernels)
     if chosen == Attention.FLASH_ATTENTION_2:
         _check_flash_attention(dtype, capability)
     if chosen == Attention.BLOCKWISE:
@@ -47,33 +48,31 @@ def choose_attention(
     return ChosenAttention(name=chosen, implementation=chosen.value)
 
 
-def _best_of(model: PreTrainedModel) -> Attention:
-    if model._supports_sdpa:
-        return Attention.SDPA
-    return Attention.BLOCKWISE if _computes_by_blocks(model) else Attention.EAGER
+def _kernels_of(model: PreTrainedModel) -> dict[Attention, bool]:
+    """Return which kernels compute the attention of `model`; eager attention always does.
 
-
-def _computes_by_blocks(model: PreTrainedModel) -> bool:
-    """Return whether blocks of queries can be computed apart: the model hands on the mask without reading it.
-
-    It does so if it computes by flex attention, whose mask is no tensor either.
+    Blocks of queries can be computed apart if the model hands on its mask without reading it. It does so if it knows
+    flex attention, whose mask is no tensor either.
     """
-    return bool(model._supports_flex_attn) and has_own_attention(model)
+    return {
+        Attention.SDPA: bool(model._supports_sdpa),
+        Attention.BLOCKWISE: bool(model._supports_flex_attn) and has_own_attention(model),
+        Attention.FLASH_ATTENTION_2: bool(model._supports_flash_attn),
+    }
 
 
-def _check_model(chosen: Attention, model: PreTrainedModel) -> None:
+def _best_of(kernels: dict[Attention, bool]) -> Attention:
+    return next((kernel for kernel in (Attention.SDPA, Attention.BLOCKWISE) if kernels[kernel]), Attention.EAGER)
+
+
+def _check_model(chosen: Attention, model: PreTrainedModel, kernels: dict[Attention, bool]) -> None:
     name = type(model).__name__
-    if chosen == Attention.BLOCKWISE and model._supports_sdpa:
+    if chosen == Attention.BLOCKWISE and kernels[Attention.SDPA]:
         raise ModelError(
             f"blockwise is for models without a kernel of PyTorch, and {name} has one that needs as little memory",
             hint=LEAVE_OUT,
         )
-    computes = {
-        Attention.SDPA: model._supports_sdpa,
-        Attention.BLOCKWISE: _computes_by_blocks(model),
-        Attention.FLASH_ATTENTION_2: model._supports_flash_attn,
-    }
-    if not computes.get(chosen, True):
+    if not kernels.get(chosen, True):
         raise ModelError(f"{name} does not compute attention by {chosen.value}", hint=LEAVE_OUT)
     # transformers would replace the package by another kernel, which it downloads from the hub.
     compatible = getattr(model, "_compatible_flash_implementations", None)

@@ -8,8 +8,8 @@ import torch
 
 from qlora_cli.settings.models import TrainingSettings
 
-# The variables that transformers' `enable_full_determinism` sets. cuBLAS reads the first when its handle is created,
-# which is before the trainer exists.
+# The variables that transformers' `enable_full_determinism` sets. The first must hold when weights are loaded, before
+# the trainer exists.
 WORKSPACES = ("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 VARIABLES = (
     WORKSPACES[0],
@@ -21,7 +21,7 @@ VARIABLES = (
 def determinism(training: TrainingSettings) -> Iterator[None]:
     """Make cuBLAS reproducible if `training.full_determinism`; the trainer does the rest.
 
-    Must be entered before CUDA is initialized. Everything that transformers changes for it is restored on exit.
+    Everything that transformers changes for it is restored on exit.
     """
     if not training.full_determinism:
         yield
@@ -31,6 +31,7 @@ def determinism(training: TrainingSettings) -> Iterator[None]:
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     os.environ.update([WORKSPACES])
+    _drop_workspaces()
     try:
         yield
     finally:
@@ -39,5 +40,17 @@ def determinism(training: TrainingSettings) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _drop_workspaces()
         torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def _drop_workspaces() -> None:
+    """Let cuBLAS allocate workspaces of the size that the environment asks for now.
+
+    PyTorch keeps them by handle and stream, and passes them on at each product with the size that the environment asks
+    for at that time (`setWorkspaceForHandle` in `aten/src/ATen/cuda/CublasHandlePool.cpp`): after a deterministic run
+    cuBLAS would write 8 or 32 MiB into 128 KiB.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch._C._cuda_clearCublasWorkspaces()

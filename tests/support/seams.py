@@ -134,6 +134,13 @@ SEAMS = (
     _attribute("trl.SFTTrainer", "_metrics", TRL, "resume with what it will report the mean of"),
     _attribute("transformers.TrainingArguments", "_n_gpu", TRANSFORMERS, "keep the model out of DataParallel"),
     _attribute("torch.optim.lr_scheduler.LRScheduler", "_last_lr", TORCH, "compare a saved schedule with the run's"),
+    _word("torch._dynamo.trace_rules", "_C", TORCH, "reach what has no public name"),
+    _word(
+        "torch._dynamo.trace_rules",
+        "_cuda_clearCublasWorkspaces",
+        TORCH,
+        "give cuBLAS workspaces of the size that a deterministic run has set, and of the usual one after it",
+    ),
     # ---- modules as PyTorch holds them ----
     _attribute("torch.nn.Module", "_parameters", TORCH, "switch between an adapter's parameters and the base's"),
     _attribute("torch.nn.Module", "_modules", TORCH, "switch between a quantized layer and a plain one"),
