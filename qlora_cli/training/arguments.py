@@ -130,8 +130,7 @@ def training_arguments(
         seed=training.seed,
         data_seed=training.seed,
         full_determinism=training.full_determinism,
-        torch_compile=training.torch_compile,
-        # Compiling would switch TF32 on, which rounds the positions of rotary embeddings beyond 1,024.
+        # It would round the positions of rotary embeddings beyond 1,024.
         tf32=False,
         # Precision and memory. TRL turns bf16 and gradient checkpointing on by default.
         use_cpu=device.type == "cpu",

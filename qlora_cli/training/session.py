@@ -40,6 +40,7 @@ from qlora_cli.training.callbacks.sample_callback import SampleCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.checks.adapter_check import check_saved, check_trained
+from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.resuming.loop_state import Progress
@@ -112,6 +113,11 @@ class Session:
             order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
             loraplus_lr_ratio=prepared.settings.training.loraplus_lr_ratio,
             checkpointing=checkpointing,
+            compiled=(
+                CompiledLayers(prepared.model, has_one_length=prepared.settings.data.packing)
+                if prepared.settings.training.torch_compile
+                else None
+            ),
             model=prepared.model,
             args=training_arguments(
                 prepared.settings,
@@ -158,7 +164,7 @@ class Session:
                 dtype=loaded.dtype.torch_dtype,
                 max_tokens=training.sample_tokens,
             )
-            self._samples = SampleCallback(answerer, training.sample_prompts, self._reporter)
+            self._samples = SampleCallback(answerer, training.sample_prompts, self._reporter, self.trainer.uncompiled)
             callbacks.append(self._samples)
         return callbacks
 
@@ -250,6 +256,7 @@ class Session:
         return False
 
     def _write_adapter(self, *, is_whole: bool) -> None:
+        self.trainer.end_compiling()
         if is_whole:
             self._restore_best()
             check_trained(self._prepared.model, self.trainer.never_used)

@@ -1,7 +1,7 @@
 """TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
+from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
 from qlora_cli.training.resuming.loop_state import (
@@ -59,6 +60,7 @@ class QloraTrainer(TrainerSeam):
         order: RowOrder | None,
         loraplus_lr_ratio: float | None,
         checkpointing: Checkpointing,
+        compiled: CompiledLayers | None,
         model: Any,
         **kwargs: Any,
     ) -> None:
@@ -74,6 +76,7 @@ class QloraTrainer(TrainerSeam):
             if name in full_precision:
                 parameter.data = full_precision[name]
         self._checkpointing = enable_checkpointing(model, checkpointing)
+        self._compiled = compiled
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -295,11 +298,13 @@ class QloraTrainer(TrainerSeam):
 
     def try_out(self, batch: dict[str, Any]) -> None:
         """Run a micro-batch forward and backward as in training, without an effect except on `never_used`."""
-        with self._without_effect(), _watch_calls(self.model) as never_used:
+        with self._without_effect():
             self.current_gradient_accumulation_steps = 1
             _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
-            super().training_step(self.model_wrapped, dict(batch), num_tokens)
-            if self.args.gradient_accumulation_steps > 1:  # from the second on, gradients are in memory, too
+            with self.uncompiled(), _watch_calls(self.model) as never_used:
+                super().training_step(self.model_wrapped, dict(batch), num_tokens)
+            # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.
+            if self.args.gradient_accumulation_steps > 1 or self._compiled is not None:
                 super().training_step(self.model_wrapped, dict(batch), num_tokens)
         self.never_used = tuple(sorted(never_used))
 
@@ -309,6 +314,16 @@ class QloraTrainer(TrainerSeam):
             deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
         if self._checkpointing is not None:
             self._checkpointing.remove()
+        self.end_compiling()
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """Return a context in which no compiled code runs."""
+        return nullcontext() if self._compiled is None else self._compiled.paused()
+
+    def end_compiling(self) -> None:
+        """Run no compiled code from now on: what is computed after training is compared with other models."""
+        if self._compiled is not None:
+            self._compiled.remove()
 
     def try_out_evaluation(self, batch: dict[str, Any]) -> None:
         """Run a micro-batch forward as in an evaluation, without an effect."""

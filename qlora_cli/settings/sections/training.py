@@ -100,7 +100,7 @@ class TrainingSettings(Section):
         description="Compute a 4-bit layer and its adapter in one step; PEFT's own layers are slower.",
     )
     torch_compile: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
-        default=False, description="Compile the model with torch.compile."
+        default=False, description="Compile the decoder layers with torch.compile."
     )
     use_liger_kernel: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Liger's fused kernels; needs liger-kernel and a GPU."

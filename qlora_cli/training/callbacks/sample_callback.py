@@ -1,6 +1,7 @@
 """Generate answers to fixed prompts before training and at each evaluation, to show what the model learns."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import PeftModel
@@ -14,17 +15,25 @@ from qlora_cli.training.resuming.loop_state import preserve_generators
 class SampleCallback(TrainerCallback):
     """Answers the prompts before the first step, at each evaluation and after the last step."""
 
-    def __init__(self, answerer: Answerer, prompts: Collection[str], reporter: Reporter) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        prompts: Collection[str],
+        reporter: Reporter,
+        uncompiled: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Answer within a context of `uncompiled`: prompts grow token by token, each another shape to compile."""
         self._answerer = answerer
         self._prompts = prompts
         self._reporter = reporter
+        self._uncompiled = uncompiled
         self._last_step: int | None = None
 
     def _report(self, model: PeftModel, step: int) -> None:
         if self._last_step == step:
             return
         self._last_step = step
-        with preserve_generators():
+        with preserve_generators(), self._uncompiled():
             for prompt in self._prompts:
                 answer = self._answerer.answer(model, prompt)
                 self._reporter.report(SampleDone(step=step, prompt=prompt, answer=answer))

@@ -2,17 +2,15 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
-from trl import SFTConfig
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import HardwareError, SettingsError
@@ -20,7 +18,6 @@ from qlora_cli.events import Event, StepDone
 from qlora_cli.quantization.embedding import embedding_of, keep_on_host
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
-from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.determinism import VARIABLES
 from qlora_cli.training.lora_plus import scale_b_learning_rate
 from qlora_cli.training.train_run import train
@@ -183,51 +180,40 @@ def test_full_determinism_is_on_during_a_run_and_off_after_it(
 
 
 @pytest.fixture
-def one_layer(base_model: Path, tmp_path: Path) -> Path:
-    """The bundled model reduced to its first layer: compiling takes seconds a layer."""
-    path = tmp_path / "one-layer"
-    shutil.copytree(base_model, path)
-    config = json.loads((path / "config.json").read_text())
-    layers = {"num_hidden_layers": 1, "layer_types": config.get("layer_types", ["full_attention"])[:1]}
-    (path / "config.json").write_text(json.dumps({**config, **layers}))
-    weights = load_file(path / "model.safetensors")
-    first_layer = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
-    assert len(first_layer) < len(weights)
-    save_file(first_layer, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+def captured_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and differentiate layers as usual, but do not compile them to C++, which would take minutes."""
+    # Commands that compile nothing disable the compiler for their process, which may be that of the tests.
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("qlora_cli.training.compiled_layers.BACKEND", "aot_eager")
+    torch.compiler.reset()
+    counters.clear()
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.usefixtures("captured_only")
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_a_compiled_model_trains_to_the_same_losses(
-    one_layer: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
-) -> None:
-    """Packed, so that all batches have one shape, which is compiled once.
-
-    Captured and differentiated as usual, but not compiled to C++, which would take a minute and a half.
-    """
-
-    def not_to_c(*args: Any, **kwargs: Any) -> SFTConfig:
-        arguments = training_arguments(*args, **kwargs)
-        assert arguments.torch_compile_backend in {None, "inductor"}
-        if arguments.torch_compile:
-            arguments.torch_compile_backend = "aot_eager"
-        return arguments
-
-    # Commands that compile nothing disable the compiler for their process, which may be that of the tests.
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr("qlora_cli.training.session.training_arguments", not_to_c)
+def test_compiled_layers_train_to_the_same_losses(base_model: Path, tmp_path: Path, checkpointing: str) -> None:
+    """Rows have all lengths, and layers are compiled once for all: with padding, without, and for an evaluation."""
+    lengths = [3 * (index * 7 % 23) + 5 for index in range(26)]
+    lines = [json.dumps({"text": " ".join(["word"] * length)}) for length in lengths]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = {
-        "data__packing": True,
-        "data__max_length": 256,
-        "training__max_steps": 2,
+        "data__eval_split": 2,
+        "training__max_steps": 6,
+        "training__micro_batch_size": 2,
+        "training__gradient_accumulation_steps": 2,
         "training__gradient_checkpointing": checkpointing,
+        "training__sample_prompts": ["word word"],
+        "training__sample_tokens": 4,
     }
-    plain = steps_of(one_layer, rows, tmp_path / "plain", **flags)
-    counters.clear()
-    compiled = steps_of(one_layer, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
+    plain = steps_of(base_model, rows, tmp_path / "plain", **flags)
+    assert not counters["stats"]
+    compiled = steps_of(base_model, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
-    assert counters["stats"]["unique_graphs"] > 0
+    # One graph for all layers: in training with and without padding, and in an evaluation with and without it.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
     names = [set(load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")) for run in ("plain", "compiled")]
     assert names[0] == names[1]
 

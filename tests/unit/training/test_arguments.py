@@ -49,7 +49,7 @@ def test_harmful_defaults_are_changed(tmp_path: Path) -> None:
     assert arguments.project == "qlora"
     assert not arguments.push_to_hub  # we push ourselves
     assert not arguments.full_determinism
-    assert not arguments.torch_compile
+    assert not arguments.torch_compile  # it would compile the model as a whole; we compile its layers
     assert not arguments.use_liger_kernel  # deprecated in TRL, with a warning; we apply it
     assert arguments.neftune_noise_alpha is None
     assert arguments.label_smoothing_factor == 0
@@ -72,7 +72,6 @@ def test_harmful_defaults_are_changed(tmp_path: Path) -> None:
         ("training__optimizer", "lion_8bit", "adam_beta2", 0.99),  # Lion's own: that of AdamW has another meaning
         ("training__neftune_noise_alpha", 5, "neftune_noise_alpha", 5.0),
         ("training__full_determinism", True, "full_determinism", True),
-        ("training__torch_compile", True, "torch_compile", True),
         ("training__seed", 9, "seed", 9),
         ("training__seed", 9, "data_seed", 9),
         ("training__logging_steps", 7, "logging_steps", 7),
