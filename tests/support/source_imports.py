@@ -2,15 +2,27 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+Import = tuple[str, int, bool]
 
-def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Yield every imported name with its module, its line, and whether it is imported together with the file.
 
-    Imports in functions, in `try` and under `TYPE_CHECKING` count too; a relative one is yielded as `.`.
+def imports_of(path: Path) -> tuple[Import, ...]:
+    """Return every imported name with its module, its line, and whether it is imported together with the file.
+
+    Imports in functions, in `try` and under `TYPE_CHECKING` count too; a relative one is returned as `.`.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _imports_in(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _imports_in(source: str) -> tuple[Import, ...]:
+    return tuple(_found_in(source))
+
+
+def _found_in(source: str) -> Iterator[Import]:
+    tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     later = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
