@@ -23,18 +23,8 @@ from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from tests.conftest import RunQlora, write_jsonl
 from tests.support.forks import end_of, start_command, start_on_terminal
+from tests.support.light_commands import LightQlora
 
-RUN_AND_LIST_MODULES = """
-import sys
-sys.argv = ["qlora", *sys.argv[1:]]
-from qlora_cli.cli.app import main
-try:
-    main()
-except SystemExit as error:
-    print("exit", error.code, file=sys.stderr)
-heavy = sorted({"torch", "transformers", "datasets", "peft", "trl", "matplotlib"} & set(sys.modules))
-print("heavy", heavy, file=sys.stderr)
-"""
 TRAIN_FLAGS = (
     *("--model", "--dataset", "--output", "--config", "--set", "--quant", "--dtype", "--rank", "--alpha"),
     *("--target-modules", "--learning-rate", "--epochs", "--max-steps", "--micro-batch-size", "--max-length"),
@@ -60,11 +50,11 @@ TRAIN_FLAGS = (
         (["load", "./no"], 2),
     ],
 )
-def test_help_and_every_usage_or_settings_error_answer_without_torch(arguments: list[str], code: int) -> None:
-    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert f"exit {code}\n" in done.stderr
-    assert "heavy []" in done.stderr
+def test_help_and_every_usage_or_settings_error_answer_without_torch(
+    light_qlora: LightQlora, arguments: list[str], code: int
+) -> None:
+    done = light_qlora(*arguments)
+    assert (done.code, done.heavy) == (code, [])
     assert "Traceback" not in done.stderr
 
 

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -20,19 +19,10 @@ from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, RunQlora, train_settings, write_jsonl
 from tests.support.forks import end_of, start_command, wait_for_line
+from tests.support.light_commands import LightQlora
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
-NO_TORCH = """
-import sys
-sys.argv = ["qlora", *sys.argv[1:]]
-from qlora_cli.cli.app import main
-try:
-    main()
-except SystemExit as error:
-    print("exit", error.code, file=sys.stderr)
-print("heavy", sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules)), file=sys.stderr)
-"""
 
 
 def qlora(*arguments: str | Path) -> Result:
@@ -138,13 +128,16 @@ def test_several_data_sets_are_evaluated_together(base_model: Path, held_out: Pa
     ],
 )
 def test_mistakes_end_with_2_before_torch_is_imported(
-    arguments: list[str], expected: list[str], base_model: Path, held_out: Path, tmp_path: Path
+    light_qlora: LightQlora,
+    arguments: list[str],
+    expected: list[str],
+    base_model: Path,
+    held_out: Path,
+    tmp_path: Path,
 ) -> None:
     given = [part.replace("BASE", str(base_model)).replace("ROWS", str(held_out)) for part in arguments]
-    command = [sys.executable, "-c", NO_TORCH, "evaluate", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path)
-    assert "exit 2\n" in done.stderr
-    assert "heavy []" in done.stderr
+    done = light_qlora("evaluate", *given, directory=tmp_path)
+    assert (done.code, done.heavy) == (2, []), done.stderr
     assert [text for text in expected if text not in done.stderr] == []
     assert "hint: " in done.stderr
     assert done.stdout == ""

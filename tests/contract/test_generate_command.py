@@ -15,18 +15,10 @@ from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering import answer_text
 from tests.support.adapters import adapt, settings_of, train_steps
+from tests.support.light_commands import LightQlora
 from tests.support.loading import save_model
 
 CPU = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8")
-RUN_AND_LIST_MODULES = """
-import sys
-from qlora_cli.cli.app import main
-sys.argv = ["qlora", *sys.argv[1:]]
-try:
-    main()
-finally:
-    print("heavy", sorted({"torch", "transformers", "peft"} & set(sys.modules)), file=sys.stderr)
-"""
 
 
 def qlora_generate(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
@@ -203,11 +195,9 @@ def test_stray_bytes_on_stdin_are_a_mistake(base_model: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["./no", "--prompt", "a"], ["./no", "--prompt", "a", "--top-p", "2"]]
 )
-def test_help_and_wrong_input_are_answered_without_torch(arguments: list[str]) -> None:
-    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, "generate", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == (0 if arguments == ["--help"] else 2)
-    assert "heavy []" in done.stderr
+def test_help_and_wrong_input_are_answered_without_torch(light_qlora: LightQlora, arguments: list[str]) -> None:
+    done = light_qlora("generate", *arguments)
+    assert (done.code, done.heavy) == (0 if arguments == ["--help"] else 2, []), done.stderr
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(base_model: Path) -> None:

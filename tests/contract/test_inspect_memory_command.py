@@ -1,7 +1,6 @@
 """`qlora inspect-memory` as scripts and users see it: what is asked, what is refused, exit codes, one JSON object."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,7 +19,7 @@ from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluati
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from qlora_cli.settings.models import all_settings, metadata_of
 from tests.conftest import ASSETS
-from tests.contract.test_command_line import RUN_AND_LIST_MODULES
+from tests.support.light_commands import LightQlora
 from tests.support.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
 
 GIB = 1024**3
@@ -271,11 +270,9 @@ def test_the_gpu_of_a_machine_without_one_cannot_be_named(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["base", "--gpu", "RTX 9090"], ["base", "--sweep", "rank=a"]])
-def test_help_and_mistakes_are_answered_without_torch(arguments: list[str]) -> None:
-    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, "inspect-memory", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert f"exit {0 if arguments == ['--help'] else 2}\n" in done.stderr
-    assert "heavy []" in done.stderr
+def test_help_and_mistakes_are_answered_without_torch(light_qlora: LightQlora, arguments: list[str]) -> None:
+    done = light_qlora("inspect-memory", *arguments)
+    assert (done.code, done.heavy) == (0 if arguments == ["--help"] else 2, []), done.stderr
 
 
 # ---- what is answered

@@ -20,18 +20,9 @@ from qlora_cli.merging.merge_result import (
     Verification,
 )
 from tests.conftest import RunQlora
+from tests.support.light_commands import LightQlora
 from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
-NO_TORCH = """
-import sys
-sys.argv = ["qlora", *sys.argv[1:]]
-from qlora_cli.cli.app import main
-try:
-    main()
-except SystemExit as error:
-    print("exit", error.code, file=sys.stderr)
-print("heavy", sorted({"torch", "transformers", "datasets", "peft", "trl"} & set(sys.modules)), file=sys.stderr)
-"""
 FLAGS = (
     *("--output", "--base", "--dtype", "--format", "--weight", "--verify", "--no-verify", "--max-divergence"),
     *("--dry-run", "--base-model", "--revision", "--device", "--llama-cpp", "--gguf-type", "--push-to-hub"),
@@ -259,14 +250,12 @@ def test_a_base_that_moved_can_be_given_by_a_file_as_well_as_by_the_flag(
     ],
 )
 def test_mistakes_end_with_2_before_torch_is_imported(
-    arguments: list[str], expected: list[str], run: Path, tmp_path: Path
+    light_qlora: LightQlora, arguments: list[str], expected: list[str], run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
     given = [part.replace("RUN", str(run)).replace("FILE", str(tmp_path / "file")) for part in arguments]
-    command = [sys.executable, "-c", NO_TORCH, "merge", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=tmp_path)
-    assert "exit 2\n" in done.stderr
-    assert "heavy []" in done.stderr
+    done = light_qlora("merge", *given, directory=tmp_path)
+    assert (done.code, done.heavy) == (2, []), done.stderr
     assert [text for text in expected if text not in done.stderr] == []
     assert "hint: " in done.stderr
     assert done.stdout == ""

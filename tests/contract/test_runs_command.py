@@ -1,9 +1,6 @@
 """`qlora runs` as a user types it: the table, one run in detail, JSON, the page, and what is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from qlora_cli.cli.rendering.run_table import table_lines
 from qlora_cli.events import CheckpointSaved, Event, Noted, StepSkipped, TrainingEnded, TrainingResumed
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.summary import RunSummary
-from tests.contract.test_command_line import RUN_AND_LIST_MODULES
+from tests.support.light_commands import LightQlora
 from tests.support.run_directories import a_record, eval_done, sample_done, step_done, write_run
 
 
@@ -193,8 +190,6 @@ def test_the_help_names_both_commands() -> None:
         (["show", "runs/stopped", "--html", "p.html"], ["matplotlib"]),  # whose page has charts
     ],
 )
-def test_runs_are_shown_without_torch(arguments: list[str], heavy: list[str]) -> None:
-    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, "runs", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env={**os.environ})
-    assert "exit 0\n" in done.stderr
-    assert f"heavy {heavy}\n" in done.stderr
+def test_runs_are_shown_without_torch(light_qlora: LightQlora, arguments: list[str], heavy: list[str]) -> None:
+    done = light_qlora("runs", *arguments)
+    assert (done.code, done.heavy) == (0, heavy), done.stderr
