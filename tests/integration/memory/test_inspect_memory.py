@@ -279,8 +279,9 @@ def test_quantizing_a_prequantized_checkpoint_differently_is_never_proposed(
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
-    """Return the output of the command with `flags`, run in this process."""
-    done = CliRunner().invoke(app, ["inspect-memory", str(config), *SHORT, *flags, "--json"], env=env)
+    """Return the output of the command with `flags`, run in this process for one GPU: others need further traces."""
+    command = ["inspect-memory", str(config), *SHORT, "--gpu", "RTX 4090", *flags, "--json"]
+    done = CliRunner().invoke(app, command, env=env)
     assert done.exit_code == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
