@@ -19,6 +19,9 @@ from tests.conftest import RunQlora
 from tests.support.hub_server import COMMIT, Hub, Repo
 
 SHORT = ("--max-length", "64", "--micro-batch-size", "1")
+# On one GPU: those of the catalogue need further traces.
+ON_GPU = ("--gpu", "RTX 4090")
+ONCE = (*SHORT, *ON_GPU)
 
 
 @pytest.fixture
@@ -44,8 +47,8 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
 def test_a_directory_its_config_and_the_catalogue_need_no_weights_and_no_network(
     run_qlora: RunQlora, config: Path, alone: dict[str, str]
 ) -> None:
-    by_directory = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
-    by_file = run_qlora("inspect-memory", config / "config.json", *SHORT, "--json", env=alone)
+    by_directory = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
+    by_file = run_qlora("inspect-memory", config / "config.json", *ONCE, "--json", env=alone)
     assert (by_directory.code, by_file.code) == (0, 0), by_directory.stderr + by_file.stderr
     assert figures(by_directory.json) == figures(by_file.json)
     known = run_qlora("inspect-memory", "smollm2-135m", *SHORT, "--gpu", "24GiB", "--json", env=alone)
@@ -59,11 +62,11 @@ def test_a_directory_its_config_and_the_catalogue_need_no_weights_and_no_network
 def test_only_the_config_of_a_hub_id_is_fetched(
     run_qlora: RunQlora, hub: Hub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
-    done = run_qlora("inspect-memory", "owner/tiny", *SHORT, "--json", env={**hub_env, "QLORA_CACHE": str(tmp_path)})
+    done = run_qlora("inspect-memory", "owner/tiny", *ONCE, "--json", env={**hub_env, "QLORA_CACHE": str(tmp_path)})
     assert done.code == 0, done.stderr
     files = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
     assert files == {"config.json"}
-    pinned = ("inspect-memory", "owner/tiny", "--revision", COMMIT, *SHORT, "--json")
+    pinned = ("inspect-memory", "owner/tiny", "--revision", COMMIT, *ONCE, "--json")
     again = run_qlora(*pinned, env={**hub_env, "QLORA_CACHE": str(tmp_path)})
     assert figures(again.json) == figures(done.json)
 
@@ -75,12 +78,12 @@ def test_an_adapter_on_the_hub_is_predicted_by_its_config(
     files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"not asked for"}
     hub.repos["owner/adapter"] = Repo(commits={COMMIT: files})
     env = {**hub_env, "QLORA_CACHE": str(tmp_path)}
-    done = run_qlora("inspect-memory", "owner/adapter", *SHORT, "--json", env=env)
+    done = run_qlora("inspect-memory", "owner/adapter", *ONCE, "--json", env=env)
     assert done.code == 0, done.stderr
     asked = {request.path.rpartition("/")[2] for request in hub.requests if "/resolve/" in request.path}
     assert asked == {"config.json", "adapter_config.json"}
     same = ("--rank", "4", "--target-modules", "q_proj")
-    of_base = run_qlora("inspect-memory", "owner/tiny", *SHORT, *same, "--json", env=env)
+    of_base = run_qlora("inspect-memory", "owner/tiny", *ONCE, *same, "--json", env=env)
     assert figures(of_base.json) == figures(done.json)
     assert any("by its config alone" in assumption for assumption in done.json["assumptions"])
 
@@ -94,16 +97,16 @@ def test_a_run_directory_is_predicted_with_its_own_settings(
         *("--rank", "4", "--max-length", "64", "--micro-batch-size", "2", "--accept-lost"),
     )
     assert trained.code == 0, trained.stderr
-    of_run = run_qlora("inspect-memory", run, "--json", env=alone)
+    of_run = run_qlora("inspect-memory", run, *ON_GPU, "--json", env=alone)
     assert of_run.code == 0, of_run.stderr
-    same = ("--rank", "4", "--max-length", "64", "--micro-batch-size", "2")
+    same = (*ON_GPU, "--rank", "4", "--max-length", "64", "--micro-batch-size", "2")
     of_model = run_qlora("inspect-memory", base_model, *same, "--json", env=alone)
     assert figures(of_run.json) == figures(of_model.json)
     assert (
         of_run.json["num_trainable_parameters"]
         == json.loads((run / "run.json").read_text())["plan"]["num_trainable_parameters"]
     )
-    wider = run_qlora("inspect-memory", run, "--rank", "8", "--json", env=alone)
+    wider = run_qlora("inspect-memory", run, *ON_GPU, "--rank", "8", "--json", env=alone)
     assert wider.json["settings"]["rank"] == "8"
     assert wider.json["settings"]["max-length"] == "64"
     of_adapter = run_qlora("inspect-memory", run / "adapter", *same, "--json", env=alone)
@@ -126,13 +129,13 @@ def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
     assert trained.code == 0, trained.stderr
     # Also for the adapter alone: it was trained on an unquantized base, and continues on one.
     for name in (run, run / "adapter", *(run / "checkpoints").glob("step-*")):
-        predicted = run_qlora("inspect-memory", name, *SHORT, "--json", env=alone)
+        predicted = run_qlora("inspect-memory", name, *ONCE, "--json", env=alone)
         assert predicted.code == 0, predicted.stderr
         assert predicted.json["settings"]["quant"] == "none"
         assert ("evaluation" in {phase["name"] for phase in predicted.json["phases"]}) == (name == run)
     again = shutil.copytree(run, tmp_path / "copy")
     assert f"settings of the run {again}" in " ".join(
-        run_qlora("inspect-memory", again, *SHORT, "--json", env=alone).json["assumptions"]
+        run_qlora("inspect-memory", again, *ONCE, "--json", env=alone).json["assumptions"]
     )
     record = json.loads((run / "run.json").read_text())
     record["settings"]["model"] |= {"trust_remote_code": True, "allow_pickle": True}
@@ -141,7 +144,7 @@ def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
     content |= {"model_type": "own", "auto_map": {"AutoConfig": "payload.Own", "AutoModelForCausalLM": "payload.Own"}}
     (base / "config.json").write_text(json.dumps(content))
     (base / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    refused = run_qlora("inspect-memory", run, *SHORT, "--json", env=alone)
+    refused = run_qlora("inspect-memory", run, *ONCE, "--json", env=alone)
     assert (refused.code, (tmp_path / "ran").exists()) == (2, False), refused.stderr
     assert "its own Python code" in refused.stderr
 
@@ -149,23 +152,23 @@ def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
 def test_a_cached_prediction_is_the_same_and_needs_no_torch(
     run_qlora: RunQlora, config: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
-    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    first = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
     # From here on, importing torch ends the process.
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / "torch.py").write_text("raise SystemExit(99)")
     trapped = {**alone, "PYTHONPATH": str(tmp_path / "trap")}
-    again = run_qlora("inspect-memory", config, *SHORT, "--json", env=trapped)
+    again = run_qlora("inspect-memory", config, *ONCE, "--json", env=trapped)
     assert again.code == 0, again.stderr
     assert figures(again.json) == figures(first.json)
-    other = run_qlora("inspect-memory", config, *SHORT, "--rank", "8", "--json", env=trapped)
+    other = run_qlora("inspect-memory", config, *ONCE, "--rank", "8", "--json", env=trapped)
     assert other.code == 99  # other settings are not in the cache
 
 
 def test_a_changed_config_is_predicted_again(run_qlora: RunQlora, config: Path, alone: dict[str, str]) -> None:
-    first = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    first = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
     content = json.loads((config / "config.json").read_text())
     (config / "config.json").write_text(json.dumps({**content, "intermediate_size": 2 * content["intermediate_size"]}))
-    second = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    second = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
     assert second.json["num_parameters"] > first.json["num_parameters"]
 
 
@@ -174,13 +177,13 @@ def test_predictions_that_can_not_be_cached_or_read_are_computed(
 ) -> None:
     (tmp_path / "file").write_text("no directory")
     blocked = run_qlora(
-        "inspect-memory", config, *SHORT, "--json", env={**alone, "QLORA_CACHE": str(tmp_path / "file")}
+        "inspect-memory", config, *ONCE, "--json", env={**alone, "QLORA_CACHE": str(tmp_path / "file")}
     )
     assert blocked.code == 0, blocked.stderr
-    cached = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    cached = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
     (answer,) = (tmp_path / "answers" / "memory").glob("*.json")
     answer.write_text("{")
-    recomputed = run_qlora("inspect-memory", config, *SHORT, "--json", env=alone)
+    recomputed = run_qlora("inspect-memory", config, *ONCE, "--json", env=alone)
     assert figures(recomputed.json) == figures(cached.json) == figures(blocked.json)
 
 
@@ -279,8 +282,8 @@ def test_quantizing_a_prequantized_checkpoint_differently_is_never_proposed(
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
-    """Return the output of the command with `flags`, run in this process for one GPU: others need further traces."""
-    command = ["inspect-memory", str(config), *SHORT, "--gpu", "RTX 4090", *flags, "--json"]
+    """Return the output of the command with `flags`, run in this process."""
+    command = ["inspect-memory", str(config), *ONCE, *flags, "--json"]
     done = CliRunner().invoke(app, command, env=env)
     assert done.exit_code == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
