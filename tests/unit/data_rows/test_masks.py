@@ -18,6 +18,10 @@ from qlora_cli.settings.choices import LossOn
 from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
+# Those of a data set of all the conversations that are drawn.
+ROW_TOKENIZERS = {
+    family: RowTokenizer(text.tokenizer, LossOn.COMPLETIONS, text.end_ids) for family, text in TOKENIZERS.items()
+}
 # Usual and unusual text: line breaks and spaces at the ends, control tokens, any character.
 WORDS = st.sampled_from(
     [
@@ -64,7 +68,11 @@ def asked(question: str, answer: str) -> Conversation:
 
 
 def tokens_of(text: TextTokenizer, example: Any, loss_on: LossOn = LossOn.COMPLETIONS) -> Tokens:
-    (row,) = RowTokenizer(text.tokenizer, loss_on, text.end_ids).tokenize([example])
+    return only_row(RowTokenizer(text.tokenizer, loss_on, text.end_ids), example)
+
+
+def only_row(tokenizer: RowTokenizer, example: Any) -> Tokens:
+    (row,) = tokenizer.tokenize([example])
     assert isinstance(row, Tokens), row
     return row
 
@@ -85,7 +93,7 @@ def expected(family: str, conversation: Conversation) -> str:
 @settings(max_examples=120, deadline=None)
 def test_exactly_the_answers_and_their_ends_are_trained(family: str, conversation: Conversation) -> None:
     text = TOKENIZERS[family]
-    tokens = tokens_of(text, conversation)
+    tokens = only_row(ROW_TOKENIZERS[family], conversation)
     assert trained_text(text, tokens) == expected(family, conversation)
 
 
@@ -96,7 +104,7 @@ def test_rows_are_fed_as_a_server_renders_them_and_labels_are_tokens_or_ignored(
     family: str, conversation: Conversation
 ) -> None:
     text = TOKENIZERS[family]
-    tokens = tokens_of(text, conversation)
+    tokens = only_row(ROW_TOKENIZERS[family], conversation)
     rendered = text.tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     assert text.tokenizer.decode(tokens.input_ids.tolist()) == rendered
     pairs = list(zip(tokens.input_ids.tolist(), tokens.labels.tolist(), strict=True))
@@ -132,7 +140,7 @@ def test_splitting_after_the_end_of_an_answer_changes_no_token(family: str, conv
     assert uncut._ends_alone
     uncut._ends_alone = ()
     (expected_tokens,) = uncut.tokenize([conversation])
-    tokens = tokens_of(text, conversation)
+    tokens = only_row(ROW_TOKENIZERS[family], conversation)
     assert isinstance(expected_tokens, Tokens)
     assert tokens.input_ids.tolist() == expected_tokens.input_ids.tolist()
     assert tokens.labels.tolist() == expected_tokens.labels.tolist()
