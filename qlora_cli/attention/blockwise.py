@@ -39,8 +39,12 @@ def has_own_attention(model: nn.Module) -> bool:
 
 
 def register_blockwise() -> None:
-    """Make it known to transformers, under the name of the setting; no file has it."""
-    AttentionInterface.register(Attention.BLOCKWISE.value, blockwise_attention)
+    """Make it known to transformers, under the name of the setting; no file has it.
+
+    PyTorch's compiler leaves it out: it can't follow a backward pass that computes gradients itself.
+    """
+    uncompiled = torch.compiler.disable(blockwise_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(Attention.BLOCKWISE.value, uncompiled)
     AttentionMaskInterface.register(Attention.BLOCKWISE.value, mask_by_block)
 
 

@@ -160,6 +160,22 @@ def test_dropped_weights_are_dropped_in_the_backward_pass_too() -> None:
         layer.float().eval()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of PyTorch's compiler
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_compiled_model_computes_the_same(family: str) -> None:
+    """Its graphs are made, and run by PyTorch as they are: with `training.torch_compile` they become kernels."""
+    model, (inputs, counts) = model_of(family), batch("padded on the right", length=70)
+    expected, expected_gradients = run(model, "blockwise", inputs, counts)
+    model.zero_grad()
+    logits = torch.compile(model, backend="eager")(**inputs, use_cache=False).logits[counts]
+    torch.autograd.backward(logits.square().mean())
+    assert distance(logits.detach(), expected) < 1e-6
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None or name not in expected_gradients
+        if parameter.grad is not None:
+            assert distance(parameter.grad, expected_gradients[name]) < 1e-5, name
+
+
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the number of elements of the largest result of an operation."""
 
