@@ -13,6 +13,7 @@ import torch
 from qlora_cli.runs.report import run_page
 from tests.support.forks import output_of
 from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
+from tests.support.shallow_model import save_shallow
 
 
 @dataclass
@@ -53,6 +54,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shallow_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled trained model, but for two of its four layers: no test may change it."""
+    return save_shallow(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
 from tests.support.loading import copy_tokenizer
 from tests.support.merging import save_changing
+from tests.support.shallow_model import save_shallow
 
 NUM_HELD_OUT = 7
 # One batch of all held-out rows: the trainer averages the losses of batches, and that of one is its mean over tokens.
@@ -38,8 +39,9 @@ def write_rows(path: Path, source: str, begin: int, end: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training rows, held-out rows and other rows."""
+    """Training rows, held-out rows and other rows, and a base, which no test may change."""
     folder = tmp_path_factory.mktemp("evaluate")
+    save_shallow(folder / "base")
     write_rows(folder / "train.jsonl", "train.jsonl", 0, 24)
     write_rows(folder / "held-out.jsonl", "held_out.jsonl", 0, NUM_HELD_OUT)
     write_rows(folder / "other.jsonl", "held_out.jsonl", 20, 32)
@@ -47,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_run(folder: Path, name: str, **changed: object) -> TrainResult:
-    base, rows = ASSETS / "base", folder / "train.jsonl"
+    base, rows = folder / "base", folder / "train.jsonl"
     return train(train_settings(base, rows, folder / name, **{**LEARNS, **changed}), Recorder())
 
 
@@ -62,7 +64,7 @@ def trained(folder: Path) -> TrainResult:
 def merged_run(folder: Path) -> TrainResult:
     """A run on an unquantized base that held out a share of its rows, and the model merged from it."""
     result = train_run(folder, "merged-run", data__eval_split="25%", quantization__method="none", training__seed=3)
-    base = AutoModelForCausalLM.from_pretrained(ASSETS / "base", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="float32")
     merged = PeftModel.from_pretrained(base, result.adapter).merge_and_unload()
     merged.save_pretrained(result.output / "merged")
     copy_tokenizer(result.output / "merged")
@@ -90,7 +92,9 @@ def warnings_of(recorder: Recorder) -> list[str]:
 # ---- a run
 
 
-def test_the_adapter_has_the_loss_that_its_run_measured_and_the_base_another(trained: TrainResult) -> None:
+def test_the_adapter_has_the_loss_that_its_run_measured_and_the_base_another(
+    folder: Path, trained: TrainResult
+) -> None:
     evaluation = run_evaluation(trained.output)
     base, adapter = evaluation.sources
     assert adapter.loss == pytest.approx(trained.eval_loss, abs=1e-5)
@@ -101,12 +105,14 @@ def test_the_adapter_has_the_loss_that_its_run_measured_and_the_base_another(tra
     assert adapter.loss < base.loss - 0.1
     assert base.num_rows == adapter.num_rows == NUM_HELD_OUT
     assert evaluation.model == str(trained.output)
-    assert (evaluation.base_model, evaluation.adapter) == (str(ASSETS / "base"), trained.adapter)
+    assert (evaluation.base_model, evaluation.adapter) == (str(folder / "base"), trained.adapter)
     assert evaluation.compute_dtype == "fp32"
 
 
-def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained: TrainResult, tmp_path: Path) -> None:
-    base = shutil.copytree(ASSETS / "base", tmp_path / "base")
+def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(
+    folder: Path, trained: TrainResult, tmp_path: Path
+) -> None:
+    base = shutil.copytree(folder / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     with pytest.raises(ModelError, match="more than the 16 positions"):
@@ -116,7 +122,7 @@ def test_the_length_of_a_run_is_too_much_for_a_base_with_fewer_positions(trained
 def test_the_base_under_an_adapter_is_evaluated_like_the_base_alone(trained: TrainResult, folder: Path) -> None:
     held_out = str(folder / "held-out.jsonl")
     base = by_source(run_evaluation(trained.output))["base"]
-    (alone,) = run_evaluation(ASSETS / "base", data__dataset=held_out, model__dtype="fp32").sources
+    (alone,) = run_evaluation(folder / "base", data__dataset=held_out, model__dtype="fp32").sources
     assert alone.source == "model"
     assert alone.loss == pytest.approx(base.loss, abs=1e-6)
     assert (alone.num_tokens, alone.token_accuracy) == (base.num_tokens, base.token_accuracy)
@@ -226,7 +232,7 @@ def test_a_checkpoint_is_not_compared_with_the_final_merged_model(merged_run: Tr
 
 def test_a_merged_model_is_compared_with_a_plain_base(merged_run: TrainResult, folder: Path) -> None:
     evaluation = run_evaluation(
-        ASSETS / "base",
+        folder / "base",
         data__dataset=str(folder / "other.jsonl"),
         quantization__method="none",
         model__dtype="fp32",
@@ -291,12 +297,12 @@ def test_a_truncated_merged_model_is_refused_before_the_first_model_is_evaluated
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_model_without_an_adapter_has_no_base(with_base: bool, folder: Path) -> None:
     with pytest.raises(ModelError, match="has no effect"):
-        run_evaluation(ASSETS / "base", data__dataset=str(folder / "other.jsonl"), request={"with_base": with_base})
+        run_evaluation(folder / "base", data__dataset=str(folder / "other.jsonl"), request={"with_base": with_base})
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "layers"])
 def test_a_base_that_the_adapter_changes_is_skipped_with_a_note(kind: str, folder: Path, tmp_path: Path) -> None:
-    adapter, recorder = save_changing(ASSETS / "base", tmp_path / "adapter", kind), Recorder()
+    adapter, recorder = save_changing(folder / "base", tmp_path / "adapter", kind), Recorder()
     flags: dict[str, Any] = {"data__dataset": str(folder / "other.jsonl"), "quantization__method": "none"}
     evaluation = run_evaluation(adapter, recorder, **flags)
     assert list(by_source(evaluation)) == ["adapter"]
@@ -332,7 +338,7 @@ def test_settings_in_a_file_hold_out_rows_as_training_would(folder: Path, merged
     config = folder / "run.yaml"
     data = {"dataset": str(folder / "train.jsonl"), "eval_split": "25%"}
     config.write_text(json.dumps({"data": data, "training": {"seed": 3}}))  # JSON is YAML
-    flags = {path: (path, value) for path, value in {"model.name": str(ASSETS / "base")}.items()}
+    flags = {path: (path, value) for path, value in {"model.name": str(folder / "base")}.items()}
     resolved = resolve(Sources(config=config, flags=flags), EvaluateSettings)
     evaluation = evaluate(resolved, Recorder())
     assert evaluation.fingerprint == run_evaluation(merged_run.output, request={"with_base": False}).fingerprint
@@ -357,7 +363,7 @@ def test_the_base_of_an_adapter_that_grew_the_vocabulary_is_the_base(
     request = {"batch_size": 1}
     asked: dict[str, Any] = {"data__dataset": [str(folder / "held-out.jsonl")], "quantization__method": "none"}
     compared = by_source(run_evaluation(with_new_tokens.output, request=request, model__dtype="fp32", **asked))
-    alone = by_source(run_evaluation(ASSETS / "base", request=request, model__dtype="fp32", **asked))
+    alone = by_source(run_evaluation(folder / "base", request=request, model__dtype="fp32", **asked))
     assert compared["base"].loss == alone["model"].loss
     assert compared["base"].token_accuracy == alone["model"].token_accuracy
 

@@ -8,15 +8,14 @@ import pytest
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, train_settings
 from tests.support.killed_runs import EXACT, Copier, place_killed
-from tests.support.shallow_model import save_shallow
 
 KillAt = Callable[[int], None]
 
 
 @pytest.fixture(scope="session")
-def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled trained model, but for two of its four layers: no test may change it."""
-    return save_shallow(tmp_path_factory.mktemp("models") / "base")
+def base_model(shallow_base: Path) -> Path:
+    """The first layers of the bundled model: no test may change it."""
+    return shallow_base
 
 
 @pytest.fixture(scope="session")

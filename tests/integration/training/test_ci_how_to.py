@@ -65,7 +65,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(base_model: Path, tmp_path: Path) -> Job:
     """A checkout with data and settings, and the variables that the page sets."""
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -81,7 +81,7 @@ def job(tmp_path: Path) -> Job:
         ForkedQlora().write(tmp_path / "forked" / "qlora")
     environment = {
         **os.environ,
-        "MODEL": str(ASSETS / "base"),
+        "MODEL": str(base_model),
         "DATA": "data.jsonl",
         "RUN": "17",
     }
@@ -140,7 +140,8 @@ def merged_is_what_was_trained(job: Job) -> None:
     assert (result["base"], result["verification"]["passed"]) == ("dequantized", True)
     assert result["output"] == "merged"
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    base = AutoModelForCausalLM.from_pretrained(ASSETS / "base", quantization_config=nf4, dtype=torch.float32)
+    model = job.environment["MODEL"]
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(job.path("merged"), dtype=torch.float32)
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
