@@ -28,25 +28,24 @@ CUDA = "cuda"
 
 
 class _LowRank(torch.autograd.Function):
-    """Returns x A^T, `(…, rank)`. The gradients of x and of A are computed by `_Sum`, whose node comes first."""
+    """Returns x A^T, `(…, rank)`, and A, so that `_Sum`, which has all that its gradient needs, returns that."""
 
     @staticmethod
     def forward(
         ctx: Any, _: torch.Tensor, a_weight: torch.Tensor, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Multiply; `rows`, `a` and `b` are x and the trained weights in the dtype of products. B is only saved."""
         low = linear(rows, a)
         ctx.save_for_backward(rows, low, a, b)
-        ctx.gradient_of_a = None
         ctx.dtype = a_weight.dtype
-        return low
+        ctx.set_materialize_grads(False)
+        return low, a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient that `_Sum` has left."""
-        gradient, ctx.gradient_of_a = ctx.gradient_of_a, None
-        return None, gradient, None, None, None
+    def backward(ctx: Any, _: torch.Tensor | None, of_a: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of A; that of x is returned by `_Sum`, as a whole."""
+        return None, None if of_a is None else of_a.to(ctx.dtype), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -57,6 +56,7 @@ class _Sum(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         low: torch.Tensor,
+        _: torch.Tensor,
         b_weight: torch.Tensor,
         bias: torch.Tensor | None,
         rows: torch.Tensor,
@@ -66,7 +66,7 @@ class _Sum(torch.autograd.Function):
         scale: float,
         low_rank: Any,
     ) -> torch.Tensor:
-        """Compute the sum; `low_rank` is the node of `_LowRank` that `low` comes from."""
+        """Compute the sum; `low_rank` is the node of `_LowRank` that `low` and `_`, which is A, come from."""
         ctx.product, ctx.layer, ctx.scale, ctx.low_rank = product, layer, scale, low_rank
         ctx.dtypes = x.dtype, b_weight.dtype, None if bias is None else bias.dtype
         return product.product(layer, rows, low, b, scale, x.dtype)
@@ -74,21 +74,21 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x, of `low`, of B and of the bias, and leave that of A to its node."""
-        of_x, _, of_b, of_bias = ctx.needs_input_grad[:4]
+        """Return the gradients of x, of A, of B and of the bias; that of `low` is part of those of x and A."""
+        of_x, _, _, of_b, of_bias = ctx.needs_input_grad[:5]
         x_dtype, b_dtype, bias_dtype = ctx.dtypes
         scale, low_rank = ctx.scale, ctx.low_rank
         # Under checkpointing they can be read once only, by either node.
         rows, low, a, b = low_rank.saved_tensors
-        shape, low_shape = rows.shape, low.shape
-        rows, low = rows.reshape(-1, shape[-1]), low.reshape(-1, low_shape[-1])
-        gradient_of_bias = gradient.sum(dim=[*range(gradient.dim() - 1)], dtype=bias_dtype) if of_bias else None
-        gradient = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)
+        shape = rows.shape
+        rows, low = rows.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1])
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        gradient_of_bias = gradient.sum(dim=0, dtype=bias_dtype) if of_bias else None
+        gradient = gradient.to(rows.dtype)
         gradient_of_low = gradient @ b
         if scale != 1:
             gradient_of_low.mul_(scale)
-        if low_rank.needs_input_grad[1]:
-            low_rank.gradient_of_a = (gradient_of_low.t() @ rows).to(low_rank.dtype)
+        gradient_of_a = gradient_of_low.t() @ rows if low_rank.needs_input_grad[1] else None
         gradient_of_b = None
         if of_b:
             gradient_of_b = gradient.t() @ low
@@ -100,7 +100,7 @@ class _Sum(torch.autograd.Function):
             gradient_of_x = (gradient @ ctx.product.dequantized(ctx.layer, rows.dtype)).to(x_dtype)
             gradient_of_x.addmm_(gradient_of_low.to(x_dtype), a.to(x_dtype))
             gradient_of_x = gradient_of_x.view(shape)
-        return gradient_of_x, gradient_of_low.view(low_shape), gradient_of_b, gradient_of_bias, *[None] * 6
+        return gradient_of_x, None, gradient_of_a, gradient_of_b, gradient_of_bias, *[None] * 6
 
 
 class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
@@ -130,9 +130,16 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
             return "dropout gives the adapter another input than the weight"
         if self.lora_B[name].bias is not None:
             return "the adapter has a bias"
-        if (of_weight := self.fused_product.compute_dtype(self.get_base_layer())) != dtype:
+        of_weight = self.fused_product.compute_dtype(self.get_base_layer())
+        if of_weight is None:
+            return "the weight is stored so that only its own layer can multiply by it"
+        if of_weight != dtype:
             return f"the weight's products are computed in {of_weight}, the adapter's in {dtype}"
         return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to pickle the layer: its class is made at run time, and would be looked for by name."""
+        return _new_layer, (self.fused_product.lora_type,), self.__dict__
 
     def _adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -150,11 +157,11 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return product.product(layer, rows, linear(rows, a), b, scale, x.dtype)
         multiply: Any = _LowRank.apply
-        low: Any = multiply(x, a_weight, rows, a, b)
+        low, factor = multiply(x, a_weight, rows, a, b)
         if low.grad_fn is None:  # nothing before B is trained
             return super().forward(x)  # type: ignore[no-any-return]
         add: Any = _Sum.apply
-        return add(x, low, b_weight, layer.bias, rows, b, product, layer, scale, low.grad_fn)  # type: ignore[no-any-return]
+        return add(x, low, factor, b_weight, layer.bias, rows, b, product, layer, scale, low.grad_fn)  # type: ignore[no-any-return]
 
 
 def _dtype_of_adapter(x: torch.Tensor, layer: LoraLayer) -> torch.dtype | None:
@@ -162,7 +169,7 @@ def _dtype_of_adapter(x: torch.Tensor, layer: LoraLayer) -> torch.dtype | None:
     device = CUDA if x.is_meta else x.device.type  # tensors of a prediction act as a GPU's
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return next((a.weight.dtype for a in layer.lora_A.values()), None)
+    return next((layer.lora_A[name].weight.dtype for name in layer.active_adapters if name in layer.lora_A), None)
 
 
 def fused_types() -> dict[type[nn.Module], type[nn.Module]]:
@@ -179,7 +186,15 @@ def fused_types() -> dict[type[nn.Module], type[nn.Module]]:
 def _fused_type(product: FusedProduct) -> type[nn.Module]:
     """Return PEFT's layer for a type of frozen layer, made to compute in one step."""
     parent = product.lora_type
-    return type(f"Fused{parent.__name__}", (FusedLoraLayer, parent), {"fused_product": product})
+    name, attributes = f"Fused{parent.__name__}", {"fused_product": product, "__module__": __name__}
+    return type(name, (FusedLoraLayer, parent), attributes)
+
+
+def _new_layer(lora_type: type[nn.Module]) -> nn.Module:
+    """Return a fused layer without its state, of the kind that computes for PEFT's `lora_type`."""
+    fused = next(layer_type for layer_type in fused_types().values() if issubclass(layer_type, lora_type))
+    layer: nn.Module = fused.__new__(fused)
+    return layer
 
 
 def fused_layers(model: nn.Module) -> Iterator[FusedLoraLayer]:

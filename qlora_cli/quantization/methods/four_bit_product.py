@@ -102,9 +102,15 @@ class FourBitProduct(FusedProduct):
     operator = OPERATOR
 
     def compute_dtype(self, layer: Any) -> torch.dtype | None:
-        """Return the layer's own, which a layer has from its config; None before it is quantized."""
-        state = layer.weight.quant_state
+        """Return the layer's own; None before it has one and is quantized, or if the codes are in another order.
+
+        bitsandbytes repacks codes for some CPUs, and its early versions stored weights as `(in, out)`.
+        """
+        state = getattr(layer.weight, "quant_state", None)
         if state is None or (state.nested and state.state2.blocksize != NESTED_BLOCK_SIZE):
+            return None
+        is_packed = getattr(state, "packing_format_for_cpu", False)  # only set by packing
+        if is_packed or tuple(state.shape) != (layer.out_features, layer.in_features):
             return None
         return layer.compute_dtype  # type: ignore[no-any-return]
 

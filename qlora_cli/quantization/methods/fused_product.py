@@ -21,7 +21,7 @@ class FusedProduct(ABC):
 
     @abstractmethod
     def compute_dtype(self, layer: Any) -> torch.dtype | None:
-        """Return the dtype in which `layer` multiplies; None if it can't multiply yet."""
+        """Return the dtype in which `layer` multiplies; None if `product` can't multiply by its weight."""
 
     @abstractmethod
     def product(

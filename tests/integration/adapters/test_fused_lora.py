@@ -1,8 +1,11 @@
 """A 4-bit layer and its adapter in one step: the results and gradients of PEFT's own layers, for less."""
 
+import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -43,6 +46,31 @@ class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[operation.name()] += 1
         return operation(*args, **(kwargs or {}))
+
+
+class NewStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches the storages that operations allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: list[weakref.ref[Any]] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if result.untyped_storage().data_ptr() not in given:
+            self._storages.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    @property
+    def num_seen(self) -> int:
+        """How many were allocated."""
+        return len(self._storages)
+
+    @property
+    def num_alive(self) -> int:
+        """How many of them are still held."""
+        return sum(storage() is not None for storage in self._storages)
 
 
 def one_layer(
@@ -218,6 +246,28 @@ def test_a_trained_bias_gets_its_gradient() -> None:
     assert error(actual["bias"], expected["bias"]) < 1e-6
 
 
+def test_a_trained_bias_gets_its_gradient_from_one_row_without_a_batch() -> None:
+    layer = one_layer(has_bias=True)
+    layer.base_layer.bias.requires_grad_(True)
+    rows = rows_of()
+    actual, expected = passes(layer, rows), exact_passes(layer, rows)
+    assert max(error(actual[name], expected[name]) for name in expected) < 1e-6
+
+
+@pytest.mark.parametrize("wanted", ["A", "B", "x", "A B", "A B x"])
+def test_a_backward_pass_leaves_nothing_in_its_graph(wanted: str) -> None:
+    """Also where only some gradients are asked for, and the node of A does not run."""
+    layer = one_layer(torch.bfloat16)
+    rows = rows_of(3)
+    tensors = {"x": rows, "A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = layer(rows).sum()
+    with NewStorages() as storages:
+        torch.autograd.grad(result, [tensors[name] for name in wanted.split()], retain_graph=True)
+    assert storages.num_seen > 3
+    assert storages.num_alive == 0
+
+
 def test_a_layer_that_is_called_twice_sums_its_gradients() -> None:
     layer = one_layer()
     gradients = []
@@ -313,6 +363,69 @@ def test_what_it_does_not_compute_is_computed_by_peft(config: dict[str, Any], ch
     torch.manual_seed(0)
     assert torch.equal(actual, plain.forward(layer, rows))
     assert counted(lambda: layer(rows))[FUSED] == 0
+
+
+def stored_as_in_out(layer: Any) -> None:
+    """Store the weight `(in, out)`, as early versions of bitsandbytes."""
+    base = layer.base_layer
+    weight = torch.randn(WIDTH_IN, WIDTH_OUT, generator=torch.Generator().manual_seed(3))
+    base.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=base).to("cpu")
+
+
+def replaced_by_a_plain_layer(layer: Any) -> None:
+    """Put a plain layer in, as for a weight that an adapter's file holds."""
+    layer.base_layer = nn.Linear(WIDTH_IN, WIDTH_OUT)
+
+
+@pytest.mark.filterwarnings("ignore:matmul_4bit:DeprecationWarning")
+@pytest.mark.parametrize("change", [stored_as_in_out, replaced_by_a_plain_layer])
+def test_a_weight_that_is_stored_in_another_way_is_left_to_peft(change: Callable[[Any], None]) -> None:
+    layer = one_layer()
+    change(layer)
+    (message,) = unfused(layer, torch.float32)
+    assert "stored" in message
+    actual = passes(layer, rows_of(3))
+    switch_fused(layer, enabled=False)
+    expected = passes(layer, rows_of(3))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_a_weight_that_was_repacked_for_a_cpu_is_left_to_peft() -> None:
+    layer = one_layer()
+    base = layer.base_layer
+    base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
+    (message,) = unfused(layer, torch.float32)
+    assert "stored" in message
+
+
+def test_the_dtype_of_the_adapter_is_that_of_the_active_one() -> None:
+    layer = one_layer(torch.bfloat16)
+    layer.update_layer("other", RANK, lora_alpha=24, config=LoraConfig(r=RANK))
+    for parts in (layer.lora_A, layer.lora_B):
+        parts["default"].to(torch.bfloat16)
+        parts["other"].to(torch.float32)
+    rows = rows_of(3, dtype=torch.bfloat16)
+    counts = {}
+    for name in ("default", "other"):
+        layer.set_adapter(name)
+        counts[name] = counted(lambda: layer(rows))[FUSED]
+    assert counts == {"default": 1, "other": 0}
+
+
+def pickled(layer: Any) -> Any:
+    """Return the layer by way of a pickle."""
+    return pickle.loads(pickle.dumps(layer))  # noqa: S301 - a pickle of our own
+
+
+@pytest.mark.parametrize("copy", [deepcopy, pickled])
+def test_a_copy_computes_the_same(copy: Callable[[Any], Any]) -> None:
+    layer = one_layer()
+    rows = rows_of(3)
+    copied = copy(layer)
+    assert type(copied) is type(layer)
+    assert copied.lora_A["default"].weight is not layer.lora_A["default"].weight
+    assert counted(lambda: copied(rows))[FUSED] == 1
+    assert torch.equal(copied(rows), layer(rows))
 
 
 def test_dropout_stops_nothing_in_an_evaluation() -> None:
