@@ -1,8 +1,6 @@
 """A 4-bit layer and its adapter in one step: the results and gradients of PEFT's own layers, for less."""
 
 import pickle
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given
@@ -19,151 +16,33 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_cli.adapters.checkpointing import enable_checkpointing
-from qlora_cli.adapters.fused_lora import FusedLoraLayer, fused_layers, fused_types, switch_fused, unfused
+from qlora_cli.adapters.fused_lora import FusedLoraLayer, fused_layers, fused_types, switch_fused
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.settings.choices import Checkpointing
 from tests.support.adapters import adapt, settings_of, train_steps
+from tests.support.four_bit_lora import (
+    DEQUANTIZE,
+    FUSED,
+    GEMM,
+    RANK,
+    WIDTH_IN,
+    WIDTH_OUT,
+    CountOperations,
+    NewStorages,
+    counted,
+    error,
+    exact_passes,
+    one_layer,
+    passes,
+    rows_of,
+)
 from tests.support.loading import load, save_model
 from tests.support.reference_models import IDS, ROWS
 
-FUSED, GEMM, DEQUANTIZE = "qlora::four_bit_product", "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe")
-WIDTH_IN, WIDTH_OUT, RANK = 128, 192, 8
-
-
-class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[operation.name()] += 1
-        return operation(*args, **(kwargs or {}))
-
-
-class NewStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches the storages that operations allocate."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: list[weakref.ref[Any]] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-        if result.untyped_storage().data_ptr() not in given:
-            self._storages.append(weakref.ref(result.untyped_storage()))
-        return result
-
-    @property
-    def num_seen(self) -> int:
-        """How many were allocated."""
-        return len(self._storages)
-
-    @property
-    def num_alive(self) -> int:
-        """How many of them are still held."""
-        return sum(storage() is not None for storage in self._storages)
-
-
-def one_layer(
-    dtype: torch.dtype = torch.float32,
-    *,
-    quant_type: str = "nf4",
-    nested: bool = True,
-    has_bias: bool = False,
-    storage: torch.dtype = torch.uint8,
-    **config: Any,
-) -> Any:
-    """Return a 4-bit layer with an adapter whose matrices are not zero."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(WIDTH_OUT, WIDTH_IN, generator=generator) / WIDTH_IN**0.5
-    layer = bnb.nn.Linear4bit(
-        WIDTH_IN,
-        WIDTH_OUT,
-        bias=has_bias,
-        compute_dtype=dtype,
-        compress_statistics=nested,
-        quant_type=quant_type,
-        quant_storage=storage,
-    )
-    layer.weight = bnb.nn.Params4bit(
-        weight.to(dtype),
-        requires_grad=False,
-        compress_statistics=nested,
-        quant_type=quant_type,
-        quant_storage=storage,
-        module=layer,
-    )
-    if has_bias:
-        layer.bias = nn.Parameter(torch.randn(WIDTH_OUT, generator=generator), requires_grad=False)
-    owner: Any = nn.ModuleDict({"layer": layer.to("cpu")})
-    owner.is_loaded_in_4bit = True
-    settings = {"r": RANK, "lora_alpha": 24, "target_modules": ["layer"], **config}
-    lora = LoraConfig(**settings)
-    lora._register_custom_module(fused_types())
-    inject_adapter_in_model(lora, owner)
-    adapted = owner["layer"]
-    for parameters in (adapted.lora_A, adapted.lora_B):
-        weight = parameters["default"].weight
-        weight.data = torch.randn(weight.shape, generator=generator) / 10
-    return adapted.train()
-
-
-def rows_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return rows that a gradient is computed for."""
-    rows = torch.randn(*shape, WIDTH_IN, generator=torch.Generator().manual_seed(1))
-    return rows.to(dtype).requires_grad_()
-
-
-def passes(layer: Any, rows: torch.Tensor, *, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Return the result and the gradients of a forward and a backward pass."""
-    layer.zero_grad()
-    rows.grad = None
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        result = layer(rows)
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
-    (result * weights).sum().backward()
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    gradients = {"x": rows.grad, "A": a.grad, "B": b.grad}
-    if layer.base_layer.bias is not None and layer.base_layer.bias.grad is not None:
-        gradients["bias"] = layer.base_layer.bias.grad
-    return {"result": result.detach(), **{name: value.clone() for name, value in gradients.items()}}
-
-
-def exact_passes(layer: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the same, computed in fp64 from the dequantized weight."""
-    base = layer.base_layer
-    weight = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state).double()
-    x = rows.detach().double().requires_grad_()
-    a, b = (part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
-    bias = None if base.bias is None else base.bias.detach().double().requires_grad_()
-    result = linear(x, weight, bias) + layer.scaling["default"] * linear(linear(x, a), b)
-    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2)).double()
-    (result * weights).sum().backward()
-    gradients = {"x": x.grad, "A": a.grad, "B": b.grad, **({} if bias is None else {"bias": bias.grad})}
-    return {"result": result.detach(), **gradients}
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative error in the Euclidean norm."""
-    distance: float = ((actual.double() - expected).norm() / expected.norm()).item()
-    return distance
-
-
-def counted(function: Callable[[], Any]) -> Counter[str]:
-    """Return the operations of `function` by name."""
-    with CountOperations() as operations:
-        function()
-    counts: Counter[str] = operations.counts
-    return counts
 
 
 KINDS: list[dict[str, Any]] = [
@@ -332,86 +211,6 @@ def test_saved_tensors_are_those_of_peft_at_most() -> None:
     assert 0 < sizes[0] <= sizes[1]
 
 
-def test_a_bias_of_the_adapter_is_left_to_peft() -> None:
-    layer = one_layer(has_bias=True, lora_bias=True)
-    assert unfused(layer, torch.float32) == {"the adapter has a bias": 1}
-    assert counted(lambda: layer(rows_of(3)))[FUSED] == 0
-
-
-@pytest.mark.parametrize(
-    ("config", "change", "reason"),
-    [
-        ({"lora_dropout": 0.1}, None, "dropout"),
-        ({"use_dora": True}, None, "DoRA"),
-        ({}, "switch", "fused_lora is off"),
-        ({}, "disable", "active adapter"),
-        ({}, "bf16", "bfloat16, the adapter's in torch.float32"),
-    ],
-)
-def test_what_it_does_not_compute_is_computed_by_peft(config: dict[str, Any], change: str | None, reason: str) -> None:
-    layer = one_layer(torch.bfloat16 if change == "bf16" else torch.float32, **config)
-    if change == "switch":
-        switch_fused(layer, enabled=False)
-    if change == "disable":
-        layer.enable_adapters(False)
-    (message,) = unfused(layer, torch.float32)
-    assert reason in message
-    rows = rows_of(3)
-    torch.manual_seed(0)
-    actual = layer(rows)
-    plain: Any = type(layer).__bases__[1]
-    torch.manual_seed(0)
-    assert torch.equal(actual, plain.forward(layer, rows))
-    assert counted(lambda: layer(rows))[FUSED] == 0
-
-
-def stored_as_in_out(layer: Any) -> None:
-    """Store the weight `(in, out)`, as early versions of bitsandbytes."""
-    base = layer.base_layer
-    weight = torch.randn(WIDTH_IN, WIDTH_OUT, generator=torch.Generator().manual_seed(3))
-    base.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=base).to("cpu")
-
-
-def replaced_by_a_plain_layer(layer: Any) -> None:
-    """Put a plain layer in, as for a weight that an adapter's file holds."""
-    layer.base_layer = nn.Linear(WIDTH_IN, WIDTH_OUT)
-
-
-@pytest.mark.filterwarnings("ignore:matmul_4bit:DeprecationWarning")
-@pytest.mark.parametrize("change", [stored_as_in_out, replaced_by_a_plain_layer])
-def test_a_weight_that_is_stored_in_another_way_is_left_to_peft(change: Callable[[Any], None]) -> None:
-    layer = one_layer()
-    change(layer)
-    (message,) = unfused(layer, torch.float32)
-    assert "stored" in message
-    actual = passes(layer, rows_of(3))
-    switch_fused(layer, enabled=False)
-    expected = passes(layer, rows_of(3))
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_a_weight_that_was_repacked_for_a_cpu_is_left_to_peft() -> None:
-    layer = one_layer()
-    base = layer.base_layer
-    base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
-    (message,) = unfused(layer, torch.float32)
-    assert "stored" in message
-
-
-def test_the_dtype_of_the_adapter_is_that_of_the_active_one() -> None:
-    layer = one_layer(torch.bfloat16)
-    layer.update_layer("other", RANK, lora_alpha=24, config=LoraConfig(r=RANK))
-    for parts in (layer.lora_A, layer.lora_B):
-        parts["default"].to(torch.bfloat16)
-        parts["other"].to(torch.float32)
-    rows = rows_of(3, dtype=torch.bfloat16)
-    counts = {}
-    for name in ("default", "other"):
-        layer.set_adapter(name)
-        counts[name] = counted(lambda: layer(rows))[FUSED]
-    assert counts == {"default": 1, "other": 0}
-
-
 def pickled(layer: Any) -> Any:
     """Return the layer by way of a pickle."""
     return pickle.loads(pickle.dumps(layer))  # noqa: S301 - a pickle of our own
@@ -440,11 +239,6 @@ def test_an_evaluation_computes_as_training() -> None:
     in_training = layer(rows).detach()
     with torch.no_grad():
         assert torch.equal(layer.eval()(rows), in_training)
-
-
-def test_no_rows_are_left_to_peft() -> None:
-    layer = one_layer()
-    assert layer(rows_of(0)).shape == (0, WIDTH_OUT)
 
 
 @pytest.fixture(scope="module")
