@@ -25,6 +25,10 @@ from qlora_cli.cli.failures import FailureGroup
 from qlora_cli.cli.stderr import log_libraries
 from qlora_cli.errors import EXIT_CODES
 
+# Products in bf16 whose compiled kernels oneDNN keeps on a CPU. Its own limit, 1024, grows a run by more than a GiB as
+# rows of ever new lengths come; the products of one length are a few dozen, however many layers there are.
+CACHED_KERNELS = "128"
+
 app = typer.Typer(
     name="qlora",
     cls=FailureGroup,
@@ -74,6 +78,7 @@ def main() -> None:
     # OpenMP's threads spin while they wait for one another; if another job runs, that costs more than half of the
     # speed on a CPU (measured on two cores). Passive waiting has to be requested before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED_KERNELS)
     # Deprecations inside the libraries are for their authors; we report what a user must know ourselves.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
