@@ -1,6 +1,7 @@
-"""Memory of a training on a CPU whose rows differ in length, step by step, with and without a limit on cached kernels.
+"""Memory of a training on a CPU whose rows differ in length, step by step, with and without what bounds it.
 
-oneDNN, which multiplies bf16 matrices, compiles kernels for each new shape and caches them: 1024 products by default.
+oneDNN, which multiplies bf16 matrices, compiles kernels for each new shape and caches those of 1024 products; glibc
+returns freed memory only from the end of the heap. `qlora` caches fewer, and returns freed memory after some batches.
 The bundled model trains on rows of 5 to 165 words, four at a time, each run in its own process. The results have one
 JSON line per run: the resident memory after some of the steps, and the CPU seconds of a step.
 """
@@ -31,11 +32,12 @@ WORDS = (5, 165)
 UNLIMITED = "1024"  # oneDNN's own
 SHOWN_STEPS = (1, 5, 25, 50, 100, 200, 400)
 WARMUP_STEPS = 5
-# The first two are compared; the third shows what does not come from new lengths.
 PROGRAMS = {
-    "limited": {"capacity": CACHED_KERNELS, "is_fixed": False},
-    "unlimited": {"capacity": UNLIMITED, "is_fixed": False},
-    "one-length": {"capacity": CACHED_KERNELS, "is_fixed": True},
+    "qlora": {"capacity": CACHED_KERNELS, "is_trimmed": True, "is_fixed": False},
+    "neither": {"capacity": UNLIMITED, "is_trimmed": False, "is_fixed": False},
+    "cache-only": {"capacity": CACHED_KERNELS, "is_trimmed": False, "is_fixed": False},
+    "trimmed-only": {"capacity": UNLIMITED, "is_trimmed": True, "is_fixed": False},
+    "neither-one-length": {"capacity": UNLIMITED, "is_trimmed": False, "is_fixed": True},
 }
 
 
@@ -52,13 +54,16 @@ def write_rows(path: Path, num_rows: int, *, is_fixed: bool) -> None:
     path.write_text("".join(rows), encoding="utf-8")
 
 
-def train_here(directory: Path, num_steps: int, dtype: str) -> dict[str, Any]:
+def train_here(directory: Path, num_steps: int, dtype: str, *, is_trimmed: bool) -> dict[str, Any]:
     """Train in this process and return resident bytes and CPU seconds after each step."""
     from qlora_cli.events import Event, StepDone
     from qlora_cli.settings.models import TrainSettings
     from qlora_cli.settings.resolve import Sources, resolve
+    from qlora_cli.training.callbacks import heap_trimming
     from qlora_cli.training.train_run import train
 
+    if not is_trimmed:
+        heap_trimming.BATCHES_BETWEEN = sys.maxsize
     host_bytes: list[int] = []
     cpu_seconds: list[float] = []
 
@@ -96,6 +101,7 @@ def run_program(name: str, num_steps: int, dtype: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="qlora-memory-growth-") as directory:
         write_rows(Path(directory) / "rows.jsonl", num_steps * ROWS_AT_ONCE, is_fixed=bool(program["is_fixed"]))
         command = [sys.executable, __file__, "--directory", directory, "--steps", str(num_steps), "--dtype", dtype]
+        command += [] if program["is_trimmed"] else ["--untrimmed"]
         environment = {
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(program["capacity"]),
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -123,7 +129,7 @@ def run_program(name: str, num_steps: int, dtype: str) -> dict[str, Any]:
 def describe(record: dict[str, Any]) -> str:
     """Return one line about a run."""
     sizes = ", ".join(f"{step}: {format_bytes(size)}" for step, size in record["host_bytes_after_step"].items())
-    return f"{record['program']:12} after step {sizes}   {record['cpu_seconds_per_step']:.3f} CPU s a step"
+    return f"{record['program']:18} after step {sizes}   {record['cpu_seconds_per_step']:.3f} CPU s a step"
 
 
 def main() -> int:
@@ -133,10 +139,12 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="compute dtype (default: bf16)")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: all")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # train here, as one of the programs
+    # With these, train here, as one of the programs.
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--untrimmed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.directory is not None:
-        steps = train_here(arguments.directory, arguments.steps, arguments.dtype)
+        steps = train_here(arguments.directory, arguments.steps, arguments.dtype, is_trimmed=not arguments.untrimmed)
         (arguments.directory / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
         return 0
     results = results_file(arguments.output_dir, "cpu_memory_growth")

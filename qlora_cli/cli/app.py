@@ -27,7 +27,7 @@ from qlora_cli.errors import EXIT_CODES
 
 # Products in bf16 whose compiled kernels oneDNN keeps on a CPU. Its own limit, 1024, grows a run by more than a GiB as
 # rows of ever new lengths come; the products of one length are a few dozen, however many layers there are.
-CACHED_KERNELS = "128"
+CACHED_KERNELS = "64"
 
 app = typer.Typer(
     name="qlora",

@@ -35,6 +35,7 @@ from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import Batches, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
+from qlora_cli.training.callbacks.heap_trimming import HeapTrimming
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.sample_callback import SampleCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
@@ -155,6 +156,8 @@ class Session:
             RehearsalCallback(self.trainer, self._rehearsal(), self._reporter),
             StopCallback(self._stop, self._directory.request_file),
         ]
+        if loaded.device.type == "cpu":
+            callbacks.append(HeapTrimming())
         if training.early_stopping_patience is not None:
             callbacks.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
         if training.sample_prompts:
