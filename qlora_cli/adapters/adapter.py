@@ -7,7 +7,6 @@ from copy import deepcopy
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.base_parameters import ExtendedHead, switch_parameters
@@ -82,7 +81,6 @@ def attach_adapter(
     assert {name for name, _ in whole_modules(result)} == set(whole.names), "PEFT trains other modules whole"
     train_in_fp32(result)
     initialize(result, settings.init_lora_weights)
-    _complete_head(model)
     return result, notes
 
 
@@ -144,7 +142,6 @@ def load_adapter(
     trained = adapter.trained if trainable else frozenset()
     switch_parameters(adapted, adapter.base_parameters, given=adapter.in_file, trained=trained, extended=extended)
     set_origin(adapted, adapter)
-    _complete_head(model)
     return adapted
 
 
@@ -161,11 +158,3 @@ def _trained_rows(model: PreTrainedModel, ids: tuple[int, ...]) -> dict[str, lis
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
     return {names[module]: list(ids) for module in modules}
-
-
-def _complete_head(model: PreTrainedModel) -> None:
-    # TRL's fused loss reads weight and bias of the head. PEFT's wrapper of a head with trained rows has the weight
-    # with those rows in it, but lacks the attribute `bias`.
-    head = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        head.bias = None

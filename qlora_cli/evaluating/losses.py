@@ -1,12 +1,12 @@
 """Compute the loss of each row as in training, in batches that fit in memory.
 
-The head and the loss are TRL's fused ones: logits exist one tile at a time, on a GPU only where a token is trained.
+The head and the loss are those of training: logits exist one chunk at a time, and only where a token is trained.
 """
 
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.data.rows.examples import IGNORE_INDEX
-from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
 from qlora_cli.hardware.counters import is_out_of_memory
+from qlora_cli.loss.chunked_loss import token_losses, trained_tokens
+from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, output_head
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 
 
@@ -75,8 +76,9 @@ def measure_losses(
 
     Raises:
         OutOfMemoryError: one row alone does not fit.
-        ModelError: TRL's loss does not work for the model.
+        ModelError: the loss of this model can't be computed.
     """
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     collate = make_collator(pad_token_id, packing=False)
     order = np.argsort(-data.lengths, kind="stable")
     figures_of_rows = np.zeros((len(order), 3))
@@ -87,10 +89,13 @@ def measure_losses(
             indices = order[done : done + batch_size]
             batch = collate([data.dataset[int(index)] for index in indices])
             num_new = _mask_new_tokens(batch, num_known)
-            figures = _try_batch(model, batch, dtype)
+            figures = _try_batch(base, batch, dtype)
             if figures is None:
                 batch_size = _halved(len(indices), batch, reporter)
                 continue
+            if not done:
+                with _autocast(base, dtype):
+                    check_head(base)
             figures_of_rows[indices] = figures
             done += len(indices)
             num_left_out += num_new
@@ -140,15 +145,22 @@ def _mask_new_tokens(batch: dict[str, Any], num_known: int | None) -> int:
     return int(is_new[:, 1:].sum())  # nothing predicts the first token
 
 
-def _try_batch(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> NDArray[np.float64] | None:
+def _autocast(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(model.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+
+
+def _try_batch(model: PreTrainedModel, batch: dict[str, Any], dtype: torch.dtype) -> NDArray[np.float64] | None:
     """Return `(rows, 3)`: negative log-likelihood, correct and trained tokens; None if memory is short."""
-    lower = dtype != torch.float32
     try:
         inputs = {name: value.to(model.device) for name, value in batch.items()}
-        with torch.autocast(model.device.type, dtype=dtype) if lower else nullcontext():
-            output = model(**inputs, use_cache=False, fused_lm_head=True)
-        figures = (-output.log_probs.double(), output.is_top1.double(), output.label_mask.double())
-        summed: NDArray[np.float64] = torch.stack([figure.sum(1) for figure in figures], dim=1).cpu().numpy()
+        labels, head = inputs.pop("labels"), output_head(model)
+        with _autocast(model, dtype):
+            hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+            positions, targets = trained_tokens(labels, IGNORE_INDEX)
+            losses = token_losses(hidden, head, positions, targets, compute_dtype(hidden))
+        figures = torch.stack([losses.nll.double(), losses.is_top1.double(), torch.ones_like(losses.nll).double()])
+        by_position = figures.new_zeros((3, labels.numel())).index_copy_(1, positions, figures)
+        summed: NDArray[np.float64] = by_position.view(3, *labels.shape).sum(2).t().cpu().numpy()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -179,21 +191,10 @@ def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Give the model TRL's fused head, without dropout, and restore it afterwards."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.base_model is base:  # TRL's head would call itself recursively
-        raise ModelError(
-            f"TRL's loss does not find the layers of {type(base).__name__}, and can't evaluate it",
-            hint="Its class does not name them by base_model_prefix; choose another model.",
-        )
-    was_training, forward = model.training, base.__dict__.get("forward")
+    """Switch dropout off, and restore it afterwards."""
+    was_training = model.training
     model.eval()
-    add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
     try:
         yield
     finally:
-        if forward is None:
-            del base.forward
-        else:
-            base.forward = forward
         model.train(was_training)

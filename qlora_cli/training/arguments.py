@@ -138,7 +138,7 @@ def training_arguments(
         fp16=dtype.name == Dtype.FP16,
         **_checkpointing_arguments(),
         dataloader_pin_memory=device.type == "cuda",
-        # Evaluation needs the loss only; TRL's fused head never builds the logits.
+        # Evaluation needs the loss only, for which the logits are never built as a whole.
         prediction_loss_only=True,
         eval_strategy="steps" if has_eval and training.eval_steps else "no",
         eval_steps=training.eval_steps,

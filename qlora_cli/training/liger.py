@@ -1,4 +1,4 @@
-"""Use Liger's kernels in a model's layers. Not its loss: TRL's own does not build the logits either."""
+"""Use Liger's kernels in a model's layers. Not its loss: our own does not build the logits either."""
 
 from peft import PeftModel
 from transformers.integrations.liger import apply_liger_kernel

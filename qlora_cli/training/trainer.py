@@ -23,6 +23,7 @@ from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
+from qlora_cli.training.loss_model import LossModel
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
@@ -75,6 +76,8 @@ class QloraTrainer(TrainerSeam):
         for name, parameter in model.named_parameters():
             if name in full_precision:
                 parameter.data = full_precision[name]
+        with nullcontext() if compiled is None else compiled.paused():
+            self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing)
         self._compiled = compiled
         self.phase = "preparation"
@@ -103,10 +106,12 @@ class QloraTrainer(TrainerSeam):
             scale_b_learning_rate(optimizer, self.model, self._loraplus_lr_ratio)
         return optimizer
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss, and record the phase."""
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss by our head, and record the phase."""
+        del model  # a wrapper of the layers that `LossModel` calls
+        assert self.accelerator.num_processes == 1, "gradients of several processes are reduced by the wrapper"
         self.phase = "the forward pass"
-        loss = super().compute_loss(*args, **kwargs)
+        loss = super().compute_loss(self._loss_model, *args, **kwargs)
         self.phase = "the backward pass"
         return loss
 

@@ -121,7 +121,9 @@ class GpuFunctions(TorchFunctionMode):
     def _autocast_arguments(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of the function `name`, cast as autocast does."""
+        """Return the arguments of the function `name`, cast as autocast does: not where it writes into `out`."""
+        if kwargs.get("out") is not None:
+            return args, kwargs
         if name in IN_16_BIT:
             return _mapped(self._to_16_bit, args, kwargs)
         if name in IN_FP32:

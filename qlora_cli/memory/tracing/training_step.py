@@ -1,6 +1,6 @@
 """Run one training step, and an evaluation batch, on the meta device, and record their allocations.
 
-The step is the one that `train` runs: the model's own code, autograd, checkpointing, TRL's loss. Marks between the
+The step is the one that `train` runs: the model's own code, autograd, checkpointing, the loss. Marks between the
 layers, in both the forward and the backward pass, divide it into segments, which `extension` repeats for layers that
 were not traced.
 """
@@ -21,9 +21,10 @@ from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpo
 from qlora_cli.adapters.fused_lora import switch_fused
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
+from qlora_cli.loss.chunked_loss import token_losses
+from qlora_cli.loss.output_head import backbone_of, output_head
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
-from qlora_cli.memory.tracing.loss import fused_loss
 from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
@@ -225,8 +226,18 @@ class TrainingStep:
                 setattr(module, name, None)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """Return the loss of a batch, and the other outputs of the forward pass."""
-        return fused_loss(self.base, batch, self.settings.dtype)
+        """Return the loss of a batch in which every token is trained, and the other outputs of the forward pass.
+
+        Raises:
+            ModelError: the loss of this model can't be computed.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        hidden = backbone_of(self.base)(**inputs, use_cache=False).last_hidden_state
+        # Where labels are trained depends on their values; here they are at all positions but the last of a row.
+        num_rows, length = batch["labels"].shape
+        positions, targets = (torch.zeros_like(batch["labels"][:, 1:]).flatten() for _ in range(2))
+        losses = token_losses(hidden, output_head(self.base), positions, targets, self.settings.dtype)
+        return losses.total / (num_rows * (length - 1)), losses
 
     def columns(self) -> dict[str, int]:
         """Return the columns of a batch, each with the value that fills it.

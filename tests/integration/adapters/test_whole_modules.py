@@ -1,5 +1,6 @@
 """`lora.modules_to_save`: modules that train whole next to an adapter, in fp32, and load again unchanged."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from trl.trainer.utils import add_fused_lm_head
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.whole_modules import whole_modules
@@ -15,6 +15,7 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.embedding import embedding_of
+from qlora_cli.training.loss_model import LossModel
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
@@ -118,7 +119,7 @@ def test_peft_alone_would_train_every_norm(llama: Path) -> None:
 def test_the_head_trains_in_the_trainer_and_is_in_the_adapter_that_it_writes(
     llama: Path, rows: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """TRL computes the loss from the weight of the head itself and bypasses its forward."""
+    """The loss is computed from the weight of the head itself and bypasses its forward."""
     names = ("lm_head", "norm")
     settings = train_settings(llama, rows, tmp_path / "run", model__dtype=dtype, lora__modules_to_save="lm_head,norm")
     train(settings, Recorder())
@@ -146,8 +147,10 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
     model.train()
     (weight,) = trained_whole(model).values()
     (expected,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, use_cache=False).loss, [weight])
-    add_fused_lm_head(model.get_base_model())
-    (gradient,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, fused_lm_head=True).loss, [weight])
+    outputs = LossModel(model.get_base_model(), nullcontext)(input_ids=IDS, labels=IDS, fused_lm_head=True)
+    assert outputs.log_probs is not None
+    assert outputs.label_mask is not None
+    (gradient,) = torch.autograd.grad(-outputs.log_probs / outputs.label_mask.sum(), [weight])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 

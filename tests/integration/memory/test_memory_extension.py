@@ -39,7 +39,7 @@ WITHOUT_CHECKPOINTING = {"ctrl", "jetmoe"}
 REFUSED = {
     "dbrx": "what DbrxForCausalLM computes depends on values",  # its experts take the rows that `nonzero` returns
     "jetmoe": "what JetMoeForCausalLM computes depends on values",  # the numbers of rows of its experts, as a list
-    "llama4_text": "TRL's loss does not find the layers of Llama4ForCausalLM",
+    "llama4_text": "the layers of Llama4ForCausalLM can't be told from its output head",
 }
 UNQUANTIZED = {"falcon"}  # the loader refuses it in 4 bit
 WITH_STATES = {"recurrent_gemma"}  # its layers keep a state from one pass to the next

@@ -18,7 +18,7 @@ from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.attention import blockwise
 from qlora_cli.memory.replaying.optimizer_step import FIRST, optimizer_steps
 from qlora_cli.memory.tracing.extension import passes_of
-from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.kernels import CUBLAS, Kernels
 from qlora_cli.memory.tracing.layers import find_stack
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.passes import Passes
@@ -336,11 +336,12 @@ def test_layers_allocate_in_a_predicted_step_as_in_the_trainers_own(
 
 
 def sizes_of(trace: MemoryTrace, segments: list[Segment]) -> list[int]:
-    """Return the bytes of allocations and, negative, of releases."""
+    """Return the bytes of allocations and, negative, of releases; without cuBLAS's, one for each thread."""
     return [
         trace.storages[event].num_bytes if event >= 0 else -trace.storages[~event].num_bytes
         for segment in segments
         for event in segment.events
+        if event < 0 or trace.storages[event].label != CUBLAS
     ]
 
 

@@ -11,8 +11,8 @@ from qlora_cli.demo.demonstration import ASSETS, DEMO_SETTINGS
 from tests.support.demo_losses import NUM_STEPS, first_losses, golden_file, golden_losses
 
 REFERENCE = Path(__file__).parents[3] / "docs" / "explanation" / "training_step.py"
-# The two sum the same terms in another order: TRL projects the trained tokens alone, tile by tile. In fp32, that was
-# measured to leave 2.6e-7 over twenty steps.
+# The two sum the same terms in another order: the trained tokens alone are projected, chunk by chunk. In fp32, that
+# was measured to leave 2.6e-7 over twenty steps.
 SUMMED_OTHERWISE = 5e-6
 # Other processors multiply in another order too, and each step begins where the one before ended. Measured over the
 # twenty steps, kernels without vector instructions and those for AVX-512 differ by 2e-7.

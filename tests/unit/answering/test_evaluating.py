@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fit_is_halved_with_equal_losses(data: PreparedDat
     model, recorder = tiny_model("llama"), Recorder()
     tried = fits_at_most(model, 1)
     halved = measure(model, data, batch_size=4, reporter=recorder)
-    assert tried == [4, 2, 1, 1, 1, 1, 1, 1]
+    assert tried == [4, 2, 1, 1, 1, 1, 1, 1, 1]  # once, after the first batch that fits, its head is checked
     np.testing.assert_allclose(halved.nll, whole.nll, rtol=1e-5)
     assert halved.batch_size == 1
     warnings = [event.message for event in recorder.events if isinstance(event, Noted) and event.level == "warning"]
@@ -141,7 +141,7 @@ def test_another_failure_of_the_model_is_not_reported_as_a_lack_of_memory(data: 
         measure(model, data)
 
 
-def test_a_model_that_the_loss_of_trl_does_not_support_is_refused(data: PreparedData) -> None:
+def test_a_model_whose_layers_are_not_known_is_refused(data: PreparedData) -> None:
     with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         measure(tiny_model("llama4_text"), data)
 
