@@ -76,10 +76,10 @@ class QloraTrainer(TrainerSeam):
         for name, parameter in model.named_parameters():
             if name in full_precision:
                 parameter.data = full_precision[name]
-        with nullcontext() if compiled is None else compiled.paused():
+        self._compiled = compiled
+        with self.uncompiled():
             self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing)
-        self._compiled = compiled
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
