@@ -7,11 +7,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qlora_cli.hardware.heap import return_freed_memory
 
 # After each batch it took 19 % more time of a step of the bundled model, since the memory is needed again at once.
-BATCHES_BETWEEN = 20
+BATCHES_BETWEEN = 10
 
 
 class HeapTrimming(TrainerCallback):
-    """Returns freed memory to the system after every 20th micro-batch."""
+    """Returns freed memory to the system after every tenth micro-batch."""
 
     def __init__(self) -> None:
         self._num_batches = 0
