@@ -25,6 +25,7 @@ PARTS = (
     "memory",
     "loading",
     "attention",
+    "loss",
     "adapters",
     "quantization",
     "model_files",

@@ -110,6 +110,29 @@ def test_logits_that_are_computed_in_another_way_are_refused() -> None:
     assert not model.model._forward_hooks
 
 
+def test_ids_without_a_row_of_the_head_do_not_weaken_the_check() -> None:
+    """As of models that pad their logits with minus infinity."""
+    model = tiny_model("llama")
+    factor = 1.0
+
+    def pad(_: torch.nn.Module, __: Any, output: Any) -> None:
+        output.logits = torch.nn.functional.pad(output.logits * factor, (0, 3), value=-torch.inf)
+
+    model.register_forward_hook(pad)
+    check_head(model)
+    factor = 1.01
+    with pytest.raises(ModelError, match="are not those of its output head"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_damaged_weights_are_not_called_another_way_of_computing(value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = value
+    check_head(model)
+
+
 def test_a_head_that_transforms_its_input_first_is_refused() -> None:
     model = other_model("modernbert-decoder", hidden_size=64, num_attention_heads=4, global_attn_every_n_layers=1)
     with pytest.raises(ModelError, match="are not those of its output head"):
