@@ -19,7 +19,7 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import TEMPLATES, tokenizer_with
-from tests.support.drawn_rows import draw_row
+from tests.support.data.drawn_rows import draw_row
 from tests.unit.data_rows.test_dropped_values import lost, trained_texts
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.demo_losses import first_losses, golden_file, versions  # noqa: E402
+from tests.support.runs.demo_losses import first_losses, golden_file, versions  # noqa: E402
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 from qlora_cli.events import Event
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from tests.support.forks import output_of, prepare_environment
+from tests.support.processes.forks import output_of, prepare_environment
 
 ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
 

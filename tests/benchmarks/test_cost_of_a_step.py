@@ -16,7 +16,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import EstimateSettings
-from tests.support.tracing import deep_config
+from tests.support.models.tracing import deep_config
 
 GPU = find_gpu("RTX 4090")
 RANK, TOKENS = 8, 96

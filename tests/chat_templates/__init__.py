@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from qlora_cli.data.rendering.template import TAG
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 OWN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.jinja"))}
 # Those ending in `_training` are TRL's own changes to the same ones.

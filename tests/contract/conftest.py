@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.light_commands import LightQlora, light_commands
+from tests.support.processes.light_commands import LightQlora, light_commands
 
 
 @pytest.fixture(scope="session")

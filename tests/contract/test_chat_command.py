@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from tests.contract.test_generate_command import CPU, answered, only
 from tests.contract.test_generate_command import adapter as adapter
-from tests.support.forks import end_of, start_on_terminal
-from tests.support.loading import save_model
+from tests.support.models.loading import save_model
+from tests.support.processes.forks import end_of, start_on_terminal
 
 
 def qlora_chat(model: Path, *lines: str, flags: tuple[str, ...] = CPU) -> Result:

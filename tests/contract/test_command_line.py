@@ -22,8 +22,8 @@ from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from tests.conftest import RunQlora, write_jsonl
-from tests.support.forks import end_of, start_command, start_on_terminal
-from tests.support.light_commands import LightQlora
+from tests.support.processes.forks import end_of, start_command, start_on_terminal
+from tests.support.processes.light_commands import LightQlora
 
 TRAIN_FLAGS = (
     *("--model", "--dataset", "--output", "--config", "--set", "--quant", "--dtype", "--rank", "--alpha"),

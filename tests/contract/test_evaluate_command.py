@@ -18,8 +18,8 @@ from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, Tas
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, RunQlora, train_settings, write_jsonl
-from tests.support.forks import end_of, start_command, wait_for_line
-from tests.support.light_commands import LightQlora
+from tests.support.processes.forks import end_of, start_command, wait_for_line
+from tests.support.processes.light_commands import LightQlora
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None

@@ -14,9 +14,9 @@ from typer.testing import CliRunner, Result
 from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering import answer_text
-from tests.support.adapters import adapt, settings_of, train_steps
-from tests.support.light_commands import LightQlora
-from tests.support.loading import save_model
+from tests.support.models.adapters import adapt, settings_of, train_steps
+from tests.support.models.loading import save_model
+from tests.support.processes.light_commands import LightQlora
 
 CPU = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.source_imports import imports_of
+from tests.support.source.source_imports import imports_of
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 # The modules that know nothing of the project, each with those among them that it may import.

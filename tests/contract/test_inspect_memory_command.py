@@ -19,8 +19,8 @@ from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluati
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from qlora_cli.settings.models import all_settings, metadata_of
 from tests.conftest import ASSETS
-from tests.support.light_commands import LightQlora
-from tests.support.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
+from tests.support.models.predictions import CATALOGUE_FITS, REPORT, RTX_4090, T4, fit, sweep_point
+from tests.support.processes.light_commands import LightQlora
 
 GIB = 1024**3
 TOO_LARGE = fit(T4, round(15.2 * GIB), 16 * GIB)

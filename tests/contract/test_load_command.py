@@ -15,8 +15,8 @@ from qlora_cli.cli.rendering.load_text import BARS
 from qlora_cli.loading import load_plan
 from qlora_cli.quantization.load_report import KindCount, LoadReport
 from tests.conftest import RunQlora
-from tests.support.forks import end_of, start_command, wait_for_line
-from tests.support.loading import save_model
+from tests.support.models.loading import save_model
+from tests.support.processes.forks import end_of, start_command, wait_for_line
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
 

@@ -20,8 +20,8 @@ from qlora_cli.merging.merge_result import (
     Verification,
 )
 from tests.conftest import RunQlora
-from tests.support.light_commands import LightQlora
-from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.support.processes.light_commands import LightQlora
+from tests.support.runs.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
 FLAGS = (
     *("--output", "--base", "--dtype", "--format", "--weight", "--verify", "--no-verify", "--max-divergence"),

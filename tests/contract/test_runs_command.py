@@ -12,8 +12,8 @@ from qlora_cli.cli.rendering.run_table import table_lines
 from qlora_cli.events import CheckpointSaved, Event, Noted, StepSkipped, TrainingEnded, TrainingResumed
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.summary import RunSummary
-from tests.support.light_commands import LightQlora
-from tests.support.run_directories import a_record, eval_done, sample_done, step_done, write_run
+from tests.support.processes.light_commands import LightQlora
+from tests.support.runs.run_directories import a_record, eval_done, sample_done, step_done, write_run
 
 
 def qlora(*arguments: str | Path) -> Result:

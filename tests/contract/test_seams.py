@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.private_names import PrivateUse, private_uses_in
-from tests.support.seams import DOCUMENTED, ENDS_OF_KEYS, PHRASES, SEAMS, Kind, Seam, signature_of
+from tests.support.source.private_names import PrivateUse, private_uses_in
+from tests.support.source.seams import DOCUMENTED, ENDS_OF_KEYS, PHRASES, SEAMS, Kind, Seam, signature_of
 
 ROOT = Path(__file__).parents[2]
 # Where the trainers' private side may be touched.
@@ -40,8 +40,8 @@ def test_a_private_name_exists_and_has_the_expected_signature(seam: Seam) -> Non
 def test_every_private_name_that_the_package_uses_is_listed() -> None:
     listed = {seam.name for seam in SEAMS}
     unlisted = [str(use) for name, uses in used().items() if name not in listed for use in uses]
-    assert not unlisted, "list them in tests/support/seams.py, with the reason, or use a public way:\n" + "\n".join(
-        unlisted
+    assert not unlisted, (
+        "list them in tests/support/source/seams.py, with the reason, or use a public way:\n" + "\n".join(unlisted)
     )
 
 

@@ -14,7 +14,7 @@ from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 from tests.fuzzing.frame import Generator, Target, damage
-from tests.support.chat_tokenizers import FAMILIES, REASONING, make_tokenizer
+from tests.support.models.chat_tokenizers import FAMILIES, REASONING, make_tokenizer
 
 TOOLS = (
     "{% macro kind(schema, depth) %}{% if schema is mapping %}{% for key, value in schema.items() %}"

@@ -23,8 +23,8 @@ from qlora_cli.training.resuming.resume import find_resume, output_problem
 from qlora_cli.units import GIB
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
-from tests.support.run_directories import a_record, lines_of, step_done
-from tests.support.tiny_models import tiny_model
+from tests.support.models.tiny_models import tiny_model
+from tests.support.runs.run_directories import a_record, lines_of, step_done
 
 STEPS = (2, 4)
 # The files of a checkpoint that are JSON.

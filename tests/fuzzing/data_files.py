@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tests.fuzzing.frame import Generator, Target, damage
-from tests.support.reading import read
+from tests.support.data.reading import read
 
 ROWS = [
     {

@@ -19,7 +19,7 @@ from qlora_cli.model_files.model_config import config_from
 from qlora_cli.quantization.storage_plan import build_on_meta
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
-from tests.support.tiny_models import tiny_config, tiny_model
+from tests.support.models.tiny_models import tiny_config, tiny_model
 
 # Keys of a config that PEFT does not write unless they are used, added so that they are changed as well.
 MORE = {

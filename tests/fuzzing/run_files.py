@@ -17,7 +17,7 @@ from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.resuming.resume import find_resume, output_problem
 from tests.fuzzing.frame import Generator, Target, damage
 from tests.fuzzing.json_values import as_bytes
-from tests.support.run_directories import a_record, eval_done, lines_of, sample_done, step_done
+from tests.support.runs.run_directories import a_record, eval_done, lines_of, sample_done, step_done
 
 EVENTS = [
     {"event": "training_started", "time": "2024-05-01T10:00:00+00:00", "num_steps": 100, "output": "run"},

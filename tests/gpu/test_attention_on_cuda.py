@@ -15,7 +15,7 @@ from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.determinism import determinism
-from tests.support.tiny_models import tiny_model
+from tests.support.models.tiny_models import tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

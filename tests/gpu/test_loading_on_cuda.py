@@ -18,8 +18,8 @@ from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
 from tests.integration.loading.test_load_memory import PROMISED_BYTES, measure
-from tests.support.loading import IDS, layers_of, load, logits, save_model, weight_of
-from tests.support.reference_models import load_plain
+from tests.support.models.loading import IDS, layers_of, load, logits, save_model, weight_of
+from tests.support.models.reference_models import load_plain
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from qlora_cli.events import Noted, Rehearsed, StepDone
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
-from tests.support.killed_runs import kill_after
+from tests.support.processes.killed_runs import kill_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 

@@ -15,7 +15,7 @@ from qlora_cli.settings.choices import BaseWeights, Device
 from qlora_cli.settings.models import LoadSettings, ModelSettings
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.merge_command import merge_settings
+from tests.support.runs.merge_command import merge_settings
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from qlora_cli.training.checks.packing_check import packing_fault
-from tests.support.tiny_models import VOCABULARY_SIZE, tiny_model
+from tests.support.models.tiny_models import VOCABULARY_SIZE, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

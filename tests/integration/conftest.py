@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from qlora_cli.runs.report import run_page
-from tests.support.forks import output_of
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
-from tests.support.shallow_model import save_shallow
+from tests.support.models.shallow_model import save_shallow
+from tests.support.processes.forks import output_of
+from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 
 @dataclass
 class FindResult:
-    """The output of `tests.support.find_model_process`."""
+    """The output of `tests.support.processes.find_model_process`."""
 
     events: list[dict[str, Any]]
     result: dict[str, Any]
@@ -97,4 +97,4 @@ def find(hub_env: dict[str, str]) -> Find:
 
 def find_command(name: str, *waits: float, **settings: object) -> list[str]:
     """Return the module that finds a model, and its arguments."""
-    return ["tests.support.find_model_process", json.dumps({"name": name, **settings}), *map(str, waits)]
+    return ["tests.support.processes.find_model_process", json.dumps({"name": name, **settings}), *map(str, waits)]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from tests.support.loading import save_model
-from tests.support.merging import on_plain, save
-from tests.support.reference_models import ROWS
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import ROWS
+from tests.support.runs.merging import on_plain, save
 
 
 @pytest.fixture(scope="module")

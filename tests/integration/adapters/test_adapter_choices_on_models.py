@@ -16,11 +16,11 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.adapters import adapt, assert_loads_again, frozen, lora_layers, settings_of, train_steps
-from tests.support.experts import save_moe
-from tests.support.loading import load, logits, save_model
-from tests.support.reference_models import IDS, ROWS, dequantized
-from tests.support.tiny_models import FAMILIES
+from tests.support.models.adapters import adapt, assert_loads_again, frozen, lora_layers, settings_of, train_steps
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import load, logits, save_model
+from tests.support.models.reference_models import IDS, ROWS, dequantized
+from tests.support.models.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

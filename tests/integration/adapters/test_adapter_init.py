@@ -24,7 +24,7 @@ from qlora_cli.settings.choices import LoraInit
 from qlora_cli.training.run_plan import prepare_run, settle_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
-from tests.support.adapters import (
+from tests.support.models.adapters import (
     adapt,
     assert_loads_again,
     load_for,
@@ -33,10 +33,10 @@ from tests.support.adapters import (
     settings_of,
     train_steps,
 )
-from tests.support.experts import save_moe
-from tests.support.loading import asked_load, load, logits, refused, save_model, weight_of
-from tests.support.merging import save_changing
-from tests.support.reference_models import IDS, ROWS, load_plain
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import asked_load, load, logits, refused, save_model, weight_of
+from tests.support.models.reference_models import IDS, ROWS, load_plain
+from tests.support.runs.merging import save_changing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,11 +21,11 @@ from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.training.checks.adapter_check import check_saved
-from tests.support.loading import asked_load, logits, refused, save_model
-from tests.support.merging import adapted, change_adapter, changed_copy, merge, on_plain, save
-from tests.support.merging import plain_logits as logits_of_merged
-from tests.support.reference_models import ROWS, load_plain
-from tests.support.vision_language import load_full, save_full
+from tests.support.models.loading import asked_load, logits, refused, save_model
+from tests.support.models.reference_models import ROWS, load_plain
+from tests.support.models.vision_language import load_full, save_full
+from tests.support.runs.merging import adapted, change_adapter, changed_copy, merge, on_plain, save
+from tests.support.runs.merging import plain_logits as logits_of_merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

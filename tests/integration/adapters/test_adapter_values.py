@@ -15,10 +15,10 @@ from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.model_files.model_config import read_config
 from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
-from tests.support.loading import load, refused
-from tests.support.merging import changed_copy
-from tests.support.merging import refused as not_merged
-from tests.support.reference_models import load_plain
+from tests.support.models.loading import load, refused
+from tests.support.models.reference_models import load_plain
+from tests.support.runs.merging import changed_copy
+from tests.support.runs.merging import refused as not_merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

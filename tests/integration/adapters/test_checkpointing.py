@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.settings.choices import Checkpointing
-from tests.support.adapters import load_for, settings_of, train_steps
-from tests.support.loading import save_model
-from tests.support.reference_models import IDS, ROWS
+from tests.support.models.adapters import load_for, settings_of, train_steps
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import IDS, ROWS
 
 Gradients = dict[str, torch.Tensor]
 PRODUCT = "qlora::four_bit_product"  # of a layer and its adapter

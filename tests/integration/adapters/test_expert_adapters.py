@@ -16,10 +16,10 @@ from qlora_cli.errors import ModelError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.training.test_training import base_digest
-from tests.support.adapters import put_back
-from tests.support.experts import MOE, parametrized, save_moe
-from tests.support.loading import load, logits, save_model
-from tests.support.reference_models import IDS, ROWS, dequantized, load_plain
+from tests.support.models.adapters import put_back
+from tests.support.models.experts import MOE, parametrized, save_moe
+from tests.support.models.loading import load, logits, save_model
+from tests.support.models.reference_models import IDS, ROWS, dequantized, load_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,8 @@ from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.fused_lora import FusedLoraLayer, fused_layers, fused_types, switch_fused
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.settings.choices import Checkpointing
-from tests.support.adapters import adapt, settings_of, train_steps
-from tests.support.four_bit_lora import (
+from tests.support.models.adapters import adapt, settings_of, train_steps
+from tests.support.models.four_bit_lora import (
     DEQUANTIZE,
     FUSED,
     GEMM,
@@ -39,8 +39,8 @@ from tests.support.four_bit_lora import (
     passes,
     rows_of,
 )
-from tests.support.loading import load, save_model
-from tests.support.reference_models import IDS, ROWS
+from tests.support.models.loading import load, save_model
+from tests.support.models.reference_models import IDS, ROWS
 
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe")
 

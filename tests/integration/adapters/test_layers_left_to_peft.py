@@ -14,7 +14,7 @@ from qlora_cli.adapters.fused_lora import switch_fused, unfused
 from qlora_cli.events import Noted
 from qlora_cli.training.run_plan import prepare_run
 from tests.conftest import Recorder, train_settings
-from tests.support.four_bit_lora import FUSED, RANK, WIDTH_IN, WIDTH_OUT, counted, one_layer, passes, rows_of
+from tests.support.models.four_bit_lora import FUSED, RANK, WIDTH_IN, WIDTH_OUT, counted, one_layer, passes, rows_of
 
 
 def test_a_bias_of_the_adapter_is_left_to_peft() -> None:

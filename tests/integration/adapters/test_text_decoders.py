@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.models import LoraSettings
-from tests.support.loading import load, logits, refused
-from tests.support.reference_models import IDS, round_trip_weights
-from tests.support.vision_language import FULL_MODELS, load_full, rewrite, save_full
+from tests.support.models.loading import load, logits, refused
+from tests.support.models.reference_models import IDS, round_trip_weights
+from tests.support.models.vision_language import FULL_MODELS, load_full, rewrite, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

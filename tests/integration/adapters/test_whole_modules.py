@@ -18,9 +18,9 @@ from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.loss_model import LossModel
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
-from tests.support.loading import load, logits, save_model
-from tests.support.reference_models import IDS, ROWS, dequantized
+from tests.support.models.adapters import adapt, assert_loads_again, frozen, put_back, settings_of, train_steps
+from tests.support.models.loading import load, logits, save_model
+from tests.support.models.reference_models import IDS, ROWS, dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

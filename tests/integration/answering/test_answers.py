@@ -27,10 +27,10 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import ASSETS, Recorder, train_settings
-from tests.support.adapters import adapt, settings_of, train_steps
-from tests.support.experts import save_moe
-from tests.support.loading import asked_load, copy_tokenizer, load, save_model
-from tests.support.merging import save_changing
+from tests.support.models.adapters import adapt, settings_of, train_steps
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import asked_load, copy_tokenizer, load, save_model
+from tests.support.runs.merging import save_changing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,9 +23,9 @@ from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.support.loading import copy_tokenizer
-from tests.support.merging import save_changing
-from tests.support.shallow_model import save_shallow
+from tests.support.models.loading import copy_tokenizer
+from tests.support.models.shallow_model import save_shallow
+from tests.support.runs.merging import save_changing
 
 NUM_HELD_OUT = 7
 # One batch of all held-out rows: the trainer averages the losses of batches, and that of one is its mean over tokens.

@@ -15,8 +15,8 @@ import pytest
 from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.reading.readers import read_rows, resolve_hub
 from qlora_cli.errors import QloraError
-from tests.support.forks import output_of
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
+from tests.support.processes.forks import output_of
+from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 TOOLS = [{"tools": [{"name": "f", "schema": {"a": 1}}]}, {"tools": [{"name": "g"}]}, {"tools": None}]
 CARD = """---

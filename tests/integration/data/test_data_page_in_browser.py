@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qlora_cli.charts.palette import DARK, LIGHT
 from qlora_cli.data.showing.page import write_page
 from qlora_cli.visible import visible
-from tests.support.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
+from tests.support.processes.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
 from tests.unit.data_rows.test_data_page import INSPECTION
 
 # What a copy of the page writes into itself, or into the page that frames it.

@@ -15,7 +15,7 @@ from qlora_cli.events import Noted
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.training.run_notes import note_stream
 from tests.conftest import Recorder, write_jsonl
-from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 TEXT = make_tokenizer("chatml")
 HEAD = 20  # rows that are checked before a stream is read

@@ -21,7 +21,7 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings, write_jsonl
-from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 TEXT = make_tokenizer("chatml")
 

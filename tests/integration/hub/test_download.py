@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Find, find_command
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, store_by_xet
+from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, store_by_xet
 
 WEIGHTS = "model.safetensors"
 MIB = 1024**2

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import RunQlora
 from tests.integration.conftest import Find
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo
+from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo
 
 WEIGHTS = "model.safetensors"
 

@@ -16,8 +16,8 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.quantization.methods import four_bit_quantizer
 from tests.conftest import Recorder
-from tests.support.loading import DAMAGED_PICKLES, layers_of, load, logits, refused, save_model
-from tests.support.tiny_models import tiny_config
+from tests.support.models.loading import DAMAGED_PICKLES, layers_of, load, logits, refused, save_model
+from tests.support.models.tiny_models import tiny_config
 
 WEIGHTS = "model.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"

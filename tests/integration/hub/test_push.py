@@ -13,7 +13,7 @@ from qlora_cli.events import Noted
 from qlora_cli.hub.push import check_push, push_adapter, push_command, push_problem
 from qlora_cli.settings.models import OutputSettings
 from tests.conftest import Recorder, RunQlora, train_settings
-from tests.support.hub_server import COMMIT, Hub, Repo
+from tests.support.processes.hub_server import COMMIT, Hub, Repo
 
 # A warning of the client itself, about the library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")

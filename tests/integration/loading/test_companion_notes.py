@@ -15,8 +15,8 @@ from qlora_cli.merging.planning.inputs import read_inputs
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings
-from tests.support.loading import asked_load, load, save_model
-from tests.support.merging import merge, on_plain, request_of, save, stored
+from tests.support.models.loading import asked_load, load, save_model
+from tests.support.runs.merging import merge, on_plain, request_of, save, stored
 
 OWN = "{% for m in messages %}<<{{ m['role'] }}>>{{ m['content'] }}<|im_end|>{% endfor %}"
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import ModelError
 from tests.conftest import RunQlora
-from tests.support.adapters import PREFIX
-from tests.support.loading import copy_tokenizer, load, refused, save_model
+from tests.support.models.adapters import PREFIX
+from tests.support.models.loading import copy_tokenizer, load, refused, save_model
 
 GENERATION, TOKENIZER, INDEX = "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"
 

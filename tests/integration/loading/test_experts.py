@@ -23,10 +23,10 @@ from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.quantization.methods import four_bit_quantizer
 from qlora_cli.units import format_bytes
-from tests.support.experts import MOE, parametrized, save_moe
-from tests.support.loading import copy_tokenizer, load, logits, refused
-from tests.support.reference_models import IDS, dequantized, load_plain, quantized_whole
-from tests.support.tiny_models import tiny_model
+from tests.support.models.experts import MOE, parametrized, save_moe
+from tests.support.models.loading import copy_tokenizer, load, logits, refused
+from tests.support.models.reference_models import IDS, dequantized, load_plain, quantized_whole
+from tests.support.models.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is only a label: nothing is allocated on it
 SIZES = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}

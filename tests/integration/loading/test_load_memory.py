@@ -16,7 +16,7 @@ import pytest
 from benchmarks.load_case import STATUS
 from benchmarks.synthetic import SHAPES, num_parameters, write_model
 from qlora_cli.units import GIB, MIB
-from tests.support.forks import output_of
+from tests.support.processes.forks import output_of
 
 PROMISED_BYTES = 3 * GIB // 2
 ALLOWED_BYTES = PROMISED_BYTES // 8

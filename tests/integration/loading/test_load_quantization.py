@@ -24,8 +24,8 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.arguments import check_hardware
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.experts import save_moe
-from tests.support.loading import (
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import (
     IDS,
     Proofs,
     asked_load,

@@ -17,7 +17,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
 from qlora_cli.writing import MARK, write_directory
 from tests.conftest import RunQlora
-from tests.support.loading import load, refused, save_model
+from tests.support.models.loading import load, refused, save_model
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 

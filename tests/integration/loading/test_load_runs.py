@@ -24,7 +24,7 @@ from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import run
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.support.loading import (
+from tests.support.models.loading import (
     DAMAGED_PICKLES,
     IDS,
     asked_load,

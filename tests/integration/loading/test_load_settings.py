@@ -19,8 +19,8 @@ from qlora_cli.quantization.embedding import check_offload, keep_on_host
 from qlora_cli.settings.models import SECTIONS, LoadCommandSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import RunQlora
-from tests.support.loading import Proofs, layers_of, load, logits, refused, save_model, weight_of
-from tests.support.tiny_models import tiny_model
+from tests.support.models.loading import Proofs, layers_of, load, logits, refused, save_model, weight_of
+from tests.support.models.tiny_models import tiny_model
 
 proves = Proofs()
 

@@ -29,8 +29,8 @@ from qlora_cli.loading.save import save_quantized
 from qlora_cli.settings.models import LoraSettings
 from tests.conftest import Recorder, RunQlora
 from tests.integration.training.test_training import base_digest
-from tests.support.hanging_save import start_hanging_save
-from tests.support.loading import IDS, load, logits, save_model
+from tests.support.models.loading import IDS, load, logits, save_model
+from tests.support.processes.hanging_save import start_hanging_save
 
 BY_PLAIN_TRANSFORMERS = """
 import sys, warnings, torch

@@ -19,11 +19,11 @@ from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import header_of
 from qlora_cli.model_files.unexpected_weights import may_be_ignored, prediction_layers
 from qlora_cli.quantization.storage_plan import build_on_meta
-from tests.support.loading import copy_tokenizer, load, logits, refused, save_model
-from tests.support.merging import merge, on_plain, save, stored
-from tests.support.merging import refused as merge_refused
-from tests.support.reference_models import IDS
-from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
+from tests.support.models.loading import copy_tokenizer, load, logits, refused, save_model
+from tests.support.models.reference_models import IDS
+from tests.support.models.tiny_models import FAMILIES, tiny_config, tiny_model
+from tests.support.runs.merging import merge, on_plain, save, stored
+from tests.support.runs.merging import refused as merge_refused
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -19,9 +19,9 @@ from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.training.checks.predicted_memory import check_memory
 from tests.conftest import Recorder, train_settings
 from tests.integration.memory.test_memory_before_training import card
-from tests.support.adapters import adapt, settings_of
-from tests.support.loading import save_model
-from tests.support.tracing import deep_config
+from tests.support.models.adapters import adapt, settings_of
+from tests.support.models.loading import save_model
+from tests.support.models.tracing import deep_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,10 +24,10 @@ from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.loading import asked_load, save_model
-from tests.support.merging import adapted, save, save_changing
-from tests.support.reference_models import ROWS, load_plain
-from tests.support.vision_language import load_full, save_full
+from tests.support.models.loading import asked_load, save_model
+from tests.support.models.reference_models import ROWS, load_plain
+from tests.support.models.vision_language import load_full, save_full
+from tests.support.runs.merging import adapted, save, save_changing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.settings.models import EstimateSettings
-from tests.support.tracing import deep_config, meta_model_of, peaks, step_settings
+from tests.support.models.tracing import deep_config, meta_model_of, peaks, step_settings
 
 T4, AMPERE = (7, 5), (8, 0)
 HALF, BF16 = torch.float16, torch.bfloat16

@@ -16,7 +16,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
-from tests.support.hub_server import COMMIT, Hub, Repo
+from tests.support.processes.hub_server import COMMIT, Hub, Repo
 
 SHORT = ("--max-length", "64", "--micro-batch-size", "1")
 # On one GPU: those of the catalogue need further traces.

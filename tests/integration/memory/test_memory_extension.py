@@ -25,8 +25,8 @@ from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
-from tests.support.tiny_models import FAMILIES
-from tests.support.tracing import deep_config, meta_model_of, peaks, step_settings
+from tests.support.models.tiny_models import FAMILIES
+from tests.support.models.tracing import deep_config, meta_model_of, peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

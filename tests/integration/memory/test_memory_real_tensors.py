@@ -34,8 +34,8 @@ from qlora_cli.training.rehearsal import RehearsalCallback
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
 from tests.conftest import Recorder, train_settings
-from tests.support.loading import load, save_model
-from tests.support.tracing import peaks, step_settings
+from tests.support.models.loading import load, save_model
+from tests.support.models.tracing import peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

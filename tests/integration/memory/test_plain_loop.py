@@ -15,7 +15,7 @@ from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import EstimateSettings, LoraSettings, QuantizationSettings
-from tests.support.tracing import CUDA, deep_config, peaks, step_settings
+from tests.support.models.tracing import CUDA, deep_config, peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from qlora_cli.merging.exports.gguf import GgufExport, check_gguf, export_gguf
 from qlora_cli.settings.choices import GgufType
 from tests.conftest import Recorder
 
-STAND_IN = Path(__file__).parents[2] / "support" / "gguf_converter.py"
+STAND_IN = Path(__file__).parents[2] / "support" / "runs" / "gguf_converter.py"
 # By what is wrong: the message about it.
 WRONG = {
     "layers": "4 layers, 3 by its metadata, and the model has 4",

@@ -13,8 +13,8 @@ from qlora_cli.events import Noted
 from qlora_cli.merging.exports.nf4 import Nf4Export, check_nf4, export_nf4
 from qlora_cli.settings.choices import Device
 from tests.conftest import Recorder
-from tests.support.loading import load, logits, save_model
-from tests.support.tiny_models import save_tiny
+from tests.support.models.loading import load, logits, save_model
+from tests.support.models.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.model_files.model_config import TOWERS
-from tests.support.loading import copy_tokenizer, save_model
-from tests.support.merging import (
+from tests.support.models.loading import copy_tokenizer, save_model
+from tests.support.models.reference_models import ROWS, load_plain
+from tests.support.models.vision_language import load_full, save_full
+from tests.support.runs.merging import (
     adapted,
     assert_same,
     change_adapter,
@@ -29,8 +31,6 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, load_plain
-from tests.support.vision_language import load_full, save_full
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.merging.merge_result import Action
 from qlora_cli.quantization.methods.skip_modules import fused_experts
-from tests.support.loading import save_model
-from tests.support.merging import (
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import ROWS, load_plain
+from tests.support.models.tiny_models import FAMILIES
+from tests.support.runs.merging import (
     Merged,
     assert_same,
     change_adapter,
@@ -31,8 +33,6 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, load_plain
-from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,8 +23,9 @@ from qlora_cli.merging.planning.merge_plan import plan_merge
 from qlora_cli.merging.verifying.choose_base import base_choice_without_measuring, choose_base
 from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
-from tests.support.loading import copy_tokenizer, load, save_model
-from tests.support.merging import (
+from tests.support.models.loading import copy_tokenizer, load, save_model
+from tests.support.models.reference_models import ROWS
+from tests.support.runs.merging import (
     loaded_plain,
     merge,
     plain_logits,
@@ -32,7 +33,6 @@ from tests.support.merging import (
     request_of,
     streamed_logits,
 )
-from tests.support.reference_models import ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

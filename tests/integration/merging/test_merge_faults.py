@@ -23,9 +23,9 @@ from qlora_cli.events import Event, PhaseStarted, Reporter
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.runs.checkpoints import list_checkpoints, step_of
 from tests.conftest import Recorder
-from tests.support.loading import load, save_model
-from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
-from tests.support.merge_process import start_merge
+from tests.support.models.loading import load, save_model
+from tests.support.processes.merge_process import start_merge
+from tests.support.runs.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"

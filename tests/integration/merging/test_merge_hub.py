@@ -7,8 +7,8 @@ import huggingface_hub.constants
 import pytest
 
 from tests.conftest import RunQlora
-from tests.support.hub_server import COMMIT, OLD_COMMIT, Hub, Repo
-from tests.support.merge_command import adapter_alone, merged, qlora_merge, refused, trained_run
+from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo
+from tests.support.runs.merge_command import adapter_alone, merged, qlora_merge, refused, trained_run
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

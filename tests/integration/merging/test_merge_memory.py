@@ -17,7 +17,7 @@ from benchmarks.load_case import STATUS
 from benchmarks.merge_case import write_adapter
 from benchmarks.synthetic import SHAPES, write_model
 from qlora_cli.units import MIB
-from tests.support.forks import output_of
+from tests.support.processes.forks import output_of
 
 ALLOWED_BYTES = 160 * MIB
 LIBRARY_BYTES = 256 * MIB  # files of the libraries, which are mapped

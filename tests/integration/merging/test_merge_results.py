@@ -18,8 +18,8 @@ from qlora_cli.merging.verifying import comparison
 from qlora_cli.merging.verifying.streamed import StreamedModel
 from qlora_cli.settings.choices import ExportFormat
 from tests.conftest import ASSETS
-from tests.support.loading import copy_tokenizer, logits
-from tests.support.merge_command import (
+from tests.support.models.loading import copy_tokenizer, logits
+from tests.support.runs.merge_command import (
     adapter_alone,
     copy_run,
     merge_settings,
@@ -30,7 +30,7 @@ from tests.support.merge_command import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONVERTER = Path(__file__).parents[2] / "support" / "gguf_converter.py"
+CONVERTER = Path(__file__).parents[2] / "support" / "runs" / "gguf_converter.py"
 GGUF = ("--format", "gguf", "--llama-cpp", CONVERTER)
 ANSWER = """
 import sys

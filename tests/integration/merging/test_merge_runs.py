@@ -21,13 +21,13 @@ from qlora_cli.model_files.model_config import TOWERS
 from qlora_cli.settings.choices import Device, MergeDtype
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings, write_jsonl
-from tests.support.experts import save_moe
-from tests.support.loading import load, save_model
-from tests.support.merge_command import merge_settings
-from tests.support.merging import loaded_plain, plain_logits, random_run, stored
-from tests.support.merging import merge as merge_weights
-from tests.support.reference_models import ROWS
-from tests.support.vision_language import FULL_MODELS, load_full, save_full
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import load, save_model
+from tests.support.models.reference_models import ROWS
+from tests.support.models.vision_language import FULL_MODELS, load_full, save_full
+from tests.support.runs.merge_command import merge_settings
+from tests.support.runs.merging import loaded_plain, plain_logits, random_run, stored
+from tests.support.runs.merging import merge as merge_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

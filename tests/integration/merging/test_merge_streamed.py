@@ -21,10 +21,10 @@ from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import BaseWeights
 from tests.conftest import Recorder
-from tests.support.loading import save_model
-from tests.support.merging import on_plain, planned, request_of, save
-from tests.support.reference_models import IDS, ROWS, load_plain
-from tests.support.tiny_models import FAMILIES, tiny_model
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import IDS, ROWS, load_plain
+from tests.support.models.tiny_models import FAMILIES, tiny_model
+from tests.support.runs.merging import on_plain, planned, request_of, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

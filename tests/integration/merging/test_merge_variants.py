@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.support.loading import save_model
-from tests.support.merging import (
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import ROWS, load_plain
+from tests.support.runs.merging import (
     Merged,
     assert_same,
     loaded_plain,
@@ -20,7 +21,6 @@ from tests.support.merging import (
     streamed_logits,
     verified,
 )
-from tests.support.reference_models import ROWS, load_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

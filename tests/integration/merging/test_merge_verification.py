@@ -20,8 +20,8 @@ from qlora_cli.merging.planning.merge_plan import MergePlan, PlannedTensor
 from qlora_cli.merging.planning.weight_changes import LowRankUpdate
 from qlora_cli.merging.verifying.comparison import ModelComparer
 from tests.conftest import write_jsonl
-from tests.support.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
-from tests.support.merging import change_adapter
+from tests.support.runs.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.support.runs.merging import change_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, train_settings
-from tests.support.killed_runs import EXACT, Copier, place_killed
+from tests.support.processes.killed_runs import EXACT, Copier, place_killed
 
 KillAt = Callable[[int], None]
 

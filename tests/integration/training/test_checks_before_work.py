@@ -17,7 +17,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import load_run, settle_run
 from tests.conftest import Recorder, RunQlora, train_settings, write_jsonl
-from tests.support.hub_server import COMMIT, Hub, Repo
+from tests.support.processes.hub_server import COMMIT, Hub, Repo
 
 WEIGHTS = "model.safetensors"
 

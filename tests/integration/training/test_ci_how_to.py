@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.forked_qlora import ForkedQlora
-from tests.support.forks import is_forkable
+from tests.support.processes.forked_qlora import ForkedQlora
+from tests.support.processes.forks import is_forkable
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "how-to" / "ci.md"

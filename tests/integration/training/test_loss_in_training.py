@@ -14,7 +14,7 @@ from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
 from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, train_settings
-from tests.support.loading import save_model
+from tests.support.models.loading import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
 from tests.integration.training.test_training import gradients_of_first_step
-from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_tiny, tiny_model
+from tests.support.models.tiny_models import FAMILIES, VOCABULARY_SIZE, save_tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings, write_jsonl
-from tests.support.loading import load, logits, save_model
+from tests.support.models.loading import load, logits, save_model
 
 POSITIONS = 64
 IDS = torch.arange(20, 20 + 2 * POSITIONS)[None]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.demo.demonstration import ASSETS, DEMO_SETTINGS
-from tests.support.demo_losses import NUM_STEPS, first_losses, golden_file, golden_losses
+from tests.support.runs.demo_losses import NUM_STEPS, first_losses, golden_file, golden_losses
 
 REFERENCE = Path(__file__).parents[3] / "docs" / "explanation" / "training_step.py"
 # The two sum the same terms in another order: the trained tokens alone are projected, chunk by chunk. In fp32, that

@@ -26,9 +26,17 @@ from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.training.conftest import KillAt
-from tests.support.forks import cpu_seconds_of
-from tests.support.killed_runs import EXACT, Copier, adapter_of, assert_same, metrics_of, place_killed, stopped_at
-from tests.support.training_process import SignalAt, start_training
+from tests.support.processes.forks import cpu_seconds_of
+from tests.support.processes.killed_runs import (
+    EXACT,
+    Copier,
+    adapter_of,
+    assert_same,
+    metrics_of,
+    place_killed,
+    stopped_at,
+)
+from tests.support.processes.training_process import SignalAt, start_training
 
 NUM_KILLS = 10
 

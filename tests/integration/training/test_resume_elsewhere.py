@@ -11,7 +11,7 @@ from qlora_cli.events import TrainingResumed
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.integration.training.conftest import KillAt
-from tests.support.killed_runs import (
+from tests.support.processes.killed_runs import (
     EXACT,
     Copier,
     Killed,

@@ -13,7 +13,7 @@ from qlora_cli.errors import QloraError
 from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, seal
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
-from tests.support.killed_runs import kill_after
+from tests.support.processes.killed_runs import kill_after
 
 FAST = {"training__max_steps": 3, "training__save_steps": 1, "training__gradient_accumulation_steps": 1}
 WEIGHTS = "adapter_model.safetensors"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_cli.runs.report.run_page import write_report
-from tests.support.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
-from tests.support.run_directories import a_record, step_done, write_run
+from tests.support.processes.browser import DARK_SCHEME, Browser, find_browser, frame, share_of, with_script
+from tests.support.runs.run_directories import a_record, step_done, write_run
 from tests.unit.runs.test_run_report import events_of_a_run, hostile_record
 
 PHONE_WIDTH, PHONE_HEIGHT = 390, 844

@@ -18,7 +18,7 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
-from tests.support.training_process import INTERRUPTED, SignalAt, start_training
+from tests.support.processes.training_process import INTERRUPTED, SignalAt, start_training
 
 LONG: dict[str, object] = {
     "lora__dropout": 0.1,

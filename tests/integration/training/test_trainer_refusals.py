@@ -10,7 +10,7 @@ from qlora_cli.events import StepDone
 from qlora_cli.training import session
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, RunQlora, train_settings
-from tests.support.training_process import SignalAt
+from tests.support.processes.training_process import SignalAt
 
 
 def refuse(*_: object, **__: object) -> None:

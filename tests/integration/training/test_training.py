@@ -24,7 +24,7 @@ from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.session import Session
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
-from tests.support.shallow_model import NUM_LAYERS
+from tests.support.models.shallow_model import NUM_LAYERS
 
 
 def base_digest(model: torch.nn.Module) -> str:

@@ -22,7 +22,7 @@ from qlora_cli.training.determinism import VARIABLES
 from qlora_cli.training.lora_plus import scale_b_learning_rate
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.loading import load, save_model
+from tests.support.models.loading import load, save_model
 
 RATIO = 8.0
 ON_CPU = [optimizer for optimizer in Optimizer if not optimizer.is_paged]

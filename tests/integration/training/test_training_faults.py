@@ -27,7 +27,7 @@ from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
 from qlora_cli.units import format_bytes
 from tests.conftest import Recorder, train_settings, write_jsonl
-from tests.support.shallow_model import NUM_LAYERS
+from tests.support.models.shallow_model import NUM_LAYERS
 
 
 def messages(question: str, answer: str) -> dict[str, Any]:

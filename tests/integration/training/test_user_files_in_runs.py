@@ -11,7 +11,7 @@ import pytest
 from qlora_cli.events import Noted, StepDone
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
-from tests.support.killed_runs import kill_after
+from tests.support.processes.killed_runs import kill_after
 
 FAST = {
     **{"training__max_steps": 5, "training__save_steps": 1, "training__gradient_accumulation_steps": 1},

@@ -21,9 +21,9 @@ from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, train_settings
-from tests.support.killed_runs import kill_after
-from tests.support.loading import load
-from tests.support.training_process import SignalAt
+from tests.support.models.loading import load
+from tests.support.processes.killed_runs import kill_after
+from tests.support.processes.training_process import SignalAt
 
 WEIGHTS = "adapter_model.safetensors"
 CHANGED: dict[str, object] = {"training__max_steps": 6, "training__save_steps": 1, "training__learning_rate": 0.01}

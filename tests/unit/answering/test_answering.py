@@ -27,7 +27,7 @@ from qlora_cli.settings.models import SECTIONS, AnswerSettings, GenerateSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.visible import escape_controls
-from tests.support.chat_tokenizers import make_sentencepiece, make_tokenizer
+from tests.support.models.chat_tokenizers import make_sentencepiece, make_tokenizer
 
 HOSTILE = "[bold]a\x1b[2J\x07\x9b1m\u202eb\nc\td\r"
 PROMPT = "What does os.getcwd() do?"

@@ -20,8 +20,8 @@ from qlora_cli.evaluating.statistics import perplexity_of, ratio_stderr, summari
 from qlora_cli.events import EvaluationAdvanced, Noted
 from qlora_cli.settings.models import DataSettings
 from tests.conftest import Recorder, write_jsonl
-from tests.support.chat_tokenizers import make_tokenizer
-from tests.support.tiny_models import tiny_model
+from tests.support.models.chat_tokenizers import make_tokenizer
+from tests.support.models.tiny_models import tiny_model
 
 LENGTHS = (5, 9, 17, 30, 12, 23)
 # Heads that scale, cap or bias their logits, layers with a state, experts, and a plain one.

@@ -16,7 +16,7 @@ from transformers.masking_utils import causal_mask_function
 
 from qlora_cli.attention import blockwise
 from qlora_cli.attention.blockwise import blockwise_attention, mask_by_block, register_blockwise
-from tests.support.tiny_models import COMMON, EXPERTS, VOCABULARY_SIZE
+from tests.support.models.tiny_models import COMMON, EXPERTS, VOCABULARY_SIZE
 
 # The causal language models of transformers that know flex attention, whose mask is no tensor either, and not SDPA.
 FAMILIES = ("flint", "gemma2", "gpt_oss", "granite_swa", "granitemoe_swa", "vaultgemma")

@@ -8,7 +8,7 @@ from qlora_cli.attention.choice import choose_attention
 from qlora_cli.attention.expanded_heads import EXPANDED_SDPA
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.settings.choices import Attention
-from tests.support.tiny_models import tiny_model
+from tests.support.models.tiny_models import tiny_model
 
 T4, A100, RTX_4090 = (7, 5), (8, 0), (8, 9)
 BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32

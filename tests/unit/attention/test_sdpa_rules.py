@@ -6,7 +6,7 @@ from torch import nn
 
 from qlora_cli.attention.sdpa_rules import choose_backend, representative_capability, stores_grouped_scores
 from qlora_cli.settings.choices import SdpaBackend
-from tests.support.tiny_models import tiny_model
+from tests.support.models.tiny_models import tiny_model
 
 T4, A100, RTX_3090, RTX_4090, H100, RTX_5090 = (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)
 SMALL_SHARED_MEMORY = (RTX_3090, (8, 7), RTX_4090, RTX_5090, (12, 1))

@@ -18,7 +18,7 @@ from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.units import GIB, MIB
-from tests.support.predictions import (
+from tests.support.models.predictions import (
     CATALOGUE_FITS,
     COMPONENTS,
     FIGURES,

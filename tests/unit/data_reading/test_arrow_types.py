@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.reading.raw import Selection
 from qlora_cli.data.reading.readers import read_rows
-from tests.support.reading import read
+from tests.support.data.reading import read
 
 MOST_VALUES = 6
 BAD = object()  # what can't be read

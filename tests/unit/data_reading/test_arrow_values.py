@@ -22,7 +22,7 @@ from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
-from tests.support.reading import read, values_of, write
+from tests.support.data.reading import read, values_of, write
 
 Array = Any
 FAR_FUTURE = 2**62

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.data_directories import files_of, notes_of, refusal
+from tests.support.data.data_directories import files_of, notes_of, refusal
 
 CARD = """---
 license: mit

@@ -16,7 +16,7 @@ from qlora_cli.data.reading.readers import RawRow, read_rows, selection_for
 from qlora_cli.data.rows.examples import Unreadable
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
-from tests.support.reading import problems_of, read, values_of, write
+from tests.support.data.reading import problems_of, read, values_of, write
 
 MIB = 1024**2
 

@@ -25,7 +25,7 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.units import MIB
-from tests.support.reading import problems_of, read, values_of, write
+from tests.support.data.reading import problems_of, read, values_of, write
 
 DEEP = "nested too deeply to be read (more than 100 lists and objects in each other)"
 

@@ -20,7 +20,7 @@ from qlora_cli.data.reading import hub_rows
 from qlora_cli.data.reading.raw import estimate_bytes
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.errors import DataError, MissingDependencyError
-from tests.support.reading import problems_of, read, values_of, write
+from tests.support.data.reading import problems_of, read, values_of, write
 
 MIB = 1024**2
 

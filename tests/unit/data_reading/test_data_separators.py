@@ -9,7 +9,7 @@ from qlora_cli.data.finding.sources import find_dataset
 from qlora_cli.data.opening.train_and_eval import source_notes
 from qlora_cli.data.reading.separators import SAMPLE_BYTES, detect_separator
 from qlora_cli.errors import DataError
-from tests.support.reading import problems_of, read, values_of, write
+from tests.support.data.reading import problems_of, read, values_of, write
 
 ROWS = [{"question": "Name a metal, please.", "answer": 'Iron; "or" zinc.'}, {"question": "And\ta", "answer": "b|c"}]
 

@@ -17,7 +17,7 @@ from qlora_cli.data.finding.split_names import SEPARATORS, SPLIT_WORDS, splits_i
 from qlora_cli.data.opening.train_and_eval import held_out_sources, overlapping_source, source_notes, trained_sources
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
-from tests.support.data_directories import files_of, notes_of, refusal
+from tests.support.data.data_directories import files_of, notes_of, refusal
 
 
 def test_the_keywords_of_splits_are_those_of_datasets() -> None:

@@ -16,7 +16,7 @@ from qlora_cli.data.opening.layouts import open_rows
 from qlora_cli.data.reading.json_text import WINDOW_BYTES
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
-from tests.support.reading import problems_of, read, values_of, write
+from tests.support.data.reading import problems_of, read, values_of, write
 
 ROWS = [{"question": "q", "answer": "a"}, {"question": "q2", "answer": "a2"}]
 COLUMNS = {"question": ["q", "q2"], "answer": ["a", "a2"]}

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.rows.row_reader import RESERVED_VARIABLES
-from tests.support.preparing import CHATML, make_tokenizer, prepare, refusal, trained, whole
+from tests.support.data.preparing import CHATML, make_tokenizer, prepare, refusal, trained, whole
 
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}
 TWO = {"role": "assistant", "content": "2"}

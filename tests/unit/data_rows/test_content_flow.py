@@ -13,7 +13,7 @@ from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import SHIPPED, TEMPLATES, tokenizer_with
-from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
+from tests.support.models.chat_tokenizers import FAMILIES, make_tokenizer
 
 EACH = "{{% for message in messages %}}[{{{{ message.role }}}}]{}</s>{{% endfor %}}"
 # Contents that templates test, or that look like a part of a template.

@@ -13,8 +13,8 @@ from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.tokenizing.tokens import RowTokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
 from tests.chat_templates import OWN, SHIPPED, TEMPLATES, tokenizer_with
-from tests.support.chat_tokenizers import make_tokenizer
-from tests.support.drawn_rows import Drawn, draw_row
+from tests.support.data.drawn_rows import Drawn, draw_row
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 SEEDS = range(25)  # benchmarks/rows_rendered.py draws more
 # They end no turn, or prompt for a thought that they remove from every answer.

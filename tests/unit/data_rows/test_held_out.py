@@ -18,7 +18,7 @@ from qlora_cli.errors import DataError, SettingsError
 from qlora_cli.settings.models import DataSettings, TrainingSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import write_jsonl
-from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 TEXT = make_tokenizer("chatml")
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from qlora_cli.data.rows.examples import IGNORE_INDEX, Conversation, PromptCompl
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.data.tokenizing.tokens import RowTokenizer, Tokens
 from qlora_cli.settings.choices import LossOn
-from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
+from tests.support.models.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_sentencepiece, make_tokenizer
 
 TOKENIZERS = {family: make_tokenizer(family) for family in FAMILIES}
 # Those of a data set of all the conversations that are drawn.

@@ -10,7 +10,7 @@ from qlora_cli.data.rows.examples import REASONING_KEYS, Conversation, RowError,
 from qlora_cli.data.rows.messages import KNOWN_MESSAGE_KEYS
 from qlora_cli.data.rows.train_switches import SWITCHES
 from qlora_cli.settings.choices import LossOn
-from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat, problem, read, reader_of
+from tests.support.data.reading_rows import ANSWER, AS_SERVED, CALL, TEXT, USER, chat, problem, read, reader_of
 
 
 @pytest.mark.parametrize(("key", "is_upright"), SWITCHES.items())

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_cli.data.rows.examples import RowError
-from tests.support.reading_rows import ANSWER, AS_SERVED, CALL, USER, chat, problem
+from tests.support.data.reading_rows import ANSWER, AS_SERVED, CALL, USER, chat, problem
 
 CALLING = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
 ONE_CALL = [

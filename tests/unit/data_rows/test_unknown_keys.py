@@ -14,7 +14,7 @@ from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
 from tests.chat_templates import tokenizer_with
-from tests.support.preparing import make_tokenizer, prepare
+from tests.support.data.preparing import make_tokenizer, prepare
 
 HELD = "held9q"
 WRITES = (

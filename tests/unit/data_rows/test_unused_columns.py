@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import DataError
 from qlora_cli.settings.choices import DataFormat
-from tests.support.preparing import make_tokenizer, prepare, prepare_file, refusal, trained
+from tests.support.data.preparing import make_tokenizer, prepare, prepare_file, refusal, trained
 
 Row = dict[str, Any]
 ASK, ANSWER = {"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}

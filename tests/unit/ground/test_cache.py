@@ -9,8 +9,8 @@ from qlora_cli import cache
 from qlora_cli.data.tokenizing import encode
 from qlora_cli.errors import UsageError
 from qlora_cli.memory import prediction_cache
-from tests.support.predictions import REPORT
-from tests.support.source_imports import imports_of
+from tests.support.models.predictions import REPORT
+from tests.support.source.source_imports import imports_of
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from qlora_cli.loss.chunked_loss import token_losses, trained_tokens
 from qlora_cli.loss.output_head import backbone_of, check_head, output_head
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.settings.models import LoraSettings
-from tests.support.tiny_models import COMMON, FAMILIES, tiny_model
+from tests.support.models.tiny_models import COMMON, FAMILIES, tiny_model
 
 IDS = torch.randint(3, 127, (2, 24), generator=torch.Generator().manual_seed(0))
 REFUSED = {"llama4_text"}  # its class does not name its layers

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora_cli.memory.tracing.functions import IN_16_BIT, IN_FP32, GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.trace import MemoryTrace
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 A100 = (8, 0)
 Function = Callable[..., torch.Tensor]

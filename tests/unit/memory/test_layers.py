@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from qlora_cli.memory.tracing.layers import LayerStack, contexts, find_stack, reduce_to, renamed, representatives
 from qlora_cli.quantization.storage_plan import build_on_meta
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 
 def on_meta(family: str, **changes: Any) -> PreTrainedModel:

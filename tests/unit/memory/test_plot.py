@@ -16,7 +16,7 @@ from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.plot import draw, memory_lines, plot_sweep, select_gpus, sizes_with_labels, spread_labels
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.units import GIB
-from tests.support.predictions import REPORT, RTX_4090, T4, grid, sweep_point
+from tests.support.models.predictions import REPORT, RTX_4090, T4, grid, sweep_point
 
 GRID = replace(REPORT, sweep=grid())
 SHORT = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in (256, 512, 1024, 2048)))

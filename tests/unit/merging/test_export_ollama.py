@@ -13,7 +13,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted
 from qlora_cli.merging.exports.ollama import OllamaExport, check_ollama, write_modelfile
 from tests.conftest import Recorder
-from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.models.chat_tokenizers import make_tokenizer
 
 Write = Callable[..., OllamaExport]
 

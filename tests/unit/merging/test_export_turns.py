@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.exports.go_template import go_template, literal
 from qlora_cli.merging.exports.template_turns import SystemPosition, derive_turns, strips_contents, writes_bos
-from tests.support.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_tokenizer
+from tests.support.models.chat_tokenizers import CHATML, FAMILIES, REASONING, TRIMS, make_tokenizer
 
 # In the style of common templates, by the family whose tokens they use.
 DEFAULT_SYSTEM = (

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from qlora_cli.errors import ModelError
 from qlora_cli.merging.planning.conversions import Conversions, read_conversions
 from qlora_cli.quantization.storage_plan import build_on_meta
-from tests.support.tiny_models import tiny_config, tiny_model
+from tests.support.models.tiny_models import tiny_config, tiny_model
 
 # Tensors stored one by one and stacked, joined and stacked, joined, renamed, transposed, and unchanged.
 FAMILIES = [

@@ -11,7 +11,7 @@ from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings, MergeSettings
 
 ORDERS = list(chain.from_iterable(permutations(ExportFormat, number) for number in range(1, len(ExportFormat) + 1)))
-CONVERTER = Path(__file__).parents[2] / "support" / "gguf_converter.py"
+CONVERTER = Path(__file__).parents[2] / "support" / "runs" / "gguf_converter.py"
 OUTPUT = Path("out")
 
 

@@ -13,7 +13,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.model_config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 
 def source(path: Path, model_type: str, **values: object) -> ModelSource:

@@ -23,7 +23,7 @@ from qlora_cli.model_files.construction import (
 from qlora_cli.model_files.model_config import config_from, read_config
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.storage_plan import build_on_meta
-from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, tiny_config
+from tests.support.models.tiny_models import FAMILIES, VOCABULARY_SIZE, tiny_config
 
 BROKEN: Mapping[str, Any] = {
     "pad_token_id": VOCABULARY_SIZE,

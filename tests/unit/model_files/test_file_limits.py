@@ -19,7 +19,7 @@ from qlora_cli.model_files.source import find_model
 from qlora_cli.settings.models import ModelSettings
 from qlora_cli.tokenizing.tokenizer_limits import check_tokenizer_files
 from qlora_cli.units import GIB, MIB
-from tests.support.loading import save_model
+from tests.support.models.loading import save_model
 
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "processor_config.json")
 JSON_FILES = (

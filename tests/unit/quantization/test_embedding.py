@@ -17,8 +17,8 @@ from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, ModelSettings, QuantizationSettings
 from qlora_cli.settings.settle import resolved_in_code
-from tests.support.loading import save_model
-from tests.support.tiny_models import tiny_config, tiny_model
+from tests.support.models.loading import save_model
+from tests.support.models.tiny_models import tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -22,7 +22,7 @@ from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from qlora_cli.units import GIB, MIB
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is a label: nothing is put on it
 LEVELS_BYTES = 16 * 4

@@ -10,7 +10,7 @@ from qlora_cli.settings.choices import METHODS, Quantization, quant_flag
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import UNQUANTIZED, QuantizationSettings
 from qlora_cli.settings.settle import with_values
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 CUDA = torch.device("cuda")  # a label: nothing is put on it
 WAYS = {

@@ -13,7 +13,7 @@ from qlora_cli.runs.report.loss_chart import BEST, OUTSIDE, SAVED, SKIPPED
 from qlora_cli.runs.report.run_charts import charts_of
 from qlora_cli.runs.report.run_page import drawn_charts
 from qlora_cli.runs.report.step_chart import MAX_MARKS, MAX_STRETCHES, RunChart
-from tests.support.run_directories import a_record, eval_done, step_done, write_run
+from tests.support.runs.run_directories import a_record, eval_done, step_done, write_run
 
 NAN, INF = float("nan"), float("inf")
 

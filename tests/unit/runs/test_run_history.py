@@ -26,7 +26,7 @@ from qlora_cli.runs import history as history_module
 from qlora_cli.runs.history import RunHistory, read_history
 from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
 from qlora_cli.units import MIB
-from tests.support.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
+from tests.support.runs.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
 
 NUM_EVENTS = 20_000
 STARTED = TrainingStarted(num_steps=10, output=Path("run"))

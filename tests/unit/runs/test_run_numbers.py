@@ -20,7 +20,7 @@ from qlora_cli.runs.report.run_page import report_page
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.units import format_bytes, format_count, format_duration
 from tests.fuzzing.run_files import EVENTS, MORE, RESULT
-from tests.support.run_directories import a_record, write_run
+from tests.support.runs.run_directories import a_record, write_run
 
 NUMBERS = (10**400, 10**4_000, 2**63, -(2**63), 1e308, math.inf, -math.inf, math.nan, -1, 0)
 STEPS = [number for number, event in enumerate(EVENTS) if event["event"] == "step_done"]

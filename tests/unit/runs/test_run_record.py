@@ -26,7 +26,7 @@ from qlora_cli.runs.record import (
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.resuming.resume import find_resume, output_problem
-from tests.support.run_directories import a_record
+from tests.support.runs.run_directories import a_record
 
 VERSION_0 = Path(__file__).parents[2] / "records_of_version_0"  # as qlora wrote them before records had a version
 

@@ -20,7 +20,7 @@ from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.report import run_page
 from qlora_cli.runs.report.run_page import report_page, write_report
 from qlora_cli.visible import visible
-from tests.support.run_directories import HOSTILE, SCRIPT, a_record, eval_done, sample_done, step_done, write_run
+from tests.support.runs.run_directories import HOSTILE, SCRIPT, a_record, eval_done, sample_done, step_done, write_run
 from tests.unit.data_rows.test_data_page import Element, parse
 
 

@@ -15,7 +15,7 @@ from qlora_cli.events import Event, Rehearsed, TrainingEnded, TrainingResumed, T
 from qlora_cli.runs.find_runs import find_runs, is_run, read_run
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import GIB
-from tests.support.run_directories import START, a_record, eval_done, step_done, write_run
+from tests.support.runs.run_directories import START, a_record, eval_done, step_done, write_run
 
 HERE = {"host": socket.gethostname()}
 STEPS: list[Event] = [step_done(step) for step in range(1, 11)]

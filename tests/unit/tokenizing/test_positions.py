@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from qlora_cli.errors import ModelError
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, num_positions
-from tests.support.tiny_models import tiny_config
+from tests.support.models.tiny_models import tiny_config
 
 POSITIONS = 128  # of the tiny models
 # Rotary on the whole head, a part of it, the rotary part of a latent head, and on some layers only.

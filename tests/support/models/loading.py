@@ -13,7 +13,7 @@ from qlora_cli.loading.loader import LoadedModel, load_model
 from qlora_cli.settings.models import LoadSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.conftest import ASSETS
-from tests.support.tiny_models import save_tiny
+from tests.support.models.tiny_models import save_tiny
 
 IDS = torch.arange(20, 60)[None]  # of the bundled tokenizer, whose 3072 ids all have rows
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

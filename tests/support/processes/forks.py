@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.support.imported_early"])
+FORKS.set_forkserver_preload(["tests.support.processes.imported_early"])
 # What variables are called that are read by an import, or by Python as it starts.
 READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
 MOST_SECONDS = 300.0

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.cli.app import main
-from tests.support.forks import redirect, start_process
+from tests.support.processes.forks import redirect, start_process
 
 
 def start_hanging_save(arguments: list[str], marker: Path) -> BaseProcess:

@@ -5,7 +5,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from qlora_cli.cli.app import app
-from tests.support.forks import redirect, start_process
+from tests.support.processes.forks import redirect, start_process
 
 
 def _merge(arguments: list[str], log: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tests.support.loading import save_model
-from tests.support.reference_models import ROWS
+from tests.support.models.loading import save_model
+from tests.support.models.reference_models import ROWS
 
 MOE = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "deepseek_v3", "gpt_oss", "phimoe"),

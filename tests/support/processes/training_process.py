@@ -12,7 +12,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
-from tests.support.forks import redirect, start_process
+from tests.support.processes.forks import redirect, start_process
 
 INTERRUPTED = 77  # the exit code of a run that a signal stopped
 

@@ -19,8 +19,8 @@ from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import LoraSettings
-from tests.support.loading import asked_load, load, logits
-from tests.support.reference_models import IDS
+from tests.support.models.loading import asked_load, load, logits
+from tests.support.models.reference_models import IDS
 
 PREFIX = "base_model.model."
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.support.private_names import source_of
+from tests.support.source.private_names import source_of
 
 TORCH = "torch 2.13.0"
 TRANSFORMERS = "transformers 5.23.0"

@@ -37,10 +37,10 @@ from qlora_cli.merging.write import write_weights
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_cli.settings.choices import BaseWeights, MergeDtype
 from qlora_cli.settings.models import MergeCommandSettings
-from tests.support.adapters import PREFIX, settings_of
-from tests.support.loading import load, logits
-from tests.support.merge_command import merge_settings
-from tests.support.reference_models import IDS, load_plain
+from tests.support.models.adapters import PREFIX, settings_of
+from tests.support.models.loading import load, logits
+from tests.support.models.reference_models import IDS, load_plain
+from tests.support.runs.merge_command import merge_settings
 
 Tensors = Mapping[str, torch.Tensor]
 

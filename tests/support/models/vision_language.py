@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from tests.support.loading import copy_tokenizer
-from tests.support.reference_models import ROWS
-from tests.support.tiny_models import COMMON, EXPERTS, LINEAR_ATTENTION
+from tests.support.models.loading import copy_tokenizer
+from tests.support.models.reference_models import ROWS
+from tests.support.models.tiny_models import COMMON, EXPERTS, LINEAR_ATTENTION
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "num_hidden_layers": 1}

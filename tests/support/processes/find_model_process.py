@@ -1,6 +1,6 @@
 """Find a model as every command does, in a process of its own: the hub's client reads its environment when imported.
 
-    python -m tests.support.find_model_process '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
+    python -m tests.support.processes.find_model_process '{"name": "owner/tiny", "revision": "main"}' [WAIT ...]
 
 With waits, the seconds between two attempts, all files of the repository are fetched.
 Prints one JSON object per line: the events, then the source or the error.

@@ -14,7 +14,7 @@ from qlora_cli.loading import load_plan, loader, save
 from qlora_cli.memory import memory_report
 from qlora_cli.merging import merge_run
 from qlora_cli.training import train_run
-from tests.support import merge_process, training_process
+from tests.support.processes import merge_process, training_process
 
 MODULES = (
     *(answer_prompts, conversation, open_model, inspection, demonstration, all_checks, evaluation),

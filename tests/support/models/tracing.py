@@ -12,7 +12,7 @@ from qlora_cli.memory.tracing.training_step import StepSettings
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
-from tests.support.tiny_models import FAMILIES, tiny_config
+from tests.support.models.tiny_models import FAMILIES, tiny_config
 
 CUDA = torch.device("cuda")
 LISTS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")

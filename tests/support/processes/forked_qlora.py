@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 
-from tests.support.forks import MOST_SECONDS, end_of, start_command
+from tests.support.processes.forks import MOST_SECONDS, end_of, start_command
 
 # Asks for its work to be done, hands on the signals that it is sent, and ends as the forked process ends.
 CLIENT = """#!{python} -IBS

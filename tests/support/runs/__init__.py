@@ -1,0 +1,1 @@
+"""Runs and merges, made or described."""

@@ -1,0 +1,1 @@
+"""What tests read from the source of the package."""
