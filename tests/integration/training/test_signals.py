@@ -88,7 +88,7 @@ def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_resumes_exac
 def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Steps that take long, of which the first is done: before that, one signal is enough.
-    changed = {**LONG, "training__gradient_accumulation_steps": 600, "training__max_steps": 2}
+    changed = {**LONG, "training__gradient_accumulation_steps": 200, "training__max_steps": 2}
     settings = train_settings(base_model, ASSETS / "train.jsonl", run, **changed)
     process = start_training(settings, tmp_path / "log")
     wait_for(process, lambda: steps_of(run) == [1])
