@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.settings.choices import Checkpointing
 from tests.support.models.adapters import load_for, settings_of, train_steps
+from tests.support.models.four_bit_lora import CountOperations
 from tests.support.models.loading import save_model
 from tests.support.models.reference_models import IDS, ROWS
 
@@ -25,18 +25,6 @@ ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 # Families with grouped keys and values, Conv1D, biases, soft caps, experts, and attention of another kind.
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe", "qwen3_next")
 CHECKPOINTED = (Checkpointing.ON, Checkpointing.SELECTIVE)
-
-
-class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[operation.name()] += 1
-        return operation(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
