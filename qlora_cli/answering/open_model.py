@@ -16,8 +16,10 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.model_files.merged import requantization_note
 from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.value_sources import GIVEN
 from qlora_cli.tokenizing.positions import num_positions
 
 NO_TEMPLATE = "the tokenizer has no chat template: a prompt is continued as plain text"
@@ -108,6 +110,10 @@ def open_model(
     notes = () if tokenizer.chat_template is not None else (NO_TEMPLATE,)
     for note in notes:
         reporter.report(Noted(message=note))
+    is_chosen = asked.origin_of("quantization.method").kind in GIVEN
+    if load_plan.layout.is_quantized and not is_chosen and (again := requantization_note(load_plan.source.path)):
+        reporter.report(Noted(level="warning", message=again))
+        notes = (*notes, again)
     loaded = load_planned(load_plan, reporter)
     answerer = Answerer(
         tokenizer=loaded.tokenizer,

@@ -7,7 +7,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.digest import file_digest
 from qlora_cli.model_files.given_model import CONFIG
-from qlora_cli.model_files.merge_record import read_merge_record
+from qlora_cli.model_files.merge_record import MERGE_FILE, read_merge_record
 from qlora_cli.model_files.model_config import quantization_config_of
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
@@ -62,6 +62,13 @@ def settings_of_merged(path: Path, model: ModelSettings, dtype: ComputeDtype) ->
     )
     quantization = QuantizationSettings() if _is_quantized(path) else UNQUANTIZED
     return LoadSettings(model=settings, quantization=quantization)
+
+
+def requantization_note(model: Path) -> str | None:
+    """Return in words that `model`, which is loaded quantized, was merged to 16 bit; None if it was not."""
+    if not (model / MERGE_FILE).is_file() or _is_quantized(model):
+        return None
+    return f"{model} is quantized again, and so answers differently than it was merged: --quant none loads it as it is"
 
 
 def _is_quantized(model: Path) -> bool:

@@ -1,5 +1,6 @@
 """Answers of real models: the base under any adapter, the adapter as it was trained, and the merged model."""
 
+import shutil
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from qlora_cli.settings.models import AnswerSettings, LoadSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
-from tests.conftest import ASSETS, Recorder, train_settings
+from tests.conftest import ASSETS, Recorder, RunQlora, train_settings
 from tests.support.models.adapters import adapt, settings_of, train_steps
 from tests.support.models.experts import save_moe
 from tests.support.models.loading import asked_load, copy_tokenizer, load, save_model
@@ -175,6 +176,22 @@ def test_the_merged_model_of_a_run_is_found_and_answers_as_adapter_and_base_toge
     assert answers["adapter"] == answers["merged"] != answers["base"]
     assert report.merged == ended.run / "merged"
     assert report.answers[0].differ is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_noted"), [([], True), (["--quant", "none"], False), (["--quant", "nf4"], False)]
+)
+def test_a_merged_model_that_is_quantized_again_unasked_is_noted(
+    ended: Ended, tmp_path: Path, run_qlora: RunQlora, flags: list[str], is_noted: bool
+) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(ended.merged, merged)
+    arguments = ["generate", str(merged), "--prompt", "Hello", "--max-new-tokens", "1", *flags]
+    assert "quantized again" not in run_qlora(*arguments).stderr  # not known to be merged
+    (merged / "merge.json").write_text("{}", encoding="utf-8")
+    done = run_qlora(*arguments)
+    assert done.code == 0
+    assert ("is quantized again" in done.stderr) is is_noted
 
 
 def test_a_merged_model_is_compared_with_a_plain_base_too(ended: Ended, base_model: Path) -> None:
