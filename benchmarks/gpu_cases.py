@@ -32,6 +32,10 @@ class Case:
 KERNELS = Case(name="kernels", size=None, num_steps=0, num_warmup_steps=0, is_timed=True)
 
 
+# Planned for the GPU, it would be off on one that is large.
+CHECKPOINTED = {"training.gradient_checkpointing": "on"}
+
+
 def _values(settings: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in settings.items()}
 
@@ -49,7 +53,7 @@ def _memory(size: str, what: str, needs: str | None = None, **settings: Any) -> 
     return Case(
         name=f"{size}-memory-{what}",
         size=size,
-        settings=_values(settings),
+        settings=CHECKPOINTED | _values(settings),
         num_steps=3,
         num_warmup_steps=1,
         needs=needs,
@@ -61,7 +65,7 @@ def _step(size: str, what: str, *, is_profiled: bool = False, timeout_seconds: f
     return Case(
         name=f"{size}-step-{what}",
         size=size,
-        settings=_values(settings),
+        settings=CHECKPOINTED | _values(settings),
         is_timed=True,
         is_profiled=is_profiled,
         timeout_seconds=timeout_seconds,
@@ -120,6 +124,7 @@ FIRST_STEP_CASES = (
 )
 MORE_STEP_CASES = (
     _step("8b", "public", **PUBLIC),
+    _step("8b", "public-planned", **PUBLIC, training__gradient_checkpointing="auto"),
     _step("8b", "public-no-checkpointing", **PUBLIC, training__gradient_checkpointing="off"),
     _step("8b", "2048-compiled", data__max_length=2048, training__torch_compile=True, timeout_seconds=120),
     _step("8b", "2048-offload", data__max_length=2048, training__gradient_checkpointing="offload"),

@@ -10,6 +10,7 @@ from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
+from qlora_cli.memory.plan import is_open, plan_run
 from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
@@ -70,16 +71,19 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
 def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
-    settings = estimator.settled(request.asked).settings
+    asked = estimator.settled(request.asked).settings
+    plans = [plan_run(asked, gpu, estimator.estimate) for gpu in request.gpus] if is_open(asked) else []
+    settings: EstimateSettings = plans[0].settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
     traced = estimator.traced(settings, gpu)
     incapable: tuple[str, ...] = ()
     if request.gpus:
-        fits = tuple(judge_fit(estimator.estimate(settings, gpu), gpu) for gpu in request.gpus)
+        estimates = [planned.estimate for planned in plans] or [estimator.estimate(asked, gpu) for gpu in request.gpus]
+        fits = tuple(judge_fit(estimate, gpu) for estimate, gpu in zip(estimates, request.gpus, strict=True))
     else:
-        fits, incapable = _over_catalogue(settings, estimator)
+        fits, incapable = _over_catalogue(asked, estimator)
     misses = request.gpus and fits[0].fits != YES
     return MemoryReport(
         model=facts.name,
@@ -97,12 +101,13 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         reason=estimate.reason,
         paged_bytes=estimate.paged_bytes,
         pinned_host_bytes=estimate.pinned_host_bytes,
+        plan=plans[0].plan if plans else None,
         fits=fits,
-        smallest_gpu=_smallest(settings, estimator),
+        smallest_gpu=_smallest(asked, estimator),
         suggestions=suggest(settings, gpu, estimator.estimate, estimate) if misses else (),
-        solutions=_solutions(request, settings, estimator),
-        sweep=sweep(request.swept(settings), settings, gpu, estimator.estimate) if request.sweep else (),
-        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, settings, gpu, incapable)),
+        solutions=_solutions(request, asked, estimator),
+        sweep=sweep(request.swept(asked), asked, gpu, estimator.estimate) if request.sweep else (),
+        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
         estimate_seconds=0.0,
     )
 
@@ -171,6 +176,11 @@ def _assumptions(
     sentences = []
     if not request.gpus:
         sentences.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
+    if is_open(settings) and (request.solve or request.sweep or not request.gpus):
+        sentences.append(
+            "gradient checkpointing is chosen by the GPU; where its choice is not shown, figures are for on, which "
+            "takes the least without the host's memory"
+        )
     if incapable:
         sentences.append(f"not judged, since they can't compute with these settings: {', '.join(incapable)}")
     if settings.data.packing:

@@ -110,6 +110,7 @@ class GpuFit:
     """Whether a run fits on a GPU: `yes` with the whole error band, `no` even at its lower end, else `tight`.
 
     `margin_bytes` is the usable memory less that of the process; negative if it is too small.
+    `gradient_checkpointing` is that of the run, which may be chosen for the GPU.
     """
 
     gpu: str
@@ -119,6 +120,25 @@ class GpuFit:
     process_bytes: int
     process_high_bytes: int
     margin_bytes: int
+    gradient_checkpointing: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOption:
+    """One way to run: what is chosen for the settings left open, its memory, and whether it fits."""
+
+    gradient_checkpointing: str
+    process_bytes: int
+    process_high_bytes: int
+    fits: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The fastest run that fits on a GPU, and the two nearest to it in memory, the larger first."""
+
+    chosen: PlanOption
+    alternatives: tuple[PlanOption, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +180,7 @@ class MemoryReport:
 
     Attributes:
         fits: For the requested GPUs, or for every GPU of the catalogue.
+        plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
         suggestions: Changes that make the run fit on the first requested GPU, if it does not.
         assumptions: What the prediction takes for granted, in sentences.
@@ -180,6 +201,7 @@ class MemoryReport:
     reason: str
     paged_bytes: int
     pinned_host_bytes: int
+    plan: Plan | None
     fits: tuple[GpuFit, ...]
     smallest_gpu: str | None
     suggestions: tuple[Suggestion, ...]

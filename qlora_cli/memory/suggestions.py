@@ -74,6 +74,7 @@ def judge_fit(estimate: Estimate, gpu: Gpu) -> GpuFit:
         process_bytes=figures.process_bytes,
         process_high_bytes=figures.process_high_bytes,
         margin_bytes=gpu.usable_bytes - figures.process_bytes,
+        gradient_checkpointing=estimate.gradient_checkpointing,
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from peft import PeftModel
@@ -49,6 +50,7 @@ from qlora_cli.units import counted
 
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
+PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,15 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
+    outlook = _check_memory(settings, load_plan, rows, reporter, force=force)
+    if outlook is not None and outlook.planned is not None:
+        resolved = settle(resolved, [_planned(outlook.planned.values)])
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
         load_plan=load_plan,
         rows=rows,
-        outlook=_check_memory(settings, load_plan, rows, reporter, force=force),
+        outlook=outlook,
         resume=resume,
         num_steps=num_steps,
         started=started,
@@ -231,6 +236,25 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
         padding_share=_padding_share(resolved.settings, prepared.train_data),
     )
     return replace(prepared, resolved=resolved, plan=plan)
+
+
+def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
+    """Return the run as it is planned to take less memory; None if there is no such plan."""
+    outlook = prepared.outlook.leaner() if prepared.outlook is not None else None
+    if outlook is None or outlook.planned is None:
+        return None
+    resolved = settle(prepared.resolved, [_planned(outlook.planned.values)])
+    plan = replace(
+        prepared.plan,
+        gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
+        predicted_memory=outlook.predicted,
+    )
+    return replace(prepared, resolved=resolved, outlook=outlook, plan=plan)
+
+
+def _planned(values: Mapping[str, object]) -> InferredSettings:
+    # Also where `auto` was given.
+    return InferredSettings(values=values, origin=PLANNED, is_fixed=True)
 
 
 def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:

@@ -53,8 +53,17 @@ from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.resuming.loop_state import LoopState
 from qlora_cli.training.resuming.resume import given_settings, result_of_done
 from qlora_cli.training.run_notes import note_stream
-from qlora_cli.training.run_plan import PreparedRun, SettledRun, load_run, prepare_run, settle_run, with_micro_batch
+from qlora_cli.training.run_plan import (
+    PreparedRun,
+    SettledRun,
+    load_run,
+    prepare_run,
+    settle_run,
+    with_leaner_plan,
+    with_micro_batch,
+)
 from qlora_cli.training.session import Session
+from qlora_cli.units import counted
 from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
 
 ADAPTER_SECTIONS = ("lora", "model")  # sections that define an adapter
@@ -208,8 +217,8 @@ def _train(
                 return prepared, session.train()
             except RehearsalError as error:
                 session.trainer.abandon()
-                smaller = _smaller_micro_batch(prepared)
-                if smaller is None:
+                lowered = _lowered(prepared)
+                if lowered is None:
                     raise _explained(error, prepared, session) from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the last step is saved first
                 _save_last_step(session, error)
@@ -219,14 +228,25 @@ def _train(
             del session
             gc.collect()
             torch.cuda.empty_cache()
-            flags = smaller_micro_batch(prepared.plan, smaller)
-            reporter.report(
-                Noted(
-                    level="warning",
-                    message=f"{prepared.plan.micro_batch_size} rows at once do not fit in memory: lowered to {flags}",
-                )
-            )
-            prepared = with_micro_batch(prepared, smaller)
+            prepared, what = lowered
+            reporter.report(Noted(level="warning", message=what))
+
+
+def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:
+    """Return a run that takes less memory, and what is changed in words; None if nothing may or can be lowered.
+
+    What was planned is changed first, since the result stays the same.
+    """
+    plan = prepared.plan
+    rows = f"{counted(plan.micro_batch_size, 'row')} at once"
+    if (leaner := with_leaner_plan(prepared)) is not None:
+        before, now = plan.gradient_checkpointing, leaner.plan.gradient_checkpointing
+        return leaner, f"{rows} with gradient checkpointing {before} do not fit in memory: now {now}"
+    smaller = _smaller_micro_batch(prepared)
+    if smaller is None:
+        return None
+    flags = smaller_micro_batch(plan, smaller)
+    return with_micro_batch(prepared, smaller), f"{rows} do not fit in memory: lowered to {flags}"
 
 
 def _smaller_micro_batch(prepared: PreparedRun) -> int | None:

@@ -47,7 +47,7 @@ def test_training_on_cuda(base_model: Path, rows: Path, tmp_path: Path, optimize
         assert parameter.device.type == "cuda"
         if name in frozen:
             assert torch.equal(parameter, frozen[name])
-    assert prepared.plan.gradient_checkpointing == "on"
+    assert prepared.plan.gradient_checkpointing == "off"  # planned: the model is tiny
     assert result.final_loss is not None
     assert result.eval_loss is not None
     peak = result.peak_memory

@@ -13,6 +13,7 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.gpus import GPUS, Gpu
+from qlora_cli.memory.plan import describe
 from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, Solution, Suggestion
 from qlora_cli.units import GIB, format_count, format_duration
 
@@ -37,7 +38,7 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
     _section("Predicted peak", figure_lines(report))
     _section("What it is for", component_lines(report.components))
     _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
-    _section("Where it fits, in GiB", fit_lines(report.fits))
+    _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
     print_rows([("smallest GPU", _describe_smallest(report.smallest_gpu))])
     if report.suggestions:
         _section("What to change", suggestion_lines(report.suggestions))
@@ -74,6 +75,8 @@ def _rows(report: MemoryReport) -> list[Row]:
     rows = [("model", report.architecture), ("trained", trained)]
     rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in report.settings.items()))
     rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
+    if report.plan is not None:
+        rows += _wrapped("planned", describe(report.plan))
     rows.append(("answered in", format_duration(report.estimate_seconds)))
     return rows
 
@@ -139,12 +142,17 @@ def phase_lines(phases: Sequence[Phase], ruling: str, reason: str) -> list[str]:
     return lines + hanging(reason, "  ", "  ")
 
 
-def fit_lines(fits: Sequence[GpuFit]) -> list[str]:
-    """Return whether the run fits on each GPU, and what is left: one per line, or two if there are many."""
+def fit_lines(fits: Sequence[GpuFit], *, is_planned: bool = False) -> list[str]:
+    """Return whether the run fits on each GPU, and what is left: one per line, or two if there are many.
+
+    `is_planned`: checkpointing is chosen for each, and named.
+    """
     if len(fits) <= MAX_FIT_LINES:
         width = max((len(fit.gpu) for fit in fits), default=0)
         header = f"  {'':<{width}}  {'':<5} {'takes':>8} {'at most':>8} {'usable':>8} {'left':>8}"
-        return [header, *(_fit_line(fit, width) for fit in fits)]
+        lines = [header, *(_fit_line(fit, width) for fit in fits)]
+        chosen = ["checkpointing", *(fit.gradient_checkpointing for fit in fits)]
+        return [f"{line}  {name}" for line, name in zip(lines, chosen, strict=True)] if is_planned else lines
     lines = ["  what is left of each; below zero, what is missing"]
     for group, members in groupby(fits, key=lambda fit: fit.group):
         cells = [f"{fit.gpu:<22} {fit.fits:<5} {fit.margin_bytes / GIB:>+7.2f}" for fit in members]

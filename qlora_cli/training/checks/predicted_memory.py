@@ -9,6 +9,7 @@ from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.plan import PlannedRun, describe, is_open, plan_run
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
@@ -17,6 +18,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.runs.run_result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
+from qlora_cli.settings.settle import with_settings
 from qlora_cli.units import format_bytes
 
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
@@ -35,7 +37,8 @@ def current_gpu(load_plan: LoadPlan) -> Gpu | None:
 class Outlook:
     """The predicted memory of a run on its GPU, and how to reduce it.
 
-    `estimate_of` predicts other settings; `asked` are those of the run.
+    `estimate_of` predicts other settings; `asked` are those of the run. `planned` is what was chosen for it, if the
+    settings left something open.
     """
 
     predicted: PredictedMemory
@@ -43,6 +46,22 @@ class Outlook:
     asked: EstimateSettings
     gpu: Gpu
     estimate_of: Predict
+    planned: PlannedRun | None = None
+
+    def leaner(self) -> "Outlook | None":
+        """Return the outlook of the run with the plan that takes less memory than this one; None without one."""
+        if self.planned is None or not self.planned.leaner:
+            return None
+        values, *rest = self.planned.leaner
+        asked = with_settings(self.asked, values)
+        estimate = self.estimate_of(asked, self.gpu)
+        return replace(
+            self,
+            predicted=_as_predicted(estimate, judge_fit(estimate, self.gpu).fits),
+            estimate=estimate,
+            asked=asked,
+            planned=replace(self.planned, values=values, settings=asked, estimate=estimate, leaner=tuple(rest)),
+        )
 
     def suggestions(self) -> str:
         """Return the changes of flags that are predicted to fit, with their memory; empty if there are none."""
@@ -75,8 +94,13 @@ def check_memory(
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
     estimate_of = _contained(Estimator(facts, evaluates=evaluates).estimate)
+    planned = None
     try:
-        estimate = estimate_of(asked, gpu)
+        if is_open(asked):
+            planned = plan_run(asked, gpu, estimate_of)
+            asked, estimate = planned.settings, planned.estimate
+        else:
+            estimate = estimate_of(asked, gpu)
     except QloraError as error:
         reporter.report(Noted(level="warning", message=f"its memory can't be predicted: {error}"))
         return None
@@ -84,7 +108,11 @@ def check_memory(
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
     fit = judge_fit(estimate, gpu)
     predicted = _as_predicted(estimate, fit.fits)
-    outlook = Outlook(predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimate_of)
+    outlook = Outlook(
+        predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimate_of, planned=planned
+    )
+    if planned is not None:
+        reporter.report(Noted(message=f"planned: {describe(planned.plan)}"))
     if fit.fits != YES:
         suggestions = outlook.suggestions()
         what = (

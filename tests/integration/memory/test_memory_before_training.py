@@ -13,8 +13,9 @@ from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.settle import resolved_in_code
+from qlora_cli.settings.settle import resolved_in_code, with_values
 from qlora_cli.training.checks.predicted_memory import check_memory, current_gpu
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.units import MIB
@@ -46,7 +47,8 @@ def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, 
     predicted = outlook.predicted
     assert predicted.fits == "yes"
     assert 0 < predicted.allocated_bytes <= predicted.reserved_bytes <= predicted.process_bytes
-    assert not [event for event in reporter.events if isinstance(event, Noted)]
+    (note,) = [event for event in reporter.events if isinstance(event, Noted)]
+    assert note.message.startswith("planned: gradient checkpointing off: ")
 
 
 @pytest.mark.parametrize("error", [IndexError("no such layer"), RuntimeError("no meta kernel"), MemoryError()])
@@ -79,18 +81,26 @@ def test_force_continues_and_warns(settings: TrainSettings, load_plan: LoadPlan)
     assert outlook is not None
     predicted = outlook.predicted
     assert predicted.fits == "no"
-    (note,) = [event for event in reporter.events if isinstance(event, Noted)]
+    planned, note = [event for event in reporter.events if isinstance(event, Noted)]
+    assert planned.message.startswith("planned: ")
     assert note.level == "warning"
 
 
 def test_the_hint_names_flags_that_fit(settings: TrainSettings, load_plan: LoadPlan) -> None:
     large = settings.model_copy(
         update={
-            "training": settings.training.model_copy(update={"micro_batch_size": 16, "gradient_accumulation_steps": 1})
+            "training": with_values(
+                settings.training,
+                micro_batch_size=16,
+                gradient_accumulation_steps=1,
+                gradient_checkpointing=Checkpointing.OFF,
+            )
         }
     )
     roomy = check_memory(large, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
-    one = settings.model_copy(update={"training": settings.training.model_copy(update={"micro_batch_size": 1})})
+    one = settings.model_copy(
+        update={"training": with_values(large.training, micro_batch_size=1, gradient_accumulation_steps=16)}
+    )
     least = check_memory(one, load_plan, card(1 << 34), Recorder(), longest_row_tokens=LENGTH, force=False)
     assert roomy is not None
     assert least is not None

@@ -28,6 +28,7 @@ def fit(gpu: Gpu, process_bytes: int, high_bytes: int) -> GpuFit:
         process_bytes=process_bytes,
         process_high_bytes=high_bytes,
         margin_bytes=gpu.usable_bytes - process_bytes,
+        gradient_checkpointing="on",
     )
 
 
@@ -109,6 +110,7 @@ REPORT = MemoryReport(
     "while the last layer is recomputed.",
     paged_bytes=0,
     pinned_host_bytes=0,
+    plan=None,
     fits=(fit(RTX_4090, FIGURES.process_bytes, FIGURES.process_high_bytes),),
     smallest_gpu="RTX 3080 10GB",
     suggestions=(),

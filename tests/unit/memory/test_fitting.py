@@ -80,6 +80,7 @@ def test_a_verdict_changes_at_the_limits_of_the_error_band(usable: int, verdict:
         process_bytes=20 * GIB,
         process_high_bytes=22 * GIB,
         margin_bytes=usable - 20 * GIB,
+        gradient_checkpointing="on",
     )
 
 

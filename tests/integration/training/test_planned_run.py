@@ -1,0 +1,113 @@
+"""A run on a GPU as it is planned: settings, record, and what happens if it does not fit after all.
+
+The GPU is given by its figures; what is planned for it trains on the CPU, with the same result.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_cli.errors import OutOfMemoryError
+from qlora_cli.events import Noted
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.training import run_plan
+from qlora_cli.training.run_plan import PreparedRun, prepare_run
+from qlora_cli.training.train_run import run, train
+from qlora_cli.units import GIB
+from tests.conftest import Recorder, train_settings
+
+CHECKPOINTING = "training.gradient_checkpointing"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Plan for a GPU on which everything fits."""
+    gpu = replace(find_gpu("RTX 4090"), total_bytes=GIB, context_bytes=0, context_high_bytes=0)
+    monkeypatch.setattr(run_plan, "current_gpu", lambda _: gpu)
+    return gpu
+
+
+def notes_of(recorder: Recorder) -> list[str]:
+    return [event.message for event in recorder.events if isinstance(event, Noted)]
+
+
+def fail_unless_recomputed(prepared: PreparedRun) -> None:
+    """Run out of memory, as a GPU would, unless all activations are recomputed."""
+    base = prepared.model.get_base_model()
+    layers = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def check(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        functions = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
+        is_trial = inputs[0].shape[0] == 2  # the head is checked before, with a row of its own
+        if is_trial and (not functions or "context_fn" in functions[0].keywords):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    prepared.model.get_input_embeddings().register_forward_pre_hook(check)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_plan_is_recorded_with_its_origin(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), recorder)
+    assert prepared.plan.gradient_checkpointing == "off"
+    assert prepared.resolved.origins[CHECKPOINTING].where == "the plan for this GPU"
+    assert prepared.plan.predicted_memory is not None
+    (planned,) = [note for note in notes_of(recorder) if note.startswith("planned: ")]
+    assert planned.startswith("planned: gradient checkpointing off: ")
+    assert "; selective takes " in planned
+    assert ", on takes " in planned
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_what_was_asked_for_is_kept(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    asked = train_settings(base_model, rows, tmp_path / "run", training__gradient_checkpointing="on")
+    recorder = Recorder()
+    prepared = prepare_run(asked, recorder)
+    assert prepared.plan.gradient_checkpointing == "on"
+    assert prepared.resolved.origins[CHECKPOINTING] == asked.origins[CHECKPOINTING]
+    assert not [note for note in notes_of(recorder) if note.startswith("planned: ")]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_plan_that_does_not_fit_gives_way_to_leaner_ones(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = train_settings(base_model, rows, tmp_path / "run", training__auto_micro_batch=True)
+    prepared = prepare_run(asked, Recorder())
+    at_first = prepared.plan.predicted_memory
+    fail_unless_recomputed(prepared)
+    recorder = Recorder()
+    run(prepared, recorder)
+    assert notes_of(recorder)[:2] == [
+        "2 rows at once with gradient checkpointing off do not fit in memory: now selective",
+        "2 rows at once with gradient checkpointing selective do not fit in memory: now on",
+    ]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["settings"]["training"]["gradient_checkpointing"] == "on"
+    assert record["origins"][CHECKPOINTING] == "the plan for this GPU"
+    assert record["plan"]["gradient_checkpointing"] == "on"
+    assert at_first is not None
+    assert record["plan"]["predicted_memory"]["allocated_bytes"] < at_first.allocated_bytes
+    monkeypatch.undo()
+    train(train_settings(base_model, rows, tmp_path / "plain"), Recorder())
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_leanest_plan_that_does_not_fit_ends_the_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+
+    def fail(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].shape[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    prepared.model.get_input_embeddings().register_forward_pre_hook(fail)
+    recorder = Recorder()
+    with pytest.raises(OutOfMemoryError, match="in the forward pass, tried before the first step"):
+        run(prepared, recorder)
+    assert [note.rpartition(" ")[2] for note in notes_of(recorder) if "do not fit" in note] == ["selective", "on"]
