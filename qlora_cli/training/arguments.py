@@ -22,7 +22,7 @@ LION_BETA2 = 0.99  # arXiv 2302.06675, section 5.3; AdamW's beta2 decays another
 
 
 def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Checkpointing:
-    """Resolve `auto`: off on a CPU, where memory is plentiful; on a GPU, on for a run whose memory can't be predicted."""
+    """Resolve `auto`: off on a CPU, where memory is plentiful; on a GPU, on where memory can't be predicted."""
     if setting != Checkpointing.AUTO:
         return setting
     return Checkpointing.ON if device.type == "cuda" else Checkpointing.OFF

@@ -78,10 +78,9 @@ class TrainingSettings(Section):
         Metadata(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
     ] = Field(
         default=Checkpointing.AUTO,
-        description="Recompute activations in the backward pass. auto: what is fastest among what is predicted to fit on "
-        "the GPU, off on a CPU; "
-        "selective: keep the base's products and attention, which take most of the time, and recompute the rest; "
-        "offload: recompute, and keep what is saved for it in host memory.",
+        description="Recompute activations in the backward pass. auto: the fastest that is predicted to fit on the "
+        "GPU, off on a CPU; selective: keep the base's products and attention, which take most of the "
+        "time, and recompute the rest; offload: recompute, and keep what is saved for it in host memory.",
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,
