@@ -138,6 +138,11 @@ def training_arguments(
         fp16=dtype.name == Dtype.FP16,
         **_checkpointing_arguments(),
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={
+            "non_blocking": device.type == "cuda",  # from pinned memory
+            # By default accelerate slices all tensors of a stream's batch to as many elements as it has rows.
+            "dispatch_batches": False,
+        },
         # Evaluation needs the loss only, for which the logits are never built as a whole.
         prediction_loss_only=True,
         eval_strategy="steps" if has_eval and training.eval_steps else "no",

@@ -1,4 +1,4 @@
-"""The rows of each micro-batch: to name them when something is wrong, and to find the largest."""
+"""The rows of each micro-batch: made into a batch, named when something is wrong; and the largest ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,33 @@ from typing import Any
 
 import numpy as np
 
+from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.loss.chunked_loss import trained_tokens
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.data_order import RowOrder
 
 MOST_NAMED = 16
 Row = dict[str, Any]
+Batch = dict[str, Any]
+
+
+class BatchCollator:
+    """Makes a micro-batch of rows: TRL's, and what the loss would otherwise have to read from the device.
+
+    Besides the tensors of `make_collator`, it has `trained_positions` and `trained_targets`, see `trained_tokens`, and
+    `num_tokens`, the number of its tokens without padding.
+    """
+
+    def __init__(self, pad_token_id: int | None, *, packing: bool) -> None:
+        self._collate = make_collator(pad_token_id, packing=packing)
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        """Return the micro-batch."""
+        batch: Batch = self._collate(rows)
+        positions, targets = trained_tokens(batch["labels"])
+        num_tokens = sum(len(row["input_ids"]) for row in rows)
+        return {**batch, "trained_positions": positions, "trained_targets": targets, "num_tokens": num_tokens}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_trained_adapter
 from qlora_cli.answering.answerer import Answerer
-from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.errors import ModelError, TrainingError
 from qlora_cli.events import (
     Noted,
@@ -33,7 +32,7 @@ from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.arguments import training_arguments
-from qlora_cli.training.batches import Batches, largest_held_out
+from qlora_cli.training.batches import BatchCollator, Batches, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
 from qlora_cli.training.callbacks.heap_trimming import HeapTrimming
 from qlora_cli.training.callbacks.reporting import ReportingCallback
@@ -129,7 +128,7 @@ class Session:
                 has_eval=prepared.eval_data is not None,
             ),
             processing_class=tokenizer,
-            data_collator=make_collator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
+            data_collator=BatchCollator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
             train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
             eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
             callbacks=[self._reporting],

@@ -23,7 +23,7 @@ from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
-from qlora_cli.training.loss_model import LossModel
+from qlora_cli.training.loss_model import LossModel, PendingMetrics
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
@@ -42,6 +42,8 @@ from qlora_cli.training.resuming.saved_state import (
     groups_of,
 )
 from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
+
+MOST_PENDING = 256  # batches of an evaluation; each has a tensor on the device until it is read
 
 
 class QloraTrainer(TrainerSeam):
@@ -80,6 +82,9 @@ class QloraTrainer(TrainerSeam):
         with self.uncompiled():
             self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing)
+        # The metrics of batches, and the losses of the micro-batches of the step in progress, not read yet.
+        self._pending = {"train": PendingMetrics(), "eval": PendingMetrics()}
+        self._step_losses: list[torch.Tensor] = []
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -106,30 +111,62 @@ class QloraTrainer(TrainerSeam):
             scale_b_learning_rate(optimizer, self.model, self._loraplus_lr_ratio)
         return optimizer
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss by our head, and record the phase."""
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the loss that TRL's trainer has, by our head, and record the phase.
+
+        `inputs` are a batch of `BatchCollator`. TRL's metrics are recorded without being read.
+        """
         del model  # a wrapper of the layers that `LossModel` calls
+        assert not return_outputs, "an evaluation needs the loss only"
         assert self.accelerator.num_processes == 1, "gradients of several processes are reduced by the wrapper"
         self.phase = "the forward pass"
-        loss = super().compute_loss(self._loss_model, *args, **kwargs)
+        mode = "train" if self.model.training else "eval"
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        num_tokens_fed = inputs.pop("num_tokens")
+        positions, targets = inputs.pop("trained_positions"), inputs.pop("trained_targets")
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
+        self._pending[mode].add(losses, num_tokens_fed)
+        if len(self._pending["eval"]) >= MOST_PENDING:
+            self._read_evaluation()
+        num_tokens = losses.num_trained if num_items_in_batch is None else num_items_in_batch
+        loss: torch.Tensor = losses.total / torch.as_tensor(num_tokens).clamp(min=1)
+        if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
+            num_means = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * losses.aux_loss / num_means
         self.phase = "the backward pass"
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Go forward and backward with a micro-batch; see `StepGuard` for a loss that is not finite."""
-        loss = super().training_step(*args, **kwargs)
-        return self._guard.check_loss(self.state.global_step, loss)
+        """Go forward and backward with a micro-batch; its loss is read, checked and added when the step ends."""
+        self._step_losses.append(super().training_step(*args, **kwargs))
+        return torch.zeros(())
 
-    def on_grad_norm(self, model: torch.nn.Module, norm: float) -> None:
-        """Skip the step if its gradients are not finite; see `StepGuard`."""
+    def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
+        """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""
+        num_tokens = self._pending["train"].num_tokens
+        metrics, (*losses, norm_value) = self._pending["train"].read(*self._step_losses, norm)
+        self._step_losses.clear()
+        self.add_metrics("train", metrics, num_tokens)
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not self._guard.check_norm(self.state.global_step, norm, is_scaled=is_scaled):
-            assert self._last_state is not None, "a step before the loop began"
+        if self._guard.may_update(self.state.global_step, losses, norm_value, is_scaled=is_scaled):
+            self.add_losses(losses)
+        else:
             model.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
-            self.leave_step_out(self._last_state[0].summed_loss)
+            self.leave_step_out()
+        return norm_value
+
+    def _read_evaluation(self) -> None:
+        if self._pending["eval"]:
+            metrics, _ = self._pending["eval"].read()
+            self.add_metrics("eval", metrics, 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
+        self._read_evaluation()
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -283,9 +320,9 @@ class QloraTrainer(TrainerSeam):
 
     def begin_loop(self) -> None:
         """Restore the counters that the loop resets when it begins."""
+        self.set_counters(self.counters() if self._resumed is None else _counters_of(self._resumed[0]))
         if self._resumed is not None:
             state, checkpoint = self._resumed
-            self.set_counters(_counters_of(state))
             self.never_used = tuple(state.never_used)
             self._guard.num_skipped = state.progress.num_skipped
             self._reporting.resume_from(state.progress)
@@ -339,16 +376,14 @@ class QloraTrainer(TrainerSeam):
 
     @contextmanager
     def _without_effect(self) -> Iterator[None]:
-        """Undo gradients, token counts and draws of the generators afterwards."""
+        """Undo gradients, metrics and draws of the generators afterwards."""
         try:
-            with preserve_generators(), self.tokens_uncounted():
+            with preserve_generators():
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
-
-    def begin_step(self) -> None:
-        """Reset the guard for a new step."""
-        self._guard.begin_step()
+            for pending in self._pending.values():
+                pending.clear()
 
     def begin_update(self) -> None:
         """Mark the update as in progress: the weights are neither those before nor those after the step."""
@@ -393,16 +428,6 @@ class _LoopCallback(TrainerCallback):
     ) -> None:
         """Before the first step."""
         self._trainer.begin_loop()
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        """Before the first micro-batch of a step."""
-        self._trainer.begin_step()
 
     def on_pre_optimizer_step(
         self,

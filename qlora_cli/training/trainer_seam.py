@@ -4,8 +4,8 @@ A version of theirs that renames one breaks this module and no other; `tests/con
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ class TrainerSeam(SFTTrainer, ABC):
         """Return the sampler of rows; None to use them in order."""
 
     @abstractmethod
-    def on_grad_norm(self, model: torch.nn.Module, norm: float) -> None:
-        """Called with the norm of the gradients, after clipping and before the optimizer's step."""
+    def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
+        """Called with the norm of the gradients, after clipping and before the optimizer's step; returns its value."""
 
     @abstractmethod
     def on_step_reported(self) -> None:
@@ -91,30 +91,34 @@ class TrainerSeam(SFTTrainer, ABC):
 
     def set_counters(self, counters: LoopCounters) -> None:
         """Continue counting from `counters`."""
-        self._tr_loss = torch.tensor(counters.summed_loss, device=self.args.device)
+        # On the host, where it is read after each step.
+        self._tr_loss = torch.tensor(counters.summed_loss)
         self._total_loss_scalar = counters.total_loss
         self._globalstep_last_logged = counters.reported_step
         self._total_train_tokens = counters.num_tokens
         for name, values in counters.means.items():
             self._metrics["train"][name] = list(values)
 
-    def leave_step_out(self, summed_loss: float) -> None:
-        """Take the step in progress out of the mean loss: `summed_loss` is the sum before it."""
-        self._tr_loss.fill_(summed_loss)
+    def add_losses(self, losses: Sequence[float]) -> None:
+        """Add the losses of the micro-batches of a step to the sum, in fp32 as the trainer does."""
+        for loss in losses:
+            self._tr_loss += loss
+
+    def leave_step_out(self) -> None:
+        """Leave the step in progress, whose losses are not added, out of the mean loss."""
         self._globalstep_last_logged += 1
 
-    @contextmanager
-    def tokens_uncounted(self) -> Iterator[None]:
-        """Leave what TRL counts in a forward pass as it was before."""
-        tokens = self._total_train_tokens
-        means = {mode: {name: list(values) for name, values in of.items()} for mode, of in self._metrics.items()}
-        try:
-            yield
-        finally:
-            self._total_train_tokens = tokens
-            for mode, of in means.items():
-                self._metrics[mode].clear()
-                self._metrics[mode].update(of)
+    def add_metrics(self, mode: str, metrics: Iterable[Mapping[str, float]], num_tokens: int) -> None:
+        """Add the metrics of micro-batches, whose means TRL reports, and their number of trained tokens.
+
+        `mode` is `train` or `eval`.
+        """
+        self._total_train_tokens += num_tokens
+        means = self._metrics[mode]
+        means["num_tokens"] = [self._total_train_tokens]
+        for of_batch in metrics:
+            for name, value in of_batch.items():
+                means[name].append(value)
 
     # ---- overridden ----
 
@@ -123,8 +127,7 @@ class TrainerSeam(SFTTrainer, ABC):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.on_grad_norm(model, float(norm))
-        return norm
+        return self.on_grad_norm(model, norm)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -13,6 +13,7 @@ from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.whole_modules import whole_modules
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError
+from qlora_cli.loss.chunked_loss import trained_tokens
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.embedding import embedding_of
 from qlora_cli.training.loss_model import LossModel
@@ -147,10 +148,9 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
     model.train()
     (weight,) = trained_whole(model).values()
     (expected,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, use_cache=False).loss, [weight])
-    outputs = LossModel(model.get_base_model(), nullcontext)(input_ids=IDS, labels=IDS, fused_lm_head=True)
-    assert outputs.log_probs is not None
-    assert outputs.label_mask is not None
-    (gradient,) = torch.autograd.grad(-outputs.log_probs / outputs.label_mask.sum(), [weight])
+    positions, targets = trained_tokens(IDS)
+    losses = LossModel(model.get_base_model(), nullcontext)(input_ids=IDS, positions=positions, targets=targets)
+    (gradient,) = torch.autograd.grad(losses.total / losses.num_trained, [weight])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 

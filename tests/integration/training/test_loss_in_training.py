@@ -30,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "new tokens": ("llama", {"model__new_tokens": "<one>,<two>"}),
 }
 
+ADDED = ("trained_positions", "trained_targets", "num_tokens")
+
 
 def trainer_of(model: Path, rows: Path, output: Path, **flags: object) -> QloraTrainer:
     """Return the trainer of a run before its first step."""
@@ -39,6 +41,11 @@ def trainer_of(model: Path, rows: Path, output: Path, **flags: object) -> QloraT
     trainer = Session(prepared, directory, Recorder(), StopSignal(Recorder())).trainer
     trainer.current_gradient_accumulation_steps = 1
     return trainer
+
+
+def as_trls(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch as TRL's collator makes it."""
+    return {name: value for name, value in batch.items() if name not in ADDED}
 
 
 def step(trainer: QloraTrainer, *, by_trl: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, float]]:
@@ -52,10 +59,12 @@ def step(trainer: QloraTrainer, *, by_trl: bool) -> tuple[torch.Tensor, dict[str
         head: Any = trainer.model.get_base_model().get_output_embeddings()
         head.bias = getattr(head, "bias", None)  # PEFT's wrapper of a head with trained rows lacks it
         with trainer.accelerator.autocast():
-            loss = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=num_items)
+            loss = SFTTrainer.compute_loss(trainer, trainer.model, as_trls(batch), num_items_in_batch=num_items)
     else:
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
     loss.backward()
+    if not by_trl:
+        trainer.on_grad_norm(trainer.model, torch.zeros(()))  # which reads the metrics
     gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     return loss.detach(), gradients, metrics
@@ -90,16 +99,18 @@ def test_an_evaluation_has_trls_loss_and_makes_no_gradient(base_model: Path, row
     trainer.model.eval()
     loss, _, _ = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
     with torch.no_grad():
-        expected = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
+        expected = SFTTrainer.compute_loss(trainer, trainer.model, as_trls(batch))
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 def test_a_micro_batch_without_a_trained_token_changes_nothing(base_model: Path, rows: Path, tmp_path: Path) -> None:
     trainer = trainer_of(base_model, rows, tmp_path / "run")
-    batch = dict(next(iter(trainer.get_train_dataloader())))
-    batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
+    rows_of: Any = trainer.train_dataset
+    row = dict(rows_of[0])
+    collate: Any = trainer.data_collator
+    batch = collate([{**row, "labels": [-100] * len(row["labels"])}])
+    loss: Any = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in trainer.model.parameters() if p.grad is not None)

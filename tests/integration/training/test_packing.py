@@ -20,6 +20,7 @@ from qlora_cli.training.checks.packing_check import packing_fault
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings
+from tests.integration.training.test_loss_in_training import trainer_of
 from tests.integration.training.test_training import gradients_of_first_step
 from tests.support.models.tiny_models import FAMILIES, VOCABULARY_SIZE, save_tiny, tiny_model
 
@@ -159,6 +160,15 @@ def test_a_packed_run_reports_how_full_its_rows_are_and_evaluates(
     assert any("packed into" in getattr(event, "message", "") for event in recorder.events)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["train"]["packed_rows"] == prepared.plan.num_packed_rows
+
+
+def test_a_stream_s_batches_keep_the_starts_of_all_packed_rows(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    flags: dict[str, object] = {"data__packing": True, "data__streaming": True, "data__max_length": 512}
+    trainer = trainer_of(base_model, rows, tmp_path / "run", **flags, data__accept_lost=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 2
+    assert batch["cu_seq_lens_q"].tolist() == [*starts, batch["input_ids"].shape[1]]
 
 
 def test_a_model_that_would_mix_packed_rows_is_refused(base_model: Path, rows: Path, tmp_path: Path) -> None:

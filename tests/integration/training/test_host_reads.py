@@ -1,0 +1,154 @@
+"""How often the host reads from the device, which it waits for then: once in a step, besides transformers' masks."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qlora_cli.training.trainer import QloraTrainer
+from tests.integration.training.test_loss_in_training import trainer_of
+from tests.support.runs.host_reads import HostReads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUM_STEPS, NUM_MICRO_BATCHES = 4, 3
+STEPS: dict[str, object] = {
+    "training__max_steps": NUM_STEPS,
+    "training__gradient_accumulation_steps": NUM_MICRO_BATCHES,
+    "training__micro_batch_size": 1,
+}
+READ = "loss_model.read"
+PADDING, PACKED = "masking_utils._ignore_causal_mask_sdpa", "masking_utils.find_packed_sequence_indices"
+
+
+class CountSteps(TrainerCallback):
+    """Counts the reads of each step from its first micro-batch to the next step's, with its report."""
+
+    def __init__(self, reads: HostReads) -> None:
+        self._reads = reads
+        self.steps: list[Counter[str]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._end()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._end()
+
+    def _end(self) -> None:
+        self.steps.append(Counter(self._reads.counts))
+        self._reads.counts.clear()
+
+
+def watched(trainer: QloraTrainer, monkeypatch: pytest.MonkeyPatch) -> HostReads:
+    """Return the reads of what would be on a GPU: weights, buffers, and batches once the loader has moved them."""
+    reads = HostReads()
+    reads.mark([*trainer.model.parameters(), *trainer.model.buffers()])
+    draw, predict = trainer.get_batch_samples, trainer.prediction_step
+
+    def marked_batches(*args: Any, **kwargs: Any) -> Any:
+        drawn = draw(*args, **kwargs)
+        reads.mark(drawn)
+        return drawn
+
+    def marked_evaluation(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        reads.mark(inputs)
+        return predict(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "get_batch_samples", marked_batches)
+    monkeypatch.setattr(trainer, "prediction_step", marked_evaluation)
+    return reads
+
+
+@pytest.mark.parametrize(
+    ("flags", "masks"),
+    [
+        ({}, {PADDING: 1}),
+        ({"training__micro_batch_size": 2}, {PADDING: 2}),  # where transformers finds a pad token, it looks again
+        (
+            {"data__packing": True, "data__max_length": 64, "data__on_long": "truncate", "data__accept_lost": True},
+            {PACKED: 1},
+        ),
+        ({"training__logging_steps": 2}, {PADDING: 1}),
+        ({"training__neftune_noise_alpha": 5.0, "lora__dropout": 0.1}, {PADDING: 1}),
+    ],
+    ids=["one row", "padded", "packed", "reported every second step", "noise"],
+)
+def test_a_step_reads_once_from_the_device(
+    flags: dict[str, object],
+    masks: dict[str, int],
+    base_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = trainer_of(base_model, rows, tmp_path / "run", **{**STEPS, **flags})
+    reads = watched(trainer, monkeypatch)
+    steps = CountSteps(reads)
+    trainer.add_callback(steps)
+    with reads.counted():
+        trainer.train()
+    assert len(steps.steps) == NUM_STEPS + 1
+    for step in steps.steps[1:]:  # the first are of what came before
+        assert step == {READ: 1, **{name: NUM_MICRO_BATCHES * number for name, number in masks.items()}}
+
+
+def test_a_read_of_a_micro_batch_would_be_counted(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(base_model, rows, tmp_path / "run", **STEPS)
+    reads = watched(trainer, monkeypatch)
+    step_of_trainer = trainer.training_step
+
+    def reading(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step_of_trainer(*args, **kwargs)
+        assert bool(trainer._step_losses[-1].isfinite())
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", reading)
+    steps = CountSteps(reads)
+    trainer.add_callback(steps)
+    with reads.counted():
+        trainer.train()
+    assert all(step["test_host_reads.reading"] == NUM_MICRO_BATCHES for step in steps.steps[1:])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda values: values.sum().item(),
+        lambda values: bool((values > 0).all()),
+        lambda values: values[values > 0],
+        lambda values: values.masked_select(values > 0),
+        lambda values: (values > 0).nonzero(),
+        lambda values: torch.equal(values, values + 1),
+        lambda values: values.tolist(),
+        lambda values: values.detach().cpu(),
+        lambda values: values.detach().numpy(),
+        lambda values: torch.zeros(3).add_(values).sum().item(),
+        lambda values: values.index_put_((values > 0,), torch.tensor(2.0)),
+    ],
+)
+def test_each_kind_of_read_is_counted_and_none_of_what_is_on_the_host(read: Any) -> None:
+    reads = HostReads()
+    values = torch.tensor([-1.0, 0.0, 1.0])
+    with reads.counted():
+        read(values.clone())
+        assert not reads.counts
+        reads.mark(values)
+        read(values)
+    assert reads.counts.total() == 1
+
+
+def test_an_evaluation_reads_once_besides_masks(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(base_model, rows, tmp_path / "run", **STEPS, data__eval_split="5")
+    reads = watched(trainer, monkeypatch)
+    with reads.counted():
+        metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    # The losses are moved to the host, and made an array there.
+    assert reads.counts == {READ: 1, PADDING: 5, "trainer_pt_utils.nested_numpify": 2}
