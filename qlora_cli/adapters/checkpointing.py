@@ -5,7 +5,7 @@ and attention. The rest, such as norms, activation functions and the adapter's p
 gradients are those of `on` and `off`, to the bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -44,13 +44,16 @@ class CheckpointingHandle:
         self._base.activation_checkpointing_disable()
 
 
-def enable_checkpointing(model: PeftModel, checkpointing: Checkpointing) -> CheckpointingHandle | None:
+def enable_checkpointing(
+    model: PeftModel, checkpointing: Checkpointing, kept_products: Collection[str] | None = None
+) -> CheckpointingHandle | None:
     """Have the layers of `model` recompute activations in the backward pass; None for `off`.
 
-    `checkpointing` is not `auto`.
+    `checkpointing` is not `auto`. `kept_products` are the linear layers whose products `selective` keeps, by the last
+    part of their names; None for all.
 
     Raises:
-        ModelError: the model does not support it.
+        ModelError: the model does not support it, or has no layers of these names.
     """
     if checkpointing == Checkpointing.OFF:
         return None
@@ -64,7 +67,7 @@ def enable_checkpointing(model: PeftModel, checkpointing: Checkpointing) -> Chec
     hooks: list[RemovableHandle] = []
     if checkpointing == Checkpointing.SELECTIVE:
         policy = _KeepsProducts()
-        hooks = [hook for layer in _base_layers(base) for hook in policy.watch(layer)]
+        hooks = list(policy.watch(base, kept_products))
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     # It also makes the embeddings' output require gradients.
     base.activation_checkpointing_enable(arguments, offload=checkpointing == Checkpointing.OFFLOAD)
@@ -75,40 +78,62 @@ class _KeepsProducts:
     """The policy of selective checkpointing, which is asked for each operation of a layer."""
 
     def __init__(self) -> None:
-        self._num_entered = 0  # layers of the base that are computing
+        self._num_linear = 0  # linear layers of the base that are computing
+        self._num_adapted = 0  # such layers with their adapters
         methods = all_methods()
         self._products = UNQUANTIZED_PRODUCTS.union(*(method.products for method in methods))
         # Those of a layer with its adapter, which the adapter's own product is part of.
         self._sums = {method.fused_product.operator for method in methods if method.fused_product is not None}
 
-    def watch(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Note while a layer of the base computes, to keep its products and not the adapter's."""
+    def watch(self, base: PreTrainedModel, names: Collection[str] | None) -> Iterator[RemovableHandle]:
+        """Note while a linear layer with one of the `names` computes, to keep its products and not the adapter's.
+
+        Raises:
+            ModelError: no layer has one of the names.
+        """
+        layers = linear_layers_by_name(base)
+        if unknown := set(names or ()) - set(layers):
+            raise ModelError(
+                f"{type(base).__name__} has no linear layer {', '.join(sorted(unknown))}",
+                hint=f"Its linear layers are {', '.join(sorted(layers))}.",
+                setting="training.kept_products",
+            )
+        for name, modules in layers.items():
+            if names is None or name in names:
+                for module in modules:
+                    yield from self._watch(module)
+
+    def _watch(self, module: nn.Module) -> list[RemovableHandle]:
+        counter = "_num_adapted" if isinstance(module, LoraLayer) else "_num_linear"
 
         def enter(*_: Any) -> None:
-            self._num_entered += 1
+            setattr(self, counter, getattr(self, counter) + 1)
 
         def leave(*_: Any) -> None:
-            self._num_entered -= 1
+            setattr(self, counter, getattr(self, counter) - 1)
 
         # PyTorch ends a recomputation by an exception as soon as it has all that is needed.
-        return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True)]
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
     def __call__(self, _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         name: str = operation.name()
-        if name in ATTENTION or name in self._sums or (self._num_entered and name in self._products):
+        is_product = (self._num_adapted and name in self._sums) or (self._num_linear and name in self._products)
+        if is_product or name in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _base_layers(base: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the linear layers of the base, with an adapter or without one."""
+def linear_layers_by_name(base: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the linear layers of `base` and those with an adapter around them, by the last part of their names."""
+    adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     of_adapters = {
         part
-        for module in base.modules()
-        if isinstance(module, LoraLayer)
+        for module in adapted.values()
         for name in module.adapter_layer_names
         for part in getattr(module, name).modules()
     }
-    for module in base.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module not in of_adapters:
-            yield module
+    layers: dict[str, list[nn.Module]] = {}
+    for name, module in base.named_modules():
+        if name in adapted or (isinstance(module, nn.Linear | Conv1D) and module not in of_adapters):
+            layers.setdefault(name.removesuffix(".base_layer").rpartition(".")[2], []).append(module)
+    return layers

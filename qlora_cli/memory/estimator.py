@@ -312,6 +312,7 @@ class Estimator:
             length=settings.data.max_length,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             checkpointing=_checkpointing(settings),
+            kept_products=training.kept_products,
             attention=self._attention(settings, dtype, capability),
             backend=self._backend,
             capability=capability,

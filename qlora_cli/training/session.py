@@ -113,6 +113,7 @@ class Session:
             order=RowOrder(data.lengths, prepared.settings.training) if data.stream is None else None,
             loraplus_lr_ratio=prepared.settings.training.loraplus_lr_ratio,
             checkpointing=checkpointing,
+            kept_products=prepared.settings.training.kept_products,
             compiled=(
                 CompiledLayers(prepared.model, has_one_length=prepared.settings.data.packing)
                 if prepared.settings.training.torch_compile

@@ -1,6 +1,6 @@
 """TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -63,6 +63,7 @@ class QloraTrainer(TrainerSeam):
         order: RowOrder | None,
         loraplus_lr_ratio: float | None,
         checkpointing: Checkpointing,
+        kept_products: Collection[str] | None,
         compiled: CompiledLayers | None,
         model: Any,
         **kwargs: Any,
@@ -81,7 +82,7 @@ class QloraTrainer(TrainerSeam):
         self._compiled = compiled
         with self.uncompiled():
             self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
-        self._checkpointing = enable_checkpointing(model, checkpointing)
+        self._checkpointing = enable_checkpointing(model, checkpointing, kept_products)
         # The metrics of batches, and the losses of the micro-batches of the step in progress, not read yet.
         self._pending = {"train": PendingMetrics(), "eval": PendingMetrics()}
         self._step_losses: list[torch.Tensor] = []

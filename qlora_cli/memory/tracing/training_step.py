@@ -55,6 +55,7 @@ class StepSettings:
     length: int
     gradient_accumulation_steps: int
     checkpointing: Checkpointing  # not `auto`
+    kept_products: tuple[str, ...] | None = None  # of selective checkpointing; None: all
     attention: str
     backend: SdpaBackend
     capability: tuple[int, int]
@@ -323,7 +324,8 @@ class TrainingStep:
     def _enable_checkpointing(self) -> CheckpointingHandle | None:
         """Enable checkpointing as `train` does, but for the copies to the host, which are only counted."""
         chosen = self.settings.checkpointing
-        handle = enable_checkpointing(self.model, Checkpointing.ON if chosen == Checkpointing.OFFLOAD else chosen)
+        on_gpu = Checkpointing.ON if chosen == Checkpointing.OFFLOAD else chosen
+        handle = enable_checkpointing(self.model, on_gpu, self.settings.kept_products)
         if handle is not None:
             self._checkpoint_as_on_a_gpu()
         return handle

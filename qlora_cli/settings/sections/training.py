@@ -7,7 +7,7 @@ from pydantic import Field
 from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, OnResume
-from qlora_cli.settings.values import CheckpointingSwitch, Texts
+from qlora_cli.settings.values import CheckpointingSwitch, NameList, Texts
 
 
 class TrainingSettings(Section):
@@ -81,6 +81,18 @@ class TrainingSettings(Section):
         description="Recompute activations in the backward pass. auto: the fastest that is predicted to fit on the "
         "GPU, off on a CPU; selective: keep the base's products and attention, which take most of the "
         "time, and recompute the rest; offload: recompute, and keep what is saved for it in host memory.",
+    )
+    kept_products: Annotated[
+        NameList,
+        Metadata(
+            affects_memory=True,
+            on_resume=OnResume.FREE,
+            effective_with=EffectiveWith(key="gradient_checkpointing", values=(Checkpointing.SELECTIVE,)),
+        ),
+    ] = Field(
+        default=None,
+        description="Linear layers, by the last part of their names, whose products selective checkpointing keeps; all "
+        "if not given. With a GPU, those that are computed again otherwise, as far as they fit.",
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,

@@ -1,7 +1,7 @@
 """Checkpointing changes what is kept for the backward pass and what is computed twice, and no gradient by a bit."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.checkpointing import enable_checkpointing
+from qlora_cli.errors import ModelError
 from qlora_cli.settings.choices import Checkpointing
 from tests.support.models.adapters import load_for, settings_of, train_steps
 from tests.support.models.four_bit_lora import CountOperations
@@ -43,11 +44,13 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pe
     return make
 
 
-def run_backward(model: PeftModel, checkpointing: Checkpointing) -> tuple[Gradients, Counter[str]]:
+def run_backward(
+    model: PeftModel, checkpointing: Checkpointing, kept: Sequence[str] | None = None
+) -> tuple[Gradients, Counter[str]]:
     """Return the gradients of the adapter and the operations of a forward and backward pass."""
     model.train()
     model.zero_grad()
-    handle = enable_checkpointing(model, checkpointing)
+    handle = enable_checkpointing(model, checkpointing, kept)
     try:
         torch.manual_seed(0)
         with CountOperations() as operations:
@@ -96,6 +99,30 @@ def test_of_a_base_in_16_bit_only_the_products_of_the_adapter_are_recomputed(
     on, selective = (run_backward(model, each)[1]["aten::mm"] for each in CHECKPOINTED)
     num_layers = sum(1 for name, _ in model.named_modules() if name.endswith(".base_layer"))
     assert on - selective == num_layers
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "nf4"), ("llama", "none"), ("gpt2", "nf4")])
+def test_only_the_named_products_are_kept(adapted: Callable[[str, str], PeftModel], family: str, method: str) -> None:
+    model = adapted(family, method)
+    name = {"llama": "gate_proj", "gpt2": "c_attn"}[family]
+    product = {"nf4": PRODUCT, "none": "aten::mm" if family == "llama" else "aten::addmm"}[method]
+    expected, _ = run_backward(model, Checkpointing.OFF)
+    counts = {}
+    for kept in ([], [name], None):
+        gradients, operations = run_backward(model, Checkpointing.SELECTIVE, kept)
+        assert all(torch.equal(gradients[key], expected[key]) for key in expected), kept
+        counts[len(kept) if kept is not None else None] = operations[product]
+    num_named = sum(1 for module, _ in model.named_modules() if module.endswith(f".{name}"))
+    assert num_named == model.config.num_hidden_layers
+    assert counts[0] - counts[1] == num_named
+    assert counts[1] > counts[None]
+
+
+def test_a_name_of_no_layer_is_refused_with_those_that_there_are(adapted: Callable[[str, str], PeftModel]) -> None:
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no linear layer W_pack, up") as caught:
+        enable_checkpointing(adapted("llama", "nf4"), Checkpointing.SELECTIVE, ["q_proj", "up", "W_pack"])
+    assert caught.value.setting == "training.kept_products"
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in str(caught.value.hint)
 
 
 def test_a_handle_removes_all_traces(adapted: Callable[[str, str], PeftModel]) -> None:
