@@ -73,14 +73,16 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
     asked = estimator.settled(request.asked).settings
     plans = [plan_run(asked, gpu, estimator.estimate) for gpu in request.gpus] if is_open(asked) else []
-    settings: EstimateSettings = plans[0].settings if plans else asked
+    settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
     traced = estimator.traced(settings, gpu)
     incapable: tuple[str, ...] = ()
     if request.gpus:
-        estimates = [planned.estimate for planned in plans] or [estimator.estimate(asked, gpu) for gpu in request.gpus]
+        estimates = [planned.chosen.estimate for planned in plans] or [
+            estimator.estimate(asked, gpu) for gpu in request.gpus
+        ]
         fits = tuple(judge_fit(estimate, gpu) for estimate, gpu in zip(estimates, request.gpus, strict=True))
     else:
         fits, incapable = _over_catalogue(asked, estimator)

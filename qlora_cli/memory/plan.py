@@ -22,47 +22,46 @@ NUM_ALTERNATIVES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedRun:
-    """A run whose open settings are chosen for a GPU.
+class Candidate:
+    """One way to run on a GPU.
 
     Attributes:
-        values: What was chosen, by `section.key`.
+        values: What is chosen for the open settings, by `section.key`.
         settings: Those of the run, with `values`.
-        leaner: What to fall back to, one after another, if the run does not fit after all: each takes less memory
-            than the one before.
     """
 
     values: Mapping[str, object]
     settings: EstimateSettings
     estimate: Estimate
-    plan: Plan
-    leaner: tuple[Mapping[str, object], ...]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One way to run, by the values of the open settings."""
-
-    values: Mapping[str, object]
-    settings: EstimateSettings
-    estimate: Estimate
-    gpu: Gpu
+    fits: str
 
     @property
     def high_bytes(self) -> int:
+        """The memory of the process at the upper end of its error band."""
         return self.estimate.predicted.process_high_bytes
 
-    @property
-    def fits(self) -> str:
-        return judge_fit(self.estimate, self.gpu).fits
-
     def option(self) -> PlanOption:
+        """Return it as a plain value."""
         return PlanOption(
             gradient_checkpointing=self.estimate.gradient_checkpointing,
             process_bytes=self.estimate.predicted.process_bytes,
             process_high_bytes=self.high_bytes,
             fits=self.fits,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run whose open settings are chosen for a GPU.
+
+    Attributes:
+        leaner: What to fall back to, one after another, if it does not fit after all: each takes less memory than the
+            one before.
+    """
+
+    chosen: Candidate
+    plan: Plan
+    leaner: tuple[Candidate, ...]
 
 
 def is_open(settings: EstimateSettings) -> bool:
@@ -89,15 +88,11 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict) -> PlannedR
     by_memory = sorted(candidates, key=lambda candidate: -candidate.high_bytes)
     chosen = next((candidate for candidate in candidates if candidate.fits == YES), by_memory[-1])
     at = by_memory.index(chosen)
+    nearest = tuple(candidate.option() for candidate in _nearest(by_memory, at))
     return PlannedRun(
-        values=chosen.values,
-        settings=chosen.settings,
-        estimate=chosen.estimate,
-        plan=Plan(
-            chosen=chosen.option(),
-            alternatives=tuple(candidate.option() for candidate in _nearest(by_memory, at)),
-        ),
-        leaner=tuple(candidate.values for candidate in by_memory[at + 1 :]),
+        chosen=chosen,
+        plan=Plan(chosen=chosen.option(), alternatives=nearest),
+        leaner=tuple(by_memory[at + 1 :]),
     )
 
 
@@ -106,7 +101,7 @@ class _Trials:
 
     def __init__(self, settings: EstimateSettings, gpu: Gpu, predict: Predict) -> None:
         self._settings, self._gpu, self._predict = settings, gpu, predict
-        self.candidates: list[_Candidate] = []
+        self.candidates: list[Candidate] = []
         self.failures: list[QloraError] = []
 
     def add(self, *choices: Checkpointing) -> None:
@@ -118,10 +113,11 @@ class _Trials:
             except QloraError as error:  # some models support no checkpointing
                 self.failures.append(error)
             else:
-                self.candidates.append(_Candidate(values, changed, estimate, self._gpu))
+                fits = judge_fit(estimate, self._gpu).fits
+                self.candidates.append(Candidate(values=values, settings=changed, estimate=estimate, fits=fits))
 
 
-def _nearest(by_memory: Sequence[_Candidate], at: int) -> Sequence[_Candidate]:
+def _nearest(by_memory: Sequence[Candidate], at: int) -> Sequence[Candidate]:
     """Return the alternatives to the one at a position that are nearest in memory, the larger ones first."""
     start = max(min(at - 1, len(by_memory) - 1 - NUM_ALTERNATIVES), 0)
     around = by_memory[start : start + NUM_ALTERNATIVES + 1]

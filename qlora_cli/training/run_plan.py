@@ -28,6 +28,7 @@ from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
+from qlora_cli.settings.value_sources import Origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
@@ -135,7 +136,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         check_length(resume, settings, num_steps)
     outlook = _check_memory(settings, load_plan, rows, reporter, force=force)
     if outlook is not None and outlook.planned is not None:
-        resolved = settle(resolved, [_planned(outlook.planned.values)])
+        resolved = _decided(resolved, outlook.planned.chosen.values, PLANNED)
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
@@ -223,12 +224,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     """Return a run with a smaller micro-batch and the same batch, which `size` divides."""
     training = prepared.settings.training
     accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    fitting = InferredSettings(
-        values={MICRO_BATCH: size, ACCUMULATION: accumulation},
-        origin=FITS,
-        is_fixed=True,
-    )
-    resolved = settle(prepared.resolved, [fitting])
+    resolved = _decided(prepared.resolved, {MICRO_BATCH: size, ACCUMULATION: accumulation}, FITS)
     plan = replace(
         prepared.plan,
         micro_batch_size=size,
@@ -243,7 +239,7 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
     outlook = prepared.outlook.leaner() if prepared.outlook is not None else None
     if outlook is None or outlook.planned is None:
         return None
-    resolved = settle(prepared.resolved, [_planned(outlook.planned.values)])
+    resolved = _decided(prepared.resolved, outlook.planned.chosen.values, PLANNED)
     plan = replace(
         prepared.plan,
         gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
@@ -252,9 +248,11 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
     return replace(prepared, resolved=resolved, outlook=outlook, plan=plan)
 
 
-def _planned(values: Mapping[str, object]) -> InferredSettings:
-    # Also where `auto` was given.
-    return InferredSettings(values=values, origin=PLANNED, is_fixed=True)
+def _decided(
+    resolved: Resolved[TrainSettings], values: Mapping[str, object], origin: Origin
+) -> Resolved[TrainSettings]:
+    """Return the settings with what the memory of this machine decides, also where `auto` was given."""
+    return settle(resolved, [InferredSettings(values=values, origin=origin, is_fixed=True)])
 
 
 def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:

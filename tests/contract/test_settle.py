@@ -24,7 +24,7 @@ SETTLES = {
     "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not needed
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
-    "training/run_plan.py": 1,  # a smaller micro-batch, when memory ran out
+    "training/run_plan.py": 1,  # what memory decides: a plan for the GPU, a leaner one, a smaller micro-batch
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {
@@ -33,6 +33,7 @@ VARIES = {
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
     "memory/suggestions.py": 1,  # runs that would fit instead
     "memory/solver.py": 1,  # the largest that fits
+    "memory/plan.py": 1,  # what is chosen for a GPU
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was

@@ -91,8 +91,8 @@ class TrainingSettings(Section):
         ),
     ] = Field(
         default=None,
-        description="Linear layers, by the last part of their names, whose products selective checkpointing keeps; all "
-        "if not given. With a GPU, those that are computed again otherwise, as far as they fit.",
+        description="Linear layers, by the last part of their names, whose products selective checkpointing keeps; "
+        "all if not given.",
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,

@@ -18,7 +18,6 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.runs.run_result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
-from qlora_cli.settings.settle import with_settings
 from qlora_cli.units import format_bytes
 
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
@@ -52,15 +51,13 @@ class Outlook:
         """Return the outlook of the run with the plan that takes less memory than this one; None without one."""
         if self.planned is None or not self.planned.leaner:
             return None
-        values, *rest = self.planned.leaner
-        asked = with_settings(self.asked, values)
-        estimate = self.estimate_of(asked, self.gpu)
+        chosen, *rest = self.planned.leaner
         return replace(
             self,
-            predicted=_as_predicted(estimate, judge_fit(estimate, self.gpu).fits),
-            estimate=estimate,
-            asked=asked,
-            planned=replace(self.planned, values=values, settings=asked, estimate=estimate, leaner=tuple(rest)),
+            predicted=_as_predicted(chosen.estimate, chosen.fits),
+            estimate=chosen.estimate,
+            asked=chosen.settings,
+            planned=replace(self.planned, chosen=chosen, leaner=tuple(rest)),
         )
 
     def suggestions(self) -> str:
@@ -98,7 +95,7 @@ def check_memory(
     try:
         if is_open(asked):
             planned = plan_run(asked, gpu, estimate_of)
-            asked, estimate = planned.settings, planned.estimate
+            asked, estimate = planned.chosen.settings, planned.chosen.estimate
         else:
             estimate = estimate_of(asked, gpu)
     except QloraError as error:

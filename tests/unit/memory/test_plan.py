@@ -51,9 +51,9 @@ def predictor(sizes: Mapping[str, float], asked: list[str] | None = None) -> Pre
 def test_the_fastest_that_fits_is_chosen(memory: int, chosen: str, alternatives: list[str]) -> None:
     planned = plan_run(OPEN, card(memory * GIB), predictor(SIZES))
     assert planned.plan.chosen.gradient_checkpointing == chosen
-    assert planned.values == {CHECKPOINTING: chosen}
-    assert planned.settings.training.gradient_checkpointing == chosen
-    assert planned.estimate.gradient_checkpointing == chosen
+    assert planned.chosen.values == {CHECKPOINTING: chosen}
+    assert planned.chosen.settings.training.gradient_checkpointing == chosen
+    assert planned.chosen.estimate.gradient_checkpointing == chosen
     assert planned.plan.chosen.fits == ("yes" if memory >= SIZES["offload"] else "no")
     assert [option.gradient_checkpointing for option in planned.plan.alternatives] == alternatives
 
@@ -70,10 +70,10 @@ def test_more_memory_never_gives_a_slower_plan() -> None:
 
 def test_what_takes_less_is_tried_in_order_of_memory() -> None:
     planned = plan_run(OPEN, card(24 * GIB), predictor(SIZES))
-    assert [values[CHECKPOINTING] for values in planned.leaner] == ["selective", "on"]
+    assert [other.values[CHECKPOINTING] for other in planned.leaner] == ["selective", "on"]
     # Kinds that take as much as the chosen one would not help.
     planned = plan_run(OPEN, card(24 * GIB), predictor({"off": 4, "selective": 5, "on": 3}))
-    assert [values[CHECKPOINTING] for values in planned.leaner] == ["on"]
+    assert [other.values[CHECKPOINTING] for other in planned.leaner] == ["on"]
 
 
 def test_the_host_is_asked_only_if_nothing_else_fits() -> None:
@@ -88,12 +88,12 @@ def test_compiled_layers_take_two_kinds_only() -> None:
     asked: list[str] = []
     planned = plan_run(settings(torch_compile=True), card(4 * GIB), predictor(SIZES, asked))
     assert asked == ["off", "on"]
-    assert planned.values == {CHECKPOINTING: "on"}
+    assert planned.chosen.values == {CHECKPOINTING: "on"}
 
 
 def test_a_kind_that_the_model_does_not_support_is_left_out() -> None:
     planned = plan_run(OPEN, card(4 * GIB), predictor({"off": 5}))
-    assert planned.values == {CHECKPOINTING: "off"}
+    assert planned.chosen.values == {CHECKPOINTING: "off"}
     assert planned.plan.alternatives == ()
     assert planned.leaner == ()
     with pytest.raises(ModelError, match="no offload"):
