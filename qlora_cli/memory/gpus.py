@@ -1,104 +1,42 @@
-"""A catalogue of NVIDIA GPUs: the memory that PyTorch sees, and the memory of a training process outside PyTorch.
+"""The GPUs that a run can be predicted for: cards of the catalogue, classes of cards, sizes, this machine's.
 
-A marketing size is not what a program gets: error correction takes a sixteenth of the memory of GDDR6 boards where
-it is on, the driver's firmware a few hundred MiB, and a process's CUDA context some more. The numbers are for Linux
-with recent drivers (550 and later); older drivers leave some 100 MiB more, and Windows shows nearly all of the
-marketing size.
-
-`Gpu.source` is the origin of each card's total:
-    out-of-memory message: PyTorch's own, quoted in public issue trackers and logs, good to 0.01 GiB;
-    device properties: `total_memory` as programs print it, good to 1 MiB;
-    nvidia-smi: its total less what the nearest card of the architecture loses to the driver;
-    older driver: device properties under an older driver less what such a card lost since.
-
-The contexts are "in use" less "allocated" less "reserved but unallocated" in out-of-memory messages of single
-processes, good to 20 MiB; `high` is the largest of them, leaving out runs over several GPUs, whose NCCL buffers
-it would count. They grow with the SMs of an architecture. Without such a message, the estimate is the architecture's
-MiB for each SM times the card's SMs, its `high` a guess, and the line says so. Compute
-capabilities and SM counts are NVIDIA's published ones.
+A class is all cards that are sold with as many GB. Its GPU has the least memory and the largest CUDA context of them,
+so that what fits on it fits on each.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 from qlora_cli.errors import HardwareError, UsageError
+from qlora_cli.memory.gpu_rows import (
+    ALIASES,
+    ALSO_SOLD_AS,
+    COMMON,
+    CONSUMER_ROWS,
+    DATA_CENTRE_ROWS,
+    NOTES,
+    WORKSTATION_ROWS,
+)
 from qlora_cli.units import GIB, MIB, format_bytes
 
 CONSUMER, WORKSTATION, DATA_CENTRE = "consumer", "workstation", "data-centre"
 THIS_MACHINE, AS_ASKED = "this machine", "as asked"
 
-OOM = "out-of-memory message"
-PROPERTIES = "device properties"
-SMI = "nvidia-smi"
-OLDER = "older driver"
-
-UNIT_BYTES = {"mb": 10**6, "mib": MIB, "gb": 10**9, "gib": GIB}
+UNIT_BYTES = {"mb": 10**6, "mib": MIB, "gib": GIB}
 SAME_MEMORY = 0.02  # cards of one name whose memory differs by less than this share count as one
-SIZE_RATIOS = (0.90, 1.01)  # what PyTorch sees of a marketing size in GiB
+OLDEST_WITH_KERNELS = (7, 5)  # of PyPI's PyTorch, which is built for CUDA 13
+AMPERE = (8, 0)
+NUM_NEAREST = 5
+NUM_EXAMPLES = 3
+NEAR_NUMBER = 0.05  # the share by which the numbers of two names may differ and still count as near
 # Words that do not distinguish one card from another.
 IGNORED_WORDS = r"\b(nvidia|geforce|tesla|quadro|generation|blackwell|workstation|server|edition|hbm\w*)\b"
-
-Row = tuple[str, int, tuple[int, int], int, int, int, str]
-
-# Name, total MiB, compute capability, SMs, context MiB, high MiB, source of the total.
-CONSUMER_ROWS: tuple[Row, ...] = (
-    ("RTX 2060 12GB", 11848, (7, 5), 34, 100, 190, SMI),  # context by SMs
-    ("RTX 2080 Ti", 10825, (7, 5), 68, 188, 200, PROPERTIES),
-    ("RTX 3060 12GB", 11908, (8, 6), 28, 115, 250, OOM),
-    ("RTX 3070", 7842, (8, 6), 46, 161, 200, PROPERTIES),
-    ("RTX 3080 10GB", 9872, (8, 6), 68, 260, 270, PROPERTIES),
-    ("RTX 3080 12GB", 11980, (8, 6), 70, 265, 280, OLDER),  # context by SMs
-    ("RTX 3090", 24125, (8, 6), 82, 315, 330, OOM),
-    ("RTX 3090 Ti", 24110, (8, 6), 84, 320, 340, PROPERTIES),  # context by SMs
-    ("RTX 4060 Ti 16GB", 15923, (8, 9), 34, 140, 260, OOM),
-    ("RTX 4070", 11837, (8, 9), 46, 170, 250, OOM),  # context by SMs
-    ("RTX 4070 Ti Super", 15939, (8, 9), 66, 245, 310, OLDER),  # context by SMs
-    ("RTX 4080", 15919, (8, 9), 76, 280, 360, OLDER),  # context by SMs
-    ("RTX 4090", 24085, (8, 9), 128, 460, 580, OOM),
-    ("RTX 5060 Ti 16GB", 15848, (12, 0), 36, 120, 230, PROPERTIES),  # context by SMs
-    ("RTX 5070", 11776, (12, 0), 48, 150, 280, OOM),  # context by SMs
-    ("RTX 5070 Ti", 15840, (12, 0), 70, 220, 350, SMI),
-    ("RTX 5080", 15840, (12, 0), 84, 250, 350, PROPERTIES),  # context by SMs
-    ("RTX 5090", 32112, (12, 0), 170, 490, 590, OOM),
-)
-# With error correction off, as these boards come; on, a 48 GB one shows 44.4 GiB.
-WORKSTATION_ROWS: tuple[Row, ...] = (
-    ("RTX A4000", 15985, (8, 6), 48, 200, 215, OOM),
-    ("RTX A4500", 20040, (8, 6), 56, 215, 250, SMI),  # context by SMs
-    ("RTX A5000", 24114, (8, 6), 64, 240, 290, PROPERTIES),  # context by SMs
-    ("RTX A6000", 48538, (8, 6), 84, 320, 350, OOM),
-    ("RTX 4000 Ada", 20010, (8, 9), 48, 180, 260, PROPERTIES),  # context by SMs
-    ("RTX 5000 Ada", 32240, (8, 9), 100, 360, 450, SMI),  # context by SMs
-    ("RTX 6000 Ada", 48512, (8, 9), 142, 440, 520, OOM),
-    ("RTX PRO 6000 Blackwell", 97249, (12, 0), 188, 550, 700, OOM),
-    ("Quadro RTX 8000", 48380, (7, 5), 72, 195, 250, PROPERTIES),
-    ("Titan RTX", 24020, (7, 5), 72, 195, 250, OLDER),  # context of the Quadro RTX 8000, the same chip
-)
-# With error correction on, as these boards come.
-DATA_CENTRE_ROWS: tuple[Row, ...] = (
-    ("P100 16GB", 16269, (6, 0), 56, 300, 330, PROPERTIES),
-    ("V100 16GB", 16144, (7, 0), 80, 390, 400, OOM),  # context of the V100 32GB
-    ("V100 32GB", 32494, (7, 0), 80, 390, 400, PROPERTIES),
-    ("T4", 14913, (7, 5), 40, 141, 160, PROPERTIES),
-    ("A2", 14940, (8, 6), 10, 90, 160, SMI),  # context by SMs and a floor of the smallest one seen
-    ("A10", 22589, (8, 6), 72, 290, 360, OOM),
-    ("A10G", 22589, (8, 6), 80, 330, 390, OOM),
-    ("A30", 24054, (8, 0), 56, 265, 450, OOM),  # context by SMs
-    ("A40", 45456, (8, 6), 84, 320, 420, SMI),  # context of the RTX A6000, the same chip
-    ("L4", 22559, (8, 9), 58, 255, 350, OOM),
-    ("L40", 45456, (8, 9), 142, 440, 520, SMI),  # context of the RTX 6000 Ada, the same chip
-    ("L40S", 45456, (8, 9), 142, 440, 520, OOM),  # context of the RTX 6000 Ada, the same chip
-    ("A100 40GB", 40438, (8, 0), 108, 500, 550, OOM),
-    ("A100 80GB", 81152, (8, 0), 108, 500, 550, OOM),
-    ("H100 PCIe", 81085, (9, 0), 114, 640, 780, SMI),  # context of the H100 SXM
-    ("H100 SXM", 81085, (9, 0), 132, 640, 780, OOM),
-    ("H100 NVL", 95334, (9, 0), 132, 640, 780, OOM),
-    ("GH200 96GB", 96768, (9, 0), 132, 600, 780, OOM),
-    ("H200", 143155, (9, 0), 132, 660, 780, OOM),
-    ("B200", 182630, (10, 0), 148, 710, 800, OOM),
-)
+AMD = r"\b(amd|radeon|instinct|mi\d{2,3}[a-z]?|rx ?\d{4}\w*)\b"
+TIMES = r"[x\u00d7*]"
+LISTS = ("list", "all", "help", "?")
+LIST_HINT = "--gpu list names all cards."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +46,11 @@ class Gpu:
     `total_bytes` is PyTorch's `total_memory`. `context_bytes` is what a training process holds outside PyTorch's
     allocator, the CUDA context and the modules it loads; `context_high_bytes` the most seen. For a GPU `as asked`, and
     for one of this machine that is not in the catalogue, they are those of the card that `source` names.
+
+    Attributes:
+        size_gb: What it is sold with, in GB; 0 for a size and for this machine's GPU.
+        cards: For a class, the names of its cards, the most common first.
+        note: What else a prediction for it takes for granted, in a sentence without its subject.
     """
 
     name: str
@@ -118,6 +61,9 @@ class Gpu:
     context_bytes: int
     context_high_bytes: int
     source: str = ""
+    size_gb: int = 0
+    cards: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def usable_bytes(self) -> int:
@@ -127,6 +73,11 @@ class Gpu:
         what the driver reserves is not in the total. A desktop's display does take from it, often 0.3 to 1 GiB.
         """
         return self.total_bytes
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether PyPI's PyTorch has kernels for it."""
+        return self.capability >= OLDEST_WITH_KERNELS
 
 
 def _catalogue() -> tuple[Gpu, ...]:
@@ -141,38 +92,103 @@ def _catalogue() -> tuple[Gpu, ...]:
             context_bytes=context * MIB,
             context_high_bytes=high * MIB,
             source=source,
+            size_gb=size_gb,
+            note=NOTES.get(name, "") if capability >= OLDEST_WITH_KERNELS else _without_kernels(capability),
         )
         for group, rows in groups
-        for name, total, capability, num_sms, context, high, source in sorted(rows, key=lambda row: (row[1], row[0]))
+        for name, size_gb, total, capability, num_sms, context, high, source in sorted(
+            rows, key=lambda row: (row[2], row[0])
+        )
     )
+
+
+def _without_kernels(capability: tuple[int, int]) -> str:
+    major, minor = capability
+    return f"PyPI's PyTorch has no kernels for compute capability {major}.{minor}: install a build for CUDA 12"
 
 
 GPUS = _catalogue()
 
 
 def find_gpu(text: str) -> Gpu:
-    """Return the GPU that `text` names: a card, a size such as `24GiB` or `24GB`, or `auto` for this machine's.
+    """Return the GPU that `text` names: a card, a class such as `24GB`, a size such as `24GiB`, or `auto`.
 
     In a name, case, spaces, dashes and the brand do not matter: `4090`, `rtx4090`, `NVIDIA A100-SXM4-80GB`. A name
-    shared by several cards is refused if their memory differs; otherwise it means the first. GiB are 1024³ bytes, GB
-    10⁹.
+    shared by several cards is refused if their memory differs; otherwise it means the first. `auto` is the GPU of this
+    machine. GiB are 1024³ bytes.
 
     Raises:
-        UsageError: no such GPU is known, several with different memory are, or a size has no unit.
+        UsageError: no such GPU or class is known, several cards with different memory are, or a size has no unit.
         HardwareError: `auto` without a GPU here.
     """
-    if text.strip().lower() == "auto":
+    asked = text.strip().lower()
+    if asked == "auto":
         return _gpu_of_this_machine()
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([gm]i?b)", text.strip().lower())
-    if size:
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?gb", asked):
+        return _gpu_of_class(size[1])
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(mi?b|gib)", asked):
         return _gpu_of_size(text, round(float(size[1]) * UNIT_BYTES[size[2]]))
     cards = _cards_named(text)
     if not cards:
-        raise _unknown(text)
+        raise _unknown(text.strip())
     if cards[-1].total_bytes > cards[0].total_bytes * (1 + SAME_MEMORY):
         names = ", ".join(card.name for card in cards)
         raise UsageError(f"{text!r} names GPUs of different memory: {names}", hint="Name one of them.")
     return cards[0]
+
+
+def classes() -> Iterator[Gpu]:
+    """Yield the GPU of each class, by GB, without the cards that PyPI's PyTorch has no kernels for."""
+    for size_gb in sorted({card.size_gb for card in GPUS}):
+        yield class_of(size_gb)
+
+
+def class_of(size_gb: int) -> Gpu:
+    """Return the GPU that stands for all cards sold with `size_gb`; there are some."""
+    cards = [card for card in GPUS if card.size_gb == size_gb and card.has_kernels]
+    smallest = min(cards, key=lambda card: card.total_bytes)
+    names = tuple(card.name for card in sorted(cards, key=_rarity))
+    older = [card.name for card in cards if card.capability < AMPERE <= smallest.capability]
+    note = f"kernels are those of the {smallest.name}" + (
+        f"; older ones ({', '.join(older)}) may take more" if older else ""
+    )
+    return Gpu(
+        name=f"{size_gb} GB card",
+        group=AS_ASKED,
+        total_bytes=smallest.total_bytes,
+        capability=smallest.capability,
+        num_sms=smallest.num_sms,
+        context_bytes=max(card.context_bytes for card in cards),
+        context_high_bytes=max(card.context_high_bytes for card in cards),
+        source=f"the least memory and the largest CUDA context of {', '.join(names)}",
+        size_gb=size_gb,
+        cards=names,
+        note=note if len(cards) > 1 else smallest.note,
+    )
+
+
+def examples(names: Sequence[str]) -> str:
+    """Return the first few names, and dots for those that are left out: `RTX 3090, RTX 4090, L4, ...`."""
+    return ", ".join([*names[:NUM_EXAMPLES], *(["..."] if len(names) > NUM_EXAMPLES else [])])
+
+
+def _rarity(card: Gpu) -> int:
+    return COMMON.index(card.name) if card.name in COMMON else len(COMMON)
+
+
+def _gpu_of_class(number: str) -> Gpu:
+    sizes = sorted({card.size_gb for card in GPUS})
+    asked = float(number)
+    size_gb = ALSO_SOLD_AS.get(int(asked), int(asked))
+    if asked.is_integer() and size_gb in sizes:
+        return class_of(size_gb)
+    below, above = [size for size in sizes if size < asked], [size for size in sizes if size > asked]
+    near = [class_of(size) for size in (*below[-1:], *above[:1])]
+    described = " and ".join(f"{gpu.name}s ({examples(gpu.cards)})" for gpu in near)
+    hint = (
+        f"Give --gpu {' or '.join(f'{gpu.size_gb}GB' for gpu in near)}, or exactly {number}·1024³ bytes: {number}GiB."
+    )
+    raise UsageError(f"no card is sold with {number} GB; there are {described}", hint=hint)
 
 
 def _cards_named(text: str) -> list[Gpu]:
@@ -181,8 +197,7 @@ def _cards_named(text: str) -> list[Gpu]:
     cards = [card for card in GPUS if _parse(card.name)[0] == base]
     # PyTorch's names of A100s and V100s include the form, too; the catalogue has it only where forms differ.
     cards = [card for card in cards if form and _parse(card.name)[1] == form] or cards
-    low, high = SIZE_RATIOS
-    return [card for card in cards if size is None or low <= card.total_bytes / (size * GIB) <= high]
+    return [card for card in cards if size is None or card.size_gb == ALSO_SOLD_AS.get(size, size)]
 
 
 def _parse(text: str) -> tuple[str, str | None, int | None]:
@@ -192,28 +207,73 @@ def _parse(text: str) -> tuple[str, str | None, int | None]:
     if size:
         text = text[: size.start()] + text[size.end() :]
     form = re.search(r"pcie|sxm", text)
-    base = re.sub(r"pcie|sxm\d?|[^a-z\d]", "", text).removeprefix("rtx")
-    return base, form[0] if form else None, int(re.sub(r"\D", "", size[0])) if size else None
+    base = re.sub(r"pcie|sxm\d?|[^a-z\d]", "", text).removeprefix("rtx").removeprefix("gtx")
+    return ALIASES.get(base, base), form[0] if form else None, int(re.sub(r"\D", "", size[0])) if size else None
 
 
 def _unknown(text: str) -> UsageError:
-    bare = re.fullmatch(r"(\d{1,3}(?:\.\d+)?) ?g?", text.strip().lower())
-    if bare:
-        hint = f"Write {bare[1]}GiB (1024³ bytes) or {bare[1]}GB (10⁹)."
-        return UsageError(f"{text.strip()!r} is a size without a unit", hint=hint)
-    bases: dict[str, list[str]] = {}
-    for card in GPUS:
-        bases.setdefault(_parse(card.name)[0], []).append(card.name)
-    near = [name for base in get_close_matches(_parse(text)[0], list(bases), n=2, cutoff=0.7) for name in bases[base]]
-    nearest = f"; the nearest known are {', '.join(near)}" if near else ""
-    hint = f"Give a size such as 24GiB, auto, or one of {', '.join(card.name for card in GPUS)}."
-    return UsageError(f"no GPU {text!r} is known{nearest}", hint=hint)
+    """Return the error for a name that no card has, with a hint for what people mean by it."""
+    if text.lower() in LISTS:
+        by_size = (f"{gpu.name}s: {', '.join(gpu.cards)}" for gpu in classes())
+        older = ", ".join(card.name for card in GPUS if not card.has_kernels)
+        hint = f"{'; '.join(by_size)}; too old for PyPI's PyTorch: {older}."
+        return UsageError(f"{text!r} names no GPU", hint=hint)
+    if bare := re.fullmatch(r"(\d{1,3}(?:\.\d+)?) ?g?", text.lower()):
+        hint = (
+            f"Write {bare[1]}GB for a card that is sold with as much, {bare[1]}GiB for exactly {bare[1]}·1024³ bytes."
+        )
+        return UsageError(f"{text!r} is a size without a unit", hint=hint)
+    if one := _one_of_several(text):
+        return UsageError(f"{text!r} names several GPUs", hint=f"A run on one GPU is predicted: --gpu '{one}'.")
+    if re.search(AMD, text.lower()):
+        hint = "AMD GPUs are not predicted: kernels and contexts are those of NVIDIA. Give a size such as 192GiB."
+        return UsageError(f"{text!r} is an AMD GPU", hint=hint)
+    if "laptop" in text.lower() or "mobile" in text.lower():
+        hint = (
+            "Laptop cards have less memory than desktop ones of that number: give what they are sold with, as in 8GB."
+        )
+        return UsageError(f"no laptop GPU {text!r} is known", hint=hint)
+    nearest = ", ".join(nearest_cards(text))
+    hint = f"Give one of them, what a card is sold with (24GB), an exact size (24GiB), or auto. {LIST_HINT}"
+    return UsageError(f"no GPU {text!r} is known; the nearest known are {nearest}", hint=hint)
+
+
+def nearest_cards(text: str) -> list[str]:
+    """Return the names most like `text`, by spelling and by number, the nearest first; of equals, the most common."""
+    base = _parse(text)[0] or re.sub(r"\W|[rg]tx", "", text.lower())
+
+    def likeness(card: Gpu) -> float:
+        other = _parse(card.name)[0]
+        return SequenceMatcher(None, base, other).ratio() + _nearness(_number(base), _number(other))
+
+    return [card.name for card in sorted(GPUS, key=lambda card: (-likeness(card), _rarity(card)))[:NUM_NEAREST]]
+
+
+def _number(base: str) -> int:
+    digits = re.search(r"\d+", base)
+    return int(digits[0]) if digits else 0
+
+
+def _nearness(one: int, other: int) -> float:
+    """Return a half for equal numbers of cards, 0 for those that differ by `NEAR_NUMBER` and more."""
+    largest = max(one, other)
+    return max(0.0, 1 - abs(one - other) / (NEAR_NUMBER * largest)) / 2 if one and other else 0.0
+
+
+def _one_of_several(text: str) -> str | None:
+    """Return the card of `2x24GB`, `2x RTX 4090` or `RTX 4090 x2`; None for anything else."""
+    match = re.fullmatch(rf"\d{{1,3}} ?{TIMES} ?(?P<name>.+)", text, re.IGNORECASE)
+    match = match or re.fullmatch(rf"(?P<name>.+?) ?(?<=[\s\d]){TIMES} ?\d{{1,2}}", text, re.IGNORECASE)
+    return match["name"] if match else None
 
 
 def _gpu_of_size(text: str, total_bytes: int) -> Gpu:
     if not total_bytes:
         raise UsageError(f"{text!r} is no memory at all", hint="Give a size such as 24GiB.")
-    card = min(GPUS, key=lambda card: abs(card.total_bytes - total_bytes))
+    card = min(
+        (card for card in GPUS if card.has_kernels),
+        key=lambda card: (abs(card.total_bytes - total_bytes), _rarity(card)),
+    )
     return Gpu(
         name=format_bytes(total_bytes),
         group=AS_ASKED,

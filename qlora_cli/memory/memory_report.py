@@ -128,7 +128,7 @@ def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple
 
 def _smallest(settings: EstimateSettings, estimator: "Estimator") -> str | None:
     """Return the smallest GPU of the catalogue on which the run certainly fits. Larger ones need no prediction."""
-    for gpu in sorted(GPUS, key=lambda gpu: gpu.usable_bytes):
+    for gpu in sorted((gpu for gpu in GPUS if gpu.has_kernels), key=lambda gpu: gpu.usable_bytes):
         try:
             if judge_fit(estimator.estimate(settings, gpu), gpu).fits == YES:
                 return gpu.name
@@ -195,5 +195,6 @@ def _assumptions(
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")
     sentences += untraced(settings.training)
+    sentences += [f"{gpu.name}: {gpu.note}" for gpu in request.gpus if gpu.note]
     sentences.append("one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)")
     return sentences

@@ -16,7 +16,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
 
-    # Names of removed settings, each with a hint for users who still give it.
+    # Names that are no settings, or no flags, any more or in other tools only, each with a hint for users who give it.
     removed: ClassVar[Mapping[str, str]] = {}
 
     def has_effect(self, key: str) -> bool:

@@ -213,6 +213,12 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         ([], "MODEL: is missing"),
         (["base", "--gpu", "RTX 9090"], "--gpu: no GPU 'RTX 9090' is known; the nearest known are"),
         (["base", "--gpu", "24"], "--gpu: '24' is a size without a unit"),
+        (["base", "--gpu", "28GB"], "--gpu: no card is sold with 28 GB; there are 24 GB cards"),
+        (["base", "--gpu", "2x24GB"], "--gpu: '2x24GB' names several GPUs\n  hint: A run on one GPU is predicted"),
+        (["base", "--gpus", "2"], "no such option: --gpus\n  hint: A run on one GPU is predicted; name it with --gpu"),
+        (["base", "--num-gpus", "2"], "no such option: --num-gpus\n  hint: A run on one GPU is predicted"),
+        (["base", "--set", "inspect_memory.num_gpus=2"], "hint: A run on one GPU is predicted"),
+        (["base", "--gpu", "MI300X"], "--gpu: 'MI300X' is an AMD GPU\n  hint: AMD GPUs are not predicted"),
         (
             ["base", "--recipe", "peft"],
             "no such option: --recipe\n  hint: Leave it out: the run of qlora train is predicted.",

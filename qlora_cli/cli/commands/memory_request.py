@@ -115,7 +115,7 @@ def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tup
 def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
     attention, asked = resolved.settings.model.attention, resolved.settings.inspect_memory
     if asked.solve and not asked.gpus:
-        hint = "Name one: --gpu 'RTX 4090', --gpu 24GiB, or --gpu auto for this machine's."
+        hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
         yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)
     if asked.sdpa_backend is not SdpaBackend.AUTO and attention not in HAS_SDPA:
         where, message = (

@@ -12,6 +12,7 @@ from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
 
 INSPECT = (Command.INSPECT_MEMORY,)
+ONE_GPU = "A run on one GPU is predicted; name it with --gpu, once for each card to compare."
 
 
 class PredictionSettings(Section):
@@ -19,10 +20,13 @@ class PredictionSettings(Section):
 
     removed: ClassVar[Mapping[str, str]] = {
         "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
-    }
+    } | dict.fromkeys(("gpus", "num_gpus"), ONE_GPU)
 
     gpus: Annotated[Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
-        Field(default=(), description="GPU to fit on: 'RTX 4090', 24GiB, auto; may be repeated.")
+        Field(
+            default=(),
+            description="GPU to fit on: 'RTX 4090', 24GB (any card of that size), 24GiB, auto; may be repeated.",
+        )
     )
     sdpa_backend: Annotated[SdpaBackend, Metadata(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,

@@ -9,34 +9,13 @@ import pytest
 import torch
 
 from qlora_cli.errors import HardwareError, UsageError
-from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.gpu_rows import COMMON, NOTES, OLDER, OOM, PROPERTIES, SMI
+from qlora_cli.memory.gpus import GPUS, Gpu, classes, examples, find_gpu
 from qlora_cli.units import GIB, MIB
-
-MARKETING_GB = {
-    "RTX 2080 Ti": 11,
-    "RTX 3060 12GB": 12,
-    "RTX 3080 10GB": 10,
-    "RTX 3090": 24,
-    "RTX 4070": 12,
-    "RTX 4090": 24,
-    "RTX 5090": 32,
-    "RTX A6000": 48,
-    "RTX PRO 6000 Blackwell": 96,
-    "T4": 16,
-    "V100 32GB": 32,
-    "A10G": 24,
-    "L4": 24,
-    "L40S": 48,
-    "A100 40GB": 40,
-    "A100 80GB": 80,
-    "H100 SXM": 80,
-    "H200": 141,
-    "B200": 192,
-}
 
 
 def test_the_catalogue_has_every_group_and_no_duplicate_name() -> None:
-    assert len(GPUS) >= 35
+    assert len(GPUS) >= 65
     assert max(Counter(card.name for card in GPUS).values()) == 1
     assert {card.group for card in GPUS} == {"consumer", "workstation", "data-centre"}
 
@@ -49,17 +28,24 @@ def test_the_catalogue_is_sorted_by_memory_then_name_within_a_group() -> None:
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda card: card.name)
 def test_the_numbers_of_a_card_are_plausible(gpu: Gpu) -> None:
-    assert 7 * GIB < gpu.total_bytes < 192 * GIB
+    assert 5 * GIB < gpu.total_bytes < 288 * GIB
     assert gpu.usable_bytes == gpu.total_bytes
-    assert (6, 0) <= gpu.capability <= (12, 0)
+    assert (6, 0) <= gpu.capability <= (12, 1)
     assert 10 <= gpu.num_sms <= 188
     assert 64 * MIB <= gpu.context_bytes <= gpu.context_high_bytes <= GIB
-    assert gpu.source
+    assert gpu.source in (OOM, PROPERTIES, SMI, OLDER)
 
 
-@pytest.mark.parametrize(("name", "size"), MARKETING_GB.items())
-def test_pytorch_sees_a_little_less_than_the_marketing_size(name: str, size: int) -> None:
-    assert 0.90 <= find_gpu(name).total_bytes / (size * GIB) <= 1.01
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda card: card.name)
+def test_pytorch_sees_a_little_less_than_the_marketing_size(gpu: Gpu) -> None:
+    assert 0.90 <= gpu.total_bytes / (gpu.size_gb * GIB) <= 1.01
+    assert gpu.name.endswith(f" {gpu.size_gb}GB") or not gpu.name.endswith("GB")
+
+
+def test_the_common_cards_are_in_the_catalogue() -> None:
+    names = [card.name for card in GPUS]
+    assert [name for name in (*COMMON, *NOTES) if name not in names] == []
+    assert len(set(COMMON)) == len(COMMON)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda card: card.name)
@@ -94,6 +80,13 @@ def test_each_card_is_found_by_its_name_in_any_spelling(gpu: Gpu) -> None:
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("rtx pro 6000", "RTX PRO 6000 Blackwell"),
         ("Quadro RTX 8000", "Quadro RTX 8000"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "RTX 4080 Super"),
+        ("4060ti 8gb", "RTX 4060 Ti 8GB"),
+        ("NVIDIA H800", "H100 PCIe"),
+        ("NVIDIA A800-SXM4-80GB", "A100 80GB"),
+        ("DGX Spark", "GB10"),
+        ("B200 192GB", "B200"),
+        ("1080ti", "GTX 1080 Ti"),
     ],
 )
 def test_a_card_is_found_by_its_common_names_and_that_of_pytorch(text: str, name: str) -> None:
@@ -118,8 +111,8 @@ def test_a_name_of_cards_with_different_memory_is_refused_with_the_candidates(
         ("24GiB", 24 * GIB),
         ("24 GiB", 24 * GIB),
         ("24gib", 24 * GIB),
-        ("24GB", 24 * 10**9),
-        ("24 gb", 24 * 10**9),
+        ("24564MiB", 24564 * MIB),
+        ("24000MB", 24 * 10**9),
         ("7.5GiB", 15 * GIB // 2),
     ],
 )
@@ -135,6 +128,67 @@ def test_a_size_takes_other_figures_from_the_card_nearest_in_memory_and_names_it
     assert card.name in gpu.source
 
 
+def test_a_size_takes_its_kernels_from_a_card_that_pytorch_has_kernels_for() -> None:
+    assert "P100" not in find_gpu("16GiB").source
+    assert find_gpu("16GiB").has_kernels
+
+
+@pytest.mark.parametrize("text", ["24GB", "24 gb", " 24GB "])
+def test_a_class_is_safe_for_each_of_its_cards(text: str) -> None:
+    gpu = find_gpu(text)
+    cards = [card for card in GPUS if card.size_gb == 24 and card.has_kernels]
+    assert (gpu.name, gpu.group) == ("24 GB card", "as asked")
+    assert set(gpu.cards) == {card.name for card in cards}
+    assert gpu.cards[:4] == ("RTX 3090", "RTX 4090", "L4", "A10G")
+    assert gpu.total_bytes == min(card.total_bytes for card in cards) == find_gpu("L4").total_bytes
+    assert gpu.context_bytes == max(card.context_bytes for card in cards)
+    assert gpu.context_high_bytes == max(card.context_high_bytes for card in cards)
+    assert gpu.capability == find_gpu("L4").capability
+    assert gpu.note == "kernels are those of the L4; older ones (Titan RTX) may take more"
+
+
+def test_the_classes_rise_and_have_every_card_with_kernels() -> None:
+    sizes = [gpu.size_gb for gpu in classes()]
+    assert sizes == sorted(set(sizes))
+    assert {8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141, 180} <= set(sizes)
+    named = [name for gpu in classes() for name in gpu.cards]
+    assert sorted(named) == sorted(card.name for card in GPUS if card.has_kernels)
+    assert [gpu.name for gpu in classes()] == [find_gpu(f"{gpu.size_gb}GB").name for gpu in classes()]
+
+
+def test_a_class_goes_by_its_other_size_too() -> None:
+    assert find_gpu("192GB") == find_gpu("180GB")
+    assert find_gpu("180GB").cards == ("B200",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("28GB", "there are 24 GB cards (RTX 3090, RTX 4090, L4, ...) and 32 GB cards (RTX 5090", "24GB or 32GB"),
+        ("7.5GB", "there are 6 GB cards (RTX 2060 6GB) and 8 GB cards", "7.5GiB"),
+        ("500GB", "there are 288 GB cards (B300)", "288GB"),
+        ("0GB", "there are 6 GB cards", "6GB"),
+    ],
+)
+def test_a_size_that_no_card_is_sold_with_is_refused_with_the_nearest(text: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match="no card is sold with") as caught:
+        find_gpu(text)
+    assert message in caught.value.message
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_few_names_stand_for_many() -> None:
+    assert examples(["A"]) == "A"
+    assert examples(["A", "B", "C"]) == "A, B, C"
+    assert examples(["A", "B", "C", "D"]) == "A, B, C, ..."
+
+
+@pytest.mark.parametrize(("text", "note"), [("P40", "6.1: install a build for CUDA 12"), ("GB10", "shared with the")])
+def test_what_a_card_needs_besides_memory_is_noted(text: str, note: str) -> None:
+    assert note in find_gpu(text).note
+    assert find_gpu("RTX 4090").note == ""
+
+
 @pytest.mark.parametrize("text", ["24", "24G"])
 def test_a_size_without_a_unit_is_refused_with_both_ways_to_write_it(text: str) -> None:
     with pytest.raises(UsageError, match="without a unit") as caught:
@@ -148,14 +202,64 @@ def test_a_size_of_zero_is_refused() -> None:
         find_gpu("0GiB")
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_and_the_hint_lists_all() -> None:
-    with pytest.raises(UsageError, match="RTX 4090") as caught:
-        find_gpu("RTX 4095")
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("RTX 4095", ["RTX 4090", "RTX 4080"]),
+        ("5090 Ti", ["RTX 5090", "RTX 5070 Ti"]),
+        ("h101", ["H100 SXM", "H100 PCIe"]),
+        ("RTX 309", ["RTX 3090"]),
+        ("A6000 Ada", ["RTX 6000 Ada", "RTX A6000"]),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_five_nearest(text: str, nearest: list[str]) -> None:
+    with pytest.raises(UsageError, match="the nearest known are") as caught:
+        find_gpu(text)
+    named = caught.value.message.partition("the nearest known are ")[2].split(", ")
+    assert named[: len(nearest)] == nearest
+    assert len(named) == 5
     assert caught.value.exit_code == 2
-    assert all(card.name in (caught.value.hint or "") for card in GPUS)
+    assert "--gpu list" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("text", ["", "MI300X", "RTX 4090 48GB", "4060 Ti 8GB"])
+@pytest.mark.parametrize("text", ["list", "?"])
+def test_all_cards_are_named_when_asked_for(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_gpu(text)
+    assert [card.name for card in GPUS if card.name not in (caught.value.hint or "")] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [
+        ("2x24GB", "24GB"),
+        ("2x RTX 4090", "RTX 4090"),
+        ("RTX 4090 x2", "RTX 4090"),
+        ("4090x2", "4090"),
+        ("8 * H100", "H100"),
+        ("2\u00d7T4", "T4"),
+    ],
+)
+def test_several_gpus_are_refused_with_the_one_to_name(text: str, one: str) -> None:
+    with pytest.raises(UsageError, match="names several GPUs") as caught:
+        find_gpu(text)
+    assert f"--gpu '{one}'" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("text", ["MI300X", "AMD Instinct MI250", "RX 7900 XTX", "Radeon Pro W7900"])
+def test_amd_gpus_are_not_predicted(text: str) -> None:
+    with pytest.raises(UsageError, match="is an AMD GPU") as caught:
+        find_gpu(text)
+    assert "AMD GPUs are not predicted" in (caught.value.hint or "")
+
+
+def test_a_laptop_gpu_is_not_taken_for_the_desktop_card() -> None:
+    with pytest.raises(UsageError, match="no laptop GPU") as caught:
+        find_gpu("NVIDIA GeForce RTX 4090 Laptop GPU")
+    assert "8GB" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("text", ["", "RTX 4090 48GB", "GTX 1060"])
 def test_a_card_outside_of_the_catalogue_is_refused_rather_than_guessed(text: str) -> None:
     with pytest.raises(UsageError, match="no GPU"):
         find_gpu(text)
@@ -175,7 +279,7 @@ def test_auto_without_a_gpu_is_an_error_with_a_hint() -> None:
         ("NVIDIA A100-SXM4-40GB", (8, 0), 108, "A100 40GB"),
         ("NVIDIA H100 80GB HBM3", (9, 0), 132, "H100 SXM"),
         ("NVIDIA GH200 480GB", (9, 0), 132, "H100 NVL"),
-        ("NVIDIA GeForce RTX 4080 SUPER", (8, 9), 80, "RTX 4080"),
+        ("NVIDIA GeForce RTX 4090 D", (8, 9), 114, "RTX 4090"),
     ],
 )
 def test_auto_reads_the_gpu_of_this_machine_and_the_context_of_the_nearest_card(
