@@ -3,17 +3,17 @@
     python benchmarks/cost_of_a_step.py --models llama-3.1-8b --gpus "RTX 4090" --lengths 2048 --tables
 
 Nothing is measured: FLOPs, bytes and launches are those of the operations that `qlora inspect-memory` traces, the
-rates of the GPUs are assumptions (`RATES`). Each operation takes as long as its arithmetic or its traffic, whichever
-is longer. The floor is 4 (N + V H) FLOPs a token at that rate: each weight of the base and of the head, forward and
-backward. `published_algorithm.py` is the step that a traced one is compared with.
+rates of the GPUs are those of `qlora_cli/timing/rates.py`, and an operation takes as long as its arithmetic or its
+traffic, whichever is longer. The floor is 4 (N + V H) FLOPs a token at that rate: each weight of the base and of the
+head, forward and backward. `published_algorithm.py` is the step that a traced one is compared with.
 """
 
 import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,57 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_algorithm import StepShape, floor_flops, published_operations, shape_of
 from benchmarks.records import RESULTS, append, now, results_file, revision, versions
-from benchmarks.step_operations import Count, Kind, Operation, Pass
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue, nearest_names
-from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.estimator import Estimator, TracedRun
+from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import Checkpointing, Dtype
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.timing.operation import Counted, Operation, OperationKind, Pass
+from qlora_cli.timing.rates import Rates, rates_of
+from qlora_cli.timing.roofline import cost_of
 from qlora_cli.units import GIB
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """What a GPU sustains.
-
-    Attributes:
-        flops: A second, in bf16 products with fp32 sums.
-        bytes_: A second, from and to its memory.
-        dequantization_share: The part of them that the kernels of dequantization reach.
-    """
-
-    flops: float
-    bytes_: float
-    dequantization_share: float = 1.0
-
-
-# Assumed, not measured: about 90 % of the dense products of the data sheet on consumer cards, 65 to 80 % on those
-# of data centres, which lower their clock; 88 % of the bandwidth.
-RATES = {
-    "L4": Rate(flops=60e12, bytes_=0.25e12),
-    "A10G": Rate(flops=58e12, bytes_=0.50e12),
-    "RTX 3090": Rate(flops=65e12, bytes_=0.82e12),
-    "RTX 4090": Rate(flops=155e12, bytes_=0.90e12),
-    "A100 40GB": Rate(flops=250e12, bytes_=1.35e12),
-    "A100 80GB": Rate(flops=255e12, bytes_=1.75e12),
-    "H100 SXM": Rate(flops=650e12, bytes_=2.9e12),
-    "H200": Rate(flops=680e12, bytes_=4.2e12),
-}
-KERNEL_SECONDS = 2e-6  # the shortest kernel
-DISPATCH_SECONDS = 11e-6  # Python, autograd and dispatch of one operation, measured on a server's CPU core
-# Copies to the host are no operations of a trace.
-MODES = tuple(mode for mode in Checkpointing if mode not in (Checkpointing.AUTO, Checkpointing.OFFLOAD))
+MODES = tuple(mode for mode in Checkpointing if mode != Checkpointing.AUTO)
 SAME_MEMORY = 1.02  # times that with whole layers recomputed
-# AdamW in fp32 reads a weight, its gradient and two moments, and writes all but the gradient; clipping reads the
-# gradient twice and writes it once.
-UPDATE_BYTES = 4 * (7 + 3)
-UPDATE_KERNELS = 4
-
-Counted = Sequence[tuple[int, Operation]]  # each operation with how often it runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +47,23 @@ class Case:
 
     model: CatalogueModel
     gpu: Gpu
-    rate: Rate
     length: int
     rows: int
     rank: int
+
+    @property
+    def rates(self) -> Rates:
+        """What the GPU is assumed to sustain."""
+        rates = rates_of(self.gpu.card, self.gpu.num_sms)
+        assert rates is not None, f"{self.gpu.name} has no rates"
+        return rates
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """All operations of one kind in one pass; `seconds` are the GPU's."""
 
-    kind: Kind
+    kind: OperationKind
     run_in: Pass
     dispatches: int
     kernels: int
@@ -102,12 +73,10 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The cost of a step.
+class StepCost:
+    """The cost of a step of one micro-batch, as a whole and by kind of operation.
 
-    Attributes:
-        device_seconds: Of the GPU, if it never waits for the host.
-        host_seconds: Of one core, to dispatch all operations; None where their number is unknown.
+    `host_seconds` are those of one core, to dispatch all operations; None where their number is unknown.
     """
 
     rows: tuple[Row, ...]
@@ -127,17 +96,16 @@ class Traced:
     checkpointing: Checkpointing
     estimate: Estimate
     fits: bool
-    cost: Cost
+    cost: StepCost
     unknown: tuple[str, ...]
 
 
-def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, Counted, StepShape]:
-    """Return the memory, the operations and the shape of a step.
+def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, TracedRun, StepShape]:
+    """Return the prediction, the operations and the shape of a step.
 
     Raises:
         UsageError: the model is not a dense decoder whose layers are like Llama's, as floor and comparison assume.
     """
-    count = Count()
     facts = ModelFacts(name=case.model.name, content=deepcopy(dict(case.model.config)))
     settings = EstimateSettings.model_validate(
         {
@@ -151,80 +119,68 @@ def trace(case: Case, checkpointing: Checkpointing) -> tuple[Estimate, Counted, 
             },
         }
     )
-    estimator = Estimator(facts, evaluates=False, loop=count.loop)
+    estimator = Estimator(facts, evaluates=False)
     shapes = estimator.shapes(settings, Dtype.BF16)
     if any(True for _ in fused_experts(shapes)) or not hasattr(shapes.config, "intermediate_size"):
         raise UsageError(
             f"{case.model.name} is no dense decoder with layers like Llama's, with which the step is compared",
             hint="Name another model, such as llama-3.1-8b.",
         )
-    estimate = estimator.estimate(settings, case.gpu)
-    update = _update(estimator.traced(settings, case.gpu).num_trained)
     shape = shape_of(shapes, rank=case.rank, rows=case.rows, length=case.length)
-    return estimate, [*count.extended(), (1, update)], shape
+    return estimator.estimate(settings, case.gpu), estimator.traced(settings, case.gpu), shape
 
 
-def _update(num_trained: int) -> Operation:
-    return Operation(Pass.UPDATE, Kind.OPTIMIZER, "AdamW", 0, UPDATE_BYTES * num_trained, UPDATE_KERNELS)
+def step_cost(operations: Counted, rates: Rates, *, host_bytes: int = 0, is_dispatched: bool = True) -> StepCost:
+    """Return the cost of operations; not `is_dispatched`: they are known by arithmetic, without the host's part.
 
-
-def cost_of(operations: Iterable[tuple[int, Operation]], rate: Rate, *, is_dispatched: bool = True) -> Cost:
-    """Return the cost of operations on a GPU; not `is_dispatched`: known by arithmetic, without the host's part."""
-    sums: dict[tuple[Kind, Pass], list[float]] = {}
+    `host_bytes` are copied from or to the host.
+    """
+    groups: dict[tuple[OperationKind, Pass], list[tuple[int, Operation]]] = {}
     for times, operation in operations:
-        row = sums.setdefault((operation.kind, operation.run_in), [0.0] * 5)
-        seconds = seconds_of(operation, rate)
-        amounts = (1, operation.kernels, operation.flops, operation.num_bytes, seconds)
-        for index, amount in enumerate(amounts):
-            row[index] += times * amount
+        groups.setdefault((operation.kind, operation.run_in), []).append((times, operation))
     rows = tuple(
         Row(
             kind=kind,
             run_in=run_in,
-            dispatches=int(dispatches),
-            kernels=int(kernels),
-            flops=int(flops),
-            num_bytes=int(num_bytes),
-            seconds=seconds,
+            dispatches=sum(times for times, _ in group),
+            kernels=sum(times * operation.kernels for times, operation in group),
+            flops=sum(times * operation.flops for times, operation in group),
+            num_bytes=sum(times * operation.num_bytes for times, operation in group),
+            seconds=cost_of(group, rates).device_seconds,
         )
-        for (kind, run_in), (dispatches, kernels, flops, num_bytes, seconds) in sums.items()
+        for (kind, run_in), group in groups.items()
     )
-    host_seconds = DISPATCH_SECONDS * sum(row.dispatches for row in rows) if is_dispatched else None
-    return Cost(rows=rows, device_seconds=sum(row.seconds for row in rows), host_seconds=host_seconds)
+    cost = cost_of(operations, rates, host_bytes=host_bytes)
+    return StepCost(
+        rows=rows, device_seconds=cost.device_seconds, host_seconds=cost.host_seconds if is_dispatched else None
+    )
 
 
-def seconds_of(operation: Operation, rate: Rate) -> float:
-    """Return the seconds of one operation on the GPU."""
-    share = rate.dequantization_share if operation.kind == Kind.DEQUANTIZATION else 1.0
-    traffic = operation.num_bytes / (rate.bytes_ * share)
-    return max(operation.flops / rate.flops, traffic, operation.kernels * KERNEL_SECONDS)
-
-
-def traced_costs(case: Case, modes: Sequence[Checkpointing] = MODES) -> tuple[list[Traced], Cost, float]:
+def traced_costs(case: Case, modes: Sequence[Checkpointing] = MODES) -> tuple[list[Traced], StepCost, float]:
     """Return the cost with each kind of checkpointing, that of the published algorithm, and the floor in seconds."""
     traced = []
     for mode in modes:
-        estimate, operations, shape = trace(case, mode)
+        estimate, run, shape = trace(case, mode)
+        operations = (*run.micro_batch, *run.update)
         traced.append(
             Traced(
                 checkpointing=mode,
                 estimate=estimate,
                 fits=estimate.predicted.process_bytes <= case.gpu.usable_bytes,
-                cost=cost_of(operations, case.rate),
+                cost=step_cost(operations, case.rates, host_bytes=2 * run.pinned_host_bytes),
                 unknown=tuple(sorted({operation.operator for _, operation in operations if not operation.is_known})),
             )
         )
-    published: list[tuple[int, Operation]] = [(1, operation) for operation in published_operations(shape)]
-    published.append(operations[-1])  # the same update
-    return traced, cost_of(published, case.rate, is_dispatched=False), floor_flops(shape) / case.rate.flops
+    published = (*((1, operation) for operation in published_operations(shape)), *run.update)
+    return traced, step_cost(published, case.rates, is_dispatched=False), floor_flops(shape) / case.rates.flops
 
 
-def print_case(case: Case, traced: Sequence[Traced], published: Cost, floor_seconds: float) -> None:
+def print_case(case: Case, traced: Sequence[Traced], published: StepCost, floor_seconds: float) -> None:
     """Print a line for each kind of checkpointing, and the ratios to the published algorithm."""
-    rate = case.rate
+    rates = case.rates
     print(
         f"\n{case.model.name}, rank {case.rank}, {case.rows} x {case.length:,} tokens, {case.gpu.name} "
-        f"({rate.flops / 1e12:.0f} TFLOP/s, {rate.bytes_ / 1e12:.2f} TB/s assumed)"
+        f"({rates.flops / 1e12:.0f} TFLOP/s, {rates.num_bytes / 1e12:.2f} TB/s assumed)"
     )
     print(f"  {'checkpointing':28}{'memory':>11}{'GPU':>10}{'host':>9}{'tokens/s':>10}{'of floor':>10}")
     tokens = case.rows * case.length
@@ -253,7 +209,7 @@ def print_case(case: Case, traced: Sequence[Traced], published: Cost, floor_seco
         print(f"  counted by their bytes alone: {', '.join(unknown)}")
 
 
-def print_table(title: str, cost: Cost) -> None:
+def print_table(title: str, cost: StepCost) -> None:
     """Print a line for each kind of operation and pass."""
     print(f"\n  {title:26}{'pass':10}{'launches':>9}{'TFLOP':>8}{'GB':>8}{'ms':>9}{'share':>7}")
     for row in sorted(cost.rows, key=lambda row: -row.seconds):
@@ -263,14 +219,14 @@ def print_table(title: str, cost: Cost) -> None:
         )
 
 
-def record_of(case: Case, name: str, cost: Cost, floor_seconds: float, **more: Any) -> dict[str, Any]:
+def record_of(case: Case, name: str, cost: StepCost, floor_seconds: float, **more: Any) -> dict[str, Any]:
     """Return the line of a results file for one step."""
     return {
         "benchmark": "cost_of_a_step",
         "time": now(),
         "model": case.model.name,
         "gpu": case.gpu.name,
-        "assumed_rates": asdict(case.rate),
+        "assumed_rates": asdict(case.rates),
         "length": case.length,
         "micro_batch_size": case.rows,
         "rank": case.rank,
@@ -311,12 +267,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = ("RTX 4090", "A100 80GB", "H100 SXM", "H200")
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen3-8b"], help="names of the catalogue")
-    parser.add_argument("--gpus", nargs="+", default=gpus, choices=RATES, help="default: %(default)s")
+    parser.add_argument(
+        "--gpus", nargs="+", default=gpus, choices=[gpu.name for gpu in GPUS], help="default: %(default)s"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], help="tokens of a row")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1], help="rows of a micro-batch (default: 1)")
     parser.add_argument("--rank", type=int, default=16, help="default: 16")
-    share_help = "of the bandwidth that dequantization reaches (default: 1; public rows on A100s suggest 0.27)"
-    parser.add_argument("--dequantization-share", type=float, default=1.0, help=share_help)
     parser.add_argument("--tables", action="store_true", help="print where the milliseconds of each step go")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
     return parser.parse_args()
@@ -345,9 +301,7 @@ def main() -> int:
         for name, gpu, length, rows in product(
             arguments.models, arguments.gpus, arguments.lengths, arguments.micro_batches
         ):
-            rate = replace(RATES[gpu], dequantization_share=arguments.dequantization_share)
-            model, card = find_model(name), find_gpu(gpu)
-            case = Case(model=model, gpu=card, rate=rate, length=length, rows=rows, rank=arguments.rank)
+            case = Case(model=find_model(name), gpu=find_gpu(gpu), length=length, rows=rows, rank=arguments.rank)
             run(case, results, context, tables=arguments.tables)
     except QloraError as error:
         print(f"{error}\n{error.hint or ''}", file=sys.stderr)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.step_operations import BACKWARD_PRODUCTS, CAUSAL_SHARE, Kind, Operation, Pass
+from qlora_cli.memory.tracing.operations import BACKWARD_PRODUCTS, CAUSAL_SHARE, num_tiles
 from qlora_cli.quantization.methods.skip_modules import linear_layers
+from qlora_cli.timing.operation import Operation, OperationKind, Pass
 
 BYTES = 2  # of a number in 16 bit
 CODE_BYTES = 0.5  # of a weight in 4 bit
@@ -89,9 +90,10 @@ def _linear(shape: StepShape, wide: int, narrow: int, run_in: Pass) -> Iterator[
     """Yield a linear layer of `wide` inputs and `narrow` outputs with its adapter."""
     tokens, rank, weights = shape.num_tokens, shape.rank, wide * narrow
     stored = round(weights * (CODE_BYTES + CONSTANT_BYTES))
-    yield Operation(run_in, Kind.DEQUANTIZATION, "dequantize", 0, stored + weights * BYTES, 3)
+    yield Operation(run_in, OperationKind.DEQUANTIZATION, "dequantize", 0, stored + weights * BYTES, 3)
     base_bytes = (tokens * (wide + narrow) + weights) * BYTES
-    yield Operation(run_in, Kind.BASE_GEMM, "product", 2 * tokens * weights, base_bytes, 1)
+    tiles = num_tiles(tokens, wide if run_in == Pass.BACKWARD else narrow)
+    yield Operation(run_in, OperationKind.BASE_GEMM, "product", 2 * tokens * weights, base_bytes, 1, tiles=tiles)
     if run_in != Pass.BACKWARD:
         yield _narrow(run_in, tokens, wide, rank)
         yield _narrow(run_in, tokens, rank, narrow, adds=True)
@@ -106,7 +108,7 @@ def _linear(shape: StepShape, wide: int, narrow: int, run_in: Pass) -> Iterator[
 def _narrow(run_in: Pass, m: int, k: int, n: int, *, adds: bool = False) -> Operation:
     """Return a product of the adapter, `(m, k)` by `(k, n)`; `adds`: to what is there."""
     num_bytes = (m * k + k * n + m * n * (2 if adds else 1)) * BYTES
-    return Operation(run_in, Kind.LORA_GEMM, "product", 2 * m * k * n, num_bytes, 1)
+    return Operation(run_in, OperationKind.LORA_GEMM, "product", 2 * m * k * n, num_bytes, 1)
 
 
 def _layer(shape: StepShape, run_in: Pass) -> Iterator[Operation]:
@@ -114,21 +116,21 @@ def _layer(shape: StepShape, run_in: Pass) -> Iterator[Operation]:
     tokens, is_backward = shape.num_tokens, run_in == Pass.BACKWARD
     query, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
-    def element_wise(kind: Kind, num_values: int) -> Operation:
+    def element_wise(kind: OperationKind, num_values: int) -> Operation:
         return Operation(run_in, kind, "one kernel", 0, tokens * num_values * BYTES, 1)
 
     for _ in range(2):
-        yield element_wise(Kind.NORM, (3 if is_backward else 2) * shape.hidden_size)
-        yield element_wise(Kind.RESIDUAL, 3 * shape.hidden_size)
-    yield element_wise(Kind.ROPE, 2 * (query + keys))
+        yield element_wise(OperationKind.NORM, (3 if is_backward else 2) * shape.hidden_size)
+        yield element_wise(OperationKind.RESIDUAL, 3 * shape.hidden_size)
+    yield element_wise(OperationKind.ROPE, 2 * (query + keys))
     # Backward it writes the activation again, for the gradients of the down projection.
-    yield element_wise(Kind.MLP, (6 if is_backward else 3) * shape.intermediate_size)
+    yield element_wise(OperationKind.MLP, (6 if is_backward else 3) * shape.intermediate_size)
     flops = 4 * CAUSAL_SHARE * tokens * shape.length * query
     num_bytes = tokens * 2 * (query + keys) * BYTES
     if is_backward:
-        yield Operation(run_in, Kind.ATTENTION, "flash", int(flops * BACKWARD_PRODUCTS), 2 * num_bytes, 4)
+        yield Operation(run_in, OperationKind.ATTENTION, "flash", int(flops * BACKWARD_PRODUCTS), 2 * num_bytes, 4)
     else:
-        yield Operation(run_in, Kind.ATTENTION, "flash", int(flops), num_bytes, 1)
+        yield Operation(run_in, OperationKind.ATTENTION, "flash", int(flops), num_bytes, 1)
 
 
 def _loss(shape: StepShape) -> Iterator[Operation]:
@@ -137,7 +139,7 @@ def _loss(shape: StepShape) -> Iterator[Operation]:
     logits = tokens * shape.vocab_size
     num_bytes = (tokens * shape.hidden_size + head + logits) * BYTES
     for run_in in (Pass.FORWARD, Pass.BACKWARD):
-        yield Operation(run_in, Kind.LOSS, "head", 2 * tokens * head, num_bytes, 1)
-    yield Operation(Pass.FORWARD, Kind.LOSS, "cross-entropy", 0, 3 * logits * BYTES, 1)
+        yield Operation(run_in, OperationKind.LOSS, "head", 2 * tokens * head, num_bytes, 1)
+    yield Operation(Pass.FORWARD, OperationKind.LOSS, "cross-entropy", 0, 3 * logits * BYTES, 1)
     for run_in, factor in ((Pass.FORWARD, 2), (Pass.BACKWARD, 3)):  # the last norm
-        yield Operation(run_in, Kind.NORM, "one kernel", 0, factor * tokens * shape.hidden_size * BYTES, 1)
+        yield Operation(run_in, OperationKind.NORM, "one kernel", 0, factor * tokens * shape.hidden_size * BYTES, 1)

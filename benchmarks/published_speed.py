@@ -1,66 +1,141 @@
-"""Compare the cost model with published throughput of QLoRA steps: how optimistic is it?
+"""Compare the model of time with published throughput of QLoRA steps: how far off is it?
 
-    python benchmarks/published_speed.py
+    python benchmarks/published_speed.py [FILE]
 
-Rows of Unsloth are compared with its published algorithm by arithmetic, those of other trainers, which run PEFT's
-layers, with the step of `qlora train` that recomputes whole layers. The rates of the GPUs are assumed as in
-`cost_of_a_step.py`. The rows are `data/published_speed.csv`, with the source of each.
+Each row is predicted with the algorithm of its trainer, as far as that is known (`published_steps.py`), and with the
+rates that `qlora inspect-memory` uses (`qlora_cli/timing/rates.py`). The rows are `data/published_speed.csv`, or FILE
+with the same columns; those that do not say what was run are named and left out.
 """
 
 import argparse
 import csv
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import exp, log
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 
 # Without this, a script run as a file does not find its siblings.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cost_of_a_step import RATES, Case, find_model, traced_costs
-from qlora_cli.memory.gpus import find_gpu
-from qlora_cli.settings.choices import Checkpointing
+from benchmarks.published_steps import PublishedRow, costs_of, read_row
+from benchmarks.records import RESULTS, append, now, results_file, revision, versions
+from qlora_cli.memory.step_time import HIGH, LOW
 
 ROWS = Path(__file__).parent / "data" / "published_speed.csv"
+LONG = 1024  # tokens of a micro-batch from which on a step is not bound by the host alone
 
 
-def read_rows() -> list[dict[str, str]]:
-    """Return the published rows."""
-    with ROWS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A published row, and what the model of time says about it. `ratio` is predicted to published tokens/s."""
+
+    row: PublishedRow
+    predicted: float
+    limited_by: str
+
+    @property
+    def ratio(self) -> float:
+        """Above one, the model is optimistic."""
+        return self.predicted / self.row.tokens_per_second
+
+    @property
+    def is_within_band(self) -> bool:
+        """Whether the published time is within the band that a prediction states."""
+        return LOW <= self.ratio <= HIGH
 
 
-def predicted(row: Mapping[str, str]) -> float:
-    """Return the tokens/s that the cost model gives for a row."""
-    case = Case(
-        model=find_model(row["model"]),
-        gpu=find_gpu(row["gpu"]),
-        rate=RATES[row["gpu"]],
-        length=int(row["length"]),
-        rows=int(row["micro_batch_size"]),
-        rank=int(row["rank"]),
+def read_rows(path: Path = ROWS) -> tuple[list[PublishedRow], list[str]]:
+    """Return the published rows of a file, and a sentence on each that does not say enough."""
+    rows, left_out = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        for content in csv.DictReader(file):
+            try:
+                rows.append(read_row(content))
+            except ValueError as error:
+                left_out.append(f"row {content['id']} ({content['framework']}) says too little: {error}")
+    return rows, left_out
+
+
+def compare(row: PublishedRow) -> Comparison:
+    """Return what the model of time says about a row."""
+    micro_batch, update = costs_of(row)
+    seconds = row.num_micro_batches * micro_batch.seconds + update.seconds
+    predicted = row.num_micro_batches * row.rows * row.length / seconds
+    return Comparison(row=row, predicted=predicted, limited_by=micro_batch.limited_by)
+
+
+def geometric(comparisons: Sequence[Comparison]) -> tuple[float, float]:
+    """Return the geometric mean of the ratios, and their geometric standard deviation."""
+    logs = [log(comparison.ratio) for comparison in comparisons]
+    return exp(fmean(logs)), exp(pstdev(logs))
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print a line."""
+    row = comparison.row
+    print(
+        f"{row.id:>4} {row.gpu.name:10}{row.model:13}{row.algorithm:11}{row.rows:>2} x {row.length:>6}"
+        f"   published {row.tokens_per_second:7,.0f}   predicted {comparison.predicted:7,.0f}"
+        f"   {comparison.ratio:5.2f} x{'' if comparison.is_within_band else ' !'}  {comparison.limited_by}"
     )
-    (traced,), published, _ = traced_costs(case, (Checkpointing.ON,))
-    cost = published if row["algorithm"] == "published" else traced.cost
-    return case.rows * case.length / cost.seconds
+
+
+def print_summary(comparisons: Sequence[Comparison]) -> None:
+    """Print how far the model is from all rows, and from those of each kind."""
+    groups = {
+        "all rows": comparisons,
+        f"NF4, {LONG:,} tokens and more": [
+            each for each in comparisons if each.row.is_nf4 and each.row.rows * each.row.length >= LONG
+        ],
+        **{
+            algorithm: [each for each in comparisons if each.row.algorithm == algorithm]
+            for algorithm in dict.fromkeys(each.row.algorithm for each in comparisons)
+        },
+    }
+    for name, group in groups.items():
+        mean, scatter = geometric(group)
+        within = sum(each.is_within_band for each in group)
+        print(
+            f"{name:28}{len(group):>3} rows   predicted / published {mean:.2f} x, scatter {scatter:.2f} x, "
+            f"{within} within the band"
+        )
 
 
 def main() -> int:
-    """Print each row, and how far the model is from all rows of each algorithm."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    """Print and record each row, and how far the model is from all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=ROWS, help="the published rows (default: ours)")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the results file goes")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    ratios: dict[str, list[float]] = {}
-    for row in read_rows():
-        model, measured = predicted(row), float(row["tokens_per_second"])
-        ratios.setdefault(row["algorithm"], []).append(log(model / measured))
-        print(
-            f"{row['gpu']:10}{row['model']:14}{row['framework']:40}{row['micro_batch_size']:>2} x {row['length']:>5}"
-            f"   published {measured:6,.0f}   model {model:6,.0f}   {model / measured:5.2f} x"
-        )
-    for algorithm, logs in ratios.items():
-        print(f"{algorithm}: model / published {exp(fmean(logs)):.2f} x, scatter {exp(stdev(logs)):.2f} x")
+    rows, left_out = read_rows(arguments.file)
+    for sentence in left_out:
+        print(sentence)
+    results, context = (
+        results_file(arguments.output_dir, "published_speed"),
+        {"versions": versions(), "revision": revision()},
+    )
+    comparisons = []
+    for row in rows:
+        comparison = compare(row)
+        comparisons.append(comparison)
+        print_comparison(comparison)
+        record = {
+            "benchmark": "published_speed",
+            "time": now(),
+            **asdict(row),
+            "gpu": row.gpu.name,
+            "algorithm": row.algorithm,
+            "predicted_tokens_per_second": comparison.predicted,
+            "ratio": comparison.ratio,
+            "limited_by": comparison.limited_by,
+        }
+        append(results, record | context)
+    print_summary(comparisons)
+    print(f"Written to {results}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Predict the memory of a run on a GPU: build its model without bytes, trace a step, extend it, replay it.
+"""Predict a run on a GPU: build its model without bytes, trace a step, extend it; replay its memory, add up its time.
 
 What several predictions share is computed once: the shapes for a dtype, the meta model for a storage and an adapter,
 the peaks for GPUs with the same kernels.
@@ -25,10 +25,13 @@ from qlora_cli.memory.replaying.figures import estimate_of
 from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights, trained_parameters
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
+from qlora_cli.memory.replaying.update_operations import update_operations
 from qlora_cli.memory.request import runs_evaluation
+from qlora_cli.memory.step_time import step_time
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
+from qlora_cli.memory.tracing.operation_count import extended
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
@@ -43,6 +46,7 @@ from qlora_cli.settings.choices import Checkpointing, Dtype, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import settle
+from qlora_cli.timing.operation import Counted
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, limit_length, num_positions
 
 CUDA = torch.device("cuda")
@@ -52,10 +56,12 @@ EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class TracedRun:
-    """The allocations of a run on every GPU with the same kernels.
+    """The allocations and operations of a run on every GPU with the same kernels.
 
     Attributes:
         events: Those that a replay needs.
+        micro_batch: The operations of a micro-batch.
+        update: The operations of the optimizer's step.
         backends: The attention kernels that the run uses, by name.
         paged_bytes: Optimizer state in unified memory.
         pinned_host_bytes: Activations in host memory, of all layers.
@@ -64,6 +70,8 @@ class TracedRun:
     """
 
     events: RunEvents
+    micro_batch: Counted
+    update: Counted
     backends: tuple[str, ...]
     paged_bytes: int
     pinned_host_bytes: int
@@ -131,6 +139,15 @@ class Estimator:
         """
         method_of(settings.quantization.method).check_trainable(settings.quantization)
         traced = self.traced(settings, gpu)
+        training = settings.training
+        time = step_time(
+            traced.micro_batch,
+            traced.update,
+            gpu,
+            num_micro_batches=training.gradient_accumulation_steps,
+            num_tokens=training.micro_batch_size * settings.data.max_length,
+            pinned_host_bytes=traced.pinned_host_bytes,
+        )
         return estimate_of(
             self.peaks(settings, gpu),
             gpu,
@@ -139,6 +156,7 @@ class Estimator:
             checkpointing=_checkpointing(settings).value,
             paged_bytes=traced.paged_bytes,
             pinned_host_bytes=traced.pinned_host_bytes,
+            time=time,
         )
 
     def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:
@@ -201,7 +219,7 @@ class Estimator:
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
-        """Return the allocations of the run on a GPU with the kernels of `gpu`."""
+        """Return the allocations and operations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
         capability = representative_capability(gpu.capability, self.shapes(settings, dtype))
         step = self._step(settings, dtype, capability)
@@ -241,6 +259,8 @@ class Estimator:
                 num_micro_batches=step.gradient_accumulation_steps,
                 evaluates=runs_evaluation(settings, self._evaluates),
             ),
+            micro_batch=extended(traced.operations, meta_model.stack, meta_model.chosen),
+            update=update_operations(training.optimizer, trained),
             backends=traced.backends,
             paged_bytes=optimized.paged_bytes,
             pinned_host_bytes=round(traced.pinned_host_bytes * ratio),

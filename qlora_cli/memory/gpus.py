@@ -48,6 +48,7 @@ class Gpu:
     for one of this machine that is not in the catalogue, they are those of the card that `source` names.
 
     Attributes:
+        card: Its name in the catalogue; empty if it is not there.
         size_gb: What it is sold with, in GB; 0 for a size and for this machine's GPU.
         cards: For a class, the names of its cards, the most common first.
         note: What else a prediction for it takes for granted, in a sentence without its subject.
@@ -64,6 +65,7 @@ class Gpu:
     size_gb: int = 0
     cards: tuple[str, ...] = ()
     note: str = ""
+    card: str = ""
 
     @property
     def usable_bytes(self) -> int:
@@ -94,6 +96,7 @@ def _catalogue() -> tuple[Gpu, ...]:
             source=source,
             size_gb=size_gb,
             note=NOTES.get(name, "") if capability >= OLDEST_WITH_KERNELS else _without_kernels(capability),
+            card=name,
         )
         for group, rows in groups
         for name, size_gb, total, capability, num_sms, context, high, source in sorted(
@@ -306,6 +309,7 @@ def _gpu_of_this_machine() -> Gpu:
         context_bytes=card.context_bytes,
         context_high_bytes=card.context_high_bytes,
         source=f"device properties; context as of the {card.name}",
+        card=card.name if card in _cards_named(seen.name) else "",
     )
 
 

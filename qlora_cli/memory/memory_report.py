@@ -11,7 +11,7 @@ from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
 from qlora_cli.memory.plan import is_open, plan_run
-from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution
+from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution, figures_of_run
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
 from qlora_cli.memory.suggestions import YES, judge_fit, suggest
@@ -96,7 +96,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
-        predicted=estimate.predicted,
+        predicted=figures_of_run(estimate),
         components=estimate.components,
         phases=estimate.phases,
         ruling_phase=estimate.ruling_phase,
@@ -177,7 +177,7 @@ def _assumptions(
     """Return sentences on what the prediction takes for granted."""
     sentences = []
     if not request.gpus:
-        sentences.append(f"no GPU was named: kernels and CUDA context are those of the {gpu.name}")
+        sentences.append(f"no GPU was named: kernels, speed and CUDA context are those of the {gpu.name}")
     if is_open(settings) and (request.solve or request.sweep or not request.gpus):
         sentences.append(
             "gradient checkpointing is chosen by the GPU; where its choice is not shown, figures are for on, which "

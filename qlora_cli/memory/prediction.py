@@ -1,6 +1,6 @@
 """The prediction for a run, as plain values. Imports no torch: a cached prediction is shown without it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 # The error bands, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the largest errors
 # were 0.25 % of allocated and 5.7 % of reserved memory; the band of allocated is wider, for other GPUs and kernels.
@@ -79,8 +79,29 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """The time of an optimizer step, by arithmetic on rates of the GPU that were not measured.
+
+    `limited_by` is what takes most of it: `compute`, `memory` or `host`, the Python code that starts the kernels.
+    `device_seconds` and `host_seconds` are the GPU's and those of one core of the host, which work at the same time.
+    """
+
+    micro_batch_seconds: float
+    update_seconds: float
+    step_seconds: float
+    step_seconds_low: float
+    step_seconds_high: float
+    tokens_per_second: float
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    limited_by: str
+    device_seconds: float
+    host_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The memory of a run on one GPU.
+    """The memory and the time of a run on one GPU.
 
     Attributes:
         gpu: Its name in the catalogue.
@@ -90,6 +111,7 @@ class Estimate:
         pinned_host_bytes: Activations that are offloaded to host memory.
         ruling_phase: The phase with the peak.
         reason: A sentence that says why.
+        time: None for a GPU that is not in the catalogue.
     """
 
     gpu: str
@@ -103,6 +125,7 @@ class Estimate:
     pinned_host_bytes: int
     ruling_phase: str
     reason: str
+    time: StepTime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +198,29 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunFigures(Figures):
+    """The peaks of a run, and the time of its optimizer step with the ends of its error band.
+
+    What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`.
+    """
+
+    step_seconds: float | None = None
+    step_seconds_low: float | None = None
+    step_seconds_high: float | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_low: float | None = None
+    tokens_per_second_high: float | None = None
+    limited_by: str | None = None
+
+
+def figures_of_run(estimate: Estimate) -> RunFigures:
+    """Return the figures of an estimate with those of its time."""
+    time = {} if estimate.time is None else vars(estimate.time)
+    names = {field.name for field in fields(RunFigures)}
+    return RunFigures(**vars(estimate.predicted), **{name: value for name, value in time.items() if name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """The result of `qlora inspect-memory`.
 
@@ -194,7 +240,7 @@ class MemoryReport:
     gpu: str
     dtype: str
     attention_backends: tuple[str, ...]
-    predicted: Figures
+    predicted: RunFigures
     components: Components
     phases: tuple[Phase, ...]
     ruling_phase: str

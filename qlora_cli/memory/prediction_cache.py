@@ -23,6 +23,7 @@ COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 # The packages of this project that a prediction depends on.
 PARTS = (
     "memory",
+    "timing",
     "loading",
     "attention",
     "loss",

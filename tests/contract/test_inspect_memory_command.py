@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from qlora_cli.cli.app import app
 from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
-from qlora_cli.memory.prediction import COMPONENTS, Figures, GpuFit, MemoryReport
+from qlora_cli.memory.prediction import COMPONENTS, GpuFit, MemoryReport, RunFigures
 from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluation
 from qlora_cli.settings.choices import Attention, Checkpointing, Quantization
 from qlora_cli.settings.models import all_settings, metadata_of
@@ -310,7 +310,7 @@ def test_json_has_the_keys_that_scripts_rely_on(core: Core) -> None:
     core.report = replace(REPORT, sweep=(sweep_point(max_length=512, rank=8),))
     report = json.loads(qlora_inspect("base", "--json").stdout)
     assert set(report) == {field.name for field in fields(MemoryReport)}
-    assert set(report["predicted"]) == {field.name for field in fields(Figures)}
+    assert set(report["predicted"]) == {field.name for field in fields(RunFigures)}
     assert report["predicted"]["allocated_bytes"] == REPORT.predicted.allocated_bytes
     assert list(report["components"]) == [f"{name}_bytes" for name in COMPONENTS]
     assert sum(report["components"].values()) == report["predicted"]["process_bytes"]

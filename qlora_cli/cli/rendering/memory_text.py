@@ -14,7 +14,8 @@ from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.gpus import GPUS, Gpu
 from qlora_cli.memory.plan import describe
-from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, Solution, Suggestion
+from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, RunFigures, Solution, Suggestion
+from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, format_count, format_duration
 
 WIDTH = 80
@@ -36,6 +37,8 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
     title(f"What training {report.model} takes")
     print_rows(_rows(report))
     _section("Predicted peak", figure_lines(report))
+    for line in time_lines(report.predicted):
+        console().print(Text(line), soft_wrap=True)
     _section("What it is for", component_lines(report.components))
     _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
     _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
@@ -108,6 +111,25 @@ def figure_lines(report: MemoryReport) -> list[str]:
 
 def _bare(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
+
+
+def time_lines(figures: RunFigures) -> list[str]:
+    """Return the time of an optimizer step; nothing if it is not known."""
+    low, middle, high = figures.step_seconds_low, figures.step_seconds, figures.step_seconds_high
+    if low is None or middle is None or high is None:
+        return []
+    is_host = figures.limited_by == HOST
+    text = (
+        f"{'at least' if is_host else 'about'} {_significant(middle)} s a step ({_significant(low)} to "
+        f"{_significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
+        f"{'the ' if is_host else ''}{figures.limited_by} (by arithmetic, not measured)"
+    )
+    return hanging(text, "  ", "  ")
+
+
+def _significant(seconds: float) -> str:
+    """Return seconds with two digits after the point, or two that count if they are few."""
+    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
 
 def component_lines(components: Components) -> list[str]:

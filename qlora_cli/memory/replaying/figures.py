@@ -8,6 +8,7 @@ from qlora_cli.memory.prediction import (
     Components,
     Estimate,
     Figures,
+    StepTime,
 )
 from qlora_cli.memory.replaying.replay import Peaks
 from qlora_cli.units import format_bytes
@@ -41,6 +42,7 @@ def estimate_of(
     checkpointing: str,
     paged_bytes: int,
     pinned_host_bytes: int,
+    time: StepTime | None = None,
 ) -> Estimate:
     """Return the estimate for a run with these peaks on `gpu`."""
     by_label = {name: peaks.by_label.get(name, 0) for name in COMPONENTS}
@@ -58,6 +60,7 @@ def estimate_of(
         pinned_host_bytes=pinned_host_bytes,
         ruling_phase=peaks.ruling_phase,
         reason=_reason(peaks),
+        time=time,
     )
 
 

@@ -205,17 +205,20 @@ class _GroupedProducts(torch.autograd.Function):
         """Return the products, `(rows, out)`; `offs` is the index at which the rows of each expert end."""
         of_rows, of_weights, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if of_weights else None, weights if of_rows else None, offs)
-        ctx.shapes = rows.shape, weights.shape
-        return rows.new_empty((rows.shape[0], weights.shape[-1]))
+        ctx.shape = weights.shape
+        result: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients that autograd needs."""
         saved_rows, saved_weights, saved_offs = ctx.saved_tensors
-        (rows, weights), (of_rows, of_weights, _) = ctx.shapes, ctx.needs_input_grad
-        gradient_of_weights = gradient.new_empty(weights) if of_weights else None  # first, as in PyTorch
-        gradient_of_rows = gradient.new_empty(rows) if of_rows else None
+        of_rows, of_weights, _ = ctx.needs_input_grad
+        gradient_of_weights = gradient.new_empty(ctx.shape) if of_weights else None  # first, as in PyTorch
+        gradient_of_rows = None
+        if of_rows:
+            gradient_of_rows = torch.ops.transformers.grouped_mm_fallback(gradient, saved_weights.mT, saved_offs)
         del saved_rows, saved_offs, saved_weights  # released here and in this order, as in PyTorch
         return gradient_of_rows, gradient_of_weights, None
 

@@ -22,6 +22,7 @@ ACTIVATIONS = "activations"
 # Functions of transformers that branch on a tensor's value: whether no sequence is packed, or no row is padded.
 NOT_PACKED = ("find_packed_sequence_indices",)
 NOT_PADDED = ("_ignore_causal_mask_sdpa", "flash_attention_mask")
+Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 MAX_FRAMES = 12  # from the operator up to one of those functions
 
 
@@ -39,6 +40,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         storages: Every storage seen, by number.
         segments: Their allocations and releases, in order.
+        observer: What is called with each operation, its arguments and its result; None for nothing.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.segments: list[Segment] = [Segment(("start", "head"))]
         self.label = ACTIVATIONS
         self.in_autograd_thread = False
+        self.observer: Observer | None = None
         self._kernels = kernels
         self._branches = {**dict.fromkeys((*NOT_PACKED, *NOT_PADDED), True), **(branches or {})}
         # By the address of the storage's implementation: two tensors that share it are one allocation.
@@ -119,6 +122,12 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._run(func, args, kwargs)
+        if self.observer is not None:
+            self.observer(func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten._local_scalar_dense.default:
             return self._scalar_of(args[0])
         temporaries = self._kernels.temporaries(func, args, kwargs)
@@ -154,7 +163,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if tensor.dtype != torch.bool:
             return 1.0 if tensor.is_floating_point() else 1
-        frame = sys._getframe(2)
+        frame = sys._getframe(3)
         for _ in range(MAX_FRAMES):
             if frame.f_code.co_name in self._branches:
                 return self._branches[frame.f_code.co_name]

@@ -26,6 +26,7 @@ from qlora_cli.loss.output_head import backbone_of, output_head
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.meta_model import MetaModel
+from qlora_cli.memory.tracing.operation_count import OfParts, OperationCount
 from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
@@ -73,10 +74,12 @@ class StepSettings:
 class TracedStep:
     """The trace of a first micro-batch, of a second one if gradients are accumulated, and of an evaluation batch.
 
-    `pinned_host_bytes` are activations of one micro-batch in host memory, for the layers that were traced.
+    `pinned_host_bytes` are activations of one micro-batch in host memory, and `operations` those of the last
+    micro-batch, both for the layers that were traced.
     """
 
     trace: MemoryTrace
+    operations: OfParts
     backends: tuple[str, ...]
     pinned_host_bytes: int
 
@@ -110,6 +113,7 @@ def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "Loop | None
         ) from error
     return TracedStep(
         trace=trace,
+        operations=step.operations.of_parts,
         backends=tuple(sorted(backend.value for backend in functions.backends)) or (settings.attention,),
         pinned_host_bytes=step.pinned_host_bytes,
     )
@@ -133,6 +137,7 @@ class TrainingStep:
         self.trace = trace
         self.functions = functions
         self.pinned_host_bytes = 0
+        self.operations = OperationCount(trace, settings.batch_size * settings.length)
         self._phase = ""
         # Attributes without a value: a tensor in one of them later is state that the module carries between passes.
         self._empty_attributes = [
@@ -150,6 +155,7 @@ class TrainingStep:
             self.trace.ignore(tensor)
         hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
         hooks += self._label_loss()
+        hooks += self.operations.watch(self.model, self.base)
         hooks += self.functions.disable_autocast_hooks(self.model)
         hooks += [
             parameter.register_post_accumulate_grad_hook(
@@ -188,6 +194,8 @@ class TrainingStep:
         trace = self.trace
         self.model.train()
         self.pinned_host_bytes = 0  # those of the previous pass are released
+        if name == "again" or self.settings.gradient_accumulation_steps == 1:
+            self.operations.start()
         self._phase = f"{name} forward"
         trace.mark(self._phase, HEAD)
         # The trainer fetches the micro-batches of a step together, before the first of them runs.
@@ -206,6 +214,7 @@ class TrainingStep:
         self._phase = ""
         trace.mark(f"{name} end", TAIL)
         del loss, batches
+        self.operations.stop()
         self._drop_states()
 
     def evaluate(self) -> None:

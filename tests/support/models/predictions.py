@@ -3,10 +3,10 @@
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
     Components,
-    Figures,
     GpuFit,
     MemoryReport,
     Phase,
+    RunFigures,
     Solution,
     Suggestion,
     SweepPoint,
@@ -54,7 +54,7 @@ def grid() -> tuple[SweepPoint, ...]:
     )
 
 
-FIGURES = Figures(
+FIGURES = RunFigures(
     allocated_bytes=round(7.5 * GIB),
     allocated_low_bytes=round(7.425 * GIB),
     allocated_high_bytes=round(7.575 * GIB),
@@ -64,6 +64,13 @@ FIGURES = Figures(
     process_bytes=RESERVED + CONTEXT,
     process_low_bytes=round(0.94 * RESERVED) + CONTEXT,
     process_high_bytes=round(1.06 * RESERVED) + CONTEXT + 120 * MIB,
+    step_seconds=11.413,
+    step_seconds_low=8.56,
+    step_seconds_high=14.837,
+    tokens_per_second=2870.4,
+    tokens_per_second_low=2208.0,
+    tokens_per_second_high=3827.2,
+    limited_by="compute",
 )
 COMPONENTS = Components(
     quantized_weights_bytes=3 * GIB + 7 * MIB,

@@ -1,7 +1,7 @@
 """A prediction as text: it is complete, adds up as printed, and fits 80 columns."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -16,7 +16,7 @@ from qlora_cli.cli.rendering.memory_text import (
 from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS
-from qlora_cli.memory.prediction import MemoryReport
+from qlora_cli.memory.prediction import MemoryReport, RunFigures
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
     CATALOGUE_FITS,
@@ -32,6 +32,7 @@ from tests.support.models.predictions import (
     sweep_point,
 )
 
+OF_TIME = [field.name for field in fields(RunFigures) if field.default is None]
 TOO_LARGE = fit(T4, round(15.2 * GIB), 16 * GIB)
 FULL = replace(
     REPORT,
@@ -72,6 +73,18 @@ def test_a_prediction_shows_the_settings_and_three_peaks_with_their_bands(capsys
     assert "process 8.35 GiB 7.88 to 8.94" in joined
     assert "smallest GPU RTX 3080 10GB, 9.64 GiB" in joined
     assert "  - Nothing else runs on the GPU" in text
+
+
+def test_a_prediction_shows_the_time_of_a_step_only_if_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    joined = " ".join(shown(REPORT, capsys).split())
+    assert "about 11.41 s a step (8.56 to 14.84), 2,870 tokens/s, limited by compute (by arithmetic, not" in joined
+    unknown = replace(REPORT, predicted=RunFigures(**asdict(FIGURES) | dict.fromkeys(OF_TIME)))
+    assert "a step" not in shown(unknown, capsys)
+    short = replace(REPORT, predicted=replace(FIGURES, step_seconds=0.0123, step_seconds_low=0.00921))
+    assert "about 0.012 s a step (0.0092 to" in shown(short, capsys)
+    bound = replace(REPORT, predicted=replace(FIGURES, limited_by="host"))
+    joined = " ".join(shown(bound, capsys).split())
+    assert "at least 11.41 s a step (8.56 to 14.84), 2,870 tokens/s, limited by the host" in joined
 
 
 def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
