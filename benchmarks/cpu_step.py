@@ -48,6 +48,7 @@ PARTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qlora-checkpointed", {"training.gradient_checkpointing": "on"}),
     ("qlora-selective", {"training.gradient_checkpointing": "selective"}),
     ("qlora-compiled", {"training.torch_compile": True}),
+    ("qlora-compiled-peft-layers", {"training.torch_compile": True, "training.fused_lora": False}),
 )
 DTYPES = ("fp32", "bf16")
 VARIANTS = tuple(
@@ -197,7 +198,7 @@ def compare(variants: Sequence[Variant], paths: Paths, arguments: argparse.Names
         append(results, record)
         losses = " ".join(f"{loss:.4f}" for loss in summary["first_losses"])
         print(
-            f"{variant.name:26}{summary['tokens_per_cpu_second']:8.0f} tokens/CPU s {summary['speed_ratio']:6.2f} x"
+            f"{variant.name:32}{summary['tokens_per_cpu_second']:8.0f} tokens/CPU s {summary['speed_ratio']:6.2f} x"
             f"   peak {format_bytes(summary['peak_host_bytes']):>9} {summary['memory_ratio']:5.2f} x   loss {losses}",
             flush=True,
         )

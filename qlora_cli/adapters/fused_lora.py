@@ -7,7 +7,8 @@ train is saved, loaded and merged as any.
 
 There are two nodes in the graph of autograd. `_LowRank` saves all that the backward passes of both need, `_Sum` saves
 nothing: so a layer that is recomputed under checkpointing ends before the product with its last weight, which nothing
-in it needs.
+in it needs. A compiled layer is one node as a whole; for the compiler it is `_Product` instead, whose formulas it
+compiles, around the operators of the frozen weight.
 """
 
 from collections import Counter
@@ -76,31 +77,83 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x, of A, of B and of the bias; that of `low` is part of those of x and A."""
         of_x, _, _, of_b, of_bias = ctx.needs_input_grad[:5]
-        x_dtype, b_dtype, bias_dtype = ctx.dtypes
-        scale, low_rank = ctx.scale, ctx.low_rank
         # Under checkpointing they can be read once only, by either node.
-        rows, low, a, b = low_rank.saved_tensors
-        shape = rows.shape
-        rows, low = rows.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1])
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        gradient_of_bias = gradient.sum(dim=0, dtype=bias_dtype) if of_bias else None
-        gradient = gradient.to(rows.dtype)
-        gradient_of_low = gradient @ b
+        saved = ctx.low_rank.saved_tensors
+        wanted = of_x, ctx.low_rank.needs_input_grad[1], of_b, of_bias
+        gradients = _gradients(gradient, saved, ctx.product, ctx.layer, ctx.scale, ctx.dtypes, wanted)
+        return gradients[0], None, *gradients[1:], *[None] * 6
+
+
+class _Product(torch.autograd.Function):
+    """Returns what `_Sum` returns, as one node: the compiler can't trace a node that reads what another has saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a_weight: torch.Tensor,
+        b_weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        product: FusedProduct,
+        layer: nn.Module,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Compute both products in `dtype`."""
+        rows, a, b = x.to(dtype), a_weight.to(dtype), b_weight.to(dtype)
+        low = linear(rows, a)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.product, ctx.layer, ctx.scale = product, layer, scale
+        ctx.dtypes = x.dtype, b_weight.dtype, None if bias is None else bias.dtype
+        ctx.a_dtype = a_weight.dtype
+        return product.product(layer, rows, low, b, scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, of A, of B and of the bias; the compiler drops those that nobody asks for."""
+        wanted = True, True, True, ctx.dtypes[2] is not None
+        of_x, of_a, of_b, of_bias = _gradients(
+            gradient, ctx.saved_tensors, ctx.product, ctx.layer, ctx.scale, ctx.dtypes, wanted
+        )
+        return of_x, None if of_a is None else of_a.to(ctx.a_dtype), of_b, of_bias, None, None, None, None
+
+
+def _gradients(
+    gradient: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    product: FusedProduct,
+    layer: nn.Module,
+    scale: float,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    wanted: tuple[bool, bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of x, of A, of B and of the bias from that of the sum, or None for those not `wanted`.
+
+    `saved` are the rows, their products with A, A and B, in the dtype of products, as the gradient of A will be;
+    `dtypes` those of x, of B and of the bias.
+    """
+    of_x, of_a, of_b, of_bias = wanted
+    x_dtype, b_dtype, bias_dtype = dtypes
+    rows, low, a, b = saved
+    shape = rows.shape
+    rows, low = rows.reshape(-1, shape[-1]), low.reshape(-1, low.shape[-1])
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    gradient_of_bias = gradient.sum(dim=0, dtype=bias_dtype) if of_bias else None
+    gradient = gradient.to(rows.dtype)
+    gradient_of_low = gradient @ b
+    if scale != 1:
+        gradient_of_low.mul_(scale)
+    gradient_of_a = gradient_of_low.t() @ rows if of_a else None
+    gradient_of_b = None
+    if of_b:
+        gradient_of_b = gradient.t() @ low
         if scale != 1:
-            gradient_of_low.mul_(scale)
-        gradient_of_a = gradient_of_low.t() @ rows if low_rank.needs_input_grad[1] else None
-        gradient_of_b = None
-        if of_b:
-            gradient_of_b = gradient.t() @ low
-            if scale != 1:
-                gradient_of_b.mul_(scale)
-            gradient_of_b = gradient_of_b.to(b_dtype)
-        gradient_of_x = None
-        if of_x:
-            gradient_of_x = (gradient @ ctx.product.dequantized(ctx.layer, rows.dtype)).to(x_dtype)
-            gradient_of_x.addmm_(gradient_of_low.to(x_dtype), a.to(x_dtype))
-            gradient_of_x = gradient_of_x.view(shape)
-        return gradient_of_x, None, gradient_of_a, gradient_of_b, gradient_of_bias, *[None] * 6
+            gradient_of_b.mul_(scale)
+        gradient_of_b = gradient_of_b.to(b_dtype)
+    gradient_of_x = None
+    if of_x:
+        gradient_of_x = product.gradient(layer, gradient, gradient_of_low, a, x_dtype).view(shape)
+    return gradient_of_x, gradient_of_a, gradient_of_b, gradient_of_bias
 
 
 class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
@@ -147,7 +200,7 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the products of x, `(…, in)`, with weight and adapter, `(…, out)`, in the dtype of x."""
         dtype = _dtype_of_adapter(x, self)
-        is_usual = not args and not kwargs and x.numel() > 0 and not torch.compiler.is_compiling()
+        is_usual = not args and not kwargs and x.numel() > 0
         if not is_usual or self.unfused_reason(dtype, trains=self.training) is not None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = self._adapters()
@@ -156,6 +209,9 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
         rows, a, b = x.detach().to(dtype), a_weight.detach().to(dtype), b_weight.detach().to(dtype)
         if not torch.is_grad_enabled():
             return product.product(layer, rows, linear(rows, a), b, scale, x.dtype)
+        if torch.compiler.is_compiling():
+            compiled: Any = _Product.apply
+            return compiled(x, a_weight, b_weight, layer.bias, product, layer, scale, dtype)  # type: ignore[no-any-return]
         multiply: Any = _LowRank.apply
         low, factor = multiply(x, a_weight, rows, a, b)
         if low.grad_fn is None:  # nothing before B is trained

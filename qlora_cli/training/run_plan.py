@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from qlora_cli.adapters.adapter import attach_adapter
-from qlora_cli.adapters.fused_lora import fused_layers, switch_fused, unfused
+from qlora_cli.adapters.fused_lora import switch_fused, unfused
 from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.data.feeding.order import padding_share
@@ -298,17 +298,12 @@ def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) ->
             reporter.report(Noted(level="warning", message=note))
     switch_fused(model, enabled=settings.training.fused_lora)
     if settings.training.fused_lora:
-        _note_unfused(model, loaded, settings, reporter)
+        _note_unfused(model, loaded, reporter)
     return model
 
 
-def _note_unfused(model: PeftModel, loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> None:
+def _note_unfused(model: PeftModel, loaded: LoadedModel, reporter: Reporter) -> None:
     """Note which layers are not computed together with their adapters, and why."""
-    if settings.training.torch_compile:
-        if number := sum(1 for _ in fused_layers(model)):
-            message = f"{counted(number, 'layer')} computed as by PEFT: torch.compile fuses what is around them"
-            reporter.report(Noted(message=message))
-        return
     for reason, number in unfused(model, loaded.dtype.torch_dtype).items():
         message = f"{counted(number, 'layer')} computed as by PEFT, which is slower: {reason}"
         reporter.report(Noted(message=message))

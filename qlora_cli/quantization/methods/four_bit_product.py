@@ -17,6 +17,7 @@ from qlora_cli.quantization.methods.fused_product import FusedProduct
 from qlora_cli.quantization.methods.method import Temporaries
 
 OPERATOR = "qlora::four_bit_product"
+GRADIENT = "qlora::four_bit_gradient"
 FLOAT_BYTES = 4
 
 torch.library.define(
@@ -64,6 +65,64 @@ def _compute(
 @torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]
 def _fake(rows: torch.Tensor, _codes: torch.Tensor, shape: Sequence[int], *others: Any) -> torch.Tensor:
     return rows.new_empty((*rows.shape[:-1], shape[0]), dtype=others[-1])
+
+
+torch.library.define(
+    GRADIENT,
+    "(Tensor gradient, Tensor codes, int[] shape, Tensor absmax, int blocksize, str quant_type, Tensor? absmax_8bit, "
+    "Tensor? absmax_code, Tensor? absmax_offset, Tensor of_low, Tensor a, ScalarType dtype) -> Tensor",
+)
+
+
+def _compute_gradient(
+    gradient: torch.Tensor,
+    codes: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: torch.Tensor | None,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    of_low: torch.Tensor,
+    a: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    nested = absmax_8bit, absmax_code, absmax_offset
+    result = gradient @ _dequantized(codes, shape, absmax, blocksize, quant_type, *nested, gradient.dtype)
+    result = result.to(dtype)
+    return result.addmm_(of_low.to(dtype), a.to(dtype))
+
+
+torch.library.impl(GRADIENT, "default", _compute_gradient)
+
+
+@torch.library.register_fake(GRADIENT)  # type: ignore[untyped-decorator]
+def _fake_gradient(gradient: torch.Tensor, _codes: torch.Tensor, shape: Sequence[int], *others: Any) -> torch.Tensor:
+    return gradient.new_empty((gradient.shape[0], shape[1]), dtype=others[-1])
+
+
+def _dequantized(
+    codes: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: torch.Tensor | None,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the weight in `dtype` at once, not by way of the dtype that it was quantized from."""
+    if absmax_8bit is not None and absmax_offset is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax_8bit, absmax, absmax_code, NESTED_BLOCK_SIZE, torch.float32
+        )
+        absmax.add_(absmax_offset)
+    weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, absmax, blocksize, quant_type, shape, dtype
+    )
+    return weight
 
 
 def gemm_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries:
@@ -118,12 +177,11 @@ class FourBitProduct(FusedProduct):
         self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return the product, by kernels of bitsandbytes that dequantize as they multiply, or before."""
-        weight, bias = layer.weight, layer.bias
-        state: QuantState = weight.quant_state
-        nested = (state.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
+        codes, state, nested = _stored(layer)
+        bias = layer.bias
         result: torch.Tensor = torch.ops.qlora.four_bit_product.default(
             rows,
-            weight.view(-1, 1),
+            codes,
             state.shape,
             state.state2.absmax if state.nested else state.absmax,
             state.blocksize,
@@ -137,17 +195,31 @@ class FourBitProduct(FusedProduct):
         )
         return result
 
-    def dequantized(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight in `dtype` at once, not by way of the dtype that it was quantized from."""
-        state: QuantState = layer.weight.quant_state
-        absmax = state.absmax
-        if state.nested:
-            nested = state.state2
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-                absmax, nested.absmax, nested.code, nested.blocksize, torch.float32
-            )
-            absmax.add_(state.offset)
-        weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            layer.weight.view(-1, 1), absmax, state.blocksize, state.quant_type, state.shape, dtype
+    def gradient(
+        self, layer: Any, gradient: torch.Tensor, of_low: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the gradient of the rows; outside of compiled code a trace sees each operation of it."""
+        codes, state, nested = _stored(layer)
+        compute: Any = _compute_gradient
+        if torch.compiler.is_compiling():
+            compute = torch.ops.qlora.four_bit_gradient.default
+        result: torch.Tensor = compute(
+            gradient,
+            codes,
+            state.shape,
+            state.state2.absmax if state.nested else state.absmax,
+            state.blocksize,
+            state.quant_type,
+            *nested,
+            of_low,
+            a,
+            dtype,
         )
-        return weight
+        return result
+
+
+def _stored(layer: Any) -> tuple[torch.Tensor, QuantState, tuple[torch.Tensor | None, ...]]:
+    """Return the codes, the constants, and of these what only double quantization has."""
+    state: QuantState = layer.weight.quant_state
+    nested = (state.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
+    return layer.weight.view(-1, 1), state, nested

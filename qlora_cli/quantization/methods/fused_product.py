@@ -34,5 +34,11 @@ class FusedProduct(ABC):
         """
 
     @abstractmethod
-    def dequantized(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight W, `(out, in)`."""
+    def gradient(
+        self, layer: Any, gradient: torch.Tensor, of_low: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the gradient of the rows, `gradient` W + `of_low` `a` in `dtype`, `(rows, in)`, without a graph.
+
+        `gradient` is `(rows, out)`, `of_low` that of the rows times A^T, `(rows, rank)`, and `a` is `(rank, in)`; all
+        in one dtype, in which W is multiplied. In compiled code it is one operator.
+        """

@@ -112,7 +112,11 @@ def test_no_rows_are_left_to_peft() -> None:
             {"quantization__compute_dtype": "bf16"},
             "28 layers computed as by PEFT, which is slower: the weight's",
         ),
-        ({"training__torch_compile": True}, "28 layers computed as by PEFT: torch.compile"),
+        ({"training__torch_compile": True}, None),
+        (
+            {"training__torch_compile": True, "lora__dropout": 0.1},
+            "28 layers computed as by PEFT, which is slower: dropout",
+        ),
     ],
     ids=str,
 )

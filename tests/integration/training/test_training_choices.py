@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from qlora_cli.adapters.adapter import attach_adapter
@@ -209,13 +211,18 @@ def test_compiled_layers_train_to_the_same_losses(base_model: Path, tmp_path: Pa
     }
     plain = steps_of(base_model, rows, tmp_path / "plain", **flags)
     assert not counters["stats"]
-    compiled = steps_of(base_model, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        compiled = steps_of(base_model, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     # One graph for all layers: in training with and without padding, and in an evaluation with and without it.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
     names = [set(load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")) for run in ("plain", "compiled")]
     assert names[0] == names[1]
+    # Each layer with an adapter is one step in compiled code: its gradient has an operator only there.
+    num_layers = sum("lora_A" in name for name in names[1])
+    calls = Counter(event.name for event in profiled.events())
+    assert calls["qlora::four_bit_gradient"] >= num_layers * 6 * 2 > 0
 
 
 def test_liger_needs_to_be_installed_or_a_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
