@@ -209,8 +209,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [variant.name for variant in VARIANTS if variant.program != BASELINE]
-    size_help = "of the model (default: 107m; 17m: two of its layers; tiny: to try the script out)"
-    parser.add_argument("--size", choices=("tiny", "17m", "107m"), default="107m", help=size_help)
+    size_help = "of the model (default: 107m; tiny: to try the script out)"
+    parser.add_argument("--size", choices=("tiny", "107m"), default="107m", help=size_help)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant (default: 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--variants", nargs="+", choices=names, default=names, help="which to run (default: all)")

@@ -63,16 +63,6 @@ SHAPES = {
         num_experts=4,
         num_experts_per_token=2,
     ),
-    # Two layers of the next one: for comparisons on a machine that has other work as well.
-    "17m": Shape(
-        hidden_size=768,
-        num_layers=2,
-        intermediate_size=2048,
-        num_heads=12,
-        num_kv_heads=12,
-        vocab_size=4096,
-        tied=True,
-    ),
     "107m": Shape(
         hidden_size=768,
         num_layers=12,

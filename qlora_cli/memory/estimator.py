@@ -4,7 +4,7 @@ What several predictions share is computed once: the shapes for a dtype, the met
 the peaks for GPUs with the same kernels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,8 +19,9 @@ from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.prediction import Estimate, Product
 from qlora_cli.memory.replaying.figures import estimate_of
 from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights, trained_parameters
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
@@ -217,6 +218,21 @@ class Estimator:
         workspace_bytes = cublas_workspace_bytes(gpu.capability, deterministic=deterministic)
         # An id suffices, since the cache keeps the events. The GPU's memory is left out: a replay has no limit.
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
+
+    def recomputed_products(self, settings: EstimateSettings, gpu: Gpu) -> Sequence[Product]:
+        """Return the products of the base that a run computes twice; its whole layers are recomputed.
+
+        Raises:
+            ModelError: the model can't be run with these settings.
+            HardwareError: the GPU can't compute with them.
+        """
+        dtype = self.dtype_on(settings, gpu)
+        return recomputed_products(
+            self.shapes(settings, dtype),
+            self.traced(settings, gpu).micro_batch,
+            num_tokens=settings.training.micro_batch_size * settings.data.max_length,
+            itemsize=TORCH_DTYPES[dtype].itemsize,
+        )
 
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
         """Return the allocations and operations of the run on a GPU with the kernels of `gpu`."""

@@ -10,7 +10,7 @@ from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
-from qlora_cli.memory.plan import is_open, plan_run
+from qlora_cli.memory.plan import PlannedRun, is_open, plan_run
 from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution, figures_of_run
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
@@ -72,7 +72,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
     asked = estimator.settled(request.asked).settings
-    plans = [plan_run(asked, gpu, estimator.estimate) for gpu in request.gpus] if is_open(asked) else []
+    plans = _plans(asked, request.gpus, estimator)
     settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
@@ -112,6 +112,13 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
         estimate_seconds=0.0,
     )
+
+
+def _plans(asked: EstimateSettings, gpus: tuple[Gpu, ...], estimator: "Estimator") -> list[PlannedRun]:
+    """Return the plan for each GPU; none if the settings leave nothing open."""
+    if not is_open(asked):
+        return []
+    return [plan_run(asked, gpu, estimator.estimate, estimator.recomputed_products) for gpu in gpus]
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:

@@ -1,11 +1,11 @@
 """Plan a run: of what the settings leave open, choose what is fastest among what fits on a GPU. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import Estimate, Plan, PlanOption
+from qlora_cli.memory.prediction import Estimate, Plan, PlanOption, Product
 from qlora_cli.memory.solver import Predict
 from qlora_cli.memory.suggestions import NO, YES, judge_fit
 from qlora_cli.settings.choices import Checkpointing
@@ -13,12 +13,14 @@ from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.units import format_bytes
 
-CHECKPOINTING = "training.gradient_checkpointing"
-# What `auto` chooses from: each computes more again than the one before.
-FASTEST_FIRST = (Checkpointing.OFF, Checkpointing.SELECTIVE, Checkpointing.ON)
-COMPILED = (Checkpointing.OFF, Checkpointing.ON)  # compiled layers take no other
-LAST_RESORT = Checkpointing.OFFLOAD  # waits for the host, and takes its memory
+CHECKPOINTING, KEPT = "training.gradient_checkpointing", "training.kept_products"
+# By what is computed again, the least first. The last one waits for the host, too, and takes its memory.
+FASTEST_FIRST = (Checkpointing.OFF, Checkpointing.SELECTIVE, Checkpointing.ON, Checkpointing.OFFLOAD)
 NUM_ALTERNATIVES = 2
+MAX_SUBSETS = 3  # of products that are predicted, until one fits
+
+# Returns the products of the base that a run computes twice if whole layers are recomputed.
+FindProducts = Callable[[EstimateSettings, Gpu], Sequence[Product]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +30,37 @@ class Candidate:
     Attributes:
         values: What is chosen for the open settings, by `section.key`.
         settings: Those of the run, with `values`.
+        left_out: Linear layers whose products `selective` recomputes, although they are worth keeping.
     """
 
     values: Mapping[str, object]
     settings: EstimateSettings
     estimate: Estimate
     fits: str
+    left_out: tuple[str, ...] = ()
 
     @property
     def high_bytes(self) -> int:
         """The memory of the process at the upper end of its error band."""
         return self.estimate.predicted.process_high_bytes
 
+    @property
+    def speed(self) -> tuple[float, int]:
+        """What orders candidates by time, the fastest first: seconds a step where they are known, then the kind."""
+        time = self.estimate.time
+        kind = FASTEST_FIRST.index(Checkpointing(self.estimate.gradient_checkpointing))
+        return 0.0 if time is None else time.step_seconds, kind
+
     def option(self) -> PlanOption:
         """Return it as a plain value."""
+        time = self.estimate.time
         return PlanOption(
             gradient_checkpointing=self.estimate.gradient_checkpointing,
+            recomputed_products=self.left_out,
             process_bytes=self.estimate.predicted.process_bytes,
             process_high_bytes=self.high_bytes,
             fits=self.fits,
+            step_seconds=None if time is None else time.step_seconds,
         )
 
 
@@ -66,10 +80,12 @@ class PlannedRun:
 
 def is_open(settings: EstimateSettings) -> bool:
     """Return whether the settings leave something to choose."""
-    return settings.training.gradient_checkpointing == Checkpointing.AUTO
+    training = settings.training
+    keeps_all = training.gradient_checkpointing == Checkpointing.SELECTIVE and training.kept_products is None
+    return training.gradient_checkpointing == Checkpointing.AUTO or keeps_all
 
 
-def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict) -> PlannedRun:
+def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts) -> PlannedRun:
     """Return the fastest run that is predicted to fit on `gpu` with its whole error band.
 
     If none does, it is the one that takes the least memory. The settings are open, by `is_open`.
@@ -77,16 +93,22 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict) -> PlannedR
     Raises:
         QloraError: the model can't be run with these settings on the GPU.
     """
-    trials = _Trials(settings, gpu, predict)
-    compiles = settings.training.torch_compile
-    trials.add(*(COMPILED if compiles else FASTEST_FIRST))
-    if not compiles and all(candidate.fits != YES for candidate in trials.candidates):
-        trials.add(LAST_RESORT)
-    candidates = trials.candidates
-    if not candidates:
+    trials = _Trials(settings, gpu, predict, find_products)
+    asked = settings.training.gradient_checkpointing
+    if asked == Checkpointing.SELECTIVE:
+        trials.add_selective()
+    else:
+        trials.add(Checkpointing.OFF)
+        if not settings.training.torch_compile:  # compiled layers can't be combined with what is left
+            trials.add_selective()
+        trials.add(Checkpointing.ON)
+        if not settings.training.torch_compile and not trials.fits_any:
+            trials.add(Checkpointing.OFFLOAD)
+    if not trials.candidates:
         raise trials.failures[-1]
-    by_memory = sorted(candidates, key=lambda candidate: -candidate.high_bytes)
-    chosen = next((candidate for candidate in candidates if candidate.fits == YES), by_memory[-1])
+    by_memory = sorted(trials.candidates, key=lambda candidate: -candidate.high_bytes)
+    fitting = [candidate for candidate in by_memory if candidate.fits == YES]
+    chosen = min(fitting, key=lambda candidate: candidate.speed) if fitting else by_memory[-1]
     at = by_memory.index(chosen)
     nearest = tuple(candidate.option() for candidate in _nearest(by_memory, at))
     return PlannedRun(
@@ -99,22 +121,59 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict) -> PlannedR
 class _Trials:
     """The ways to run that were tried: the candidates, and the errors of those that the model does not allow."""
 
-    def __init__(self, settings: EstimateSettings, gpu: Gpu, predict: Predict) -> None:
-        self._settings, self._gpu, self._predict = settings, gpu, predict
+    def __init__(self, settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts) -> None:
+        self._settings, self._gpu, self._predict, self._find_products = settings, gpu, predict, find_products
         self.candidates: list[Candidate] = []
         self.failures: list[QloraError] = []
 
-    def add(self, *choices: Checkpointing) -> None:
-        for checkpointing in choices:
-            values = {CHECKPOINTING: checkpointing}
-            changed = with_settings(self._settings, values)
-            try:
-                estimate = self._predict(changed, self._gpu)
-            except QloraError as error:  # some models support no checkpointing
-                self.failures.append(error)
-            else:
-                fits = judge_fit(estimate, self._gpu).fits
-                self.candidates.append(Candidate(values=values, settings=changed, estimate=estimate, fits=fits))
+    @property
+    def fits_any(self) -> bool:
+        """Whether one of the candidates fits."""
+        return any(candidate.fits == YES for candidate in self.candidates)
+
+    def add(self, checkpointing: Checkpointing) -> None:
+        """Try to run with this kind, without anything that could be left out."""
+        self._try({CHECKPOINTING: checkpointing})
+
+    def _try(self, values: Mapping[str, object], left_out: tuple[str, ...] = ()) -> Candidate | None:
+        """Try one way to run, and return it; None if the model does not allow it."""
+        changed = with_settings(self._settings, values)
+        try:
+            estimate = self._predict(changed, self._gpu)
+        except QloraError as error:  # some models support no checkpointing
+            self.failures.append(error)
+            return None
+        fits = judge_fit(estimate, self._gpu).fits
+        candidate = Candidate(values=values, settings=changed, estimate=estimate, fits=fits, left_out=left_out)
+        self.candidates.append(candidate)
+        return candidate
+
+    def add_selective(self) -> None:
+        """Try to keep all products that would be recomputed; if they do not fit, the most valuable ones that do."""
+        try:
+            recomputed = with_settings(self._settings, {CHECKPOINTING: Checkpointing.ON})
+            products = self._find_products(recomputed, self._gpu)
+        except QloraError as error:
+            self.failures.append(error)
+            return
+        by_value = sorted(products, key=lambda product: (-product.flops / product.kept_bytes, product.kept_bytes))
+        num_kept = len(by_value)
+        for _ in range(1 + MAX_SUBSETS):
+            names = tuple(product.name for product in by_value)
+            values: dict[str, object] = {CHECKPOINTING: Checkpointing.SELECTIVE}
+            if names:
+                values[KEPT] = names[:num_kept]
+            tried = self._try(values, left_out=names[num_kept:])
+            if tried is None or self.fits_any:
+                return
+            # Activations grow by what is kept, and the upper end of the band in proportion.
+            growth = tried.high_bytes / tried.estimate.predicted.process_bytes
+            missing = (tried.high_bytes - self._gpu.usable_bytes) / growth
+            while num_kept and missing > 0:
+                num_kept -= 1
+                missing -= by_value[num_kept].kept_bytes
+            if not num_kept:
+                return
 
 
 def _nearest(by_memory: Sequence[Candidate], at: int) -> Sequence[Candidate]:
@@ -125,11 +184,15 @@ def _nearest(by_memory: Sequence[Candidate], at: int) -> Sequence[Candidate]:
 
 
 def describe(plan: Plan) -> str:
-    """Return the plan in one line: what was chosen, and the alternatives with their memory."""
-    chosen = plan.chosen
-    others = []
-    for option in plan.alternatives:
-        fits = "" if option.fits == YES else " and does not fit" if option.fits == NO else " and fits tightly"
-        others.append(f"{option.gradient_checkpointing} takes {format_bytes(option.process_bytes)}{fits}")
-    line = f"gradient checkpointing {chosen.gradient_checkpointing}: {format_bytes(chosen.process_bytes)}"
-    return "; ".join([line, ", ".join(others)]) if others else line
+    """Return the plan in one line: what was chosen, and the alternatives with their memory and time."""
+    options = "; ".join(_describe(option) for option in (plan.chosen, *plan.alternatives))
+    return f"gradient checkpointing {options}"
+
+
+def _describe(option: PlanOption) -> str:
+    name = option.gradient_checkpointing
+    if option.recomputed_products:
+        name = f"{name} without {', '.join(option.recomputed_products)}"
+    time = "" if option.step_seconds is None else f", {option.step_seconds:.2f} s a step"
+    fits = {YES: "", NO: ", does not fit"}.get(option.fits, ", fits tightly")
+    return f"{name} {format_bytes(option.process_bytes)}{time}{fits}"

@@ -147,13 +147,28 @@ class GpuFit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Product:
+    """The products of all linear layers of one name in a micro-batch: the size of their results, and their cost."""
+
+    name: str
+    kept_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """One way to run: what is chosen for the settings left open, its memory, and whether it fits."""
+    """One way to run: what is chosen for the settings left open, its memory and time, and whether it fits.
+
+    `recomputed_products` are the linear layers whose products `selective` recomputes for want of memory.
+    `step_seconds` is None for a GPU whose speed is not known.
+    """
 
     gradient_checkpointing: str
+    recomputed_products: tuple[str, ...]
     process_bytes: int
     process_high_bytes: int
     fits: str
+    step_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,8 +91,8 @@ class TrainingSettings(Section):
         ),
     ] = Field(
         default=None,
-        description="Linear layers, by the last part of their names, whose products selective checkpointing keeps; "
-        "all if not given.",
+        description="Linear layers, by the last part of their names, whose products selective checkpointing keeps. "
+        "If not given, with a GPU those that would be computed again otherwise, as far as they fit; else all.",
     )
     auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
         default=False,

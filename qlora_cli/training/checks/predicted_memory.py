@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
@@ -21,6 +22,7 @@ from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, Tr
 from qlora_cli.units import format_bytes
 
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
+Value = TypeVar("Value")
 
 
 def current_gpu(load_plan: LoadPlan) -> Gpu | None:
@@ -90,11 +92,12 @@ def check_memory(
         adapter=None if source.adapter is None else read_outline(source.adapter),
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    estimate_of = _contained(Estimator(facts, evaluates=evaluates).estimate)
+    estimator = Estimator(facts, evaluates=evaluates)
+    estimate_of, products_of = _contained(estimator.estimate), _contained(estimator.recomputed_products)
     planned = None
     try:
         if is_open(asked):
-            planned = plan_run(asked, gpu, estimate_of)
+            planned = plan_run(asked, gpu, estimate_of, products_of)
             asked, estimate = planned.chosen.settings, planned.chosen.estimate
         else:
             estimate = estimate_of(asked, gpu)
@@ -129,12 +132,12 @@ def check_memory(
     return outlook
 
 
-def _contained(estimate: Predict) -> Predict:
-    """Return `estimate` with every failure of it as a `ModelError`: a prediction that fails must not end a run."""
+def _contained(predict: Callable[[EstimateSettings, Gpu], Value]) -> Callable[[EstimateSettings, Gpu], Value]:
+    """Return `predict` with every failure of it as a `ModelError`: a prediction that fails must not end a run."""
 
-    def contained(settings: EstimateSettings, gpu: Gpu) -> Estimate:
+    def contained(settings: EstimateSettings, gpu: Gpu) -> Value:
         try:
-            return estimate(settings, gpu)
+            return predict(settings, gpu)
         except QloraError:
             raise
         except Exception as error:  # whatever the model's code or a library raises

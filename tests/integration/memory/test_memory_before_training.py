@@ -48,7 +48,7 @@ def test_a_run_that_fits_continues_with_its_prediction(settings: TrainSettings, 
     assert predicted.fits == "yes"
     assert 0 < predicted.allocated_bytes <= predicted.reserved_bytes <= predicted.process_bytes
     (note,) = [event for event in reporter.events if isinstance(event, Noted)]
-    assert note.message.startswith("planned: gradient checkpointing off: ")
+    assert note.message.startswith("planned: gradient checkpointing off ")
 
 
 @pytest.mark.parametrize("error", [IndexError("no such layer"), RuntimeError("no meta kernel"), MemoryError()])
