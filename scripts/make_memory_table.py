@@ -6,7 +6,6 @@ python scripts/make_memory_table.py           # a test recomputes some rows and 
 import gc
 import os
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 
 # Nothing is compiled here, and PyTorch's compiler takes a second to import.
@@ -17,7 +16,7 @@ from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import REFERENCE
-from qlora_cli.memory.model_facts import PREDICTED_IN_16_BIT, ModelFacts
+from qlora_cli.memory.model_facts import facts_of_catalogue
 from qlora_cli.memory.suggestions import judge_fit
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
@@ -94,7 +93,7 @@ def row(name: str) -> str:
     gc.collect()
     gc.disable()  # releases must not depend on when the collector runs
     try:
-        estimator = Estimator(_facts(model))
+        estimator = Estimator(facts_of_catalogue(model))
         short = _settings(model, SHORT)
         cells = [_size(estimator, short), *(_verdict(estimator, short, card) for card in CARDS)]
         cells.append(_size(estimator, _settings(model, LONG)))
@@ -102,13 +101,6 @@ def row(name: str) -> str:
         gc.enable()
     count = "" if model.num_parameters is None else format_count(model.num_parameters)
     return f"| {' | '.join((f'`{name}`', count, *cells))} |"
-
-
-def _facts(model: CatalogueModel) -> ModelFacts:
-    content = deepcopy(dict(model.config))
-    if content.get("quantization_config", {}).get("quant_method") in PREDICTED_IN_16_BIT:
-        del content["quantization_config"]  # a 16-bit copy, as `qlora inspect-memory` takes it
-    return ModelFacts(name=model.name, content=content)
 
 
 def _settings(model: CatalogueModel, length: int) -> EstimateSettings:

@@ -140,15 +140,15 @@ def find_gpu(text: str) -> Gpu:
     return cards[0]
 
 
-def classes() -> Iterator[Gpu]:
-    """Yield the GPU of each class, by GB, without the cards that PyPI's PyTorch has no kernels for."""
-    for size_gb in sorted({card.size_gb for card in GPUS}):
-        yield class_of(size_gb)
+def classes(oldest: tuple[int, int] = OLDEST_WITH_KERNELS) -> Iterator[Gpu]:
+    """Yield the GPU of each class, by GB, of the cards with the compute capability `oldest` and later ones."""
+    for size_gb in sorted({card.size_gb for card in GPUS if card.capability >= oldest}):
+        yield _class_of([card for card in GPUS if card.size_gb == size_gb and card.capability >= oldest])
 
 
-def class_of(size_gb: int) -> Gpu:
-    """Return the GPU that stands for all cards sold with `size_gb`; there are some."""
-    cards = [card for card in GPUS if card.size_gb == size_gb and card.has_kernels]
+def _class_of(cards: Sequence[Gpu]) -> Gpu:
+    """Return the GPU that stands for all of some cards that are sold with as many GB."""
+    size_gb = cards[0].size_gb
     smallest = min(cards, key=lambda card: card.total_bytes)
     names = tuple(card.name for card in sorted(cards, key=_rarity))
     older = [card.name for card in cards if card.capability < AMPERE <= smallest.capability]
@@ -180,17 +180,16 @@ def _rarity(card: Gpu) -> int:
 
 
 def _gpu_of_class(number: str) -> Gpu:
-    sizes = sorted({card.size_gb for card in GPUS})
+    by_size = {gpu.size_gb: gpu for gpu in classes()}
     asked = float(number)
     size_gb = ALSO_SOLD_AS.get(int(asked), int(asked))
-    if asked.is_integer() and size_gb in sizes:
-        return class_of(size_gb)
-    below, above = [size for size in sizes if size < asked], [size for size in sizes if size > asked]
-    near = [class_of(size) for size in (*below[-1:], *above[:1])]
+    if asked.is_integer() and size_gb in by_size:
+        return by_size[size_gb]
+    below, above = [size for size in by_size if size < asked], [size for size in by_size if size > asked]
+    near = [by_size[size] for size in (*below[-1:], *above[:1])]
     described = " and ".join(f"{gpu.name}s ({examples(gpu.cards)})" for gpu in near)
-    hint = (
-        f"Give --gpu {' or '.join(f'{gpu.size_gb}GB' for gpu in near)}, or exactly {number}·1024³ bytes: {number}GiB."
-    )
+    sizes = " or ".join(f"{gpu.size_gb}GB" for gpu in near)
+    hint = f"Give --gpu {sizes}, or exactly {number}·1024³ bytes: {number}GiB."
     raise UsageError(f"no card is sold with {number} GB; there are {described}", hint=hint)
 
 

@@ -8,13 +8,22 @@ from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
+from qlora_cli.memory.alternatives import largest_model, smallest_classes, smallest_gpu
+from qlora_cli.memory.catalogue import CatalogueModel
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
-from qlora_cli.memory.model_facts import ModelFacts, find_model_facts
+from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
 from qlora_cli.memory.plan import PlannedRun, is_open, plan_run
-from qlora_cli.memory.prediction import Estimate, GpuFit, MemoryReport, Solution, figures_of_run
+from qlora_cli.memory.prediction import (
+    Estimate,
+    FittingModel,
+    GpuFit,
+    MemoryReport,
+    Solution,
+    figures_of_run,
+)
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
-from qlora_cli.memory.suggestions import YES, judge_fit, suggest
+from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
@@ -87,6 +96,9 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     else:
         fits, incapable = _over_catalogue(asked, estimator)
     misses = request.gpus and fits[0].fits != YES
+    suggestions = suggest(settings, gpu, estimator.estimate, estimate) if misses else ()
+    is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
+    smallest, roomy = smallest_classes(asked, estimator.estimate)
     return MemoryReport(
         model=facts.name,
         architecture=type(shapes).__name__,
@@ -105,8 +117,11 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         pinned_host_bytes=estimate.pinned_host_bytes,
         plan=plans[0].plan if plans else None,
         fits=fits,
-        smallest_gpu=_smallest(asked, estimator),
-        suggestions=suggest(settings, gpu, estimator.estimate, estimate) if misses else (),
+        smallest_gpu=smallest_gpu(asked, estimator.estimate),
+        smallest_class=smallest,
+        roomy_class=roomy,
+        suggestions=suggestions,
+        fitting_model=_largest_model(request, facts, asked, gpu, estimator) if is_hopeless else None,
         solutions=_solutions(request, asked, estimator),
         sweep=sweep(request.swept(asked), asked, gpu, estimator.estimate) if request.sweep else (),
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
@@ -133,15 +148,20 @@ def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple
     return tuple(fits), tuple(incapable)
 
 
-def _smallest(settings: EstimateSettings, estimator: "Estimator") -> str | None:
-    """Return the smallest GPU of the catalogue on which the run certainly fits. Larger ones need no prediction."""
-    for gpu in sorted((gpu for gpu in GPUS if gpu.has_kernels), key=lambda gpu: gpu.usable_bytes):
-        try:
-            if judge_fit(estimator.estimate(settings, gpu), gpu).fits == YES:
-                return gpu.name
-        except HardwareError:
-            continue
-    return None
+def _largest_model(
+    request: MemoryRequest, facts: ModelFacts, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator"
+) -> FittingModel | None:
+    """Return the largest model of the catalogue that fits instead; None for the adapter or the run of one model."""
+    if facts.adapter is not None or facts.settings:
+        return None
+
+    def predict(model: CatalogueModel, gpu: Gpu) -> Estimate:
+        other = estimator_for(request, facts_of_catalogue(model))
+        return other.estimate(other.settled(request.asked).settings, gpu)
+
+    estimate = estimator.estimate(settings, gpu)
+    num_parameters = estimator.layout(settings, estimator.dtype_on(settings, gpu)).inventory.num_parameters
+    return largest_model(settings, gpu, estimate, facts.content, num_parameters, predict)
 
 
 def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:

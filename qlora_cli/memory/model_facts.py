@@ -5,6 +5,7 @@ file. Imports no torch.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from qlora_cli.errors import ModelError, ModelNotFoundError
 from qlora_cli.events import Reporter
 from qlora_cli.files import existing_path
-from qlora_cli.memory.catalogue import find_in_catalogue, nearest_names
+from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue, nearest_names
 from qlora_cli.model_files.adapter_files import (
     ADAPTER_CONFIG,
     AdapterOutline,
@@ -99,13 +100,18 @@ def _facts_by_name(name: str, revision: str | None, reporter: Reporter) -> Model
     known = find_in_catalogue(name) if revision is None else None
     if known is None:
         return _facts_in_directory(name, _fetch_config(name, revision, reporter))
-    content = dict(known.config)
-    notes = [f"architecture of {known.hub_id} from the catalogue"]
+    return facts_of_catalogue(known)
+
+
+def facts_of_catalogue(model: CatalogueModel) -> ModelFacts:
+    """Return the facts of a model of the catalogue; of one that is stored in other formats, those of a 16-bit copy."""
+    content = deepcopy(dict(model.config))
+    notes = [f"architecture of {model.hub_id} from the catalogue"]
     stored = content.get("quantization_config")
     if isinstance(stored, Mapping) and stored.get("quant_method") in PREDICTED_IN_16_BIT:
         del content["quantization_config"]
         notes.append(f"its repository is stored in {stored['quant_method']}; this is for a 16-bit copy of it")
-    return ModelFacts(name=known.name, content=content, notes=tuple(notes))
+    return ModelFacts(name=model.name, content=content, notes=tuple(notes))
 
 
 def _local_facts(name: str, revision: str | None) -> ModelFacts | Path:

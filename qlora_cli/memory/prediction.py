@@ -133,7 +133,8 @@ class GpuFit:
     """Whether a run fits on a GPU: `yes` with the whole error band, `no` even at its lower end, else `tight`.
 
     `margin_bytes` is the usable memory less that of the process; negative if it is too small.
-    `gradient_checkpointing` is that of the run, which may be chosen for the GPU.
+    `gradient_checkpointing` is that of the run, which may be chosen for the GPU. `step_seconds` is the time of its
+    optimizer step; None for a GPU that is not in the catalogue.
     """
 
     gpu: str
@@ -144,6 +145,7 @@ class GpuFit:
     process_high_bytes: int
     margin_bytes: int
     gradient_checkpointing: str
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,31 @@ class Solution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardClass:
+    """All cards that are sold with as many GB, on each of which a run fits with its whole error band.
+
+    `gpus` are their names, the most common first; the other figures are those of the class, as of a GPU with the least
+    memory and the largest CUDA context of them.
+    """
+
+    size_gb: int
+    gpus: tuple[str, ...]
+    usable_bytes: int
+    process_bytes: int
+    process_high_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittingModel:
+    """A model of the catalogue whose run fits where that of the requested model can't."""
+
+    model: str
+    num_parameters: int
+    process_bytes: int
+    process_high_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
     """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes."""
 
@@ -243,7 +270,10 @@ class MemoryReport:
         fits: For the requested GPUs, or for every GPU of the catalogue.
         plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
+        smallest_class: The smallest class on each card of which the run fits.
+        roomy_class: The smallest class on which a quarter of the memory is left.
         suggestions: Changes that make the run fit on the first requested GPU, if it does not.
+        fitting_model: The largest model of the catalogue that fits on that GPU, if no change does it.
         assumptions: What the prediction takes for granted, in sentences.
     """
 
@@ -265,7 +295,10 @@ class MemoryReport:
     plan: Plan | None
     fits: tuple[GpuFit, ...]
     smallest_gpu: str | None
+    smallest_class: CardClass | None
+    roomy_class: CardClass | None
     suggestions: tuple[Suggestion, ...]
+    fitting_model: FittingModel | None
     solutions: tuple[Solution, ...]
     sweep: tuple[SweepPoint, ...]
     assumptions: tuple[str, ...]

@@ -75,6 +75,7 @@ def judge_fit(estimate: Estimate, gpu: Gpu) -> GpuFit:
         process_high_bytes=figures.process_high_bytes,
         margin_bytes=gpu.usable_bytes - figures.process_bytes,
         gradient_checkpointing=estimate.gradient_checkpointing,
+        step_seconds=None if estimate.time is None else estimate.time.step_seconds,
     )
 
 

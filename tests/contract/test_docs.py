@@ -25,8 +25,10 @@ from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.memory.prediction import (
     COMPONENTS,
     PHASES,
+    CardClass,
     Components,
     Figures,
+    FittingModel,
     GpuFit,
     MemoryReport,
     Phase,
@@ -168,7 +170,7 @@ DATA = (DataReport, DataInspection, BatchSummary, Trouble, Bar, RowPreview, Toke
 RUN = (RunDetail, Sample, SampleAnswer, EvalDone, StepSkipped, Noted)
 MERGE = (MergeResult, Verification, ModuleCheck, Rounding, Divergence, BaseChoice, AppliedAdapter)
 MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
-MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint)
+MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint, CardClass, FittingModel)
 
 
 @pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, DemoResult])

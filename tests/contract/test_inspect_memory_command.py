@@ -29,7 +29,7 @@ Ask = Callable[..., MemoryRequest]
 
 
 class Core:
-    """Stands in for the prediction: records its requests and returns a fixed report."""
+    """Stands in for the prediction: records its requests and returns a fixed report, with a fit for each GPU."""
 
     def __init__(self) -> None:
         self.report: MemoryReport = REPORT
@@ -37,7 +37,9 @@ class Core:
 
     def inspect_memory(self, request: MemoryRequest, _: Reporter) -> MemoryReport:
         self.requests.append(request)
-        return self.report
+        if len(request.gpus) in (0, len(self.report.fits)):
+            return self.report
+        return replace(self.report, fits=tuple(fit(gpu, GIB, GIB) for gpu in request.gpus))
 
 
 @pytest.fixture
@@ -301,9 +303,17 @@ def test_the_exit_code_says_whether_it_fits_the_gpus_that_were_named(
     core.report = replace(REPORT, fits=fits)
     text, as_json = qlora_inspect("base", *arguments), qlora_inspect("base", *arguments, "--json")
     assert (text.exit_code, as_json.exit_code) == (code, code), text.output
-    assert text.stdout.startswith("What training llama-3.1-8b takes\n")
+    assert text.stdout.startswith(("Fits ", "May not fit ", "Does not fit ", "Cannot fit ") if arguments else "Takes ")
     assert text.stderr == as_json.stderr == ""
     assert len(json.loads(as_json.stdout)["fits"]) == len(fits)
+
+
+def test_the_parts_behind_the_answer_are_shown_when_asked_for(core: Core) -> None:
+    assert core.report.assumptions
+    short, long = qlora_inspect("base"), qlora_inspect("base", "--details")
+    assert "What it is for" not in short.stdout
+    assert "What it is for" in long.stdout
+    assert qlora_inspect("base", "--json").stdout == qlora_inspect("base", "--details", "--json").stdout
 
 
 def test_json_has_the_keys_that_scripts_rely_on(core: Core) -> None:

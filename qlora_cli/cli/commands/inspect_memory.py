@@ -14,11 +14,17 @@ from qlora_cli.settings.setting_metadata import Command
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUES", help="More to vary, after --sweep.")]
 
+Details = Annotated[
+    bool,
+    typer.Option("--details", help="Also show what the memory is for, each phase, all cards, and what is assumed."),
+]
+
 
 @options.takes(Command.INSPECT_MEMORY)
 def inspect_memory(
     context: typer.Context,
     words: Words = None,
+    details: Details = False,
     json: options.Json = False,
 ) -> None:
     """Predict what training will take on a GPU, and where it fits: without a GPU, and without reading weights.
@@ -43,6 +49,6 @@ def inspect_memory(
             plot_sweep(report, request.gpus, plot)
             reporter.report(Noted(message=f"the plot is in {plot}"))
     gc.freeze()  # the collection of all imported objects at exit would take a second
-    print_json(report) if json else render_memory(report, request.gpus)
+    print_json(report) if json else render_memory(report, request.gpus, details=details)
     if request.gpus and any(fit.fits == "no" for fit in report.fits):
         raise typer.Exit(OutOfMemoryError.exit_code)

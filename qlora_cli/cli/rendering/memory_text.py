@@ -1,4 +1,4 @@
-"""What `qlora inspect-memory` shows: the peaks, what they are for, where they fit, and what would change that.
+"""What `qlora inspect-memory` shows: the answer, what would change it, and the peaks, phases and cards behind it.
 
 All sizes are GiB (1024³ bytes) with two decimals, so that figures below one another compare.
 """
@@ -10,11 +10,13 @@ from textwrap import wrap
 
 from rich.text import Text
 
-from qlora_cli.cli.console import Row, console, print_rows, title
+from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
+from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, significant, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.gpus import GPUS, Gpu
 from qlora_cli.memory.plan import describe
 from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, RunFigures, Solution, Suggestion
+from qlora_cli.memory.suggestions import NO
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, format_count, format_duration
 
@@ -32,25 +34,33 @@ NAMES = {
 PROCESS = "process"
 
 
-def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> None:
-    """Print a prediction for the named `gpus`; without any, the fits are those of the whole catalogue."""
-    title(f"What training {report.model} takes")
-    print_rows(_rows(report))
-    _section("Predicted peak", figure_lines(report))
-    for line in time_lines(report.predicted):
-        console().print(Text(line), soft_wrap=True)
-    _section("What it is for", component_lines(report.components))
-    _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
-    _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
-    print_rows([("smallest GPU", _describe_smallest(report.smallest_gpu))])
-    if report.suggestions:
+def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bool = False) -> None:
+    """Print a prediction for the named `gpus`; without any, the fits are those of the whole catalogue.
+
+    The answer comes first, then what the settings are and what would change it; all else only with `details`.
+    """
+    for sentence in verdict_lines(report, gpus):
+        for line in hanging(sentence, "", "  "):
+            title(line)
+    console().print()
+    print_rows(_rows(report, gpus, details=details))
+    if details:
+        _section("Predicted peak", [*figure_lines(report), *time_lines(report.predicted)])
+        _section("What it is for", component_lines(report.components))
+        _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
+        _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
+    if any(details or suggestion.fits != NO for suggestion in report.suggestions):
         _section("What to change", suggestion_lines(report.suggestions))
     if report.solutions:
         _section("The largest that fits", solution_lines(report.solutions))
     if report.sweep:
         render_sweep(report, gpus[0] if gpus else None)
-    if report.assumptions:
-        _section("Taken for granted", [line for text in report.assumptions for line in hanging(text, "  - ", "    ")])
+    console().print()
+    if details:
+        title("Taken for granted")
+        print_lines([line for text in report.assumptions for line in hanging(text, "  - ", "    ")])
+    else:
+        print_lines(hanging(NEXT, "", "  "))
 
 
 def gib(num_bytes: int) -> str:
@@ -72,15 +82,18 @@ def _section(heading: str, lines: Sequence[str]) -> None:
         console().print(Text(line), soft_wrap=True)
 
 
-def _rows(report: MemoryReport) -> list[Row]:
+def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[Row]:
     attention = ", ".join(report.attention_backends)
     trained = f"{format_count(report.num_trainable_parameters)} of {format_count(report.num_parameters)} parameters"
-    rows = [("model", report.architecture), ("trained", trained)]
+    rows = [("model", f"{report.model}, {trained} trained")]
     rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in report.settings.items()))
-    rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
-    if report.plan is not None:
-        rows += _wrapped("planned", describe(report.plan))
-    rows.append(("answered in", format_duration(report.estimate_seconds)))
+    if details:
+        rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
+        rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
+        rows.append(("answered in", format_duration(report.estimate_seconds)))
+    rows += _wrapped("smallest", _describe_smallest(report))
+    for gpu in gpus:
+        rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
     return rows
 
 
@@ -120,16 +133,11 @@ def time_lines(figures: RunFigures) -> list[str]:
         return []
     is_host = figures.limited_by == HOST
     text = (
-        f"{'at least' if is_host else 'about'} {_significant(middle)} s a step ({_significant(low)} to "
-        f"{_significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
+        f"{'at least' if is_host else 'about'} {significant(middle)} s a step ({significant(low)} to "
+        f"{significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
         f"{'the ' if is_host else ''}{figures.limited_by} (by arithmetic, not measured)"
     )
     return hanging(text, "  ", "  ")
-
-
-def _significant(seconds: float) -> str:
-    """Return seconds with two digits after the point, or two that count if they are few."""
-    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
 
 def component_lines(components: Components) -> list[str]:
@@ -188,11 +196,17 @@ def _fit_line(fit: GpuFit, width: int) -> str:
     return f"  {fit.gpu:<{width}}  {fit.fits:<5} {sizes} {fit.margin_bytes / GIB:>+8.2f}"
 
 
-def _describe_smallest(name: str | None) -> str:
-    if name is None:
-        return "none of the catalogue is large enough"
-    (usable,) = [gpu.usable_bytes for gpu in GPUS if gpu.name == name]
-    return f"{name}, {gib(usable)}"
+def _describe_smallest(report: MemoryReport) -> str:
+    """Return the smallest class of cards, and the smallest with room to spare."""
+    smallest, roomy = report.smallest_class, report.roomy_class
+    if smallest is None:
+        return "no card of the catalogue is large enough" if report.smallest_gpu is None else f"{report.smallest_gpu}"
+    (size_gb,) = [gpu.size_gb for gpu in GPUS if gpu.name == report.smallest_gpu] or [smallest.size_gb]
+    # Cards that are sold with as much memory do not all have as much for a program.
+    before = f"; of {size_gb} GB, {with_article(str(report.smallest_gpu))}" if size_gb < smallest.size_gb else ""
+    ease = f"; with ease: {described_class(roomy)}" if roomy is not None and roomy != smallest else ""
+    planned = "; with each layer recomputed" if report.plan is not None else ""
+    return f"{described_class(smallest)}{before}{ease}{planned}"
 
 
 def suggestion_lines(suggestions: Sequence[Suggestion]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
+    CardClass,
     Components,
     GpuFit,
     MemoryReport,
@@ -120,7 +121,22 @@ REPORT = MemoryReport(
     plan=None,
     fits=(fit(RTX_4090, FIGURES.process_bytes, FIGURES.process_high_bytes),),
     smallest_gpu="RTX 3080 10GB",
+    smallest_class=CardClass(
+        size_gb=10,
+        gpus=("RTX 3080 10GB",),
+        usable_bytes=9872 * MIB,
+        process_bytes=FIGURES.process_bytes,
+        process_high_bytes=FIGURES.process_high_bytes,
+    ),
+    roomy_class=CardClass(
+        size_gb=12,
+        gpus=("RTX 3060 12GB", "RTX 4070", "RTX 5070", "RTX 4070 Super"),
+        usable_bytes=11776 * MIB,
+        process_bytes=FIGURES.process_bytes,
+        process_high_bytes=FIGURES.process_high_bytes,
+    ),
     suggestions=(),
+    fitting_model=None,
     solutions=(),
     sweep=(),
     assumptions=(

@@ -13,10 +13,12 @@ from qlora_cli.cli.rendering.memory_text import (
     phase_lines,
     render_memory,
 )
+from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
-from qlora_cli.memory.gpus import GPUS
-from qlora_cli.memory.prediction import MemoryReport, RunFigures
+from qlora_cli.memory.gpus import GPUS, find_gpu
+from qlora_cli.memory.prediction import FittingModel, MemoryReport, RunFigures
+from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
     CATALOGUE_FITS,
@@ -45,33 +47,182 @@ FULL = replace(
 )
 
 
+HOPELESS = replace(
+    REPORT,
+    fits=(replace(TOO_LARGE, process_bytes=19 * GIB, process_high_bytes=20 * GIB, margin_bytes=-4 * GIB),),
+    suggestions=SUGGESTIONS[:1],
+    fitting_model=FittingModel(
+        model="qwen3-14b", num_parameters=14_768_307_200, process_bytes=12 * GIB, process_high_bytes=13 * GIB
+    ),
+)
+
+
 def shown(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> str:
-    render_memory(report)
+    """Return everything that is shown about a prediction."""
+    render_memory(report, details=True)
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize("details", [False, True])
 @pytest.mark.parametrize("report", [REPORT, FULL, replace(REPORT, fits=CATALOGUE_FITS)])
 def test_a_prediction_fits_80_columns_and_has_no_colour(
-    report: MemoryReport, capsys: pytest.CaptureFixture[str]
+    report: MemoryReport, capsys: pytest.CaptureFixture[str], *, details: bool
 ) -> None:
-    text = shown(report, capsys)
+    render_memory(report, details=details)
+    text = capsys.readouterr().out
     assert [line for line in text.splitlines() if len(line) > 80] == []
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert "\x1b" not in text
 
 
+def test_the_answer_comes_first_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    render_memory(REPORT, (RTX_4090,))
+    text = capsys.readouterr().out
+    assert text.startswith("Fits an RTX 4090: 8.3 GiB, at most 8.9, of 23.5; each layer is recomputed.\n")
+    assert len(text.splitlines()) < 15
+    for heading in ("Predicted peak", "What it is for", "Phases", "Where it fits", "Taken for granted"):
+        assert heading not in text
+        assert heading in shown(REPORT, capsys)
+    assert "--details shows" in text
+    assert "--details" not in shown(REPORT, capsys)
+
+
+def test_each_gpu_that_was_named_has_its_answer() -> None:
+    fits = (*REPORT.fits, TOO_LARGE)
+    tight = replace(TOO_LARGE, fits="tight")
+    size = find_gpu("24GiB")
+    in_size = fit(size, round(23.46 * GIB), round(23.96 * GIB))
+    assert verdict_lines(replace(REPORT, fits=fits), (RTX_4090, T4)) == [
+        "Fits an RTX 4090: 8.3 GiB, at most 8.9, of 23.5; each layer is recomputed.",
+        "Does not fit a T4: 15.2 GiB, at most 16.0, of 14.6, short of 0.6.",
+    ]
+    assert verdict_lines(replace(REPORT, fits=(tight,)), (T4,)) == [
+        "May not fit a T4: 15.2 GiB, at most 16.0, of 14.6."
+    ]
+    # Sizes that round to the same have another decimal.
+    assert verdict_lines(replace(REPORT, fits=(in_size,)), (size,)) == [
+        "Fits a GPU of 24.00 GiB: 23.5 GiB, at most 23.96, of 24.00; each layer is recomputed."
+    ]
+
+
+def test_the_answer_has_the_time_of_a_step_where_it_is_known() -> None:
+    timed = replace(REPORT.fits[0], step_seconds=11.413)
+    run = replace(REPORT, fits=(timed, timed))
+    first, second = verdict_lines(run, (RTX_4090, RTX_4090))
+    assert first.endswith("; each layer is recomputed, about 11.41 s a step (±30%).")
+    assert second.endswith("; each layer is recomputed, about 11.41 s a step.")
+    by_host = replace(run, predicted=replace(FIGURES, limited_by="host"))
+    assert ", at least 11.41 s a step (±30%)." in verdict_lines(by_host, (RTX_4090, RTX_4090))[0]
+    missing = replace(run, fits=(replace(TOO_LARGE, step_seconds=3.0), timed))
+    assert "a step" not in verdict_lines(missing, (T4, RTX_4090))[0]
+
+
+@pytest.mark.parametrize("checkpointing", list(RECOMPUTED))
+def test_the_answer_says_what_is_recomputed(checkpointing: Checkpointing) -> None:
+    fits = (replace(REPORT.fits[0], gradient_checkpointing=checkpointing.value),)
+    (line,) = verdict_lines(replace(REPORT, fits=fits), (RTX_4090,))
+    assert line.endswith(f"; {RECOMPUTED[checkpointing]}.")
+
+
+def test_every_kind_of_checkpointing_that_runs_is_described() -> None:
+    assert {*RECOMPUTED, Checkpointing.AUTO} == set(Checkpointing)
+
+
+def test_the_answer_names_what_would_make_it_fit() -> None:
+    fitting = replace(SUGGESTIONS[1], fits="yes")
+    for suggestions, ending in (
+        ((SUGGESTIONS[0], SUGGESTIONS[1]), "; it may fit with --gradient-checkpointing on."),
+        ((fitting,), "; it fits with --gradient-checkpointing on."),
+    ):
+        (line,) = verdict_lines(replace(REPORT, fits=(TOO_LARGE,), suggestions=suggestions), (T4,))
+        assert line == f"Does not fit a T4: 15.2 GiB, at most 16.0, of 14.6, short of 0.6{ending}"
+
+
+def test_a_run_that_no_change_makes_fit_is_answered_with_the_largest_model_that_would() -> None:
+    parts = replace(COMPONENTS, quantized_weights_bytes=20 * GIB)
+    heavy = verdict_lines(replace(HOPELESS, components=parts), (T4,))
+    model = (
+        "The largest model of the catalogue that fits there: qwen3-14b (14.77B parameters), 12.0 GiB, at most 13.0."
+    )
+    assert heavy == ["Cannot fit a T4: the weights alone take 22.1 of 14.6 GiB.", model]
+    assert verdict_lines(HOPELESS, (T4,)) == [
+        "Cannot fit a T4: takes 15.2 of 14.6 GiB with every change there is.",
+        model,
+    ]
+    assert verdict_lines(replace(HOPELESS, fitting_model=None), (T4,)) == verdict_lines(HOPELESS, (T4,))[:1]
+
+
+def test_a_change_that_is_not_enough_is_a_detail(capsys: pytest.CaptureFixture[str]) -> None:
+    render_memory(HOPELESS, (T4,))
+    assert "What to change" not in capsys.readouterr().out
+    assert "still too large" in shown(HOPELESS, capsys)
+
+
+def test_without_a_gpu_the_answer_is_the_smallest_class() -> None:
+    report = replace(REPORT, fits=CATALOGUE_FITS)
+    takes = "Takes 8.3 GiB, at most 8.9"
+    assert verdict_lines(report, ()) == [f"{takes}: fits a 10 GB card (RTX 3080 10GB) and larger ones."]
+    fits = tuple(replace(fit, fits="tight") if fit.gpu == "T4" else fit for fit in CATALOGUE_FITS)
+    assert verdict_lines(replace(report, fits=fits), ()) == [
+        f"{takes}: fits a 10 GB card (RTX 3080 10GB) and larger ones but T4."
+    ]
+    assert verdict_lines(replace(report, smallest_class=None), ()) == [
+        f"{takes}: fits on no class of cards in the catalogue."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("RTX 4090", "an RTX 4090"),
+        ("A100 40GB", "an A100 40GB"),
+        ("L4", "an L4"),
+        ("T4", "a T4"),
+        ("Titan RTX", "a Titan RTX"),
+        ("Quadro RTX 8000", "a Quadro RTX 8000"),
+        ("GH200 96GB", "a GH200 96GB"),
+        ("8 GB card", "an 8 GB card"),
+        ("11 GB card", "an 11 GB card"),
+        ("80 GB card", "an 80 GB card"),
+        ("24 GB card", "a 24 GB card"),
+        ("180 GB card", "a 180 GB card"),
+    ],
+)
+def test_a_card_has_its_article(name: str, expected: str) -> None:
+    assert with_article(name) == expected
+
+
+def test_the_smallest_card_is_a_class_with_common_cards_and_one_with_room(capsys: pytest.CaptureFixture[str]) -> None:
+    def smallest(report: MemoryReport) -> str:
+        text = " ".join(shown(report, capsys).split())
+        return text.partition("smallest ")[2].partition(" Predicted peak")[0]
+
+    with_ease = "with ease: a 12 GB card (RTX 3060 12GB, RTX 4070, RTX 5070, ...)"
+    assert smallest(REPORT) == f"a 10 GB card (RTX 3080 10GB); {with_ease}"
+    assert smallest(replace(REPORT, smallest_gpu="RTX 4060")).startswith(
+        "a 10 GB card (RTX 3080 10GB); of 8 GB, an RTX 4060; with ease"
+    )
+    assert smallest(replace(REPORT, roomy_class=REPORT.smallest_class)) == "a 10 GB card (RTX 3080 10GB)"
+    assert smallest(replace(REPORT, smallest_class=None, smallest_gpu=None)) == (
+        "no card of the catalogue is large enough"
+    )
+
+
+def test_what_is_special_about_a_gpu_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = find_gpu("P100")
+    render_memory(replace(REPORT, fits=(fit(gpu, 8 * GIB, 9 * GIB),)), (gpu,))
+    assert "note P100 16GB: PyPI's PyTorch has no kernels" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_prediction_shows_the_settings_and_three_peaks_with_their_bands(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(REPORT, capsys)
-    first = text.splitlines()[0]
-    assert first == "What training llama-3.1-8b takes"
     joined = " ".join(text.split())
     assert "asked quant nf4, double-quant true, rank 16, target-modules all-linear, max-length 2048" in joined
-    assert "41.94M of 8.03B parameters" in joined
+    assert "model llama-3.1-8b, 41.94M of 8.03B parameters trained" in joined
     assert "RTX 4090 in bf16; attention: flash" in joined
     assert "allocated 7.50 GiB 7.42 to 7.58" in joined
     assert "reserved 7.90 GiB 7.43 to 8.37" in joined
     assert "process 8.35 GiB 7.88 to 8.94" in joined
-    assert "smallest GPU RTX 3080 10GB, 9.64 GiB" in joined
     assert "  - Nothing else runs on the GPU" in text
 
 
@@ -155,10 +306,6 @@ def test_solutions_show_the_value_or_that_none_fits(capsys: pytest.CaptureFixtur
     text = shown(FULL, capsys)
     assert "  --max-length 13952 on the RTX 4090: 22.90 GiB; limited by memory\n" in text
     assert "  no --rank fits on the T4\n" in text
-
-
-def test_it_is_shown_if_no_card_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "none of the catalogue is large enough" in shown(replace(REPORT, smallest_gpu=None), capsys)
 
 
 def test_a_sentence_wraps_without_breaking_flags() -> None:

@@ -1,0 +1,116 @@
+"""The answer of `qlora inspect-memory` in a sentence for each GPU that was named, or one for the whole catalogue."""
+
+from collections.abc import Sequence
+
+from qlora_cli.memory.gpus import GPUS, Gpu, examples
+from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures
+from qlora_cli.memory.suggestions import NO, YES
+from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.timing.roofline import HOST
+from qlora_cli.units import GIB, format_count
+
+RECOMPUTED = {
+    Checkpointing.OFF: "nothing is recomputed",
+    Checkpointing.SELECTIVE: "each layer is recomputed in part",
+    Checkpointing.ON: "each layer is recomputed",
+    Checkpointing.OFFLOAD: "each layer is recomputed, and what it starts from waits in host memory",
+}
+AN = ("8", "11", "A", "F", "H", "L", "M", "N", "R", "S", "X")  # what is spoken with a vowel first: eight, RTX, L4
+NEXT = "--details shows what it is for, each phase, and what is taken for granted."
+
+
+def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
+    """Return the answer: a sentence for each of the named `gpus`; without any, one for the catalogue."""
+    if not gpus:
+        return [_over_catalogue(report)]
+    first, *others = zip(report.fits, gpus, strict=True)
+    lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
+    if report.fitting_model is not None:
+        model = report.fitting_model
+        takes, at_most = _gib(model.process_bytes), _gib(model.process_high_bytes)
+        named = f"{model.model} ({format_count(model.num_parameters)} parameters)"
+        lines.append(f"The largest model of the catalogue that fits there: {named}, {takes} GiB, at most {at_most}.")
+    return lines
+
+
+def described_class(cards: CardClass) -> str:
+    """Return a class with a few of its cards: `a 10 GB card (RTX 3080 10GB)`."""
+    return f"{with_article(f'{cards.size_gb} GB card')} ({examples(cards.gpus)})"
+
+
+def with_article(name: str) -> str:
+    """Return the name of a card with its article: `an RTX 4090`, `a T4`."""
+    is_acronym = not name[1:2].islower()
+    return f"{'an' if name.startswith(AN) and is_acronym else 'a'} {name}"
+
+
+def _over_catalogue(report: MemoryReport) -> str:
+    own, smallest = report.predicted, report.smallest_class
+    takes = f"Takes {_gib(own.process_bytes)} GiB, at most {_gib(own.process_high_bytes)}"
+    if smallest is None:
+        return f"{takes}: fits on no class of cards in the catalogue."
+    usable = {gpu.name: gpu.usable_bytes for gpu in GPUS if gpu.has_kernels}
+    lacking = [fit.gpu for fit in report.fits if fit.fits != YES and usable.get(fit.gpu, 0) > smallest.usable_bytes]
+    but = f" but {examples(lacking)}" if lacking else ""
+    return f"{takes}: fits {described_class(smallest)} and larger ones{but}."
+
+
+def _on_first(report: MemoryReport, fit: GpuFit, gpu: Gpu) -> str:
+    """Return the answer for the first GPU, with what would make the run fit."""
+    if fit.fits == YES:
+        return f"{_on(fit, gpu)}{_time(fit, report.predicted)}."
+    change = next((change for change in report.suggestions if change.fits != NO), None)
+    if change is not None:
+        surely = "fits" if change.fits == YES else "may fit"
+        return f"{_on(fit, gpu)}; it {surely} with {change.flags}."
+    if fit.fits != NO:
+        return f"{_on(fit, gpu)}."
+    parts = report.components
+    weights = parts.quantized_weights_bytes + parts.quantization_constants_bytes + parts.unquantized_weights_bytes
+    if weights + parts.context_bytes > fit.usable_bytes:
+        return f"Cannot fit {_named(gpu)}: the weights alone take {_gib(weights)} of {_gib(fit.usable_bytes)} GiB."
+    least = min([fit.process_bytes, *(change.process_bytes for change in report.suggestions)])
+    return f"Cannot fit {_named(gpu)}: takes {_gib(least)} of {_gib(fit.usable_bytes)} GiB with every change there is."
+
+
+def _time(fit: GpuFit, figures: RunFigures | None = None) -> str:
+    """Return the time of a step with a comma before it, and its error band if there are `figures` for this GPU."""
+    if fit.fits != YES or fit.step_seconds is None:
+        return ""
+    step = f"{significant(fit.step_seconds)} s a step"
+    if figures is None or figures.step_seconds_low is None or figures.step_seconds_high is None:
+        return f", about {step}"
+    off = max(figures.step_seconds_high / fit.step_seconds - 1, 1 - figures.step_seconds_low / fit.step_seconds)
+    return f", {'at least' if figures.limited_by == HOST else 'about'} {step} (±{off:.0%})"
+
+
+def significant(seconds: float) -> str:
+    """Return seconds with two digits after the point, or two that count if they are few."""
+    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
+
+
+def _on(fit: GpuFit, gpu: Gpu) -> str:
+    """Return the answer for one GPU, without its full stop."""
+    at_most, usable = _apart(fit.process_high_bytes, fit.usable_bytes)
+    figures = f"{_gib(fit.process_bytes)} GiB, at most {at_most}, of {usable}"
+    if fit.fits == YES:
+        return f"Fits {_named(gpu)}: {figures}; {RECOMPUTED[Checkpointing(fit.gradient_checkpointing)]}"
+    if fit.fits == NO:
+        return f"Does not fit {_named(gpu)}: {figures}, short of {_gib(-fit.margin_bytes)}"
+    return f"May not fit {_named(gpu)}: {figures}"
+
+
+def _named(gpu: Gpu) -> str:
+    if gpu.name.endswith("GiB"):
+        return f"a GPU of {gpu.name}"
+    return with_article(gpu.name) + (f" ({examples(gpu.cards)})" if gpu.cards else "")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
+
+
+def _apart(one: int, other: int) -> tuple[str, str]:
+    """Return two sizes in GiB with as many decimals, one or two, as tell them apart."""
+    digits = 1 if _gib(one) != _gib(other) else 2
+    return f"{one / GIB:.{digits}f}", f"{other / GIB:.{digits}f}"
