@@ -26,7 +26,7 @@ def test_a_row_on_an_unknown_gpu_is_left_out(tmp_path: Path) -> None:
     file.write_text(f"{header}\n{first.replace('A100-SXM4-80GB', 'MI300X')}\n", encoding="utf-8")
     rows, (sentence,) = read_rows(file)
     assert rows == []
-    assert "no GPU 'MI300X' is known" in sentence
+    assert "MI300X" in sentence
 
 
 @pytest.mark.parametrize("number", ["3", "20", "24", "s1"])
