@@ -23,10 +23,12 @@ from qlora_cli.memory.prediction import (
 )
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.solver import solve, sweep
+from qlora_cli.memory.step_time import with_run
 from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.timing.rates import rates_of
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -108,7 +110,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
-        predicted=figures_of_run(estimate),
+        predicted=with_run(figures_of_run(estimate), settings, request.prediction, gpu, estimator.estimate),
         components=estimate.components,
         phases=estimate.phases,
         ruling_phase=estimate.ruling_phase,
@@ -198,6 +200,14 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
     }
 
 
+def _assumptions_of_run(settings: EstimateSettings, gpu: Gpu) -> list[str]:
+    """Return sentences on what the prediction of a whole run takes for granted."""
+    if rates_of(gpu.card, gpu.num_sms) is None:
+        return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
+    of_rows = "are packed without gaps" if settings.data.packing else "all have the mean length"
+    return [f"for the time of the run, rows {of_rows}; loading, evaluations and checkpoints come in addition"]
+
+
 def _assumptions(
     request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, incapable: tuple[str, ...]
 ) -> list[str]:
@@ -218,6 +228,8 @@ def _assumptions(
         sentences.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
     else:
         sentences.append(f"every row has {settings.data.max_length:,} tokens")
+    if request.prediction.rows is not None:
+        sentences += _assumptions_of_run(settings, gpu)
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")

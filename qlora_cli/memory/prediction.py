@@ -241,9 +241,11 @@ class SweepPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures(Figures):
-    """The peaks of a run, and the time of its optimizer step with the ends of its error band.
+    """The peaks of a run, the time of its optimizer step and of all its steps, with the ends of the error bands.
 
-    What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`.
+    What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`. From `num_steps`
+    on, it is also None if it was not asked how many rows there are. `cost` is in the currency of the price that was
+    given, and `energy_wh` the GPU's at its rated power, in watt-hours.
     """
 
     step_seconds: float | None = None
@@ -253,6 +255,12 @@ class RunFigures(Figures):
     tokens_per_second_low: float | None = None
     tokens_per_second_high: float | None = None
     limited_by: str | None = None
+    num_steps: int | None = None
+    run_seconds: float | None = None
+    run_seconds_low: float | None = None
+    run_seconds_high: float | None = None
+    cost: float | None = None
+    energy_wh: float | None = None
 
 
 def figures_of_run(estimate: Estimate) -> RunFigures:

@@ -35,6 +35,7 @@ PARTS = (
     "hardware",
 )
 UNKEYED = ("gpus", "sweep", "plot")  # their parsed values are in the key; the file of a plot changes nothing
+OF_TIME = ("training.epochs", "training.max_steps")  # on which memory does not depend
 MAX_PREDICTIONS = 500
 
 
@@ -44,7 +45,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     values = settings.model_dump(mode="json")
     prediction = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
     asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
-    for path in (path for path in all_settings() if metadata_of(path).affects_memory):
+    for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_TIME):
         section, key = path.split(".")
         asked[path] = values[section][key]
         # The default of a setting that is not given may depend on the model.

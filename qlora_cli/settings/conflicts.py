@@ -8,7 +8,7 @@ from typing import Any
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import Mixing, Sampling
 from qlora_cli.settings.conflict import Conflict
-from qlora_cli.settings.conflicts_commands import generation_conflicts, push_conflicts
+from qlora_cli.settings.conflicts_commands import generation_conflicts, prediction_conflicts, push_conflicts
 from qlora_cli.settings.conflicts_lora import lora_conflicts
 from qlora_cli.settings.conflicts_training import evaluation_conflicts, training_conflicts
 from qlora_cli.settings.models import (
@@ -66,6 +66,7 @@ def _command_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     """Return the conflicts within the sections of single commands."""
     checks: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
         "generate": generation_conflicts,
+        "inspect_memory": prediction_conflicts,
         "output": partial(push_conflicts, "output"),
         "merge": partial(push_conflicts, "merge"),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qlora_cli.settings.conflict import Conflict
-from qlora_cli.settings.models import AnswerSettings
+from qlora_cli.settings.models import AnswerSettings, PredictionSettings
 from qlora_cli.settings.sections.pushing import Pushed
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
@@ -15,6 +15,17 @@ def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
         path = f"{section}.hub_private"
         message = f"{path} has no effect without {section}.push_to_hub"
         yield path, message, "Leave it out, or give --push-to-hub OWNER/NAME."
+
+
+def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:
+    """Yield the settings about a whole run that have no effect without its number of rows."""
+    for key in ("mean_tokens", "price"):
+        if prediction.rows is None:
+            yield (
+                f"inspect_memory.{key}",
+                "has no effect without --rows",
+                "Add --rows N, the rows of the training data.",
+            )
 
 
 def generation_conflicts(answers: AnswerSettings) -> Iterator[Conflict]:

@@ -133,10 +133,25 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
 def test_flags_that_do_not_affect_memory_do_not_exist() -> None:
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
-    missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha", "--epochs"}
+    missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha"}
     assert not missing & flags
     assert {"--max-length", "--rank", "--optimizer", "--gradient-checkpointing", "--revision"} <= flags
     assert {metadata_of(path).flag for path in all_settings()} >= missing
+
+
+def test_what_a_run_over_rows_is_predicted_from_needs_the_rows(asked: Ask) -> None:
+    request = asked("base", "--rows", "1000", "--mean-tokens", "300", "--epochs", "3", "--price", "1.5")
+    prediction = request.prediction
+    assert (prediction.rows, prediction.mean_tokens, prediction.price) == (1000, 300, 1.5)
+    assert request.asked.settings.training.epochs == 3
+    for flag, value in (("--mean-tokens", "300"), ("--epochs", "3"), ("--price", "1.5")):
+        assert "has no effect without --rows" in " ".join(refused("base", flag, value).split())
+
+
+def test_epochs_in_a_settings_file_need_no_rows(asked: Ask, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text("model: {name: base}\ntraining: {epochs: 3}\n")
+    assert asked("--config", config).asked.settings.training.epochs == 3
 
 
 def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) -> None:

@@ -123,3 +123,7 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
             f"has no effect with --attention {attention}",
         )
         yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
+    epochs = resolved.origin_of("training.epochs")
+    if asked.rows is None and epochs.kind == "flag":
+        hint = "Add --rows N, the rows of the training data, for the time of the whole run."
+        yield Problem(where=epochs.where, message="has no effect without --rows", hint=hint)

@@ -18,7 +18,7 @@ from qlora_cli.memory.plan import describe
 from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, RunFigures, Solution, Suggestion
 from qlora_cli.memory.suggestions import NO
 from qlora_cli.timing.roofline import HOST
-from qlora_cli.units import GIB, format_count, format_duration
+from qlora_cli.units import GIB, counted, format_count, format_duration
 
 WIDTH = 80
 MAX_BARS = 30
@@ -137,7 +137,21 @@ def time_lines(figures: RunFigures) -> list[str]:
         f"{significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
         f"{'the ' if is_host else ''}{figures.limited_by} (by arithmetic, not measured)"
     )
-    return hanging(text, "  ", "  ")
+    return [*hanging(text, "  ", "  "), *_run_lines(figures)]
+
+
+def _run_lines(figures: RunFigures) -> list[str]:
+    """Return the time, the cost and the energy of the whole run; nothing if they were not asked for."""
+    low, middle, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
+    if low is None or middle is None or high is None or figures.energy_wh is None:
+        return []
+    cost = "" if figures.cost is None else f", {figures.cost:,.2f} at the given price"
+    return hanging(
+        f"the run: {counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
+        f"{format_duration(high)}){cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated power",
+        "  ",
+        "  ",
+    )
 
 
 def component_lines(components: Components) -> list[str]:

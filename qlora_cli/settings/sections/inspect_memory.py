@@ -11,6 +11,7 @@ from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
 
+MIN_TOKENS = 8  # of a row, as for data.max_length
 INSPECT = (Command.INSPECT_MEMORY,)
 ONE_GPU = "A run on one GPU is predicted; name it with --gpu, once for each card to compare."
 
@@ -43,4 +44,13 @@ class PredictionSettings(Section):
     )
     plot: Annotated[Path | None, Metadata(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
         default=None, description="Draw memory against --max-length into this file (.png, .svg, .pdf)."
+    )
+    rows: Annotated[int | None, Metadata(flag="--rows", commands=INSPECT)] = Field(
+        default=None, ge=1, description="Rows of the training data: predicts the time and energy of the whole run."
+    )
+    mean_tokens: Annotated[int | None, Metadata(flag="--mean-tokens", commands=INSPECT)] = Field(
+        default=None, ge=MIN_TOKENS, description="Mean length of these --rows; by default, --max-length."
+    )
+    price: Annotated[float | None, Metadata(flag="--price", commands=INSPECT)] = Field(
+        default=None, gt=0, description="Price of the GPU for an hour, in any currency: predicts the cost of --rows."
     )

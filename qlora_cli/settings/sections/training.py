@@ -9,6 +9,8 @@ from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, OnResume
 from qlora_cli.settings.values import CheckpointingSwitch, NameList, Texts
 
+TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
+
 
 class TrainingSettings(Section):
     """The training loop."""
@@ -49,7 +51,7 @@ class TrainingSettings(Section):
     )
     adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, description="Gradients are clipped to this norm.")
-    epochs: Annotated[float, Metadata(flag="--epochs", on_resume=OnResume.LENGTH)] = Field(
+    epochs: Annotated[float, Metadata(flag="--epochs", commands=TIMED, on_resume=OnResume.LENGTH)] = Field(
         default=1.0, gt=0, description="Passes over the training data."
     )
     max_steps: Annotated[int | None, Metadata(flag="--max-steps", on_resume=OnResume.LENGTH)] = Field(

@@ -238,6 +238,22 @@ def test_a_prediction_shows_the_time_of_a_step_only_if_it_is_known(capsys: pytes
     assert "at least 11.41 s a step (8.56 to 14.84), 2,870 tokens/s, limited by the host" in joined
 
 
+def test_a_run_shows_its_steps_time_cost_and_energy(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = replace(
+        FIGURES,
+        num_steps=1500,
+        run_seconds=7389.0,
+        run_seconds_low=5000.0,
+        run_seconds_high=9000.0,
+        energy_wh=924.0,
+    )
+    joined = " ".join(shown(replace(REPORT, predicted=figures), capsys).split())
+    assert "the run: 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), 0.92 kWh at the GPU's rated power" in joined
+    assert "1:23:20 to 2:30:00), 4.11 at the given price, 0.92" in " ".join(
+        shown(replace(REPORT, predicted=replace(figures, cost=4.105)), capsys).split()
+    )
+
+
 def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("paged", "on the host"):
         assert f"  {word}" not in shown(REPORT, capsys)
