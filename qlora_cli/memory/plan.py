@@ -51,6 +51,16 @@ class Candidate:
         kind = FASTEST_FIRST.index(Checkpointing(self.estimate.gradient_checkpointing))
         return 0.0 if time is None else time.step_seconds, kind
 
+    def has(self, values: Mapping[str, object]) -> bool:
+        """Return whether it runs with the same checkpointing as `values`, which may be JSON's."""
+        kept = values.get(KEPT)
+        keeps = tuple(kept) if isinstance(kept, list) else kept
+        return self.is_of_kind(values) and keeps == self.values.get(KEPT)
+
+    def is_of_kind(self, values: Mapping[str, object]) -> bool:
+        """Return whether it runs with the same kind of checkpointing as `values`."""
+        return self.values[CHECKPOINTING] == values.get(CHECKPOINTING)
+
     def option(self) -> PlanOption:
         """Return it as a plain value."""
         time = self.estimate.time
@@ -76,6 +86,18 @@ class PlannedRun:
     chosen: Candidate
     plan: Plan
     leaner: tuple[Candidate, ...]
+
+    def resumed(self, before: Mapping[str, object], *, ran_out: bool) -> "PlannedRun":
+        """Return the plan of a run that ran with the values `before`, by `section.key`: the same, if it still fits.
+
+        `ran_out`: it ran out of memory, and the next leaner one is taken.
+        """
+        candidates = (self.chosen, *self.leaner)
+        same = [index for index, candidate in enumerate(candidates) if candidate.has(before)]
+        # With other free memory, other products may be kept.
+        same += [index for index, candidate in enumerate(candidates) if candidate.is_of_kind(before)]
+        at = min(same[0] + ran_out, len(candidates) - 1) if same else 0
+        return self if at == 0 else _planned(candidates, at)
 
 
 def is_open(settings: EstimateSettings) -> bool:
@@ -109,13 +131,17 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict, find_produc
     by_memory = sorted(trials.candidates, key=lambda candidate: -candidate.high_bytes)
     fitting = [candidate for candidate in by_memory if candidate.fits == YES]
     chosen = min(fitting, key=lambda candidate: candidate.speed) if fitting else by_memory[-1]
-    at = by_memory.index(chosen)
-    nearest = tuple(candidate.option() for candidate in _nearest(by_memory, at))
-    return PlannedRun(
-        chosen=chosen,
-        plan=Plan(chosen=chosen.option(), alternatives=nearest),
-        leaner=tuple(by_memory[at + 1 :]),
-    )
+    return _planned(by_memory, by_memory.index(chosen))
+
+
+def _planned(by_memory: Sequence[Candidate], at: int) -> PlannedRun:
+    """Return the plan to run as the candidate at a position of a list that falls in memory."""
+    chosen = by_memory[at]
+    start = max(min(at - 1, len(by_memory) - 1 - NUM_ALTERNATIVES), 0)
+    around = by_memory[start : start + NUM_ALTERNATIVES + 1]
+    nearest = tuple(candidate.option() for candidate in around if candidate is not chosen)
+    plan = Plan(chosen=chosen.option(), alternatives=nearest)
+    return PlannedRun(chosen=chosen, plan=plan, leaner=tuple(by_memory[at + 1 :]))
 
 
 class _Trials:
@@ -174,13 +200,6 @@ class _Trials:
                 missing -= by_value[num_kept].kept_bytes
             if not num_kept:
                 return
-
-
-def _nearest(by_memory: Sequence[Candidate], at: int) -> Sequence[Candidate]:
-    """Return the alternatives to the one at a position that are nearest in memory, the larger ones first."""
-    start = max(min(at - 1, len(by_memory) - 1 - NUM_ALTERNATIVES), 0)
-    around = by_memory[start : start + NUM_ALTERNATIVES + 1]
-    return [candidate for candidate in around if candidate is not by_memory[at]]
 
 
 def describe(plan: Plan) -> str:

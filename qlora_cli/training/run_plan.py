@@ -15,12 +15,13 @@ from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.data.feeding.order import padding_share
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.push import check_push
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.memory.plan import CHECKPOINTING, KEPT
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.methods.skip_modules import linear_layers
@@ -34,7 +35,7 @@ from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing
-from qlora_cli.training.checks.predicted_memory import Outlook, check_memory, current_gpu
+from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
@@ -134,7 +135,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    outlook = _check_memory(settings, load_plan, rows, reporter, force=force)
+    outlook = _check_memory(settings, load_plan, rows, reporter, _earlier_plan(resume), force=force)
     if outlook is not None and outlook.planned is not None:
         resolved = _decided(resolved, outlook.planned.chosen.values, PLANNED)
     settled = SettledRun(
@@ -270,11 +271,20 @@ def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None)
     return [InferredSettings(values=values, origin=FITS, is_fixed=True)]
 
 
+def _earlier_plan(resume: Resume | None) -> EarlierPlan | None:
+    """Return what was planned for the earlier run; None without one, or if its settings left nothing open."""
+    if resume is None or resume.record.origins.get(CHECKPOINTING) != PLANNED.where:
+        return None
+    values = {path: resume.record.setting(path) for path in (CHECKPOINTING, KEPT)}
+    return EarlierPlan(values=values, ran_out=(resume.record.error or "").startswith(OutOfMemoryError.__name__))
+
+
 def _check_memory(
     settings: TrainSettings,
     load_plan: LoadPlan,
     data: TrainingData,
     reporter: Reporter,
+    earlier: EarlierPlan | None,
     *,
     force: bool,
 ) -> Outlook | None:
@@ -284,7 +294,7 @@ def _check_memory(
     longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
     if settings.data.streaming:  # later rows may be longer than the first
         longest = settings.data.max_length
-    return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force)
+    return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force, earlier=earlier)
 
 
 def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:

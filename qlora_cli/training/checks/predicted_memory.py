@@ -1,6 +1,6 @@
 """Predict a run's memory on its GPU, by the code of `qlora inspect-memory`, before its weights are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -32,6 +32,14 @@ def current_gpu(load_plan: LoadPlan) -> Gpu | None:
     gpu = find_gpu("auto")
     # Free memory excludes our own CUDA context, which exists by now.
     return replace(gpu, total_bytes=min(gpu.total_bytes, load_plan.free_bytes + gpu.context_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierPlan:
+    """What was planned for a run that is resumed: the `values` by `section.key`, and whether it ran out of memory."""
+
+    values: Mapping[str, object]
+    ran_out: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +84,11 @@ def check_memory(
     *,
     longest_row_tokens: int,
     force: bool,
+    earlier: EarlierPlan | None = None,
 ) -> Outlook | None:
     """Predict the memory on `gpu` of a run whose longest row has `longest_row_tokens`; None if that is impossible.
+
+    What the settings leave open is planned; a run that is resumed stays with its `earlier` plan, if it still fits.
 
     Raises:
         OutOfMemoryError: it does not fit, without `force`; names changes that would.
@@ -98,6 +109,8 @@ def check_memory(
     try:
         if is_open(asked):
             planned = plan_run(asked, gpu, estimate_of, products_of)
+            if earlier is not None:
+                planned = planned.resumed(earlier.values, ran_out=earlier.ran_out)
             asked, estimate = planned.chosen.settings, planned.chosen.estimate
         else:
             estimate = estimate_of(asked, gpu)
@@ -112,7 +125,8 @@ def check_memory(
         predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimate_of, planned=planned
     )
     if planned is not None:
-        reporter.report(Noted(message=f"planned: {describe(planned.plan)}"))
+        reason = ", since the run ran out of memory" if earlier is not None and earlier.ran_out else ""
+        reporter.report(Noted(message=f"planned: {describe(planned.plan)}{reason}"))
     if fit.fits != YES:
         suggestions = outlook.suggestions()
         what = (

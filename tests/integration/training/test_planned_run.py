@@ -111,3 +111,32 @@ def test_the_leanest_plan_that_does_not_fit_ends_the_run(base_model: Path, rows:
     with pytest.raises(OutOfMemoryError, match="in the forward pass, tried before the first step"):
         run(prepared, recorder)
     assert [note.rpartition(" ")[2] for note in notes_of(recorder) if "do not fit" in note] == ["selective", "on"]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_run_that_ran_out_of_memory_resumes_with_less(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    asked = train_settings(base_model, rows, tmp_path / "run", training__save_steps=1)
+    prepared = prepare_run(asked, Recorder())
+
+    def fail(*_: Any) -> None:
+        if (tmp_path / "run" / "checkpoints" / "step-1").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = prepared.model.get_input_embeddings().register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemoryError) as caught:
+        run(prepared, Recorder())
+    expected = (
+        "Give the same command again: it goes on with gradient checkpointing selective. The training until step "
+    )
+    assert str(caught.value.hint).startswith(expected)
+    hook.remove()
+    recorder = Recorder()
+    resumed = prepare_run(asked, recorder)
+    assert resumed.resume is not None
+    assert resumed.resume.step > 0
+    assert resumed.plan.gradient_checkpointing == "selective"
+    (planned,) = [note for note in notes_of(recorder) if note.startswith("planned: ")]
+    assert planned.endswith(", since the run ran out of memory")
+    run(resumed, Recorder())
+    again = prepare_run(train_settings(base_model, rows, tmp_path / "run", training__epochs=3), Recorder())
+    assert again.plan.gradient_checkpointing == "selective"

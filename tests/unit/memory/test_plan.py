@@ -131,6 +131,27 @@ def test_what_takes_less_is_tried_in_order_of_memory() -> None:
     assert [other.values[CHECKPOINTING] for other in planned.leaner] == ["on"]
 
 
+def test_a_resumed_run_stays_with_its_plan_and_takes_less_memory_if_that_ran_out() -> None:
+    planned = planned_run(OPEN, 24, predictor(SIZES))
+    kinds = ["off", "selective", "on"]
+    assert [planned.chosen.values[CHECKPOINTING], *(other.values[CHECKPOINTING] for other in planned.leaner)] == kinds
+    everything = ["v", "q", "up"]
+    for kept, kind, now, leaner in (
+        (None, "off", "off", "selective"),
+        (everything, "selective", "selective", "on"),
+        (["v"], "selective", "selective", "on"),  # less memory was free then
+        (None, "on", "on", "on"),
+        (None, "offload", "off", "off"),  # it fits without by now
+    ):
+        before = {CHECKPOINTING: kind, KEPT: kept}
+        for ran_out, expected in ((False, now), (True, leaner)):
+            resumed = planned.resumed(before, ran_out=ran_out)
+            assert resumed.chosen.values[CHECKPOINTING] == expected
+            assert resumed.plan.chosen.gradient_checkpointing == expected
+            assert all(other.high_bytes < resumed.chosen.high_bytes for other in resumed.leaner)
+            assert len(resumed.plan.alternatives) == 2
+
+
 def test_the_host_is_asked_only_if_nothing_else_fits() -> None:
     asked: list[str] = []
     planned_run(OPEN, 13, predictor(SIZES, asked))
