@@ -7,6 +7,7 @@ the peaks for GPUs with the same kernels.
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, TypeVar
 
 import torch
@@ -140,13 +141,13 @@ class Estimator:
         """
         method_of(settings.quantization.method).check_trainable(settings.quantization)
         traced = self.traced(settings, gpu)
-        training = settings.training
+        micro_batches = _micro_batches(settings)
         time = step_time(
             traced.micro_batch,
             traced.update,
             gpu,
-            num_micro_batches=training.gradient_accumulation_steps,
-            num_tokens=training.micro_batch_size * settings.data.max_length,
+            num_micro_batches=micro_batches["gradient_accumulation_steps"],
+            num_tokens=micro_batches["batch_size"] * micro_batches["length"],
             pinned_host_bytes=traced.pinned_host_bytes,
         )
         return estimate_of(
@@ -344,9 +345,7 @@ class Estimator:
         self._check_length(settings)
         training = settings.training
         return StepSettings(
-            batch_size=training.micro_batch_size,
-            length=settings.data.max_length,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            **_micro_batches(settings),
             checkpointing=_checkpointing(settings),
             kept_products=training.kept_products,
             attention=self._attention(settings, dtype, capability),
@@ -354,9 +353,6 @@ class Estimator:
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
             is_autocast=dtype != Dtype.FP32,
-            is_packed=settings.data.packing,
-            # Rows of different lengths are the usual case, and their mask takes memory.
-            is_padded=training.micro_batch_size > 1 and not settings.data.packing,
             fuses_lora=training.fused_lora,
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=runs_evaluation(settings, self._evaluates),
@@ -398,6 +394,28 @@ class Estimator:
             self._cache[key] = make()
         value: Value = self._cache[key]
         return value
+
+
+def _micro_batches(settings: EstimateSettings) -> dict[str, Any]:
+    """Return the rows of the largest micro-batch, how they are joined, and the number of micro-batches of a step."""
+    training, length = settings.training, settings.data.max_length
+    size, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+    if training.micro_batch_tokens is None:
+        return {
+            "batch_size": size,
+            "length": length,
+            "gradient_accumulation_steps": accumulation,
+            "is_packed": settings.data.packing,
+            # Rows of different lengths are the usual case, and their mask takes memory.
+            "is_padded": size > 1 and not settings.data.packing,
+        }
+    num_rows, tokens = size * accumulation, training.micro_batch_tokens
+    return {
+        "batch_size": 1,
+        "length": max(length, min(tokens, num_rows * length)),
+        "gradient_accumulation_steps": ceil(num_rows / max(1, tokens // length)),
+        "is_packed": num_rows > 1,
+    }
 
 
 def _checkpointing(settings: EstimateSettings) -> Checkpointing:

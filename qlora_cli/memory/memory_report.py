@@ -186,6 +186,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
     """Return the settings that memory depends on, keyed by the flag's name without dashes."""
     lora = settings.lora
     targets = lora.target_modules or lora.target_parameters or ()
+    tokens = settings.training.micro_batch_tokens
     return {
         **display_flags(settings.quantization),
         "dtype": estimate.dtype,
@@ -193,6 +194,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),
         "micro-batch-size": str(settings.training.micro_batch_size),
         "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
+        **({} if tokens is None else {"micro-batch-tokens": str(tokens)}),
         "max-length": str(settings.data.max_length),
         "gradient-checkpointing": estimate.gradient_checkpointing,
         "attention": settings.model.attention.value,
@@ -224,6 +226,11 @@ def _assumptions(
         sentences.append(f"not judged, since they can't compute with these settings: {', '.join(incapable)}")
     if settings.data.packing:
         sentences.append("rows are packed to the full length, and attention does not cross from one to another")
+    elif (tokens := settings.training.micro_batch_tokens) is not None:
+        sentences.append(
+            f"the rows of a step, of up to {settings.data.max_length:,} tokens, fill micro-batches of {tokens:,}, and "
+            "attention does not cross from one to another"
+        )
     elif settings.training.micro_batch_size > 1:
         sentences.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
     else:

@@ -250,6 +250,10 @@ def _checkpointing(base: Estimate) -> Iterator[ChangeStep]:
 
 
 def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[ChangeStep]:
+    if (tokens := settings.training.micro_batch_tokens) is not None:
+        for fewer in _halvings(tokens, settings.data.max_length):
+            yield ChangeStep(values={"training.micro_batch_tokens": fewer}, effect="same batch, same result")
+        return
     num_rows = settings.training.micro_batch_size
     batch = num_rows * settings.training.gradient_accumulation_steps
     for micro in _halvings(num_rows, 1):

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord, recorded_path
+from qlora_cli.units import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TrainPlan:
 
     `predicted_memory` is None without a GPU, `num_packed_rows` without packing, `num_epochs` for a stream, whose
     numbers of rows and tokens are those of its first rows. `padding_share` is the share of the tokens in the first
-    epoch.
+    epoch. `micro_batch_tokens` is None if micro-batches have `micro_batch_size` rows each.
     """
 
     model: str
@@ -71,6 +72,18 @@ class TrainPlan:
     disk_bytes: int
     predicted_memory: PredictedMemory | None
     notes: tuple[str, ...] = ()
+    micro_batch_tokens: int | None = None
+
+    @property
+    def batch(self) -> str:
+        """The rows of a step and their division, in words."""
+        examples = f"{counted(self.examples_per_step, 'example')} a step"
+        if self.micro_batch_tokens is not None:
+            return f"{examples} in micro-batches of up to {counted(self.micro_batch_tokens, 'token')}"
+        return (
+            f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation x "
+            f"{self.num_devices} device = {examples}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

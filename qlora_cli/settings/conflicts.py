@@ -99,6 +99,9 @@ def _data_conflicts(data: DataSettings, training: TrainingSettings) -> list[Conf
             if is_set:
                 message = f"{path} has no effect with packing: packed rows have about the same length"
                 conflicts.append((path, message, "Leave it or --packing out."))
+        if training.micro_batch_tokens is not None:
+            message = "training.micro_batch_tokens has no effect with packing: rows are joined to --max-length already"
+            conflicts.append(("training.micro_batch_tokens", message, "Leave it or --packing out."))
     return conflicts
 
 

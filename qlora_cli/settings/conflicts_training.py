@@ -14,6 +14,7 @@ def training_conflicts(training: TrainingSettings) -> list[Conflict]:
         *_schedule_conflicts(training),
         *_optimizer_conflicts(training),
         *_compile_conflicts(training),
+        *_noise_conflicts(training),
         *_sample_conflicts(training),
     ]
 
@@ -73,6 +74,15 @@ def _compile_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
             f"layers manage their own activations, {reasons[checkpointing]}"
         )
         yield "training.torch_compile", message, "Use --gradient-checkpointing on, or leave torch_compile out."
+
+
+def _noise_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
+    if training.micro_batch_tokens is not None and training.neftune_noise_alpha is not None:
+        message = (
+            "training.micro_batch_tokens can't be used with neftune_noise_alpha: the noise would be scaled by the "
+            "length of a micro-batch, not by that of a row"
+        )
+        yield "training.micro_batch_tokens", message, "Leave one of them out."
 
 
 def _sample_conflicts(training: TrainingSettings) -> Iterator[Conflict]:

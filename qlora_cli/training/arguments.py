@@ -92,6 +92,18 @@ def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str,
     }
 
 
+def _batch_arguments(training: TrainingSettings) -> dict[str, int]:
+    """Return the rows of a batch; with filled micro-batches, a batch is a step, and `StepCollator` divides it."""
+    rows, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+    if training.micro_batch_tokens is not None:
+        rows, accumulation = rows * accumulation, 1
+    return {
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": accumulation,
+    }
+
+
 def save_interval(training: TrainingSettings, num_steps: int) -> int:
     """Return the steps between two checkpoints: as set, or a tenth of the run."""
     return training.save_steps or -(-num_steps // CHECKPOINTS_A_RUN)
@@ -117,9 +129,7 @@ def training_arguments(
         remove_unused_columns=False,  # there are none
         # The loop. The number of steps is computed once, by the plan.
         max_steps=num_steps,
-        per_device_train_batch_size=training.micro_batch_size,
-        per_device_eval_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        **_batch_arguments(training),
         learning_rate=training.learning_rate,
         **_schedule_arguments(training, num_steps),
         weight_decay=training.weight_decay,

@@ -1,18 +1,20 @@
 """The rows of each micro-batch: made into a batch, named when something is wrong; and the largest ones."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.loss.chunked_loss import trained_tokens
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.data_order import RowOrder
 
 MOST_NAMED = 16
+MICRO_BATCHES = "micro_batches"
 Row = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -35,6 +37,26 @@ class BatchCollator:
         return {**batch, "trained_positions": positions, "trained_targets": targets, "num_tokens": num_tokens}
 
 
+class StepCollator:
+    """Makes the micro-batches of a step of its rows, each of up to `most_tokens` tokens and without padding."""
+
+    def __init__(self, collate: BatchCollator, most_tokens: int) -> None:
+        self._collate = collate
+        self._most_tokens = most_tokens
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        """Return a batch whose only entry are the micro-batches."""
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        filled = fill_micro_batches(lengths, self._most_tokens)
+        return {MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in filled]}
+
+
+def micro_batches_of(batch: Batch) -> list[Batch]:
+    """Return the micro-batches of a batch of `StepCollator`; a batch of `BatchCollator` is one itself."""
+    micro_batches: list[Batch] = batch.get(MICRO_BATCHES, [batch])
+    return micro_batches
+
+
 @dataclass(frozen=True)
 class Batches:
     """The micro-batches of a run, by step and index in it, in the order of `RowOrder`."""
@@ -53,29 +75,47 @@ class Batches:
         named = [self.data.table.where(int(self.data.selected[row])) for row in rows[:MOST_NAMED]]
         return tuple(named if len(rows) == len(named) else [*named, f"and {len(rows) - len(named)} more"])
 
-    def largest(self, num_epochs: float) -> list[Row]:
-        """Return the micro-batch that needs most memory: of all epochs, the one with most tokens, padding included.
+    def largest(self, num_epochs: float) -> list[list[Row]]:
+        """Return the micro-batches of all epochs that need most memory: the one with most tokens, padding included.
 
+        Of filled micro-batches it may be one long row, which needs no mask; then the largest of several rows is next.
         For a stream, whose rows are not known, return rows of `max_length`.
         """
-        size = self.settings.micro_batch_size
         if self.data.stream is not None:
-            return [self._repeated(self.data.dataset[0])] * size
-        best: Sequence[int] = ()
-        most = (0, 0)
+            return [self._longest_of_stream()]
+        candidates = []
         for epoch in range(max(1, int(np.ceil(num_epochs)))):
             order = np.array(list(self._order(epoch)))
-            starts = np.arange(0, len(order), size)
-            longest = np.maximum.reduceat(self.data.lengths[order], starts)
-            counts = np.minimum(size, len(order) - starts)
-            largest = int(np.lexsort((longest, longest * counts))[-1])
-            candidate = (int(longest[largest] * counts[largest]), int(longest[largest]))
-            if candidate > most:
-                most, best = candidate, order[starts[largest] :][:size].tolist()
-        return [self.data.dataset[int(index)] for index in best]
+            candidates += [order[places].tolist() for places in _largest(self.data.lengths[order], self.settings)]
+        return [[self.data.dataset[index] for index in rows] for rows in self._largest_of(candidates)]
 
-    def _repeated(self, row: Row) -> Row:
-        length = self.max_length
+    def _largest_of(self, candidates: list[list[int]]) -> list[list[int]]:
+        """Return the candidate that needs most memory; and if it is one row, the largest of several."""
+        lengths = self.data.lengths
+
+        def size(rows: list[int]) -> tuple[int, int]:
+            longest = int(lengths[rows].max())
+            return int(lengths[rows].sum()) if self._is_filled else longest * len(rows), longest
+
+        best = max(candidates, key=size)
+        joined = [rows for rows in candidates if len(rows) > 1]
+        return [best, max(joined, key=size)] if self._is_filled and len(best) == 1 and joined else [best]
+
+    @property
+    def _is_filled(self) -> bool:
+        return self.settings.micro_batch_tokens is not None
+
+    def _longest_of_stream(self) -> list[Row]:
+        """Return rows of `max_length`; if micro-batches are filled, as many as fit, and another of what is left."""
+        row, tokens = self.data.dataset[0], self.settings.micro_batch_tokens
+        if tokens is None:
+            return [self._repeated(row, self.max_length)] * self.settings.micro_batch_size
+        rows = self.settings.micro_batch_size * self.settings.gradient_accumulation_steps
+        whole, rest = divmod(max(tokens, self.max_length), self.max_length)
+        lengths = [self.max_length] * whole + [rest] * (rest > 0)
+        return [self._repeated(row, length) for length in lengths[:rows]]
+
+    def _repeated(self, row: Row, length: int) -> Row:
         stretched = {name: (list(row[name]) * length)[:length] for name in ("input_ids", "labels")}
         return {**stretched, "seq_lengths": [length]} if self.is_packed else stretched
 
@@ -83,11 +123,14 @@ class Batches:
         return RowOrder(self.data.lengths, self.settings, epoch)
 
     def _indices(self, step: int, micro_batch: int) -> list[int]:
-        size, accumulated = self.settings.micro_batch_size, self.settings.gradient_accumulation_steps
-        steps_per_epoch = -(-len(self.data.lengths) // (size * accumulated))
-        epoch, step_of_epoch = divmod(step, steps_per_epoch)
-        start = step_of_epoch * size * accumulated + micro_batch * size
-        return list(self._order(epoch))[start : start + size]
+        size = self.settings.micro_batch_size
+        num_rows, tokens = size * self.settings.gradient_accumulation_steps, self.settings.micro_batch_tokens
+        epoch, step_of_epoch = divmod(step, -(-len(self.data.lengths) // num_rows))
+        start = step_of_epoch * num_rows
+        rows = list(self._order(epoch))[start : start + num_rows]
+        if tokens is None:
+            return rows[micro_batch * size :][:size]
+        return [rows[place] for place in fill_micro_batches(self.data.lengths[rows], tokens)[micro_batch]]
 
     def _rows_at(self, index: int) -> list[int]:
         """Return the rows at one index of the data set: several if they are packed."""
@@ -95,10 +138,34 @@ class Batches:
         return list(row["rows"]) if "rows" in row else [int(index)]
 
 
-def largest_held_out(data: PreparedData, size: int) -> list[Row]:
+def largest_held_out(data: PreparedData, settings: TrainingSettings) -> list[Row]:
     """Return the micro-batch of an evaluation, in the order of the rows, that needs most memory."""
-    starts = range(0, len(data.lengths), size)
-    most = max(
-        starts, key=lambda start: int(data.lengths[start : start + size].max()) * len(data.lengths[start:][:size])
-    )
-    return [data.dataset[index] for index in range(most, min(most + size, len(data.lengths)))]
+    places = max(_largest(data.lengths, settings), key=lambda places: int(data.lengths[places].sum()))
+    return [data.dataset[place] for place in places]
+
+
+def _largest(lengths: Numbers, settings: TrainingSettings) -> list[list[int]]:
+    """Return the places of rows in the micro-batches that may need most memory, of rows of these lengths in order."""
+    size, tokens = settings.micro_batch_size, settings.micro_batch_tokens
+    if tokens is not None:
+        return _largest_filled(lengths, size * settings.gradient_accumulation_steps, tokens)
+    starts = np.arange(0, len(lengths), size)
+    longest = np.maximum.reduceat(lengths, starts)
+    counts = np.minimum(size, len(lengths) - starts)
+    start = int(starts[np.lexsort((longest, longest * counts))[-1]])
+    return [list(range(start, min(start + size, len(lengths))))]
+
+
+def _largest_filled(lengths: Numbers, num_rows: int, most_tokens: int) -> list[list[int]]:
+    """Return the longest row, and if there is one of several rows, the largest micro-batch of those."""
+    most, largest = 0, list[int]()
+    for start in range(0, len(lengths), num_rows):
+        if most == most_tokens:
+            break
+        of_step = lengths[start : start + num_rows]
+        for places in fill_micro_batches(of_step, most_tokens):
+            num_tokens = int(of_step[places].sum())
+            if len(places) > 1 and num_tokens > most:
+                most, largest = num_tokens, [start + place for place in places]
+    alone = [int(np.argmax(lengths))]
+    return [alone, largest] if largest else [alone]

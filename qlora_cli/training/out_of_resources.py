@@ -106,7 +106,10 @@ def _smaller_settings(prepared: PreparedRun) -> str:
     """Return flags that need less memory, for a run without a prediction."""
     plan, settings = prepared.plan, prepared.settings
     flags = []
-    if plan.micro_batch_size > 1:
+    if plan.micro_batch_tokens is not None:
+        if plan.micro_batch_tokens > plan.longest_row_tokens:
+            flags.append(smaller_micro_batch(plan, max(8, plan.longest_row_tokens)))
+    elif plan.micro_batch_size > 1:
         flags.append(smaller_micro_batch(plan, 1))
     if plan.gradient_checkpointing in (Checkpointing.OFF, Checkpointing.SELECTIVE):
         flags.append("--gradient-checkpointing on")
@@ -118,6 +121,8 @@ def _smaller_settings(prepared: PreparedRun) -> str:
 
 
 def smaller_micro_batch(plan: TrainPlan, size: int) -> str:
-    """Return the flags for a smaller micro-batch and the same batch."""
+    """Return the flags for a smaller micro-batch, of `size` tokens or rows, and the same batch."""
+    if plan.micro_batch_tokens is not None:
+        return f"--micro-batch-tokens {size}"
     rows = plan.gradient_accumulation_steps * plan.micro_batch_size
     return f"--micro-batch-size {size} --gradient-accumulation-steps {rows // size}"

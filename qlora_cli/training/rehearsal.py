@@ -25,12 +25,12 @@ class RehearsalError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """The rows to try: of training, and of an evaluation if there is one.
+    """The micro-batches to try, as rows: those of training, and one of an evaluation if there is one.
 
     `state_bytes` is the size of the optimizer's state on the GPU from its first step on; the trial allocates as much.
     """
 
-    rows: list[Row]
+    micro_batches: list[list[Row]]
     eval_rows: list[Row] | None
     collate: Callable[[list[Row]], Batch]
     state_bytes: int
@@ -67,10 +67,11 @@ class RehearsalCallback(TrainerCallback):
             layers = f"{len(never_used)} of {self._trainer.num_adapted} layers with an adapter"
             message = f"the model does not call {layers} in its largest micro-batch, such as {never_used[0]}"
             self._reporter.report(Noted(level="warning", message=message))
+        largest = self._rehearsal.micro_batches[0]
         self._reporter.report(
             Rehearsed(
-                micro_batch_size=len(self._rehearsal.rows),
-                longest_row_tokens=max(len(row["input_ids"]) for row in self._rehearsal.rows),
+                micro_batch_size=len(largest),
+                longest_row_tokens=max(len(row["input_ids"]) for row in largest),
                 seconds=time.monotonic() - start,
                 device_allocated_bytes=peak_device_allocated_bytes(args.device),
                 device_reserved_bytes=peak_device_reserved_bytes(args.device),
@@ -82,7 +83,7 @@ class RehearsalCallback(TrainerCallback):
         has_state = bool(self._trainer.optimizer.state)  # of a resumed run
         num_bytes = 0 if has_state or device.type != "cuda" else rehearsal.state_bytes
         placeholder = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._trainer.try_out(rehearsal.collate(rehearsal.rows))
+        self._trainer.try_out([rehearsal.collate(rows) for rows in rehearsal.micro_batches])
         if rehearsal.eval_rows is not None:
             self._trainer.try_out_evaluation(rehearsal.collate(rehearsal.eval_rows))
         del placeholder

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from peft import PeftModel
 from transformers import set_seed
@@ -34,7 +35,7 @@ from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, 
 from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
-from qlora_cli.training.checks.packing_check import check_packing
+from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
 from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.liger import use_liger_kernels
@@ -50,8 +51,10 @@ from qlora_cli.training.resuming.resume import (
 from qlora_cli.training.run_notes import note_data, note_resume
 from qlora_cli.units import counted
 
+MICRO_BATCH_TOKENS = "training.micro_batch_tokens"
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
+MIXES_ROWS = inferred_origin("a model that can't keep joined rows apart")
 PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
 
 
@@ -103,6 +106,13 @@ class PreparedRun:
         """The resolved settings."""
         return self.resolved.settings
 
+    @property
+    def longest_row_tokens(self) -> int:
+        """The tokens of the longest row, trained or held out; of a stream, the most that it may have."""
+        if self.train_data.stream is not None:
+            return self.settings.data.max_length
+        return max(int(data.lengths.max()) for data in (self.train_data, self.eval_data) if data is not None)
+
 
 def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> PreparedRun:
     """Prepare a run up to its first step, without writing anything. See `settle_run` and `load_run`."""
@@ -135,9 +145,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    outlook = _check_memory(settings, load_plan, rows, reporter, _earlier_plan(resume), force=force)
-    if outlook is not None and outlook.planned is not None:
-        resolved = _decided(resolved, outlook.planned.chosen.values, PLANNED)
+    resolved, outlook = _plan_memory(resolved, load_plan, rows, reporter, resume, force=force)
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
@@ -203,6 +211,8 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
         use_liger_kernels(model)
     if settings.data.packing:
         check_packing(loaded, model)
+    settled = _joined(settled, loaded, model, reporter)
+    resolved, settings = settled.resolved, settled.resolved.settings
     plan = _plan(settled, loaded, model)
     sizes_of(model, settings.training.optimizer).check_space(settings)  # again: the tokens may be on this disk
     reporter.report(Noted(message=batch_arithmetic(plan)))
@@ -222,14 +232,22 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
 
 
 def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
-    """Return a run with a smaller micro-batch and the same batch, which `size` divides."""
+    """Return a run with a smaller micro-batch and the same batch.
+
+    `size` is its tokens if micro-batches are filled, else its rows, which divide the batch.
+    """
     training = prepared.settings.training
-    accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
-    resolved = _decided(prepared.resolved, {MICRO_BATCH: size, ACCUMULATION: accumulation}, FITS)
+    values: dict[str, object] = {MICRO_BATCH_TOKENS: size}
+    if training.micro_batch_tokens is None:
+        accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
+        values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
+    resolved = _decided(prepared.resolved, values, FITS)
+    lowered = resolved.settings.training
     plan = replace(
         prepared.plan,
-        micro_batch_size=size,
-        gradient_accumulation_steps=accumulation,
+        micro_batch_size=lowered.micro_batch_size,
+        micro_batch_tokens=lowered.micro_batch_tokens,
+        gradient_accumulation_steps=lowered.gradient_accumulation_steps,
         padding_share=_padding_share(resolved.settings, prepared.train_data),
     )
     return replace(prepared, resolved=resolved, plan=plan)
@@ -252,7 +270,7 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
 def _decided(
     resolved: Resolved[TrainSettings], values: Mapping[str, object], origin: Origin
 ) -> Resolved[TrainSettings]:
-    """Return the settings with what the memory of this machine decides, also where `auto` was given."""
+    """Return the settings with what the machine's memory, or the model, decides, also where `auto` was given."""
     return settle(resolved, [InferredSettings(values=values, origin=origin, is_fixed=True)])
 
 
@@ -261,6 +279,11 @@ def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None)
     training = asked.settings.training
     if resume is None or not training.auto_micro_batch:
         return []
+    if training.micro_batch_tokens is not None:
+        tokens = resume.record.setting(MICRO_BATCH_TOKENS)
+        if not isinstance(tokens, int) or tokens >= training.micro_batch_tokens:
+            return []
+        return [InferredSettings(values={MICRO_BATCH_TOKENS: tokens}, origin=FITS, is_fixed=True)]
     size, accumulation = (resume.record.setting(path) for path in (MICRO_BATCH, ACCUMULATION))
     if not (isinstance(size, int) and isinstance(accumulation, int)):
         return []
@@ -277,6 +300,22 @@ def _earlier_plan(resume: Resume | None) -> EarlierPlan | None:
         return None
     values = {path: resume.record.setting(path) for path in (CHECKPOINTING, KEPT)}
     return EarlierPlan(values=values, ran_out=(resume.record.error or "").startswith(OutOfMemoryError.__name__))
+
+
+def _plan_memory(
+    resolved: Resolved[TrainSettings],
+    load_plan: LoadPlan,
+    rows: TrainingData,
+    reporter: Reporter,
+    resume: Resume | None,
+    *,
+    force: bool,
+) -> tuple[Resolved[TrainSettings], Outlook | None]:
+    """Return the settings with what is planned by memory, and the outlook with them."""
+    outlook = _check_memory(resolved.settings, load_plan, rows, reporter, _earlier_plan(resume), force=force)
+    if outlook is not None and outlook.planned is not None:
+        resolved = _decided(resolved, outlook.planned.chosen.values, PLANNED)
+    return resolved, outlook
 
 
 def _check_memory(
@@ -312,6 +351,31 @@ def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) ->
     return model
 
 
+def _joined(settled: SettledRun, loaded: LoadedModel, model: PeftModel, reporter: Reporter) -> SettledRun:
+    """Return the run with micro-batches of `micro_batch_size` rows if they can't be filled: the model mixes rows."""
+    if settled.resolved.settings.training.micro_batch_tokens is None:
+        return settled
+    fault = packing_fault_of(loaded, model)
+    if fault is None:
+        if getattr(loaded.model.config.get_text_config(), "router_aux_loss_coef", 0):
+            message = "the balancing loss of experts is a mean over each micro-batch, as many tokens as it may hold"
+            reporter.report(Noted(message=message))
+        return settled
+    reporter.report(
+        Noted(
+            level="warning",
+            message=f"training.micro_batch_tokens is not used, and rows are padded: {loaded.source.name} with "
+            f"{loaded.attention} attention can't keep joined rows apart: {fault}",
+        )
+    )
+    planned = settled.outlook.planned if settled.outlook is not None else None
+    reopened = {path: attrgetter(path)(settled.asked.settings) for path in (planned.chosen.values if planned else ())}
+    resolved = _decided(settled.resolved, {MICRO_BATCH_TOKENS: None, **reopened}, MIXES_ROWS)
+    # The largest micro-batch is tried before the first step, whatever is predicted.
+    resolved, outlook = _plan_memory(resolved, settled.load_plan, settled.rows, reporter, settled.resume, force=True)
+    return replace(settled, resolved=resolved, outlook=outlook)
+
+
 def _note_unfused(model: PeftModel, loaded: LoadedModel, reporter: Reporter) -> None:
     """Note which layers are not computed together with their adapters, and why."""
     for reason, number in unfused(model, loaded.dtype.torch_dtype).items():
@@ -338,11 +402,7 @@ def batch_arithmetic(plan: TrainPlan) -> str:
         if plan.num_epochs is None
         else f", {plan.num_epochs:.2f} epochs of {counted(plan.num_train_tokens, 'token')}"
     )
-    return (
-        f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
-        f"{plan.num_devices} device = {counted(plan.examples_per_step, 'example')} a step; "
-        f"{counted(plan.num_steps, 'step')}{epochs}"
-    )
+    return f"{plan.batch}; {counted(plan.num_steps, 'step')}{epochs}"
 
 
 def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Reporter) -> TrainingData:
@@ -374,8 +434,8 @@ def _steps_per_epoch(settings: TrainSettings, num_rows: int) -> int:
 
 
 def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
-    """Return the share of pad tokens in the first epoch; packed rows have none."""
-    if settings.data.packing:
+    """Return the share of pad tokens in the first epoch; joined rows have none."""
+    if settings.data.packing or settings.training.micro_batch_tokens is not None:
         return 0.0
     order = list(RowOrder(data.lengths, settings.training))
     return padding_share(data.lengths, order, settings.training.micro_batch_size)
@@ -412,6 +472,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         num_lost_supervised_tokens=report.supervised_tokens_lost,
         padding_share=_padding_share(settings, data.train),
         micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_devices=1,
         examples_per_step=training.micro_batch_size * training.gradient_accumulation_steps,

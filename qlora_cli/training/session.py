@@ -32,7 +32,7 @@ from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.arguments import training_arguments
-from qlora_cli.training.batches import BatchCollator, Batches, largest_held_out
+from qlora_cli.training.batches import BatchCollator, Batches, StepCollator, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
 from qlora_cli.training.callbacks.heap_trimming import HeapTrimming
 from qlora_cli.training.callbacks.reporting import ReportingCallback
@@ -76,6 +76,10 @@ class Session:
             directory.metrics_file,
         )
         self._samples: SampleCallback | None = None
+        settings, tokens = prepared.settings, prepared.settings.training.micro_batch_tokens
+        joins_rows = settings.data.packing or tokens is not None
+        self._collate = BatchCollator(prepared.loaded.tokenizer.pad_token_id, packing=joins_rows)
+        self._collate_step = self._collate if tokens is None else StepCollator(self._collate, tokens)
         self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
         self.trainer = self._make_trainer()
         for callback in (*self._callbacks(), *trackers):
@@ -129,7 +133,7 @@ class Session:
                 has_eval=prepared.eval_data is not None,
             ),
             processing_class=tokenizer,
-            data_collator=BatchCollator(tokenizer.pad_token_id, packing=prepared.settings.data.packing),
+            data_collator=self._collate_step,
             train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
             eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
             callbacks=[self._reporting],
@@ -141,11 +145,10 @@ class Session:
 
     def _rehearsal(self) -> Rehearsal:
         prepared, evaluation = self._prepared, self._prepared.eval_data
-        size = prepared.settings.training.micro_batch_size
         return Rehearsal(
-            rows=self._batches().largest(prepared.plan.num_epochs or 1),
-            eval_rows=None if evaluation is None else largest_held_out(evaluation, size),
-            collate=self.trainer.data_collator,
+            micro_batches=self._batches().largest(prepared.plan.num_epochs or 1),
+            eval_rows=None if evaluation is None else largest_held_out(evaluation, prepared.settings.training),
+            collate=self._collate,
             # Paged state is in unified memory, which the driver moves out of a full GPU.
             state_bytes=0 if prepared.settings.training.optimizer.is_paged else prepared.plan.optimizer_bytes,
         )

@@ -238,7 +238,11 @@ def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:
     What was planned is changed first, since the result stays the same.
     """
     plan = prepared.plan
-    rows = f"{counted(plan.micro_batch_size, 'row')} at once"
+    rows = (
+        f"{counted(plan.micro_batch_size, 'row')} at once"
+        if plan.micro_batch_tokens is None
+        else f"micro-batches of up to {counted(plan.micro_batch_tokens, 'token')}"
+    )
     if (leaner := with_leaner_plan(prepared)) is not None:
         before, now = plan.gradient_checkpointing, leaner.plan.gradient_checkpointing
         return leaner, f"{rows} with gradient checkpointing {before} do not fit in memory: now {now}"
@@ -250,9 +254,17 @@ def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:
 
 
 def _smaller_micro_batch(prepared: PreparedRun) -> int | None:
-    """Return at most half the micro-batch, a divisor of the batch; None if it may not or can't be lowered."""
+    """Return at most half the micro-batch; None if it may not or can't be lowered.
+
+    In rows, it is a divisor of the batch. In tokens, it is at least the longest row, which no smaller one divides.
+    """
     size, rows = prepared.plan.micro_batch_size, prepared.plan.examples_per_step
-    if not prepared.settings.training.auto_micro_batch or size == 1:
+    if not prepared.settings.training.auto_micro_batch:
+        return None
+    if (tokens := prepared.plan.micro_batch_tokens) is not None:
+        longest = prepared.longest_row_tokens
+        return max(longest, min(tokens, rows * longest) // 2) if rows > 1 and tokens > longest else None
+    if size == 1:
         return None
     return next(smaller for smaller in range(size // 2, 0, -1) if rows % smaller == 0)
 

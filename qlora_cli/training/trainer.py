@@ -1,6 +1,6 @@
 """TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.neftune import deactivate_neftune
 
+from qlora_cli.adapters.calls import watch_calls
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
@@ -18,6 +19,7 @@ from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.training.batches import MICRO_BATCHES, Batch, StepCollator, micro_batches_of
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
@@ -86,6 +88,9 @@ class QloraTrainer(TrainerSeam):
         # The metrics of batches, and the losses of the micro-batches of the step in progress, not read yet.
         self._pending = {"train": PendingMetrics(), "eval": PendingMetrics()}
         self._step_losses: list[torch.Tensor] = []
+        self._num_micro_batches = 1  # of the step in progress
+        # The losses of batches of an evaluation, summed over their trained tokens, and the number of these.
+        self._held_out: list[tuple[torch.Tensor, int]] = []
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -136,15 +141,47 @@ class QloraTrainer(TrainerSeam):
         num_tokens = losses.num_trained if num_items_in_batch is None else num_items_in_batch
         loss: torch.Tensor = losses.total / torch.as_tensor(num_tokens).clamp(min=1)
         if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
-            num_means = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            num_means = 1 if num_items_in_batch is None else self._num_micro_batches
             loss = loss + self.router_aux_loss_coef * losses.aux_loss / num_means
         self.phase = "the backward pass"
         return loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Go forward and backward with a micro-batch; its loss is read, checked and added when the step ends."""
-        self._step_losses.append(super().training_step(*args, **kwargs))
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the batches of a step and the number of its trained tokens."""
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        micro_batches = [one for batch in batches for one in micro_batches_of(batch)]
+        self._num_micro_batches = len(micro_batches)
+        if any(MICRO_BATCHES in batch for batch in batches):  # whose labels the trainer does not see
+            num_tokens = torch.tensor(sum(len(one["trained_targets"]) for one in micro_batches))
+        return batches, num_tokens
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Go forward and backward with each micro-batch; losses are read, checked and added when the step ends."""
+        for index, micro_batch in enumerate(micro_batches_of(inputs)):
+            if index:
+                self.end_micro_batch()
+            self._step_losses.append(super().training_step(model, micro_batch, num_items_in_batch))
         return torch.zeros(())
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Return the operations of a batch, as the trainer estimates them."""
+        return sum(super(QloraTrainer, self).floating_point_ops(one) for one in micro_batches_of(inputs))
+
+    def prediction_step(
+        self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Return the loss of a batch of an evaluation: the mean over its trained tokens."""
+        if MICRO_BATCHES not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        for micro_batch in micro_batches_of(inputs):
+            num_trained = len(micro_batch["trained_targets"])
+            total += num_trained * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
+            num_tokens += num_trained
+        self._held_out.append((total, num_tokens))
+        return total / max(1, num_tokens), None, None
 
     def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
         """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""
@@ -168,6 +205,11 @@ class QloraTrainer(TrainerSeam):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
         self._read_evaluation()
+        if "eval_loss" in logs and self._held_out:
+            # The trainer has averaged over batches, whatever they hold.
+            totals, numbers = zip(*self._held_out, strict=True)
+            logs["eval_loss"] = float(torch.stack(totals).sum()) / max(1, sum(numbers))
+            self._held_out.clear()
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -339,17 +381,24 @@ class QloraTrainer(TrainerSeam):
         is_due = self.args.eval_strategy == IntervalStrategy.STEPS and step > 0 and step % int(steps) == 0
         return is_due and step not in self._reporting.progress.eval_losses
 
-    def try_out(self, batch: dict[str, Any]) -> None:
-        """Run a micro-batch forward and backward as in training, without an effect except on `never_used`."""
-        with self._without_effect():
-            self.current_gradient_accumulation_steps = 1
-            _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
-            with self.uncompiled(), _watch_calls(self.model) as never_used:
-                super().training_step(self.model_wrapped, dict(batch), num_tokens)
-            # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.
-            if self.args.gradient_accumulation_steps > 1 or self._compiled is not None:
-                super().training_step(self.model_wrapped, dict(batch), num_tokens)
-        self.never_used = tuple(sorted(never_used))
+    def try_out(self, micro_batches: Sequence[Batch]) -> None:
+        """Run micro-batches forward and backward as in training, without an effect except on `never_used`."""
+        for index, micro_batch in enumerate(micro_batches):
+            with self._without_effect():
+                _, num_tokens = self.get_batch_samples(iter([micro_batch]), 1, self.args.device)
+                self.current_gradient_accumulation_steps = 1
+                with self.uncompiled(), watch_calls(self.model) as never_used:
+                    super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
+                # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.
+                if self._has_several or self._compiled is not None:
+                    super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
+            if not index:
+                self.never_used = tuple(sorted(never_used))
+
+    @property
+    def _has_several(self) -> bool:
+        """Whether a step may have several micro-batches."""
+        return self.args.gradient_accumulation_steps > 1 or isinstance(self.data_collator, StepCollator)
 
     def abandon(self) -> None:
         """Remove the trainer's hooks from the model, for another trainer."""
@@ -383,6 +432,7 @@ class QloraTrainer(TrainerSeam):
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
+            self._held_out.clear()
             for pending in self._pending.values():
                 pending.clear()
 
@@ -397,21 +447,6 @@ class QloraTrainer(TrainerSeam):
 
 def _counters_of(state: LoopState) -> LoopCounters:
     return LoopCounters(**{field.name: getattr(state, field.name) for field in fields(LoopCounters)})
-
-
-@contextmanager
-def _watch_calls(model: torch.nn.Module) -> Iterator[set[str]]:
-    """Yield the names of the layers with an adapter; those that are called meanwhile are removed."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    unused = set(layers)
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: unused.discard(name)) for name, module in layers.items()
-    ]
-    try:
-        yield unused
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _LoopCallback(TrainerCallback):

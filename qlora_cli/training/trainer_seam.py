@@ -108,6 +108,11 @@ class TrainerSeam(SFTTrainer, ABC):
         """Leave the step in progress, whose losses are not added, out of the mean loss."""
         self._globalstep_last_logged += 1
 
+    def end_micro_batch(self) -> None:
+        """Notify callbacks, as the trainer does between the micro-batches that it knows of."""
+        handler: Any = self.callback_handler
+        handler.on_substep_end(self.args, self.state, self.control)
+
     def add_metrics(self, mode: str, metrics: Iterable[Mapping[str, float]], num_tokens: int) -> None:
         """Add the metrics of micro-batches, whose means TRL reports, and their number of trained tokens.
 

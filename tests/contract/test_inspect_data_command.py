@@ -71,6 +71,22 @@ def test_everything_is_shown_and_only_a_tokenizer_is_needed(file: Path, tokenize
     assert "packing" in shown
 
 
+def test_filled_micro_batches_are_counted(file: Path, tokenizer_only: Path) -> None:
+    flags = (
+        "--max-length",
+        "64",
+        "--accept-lost",
+        "--micro-batch-tokens",
+        "4096",
+        "--gradient-accumulation-steps",
+        "2",
+    )
+    shown = inspect(file, tokenizer_only, *flags).stdout
+    assert "none in micro-batches of up to 4,096 tokens, 2 an epoch" in shown
+    batches = as_json(file, tokenizer_only, *flags)["batches"]
+    assert (batches["micro_batch_tokens"], batches["micro_batches"], batches["padding_share"]) == (4096, 2, 0)
+
+
 def test_json_has_the_numbers(file: Path, tokenizer_only: Path) -> None:
     report = as_json(file, tokenizer_only, "--max-length", "64", "--accept-lost")
     assert report.keys() >= LEAST_KEYS

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport, describe_mixture
-from qlora_cli.data.showing.inspection import Bar, DataInspection, Trouble
+from qlora_cli.data.showing.inspection import Bar, BatchSummary, DataInspection, Trouble
 from qlora_cli.data.showing.preview import TRAINED_BEGIN, TRAINED_END, RowPreview
 from qlora_cli.units import counted
 from qlora_cli.visible import line_ends, visible
@@ -88,17 +88,22 @@ def _describe_long(report: DataReport, max_length: int) -> str:
 def _batch_rows(inspection: DataInspection) -> list[Row]:
     batches = inspection.batches
     return [
-        (
-            "padding",
-            f"{batches.padding_share:.1%} of micro-batches of {batches.micro_batch_size}, "
-            f"{batches.grouped_padding_share:.1%} with --sampling group_by_length",
-        ),
+        ("padding", _describe_padding(batches)),
         (
             "packing",
             f"{counted(batches.packed_rows, 'row')} of {inspection.max_length:,}, "
             f"{batches.packing_efficiency:.1%} full",
         ),
     ]
+
+
+def _describe_padding(batches: BatchSummary) -> str:
+    if batches.micro_batch_tokens is None or batches.micro_batches is None:
+        return (
+            f"{batches.padding_share:.1%} of micro-batches of {batches.micro_batch_size}, "
+            f"{batches.grouped_padding_share:.1%} with --sampling group_by_length"
+        )
+    return f"none in micro-batches of up to {batches.micro_batch_tokens:,} tokens, {batches.micro_batches:,} an epoch"
 
 
 def length_lines(bars: Sequence[Bar], max_length: int) -> list[Text]:

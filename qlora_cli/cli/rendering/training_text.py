@@ -35,11 +35,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
             f"longest row {plan.longest_row_tokens:,}",
         ),
         ("padding", _describe_padding(plan)),
-        (
-            "batch",
-            f"{plan.micro_batch_size} micro-batch x {plan.gradient_accumulation_steps} accumulation x "
-            f"{plan.num_devices} device = {counted(plan.examples_per_step, 'example')} a step",
-        ),
+        ("batch", plan.batch),
         ("steps", f"{plan.num_steps:,} ({_epochs(plan)}), a checkpoint every {counted(plan.save_steps, 'step')}"),
         *_memory_rows(plan.predicted_memory),
     ]
@@ -48,6 +44,8 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
 def _describe_padding(plan: TrainPlan) -> str:
     if plan.num_packed_rows is not None:
         return f"none: packed into {counted(plan.num_packed_rows, 'row')}"
+    if plan.micro_batch_tokens is not None:
+        return "none: the rows of a micro-batch are joined"
     return f"{plan.padding_share:.1%} of the tokens of the first epoch"
 
 

@@ -1,4 +1,7 @@
-"""Pack several short rows into one of up to a maximum length; they do not attend to each other."""
+"""Join several short rows into one of up to a maximum length, in which they do not attend to each other.
+
+Packing joins rows of the whole data set, once; micro-batches are filled with the rows of one step.
+"""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -38,6 +41,15 @@ def best_fit(lengths: Numbers, capacity: int) -> list[list[int]]:
                 insort(free_lengths, remaining)
             by_free_length[remaining].append(target)
     return bins
+
+
+def fill_micro_batches(lengths: Numbers, most_tokens: int) -> list[list[int]]:
+    """Return the rows of each micro-batch of a step whose rows have these lengths, as positions in it.
+
+    A micro-batch has at most `most_tokens` tokens, or one row that is longer. Its rows, and the micro-batches by their
+    first rows, keep their order.
+    """
+    return sorted(sorted(rows) for rows in best_fit(lengths, most_tokens))
 
 
 def pack(dataset: Dataset, bins: Sequence[Sequence[int]]) -> Dataset:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
-from qlora_cli.data.feeding.order import padding_share, row_order
+from qlora_cli.data.feeding.order import num_micro_batches, padding_share, row_order
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
 from qlora_cli.data.feeding.token_table import TokenTable, first_occurrences
@@ -49,6 +49,8 @@ class BatchSummary:
 
     Attributes:
         micro_batch_size: Rows of a batch.
+        micro_batch_tokens: The most tokens of a batch; None if each has `micro_batch_size` rows.
+        micro_batches: The number of batches of an epoch that are filled with tokens; None if none are.
         padding_share: The share of pad tokens, in the order that the settings ask for.
         grouped_padding_share: The same with rows grouped by length.
         packed_rows: The number of rows after packing.
@@ -56,6 +58,8 @@ class BatchSummary:
     """
 
     micro_batch_size: int
+    micro_batch_tokens: int | None
+    micro_batches: int | None
     padding_share: float
     grouped_padding_share: float
     packed_rows: int
@@ -150,19 +154,29 @@ def count_lengths(lengths: NDArray[np.int64]) -> tuple[Bar, ...]:
 
 
 def _batches(data: PreparedData, training: TrainingSettings, max_length: int) -> BatchSummary:
-    def share(sampling: Sampling) -> float:
-        order = row_order(
+    batch_rows = training.micro_batch_size * training.gradient_accumulation_steps
+    tokens = training.micro_batch_tokens
+
+    def order(sampling: Sampling) -> list[int]:
+        return row_order(
             data.lengths,
             sampling,
-            batch_rows=training.micro_batch_size * training.gradient_accumulation_steps,
+            batch_rows=batch_rows,
             longest_first=training.longest_first,
             seed=training.seed,
         )
-        return padding_share(data.lengths, order, training.micro_batch_size)
 
+    def share(sampling: Sampling) -> float:
+        return 0.0 if tokens is not None else padding_share(data.lengths, order(sampling), training.micro_batch_size)
+
+    filled = None
+    if tokens is not None:
+        filled = num_micro_batches(data.lengths, order(training.sampling), batch_rows=batch_rows, most_tokens=tokens)
     num_packed = len(best_fit(data.lengths, max_length))
     return BatchSummary(
         micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=tokens,
+        micro_batches=filled,
         padding_share=share(training.sampling),
         grouped_padding_share=share(Sampling.GROUP_BY_LENGTH),
         packed_rows=num_packed,

@@ -75,6 +75,20 @@ class TrainingSettings(Section):
             on_resume=OnResume.BATCH,
         ),
     ] = Field(default=16, ge=1, description="Micro-batches whose gradients are added up to one step.")
+    micro_batch_tokens: Annotated[
+        int | None,
+        Metadata(
+            flag="--micro-batch-tokens",
+            commands=(Command.TRAIN, Command.INSPECT_DATA),
+            affects_memory=True,
+            on_resume=OnResume.BATCH,
+        ),
+    ] = Field(
+        default=None,
+        ge=8,
+        description="Divide the rows of a step into micro-batches of up to this many tokens, without padding, instead "
+        "of micro_batch_size rows each.",
+    )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
         Metadata(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),

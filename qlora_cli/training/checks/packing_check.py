@@ -21,14 +21,17 @@ def check_packing(loaded: LoadedModel, model: PeftModel) -> None:
     Raises:
         ModelError: they do not, so this model can't be trained on packed rows with this attention kernel.
     """
-    fault = packing_fault(
-        model, num_tokens=len(loaded.tokenizer), device=loaded.device, dtype=loaded.dtype.torch_dtype
-    )
+    fault = packing_fault_of(loaded, model)
     if fault is not None:
         raise ModelError(
             f"{loaded.source.name} can't be trained on packed rows with {loaded.attention} attention: {fault}",
             hint="Leave --packing out; --sampling group_by_length saves padding too.",
         )
+
+
+def packing_fault_of(loaded: LoadedModel, model: PeftModel) -> str | None:
+    """Return why rows can't be joined for a model that is to be trained; None if they can."""
+    return packing_fault(model, num_tokens=len(loaded.tokenizer), device=loaded.device, dtype=loaded.dtype.torch_dtype)
 
 
 @torch.no_grad()

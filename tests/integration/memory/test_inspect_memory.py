@@ -309,6 +309,7 @@ def without_flags(base_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (("--attention", "eager"), None),
         (("--micro-batch-size", "2"), None),
         (("--packing", "--micro-batch-size", "2"), None),
+        (("--micro-batch-tokens", "4096"), None),
         (("--dtype", "fp32"), None),
         (("--eval",), None),
         (("--optimizer", "lion_32bit"), "optimizer_bytes"),
@@ -347,6 +348,46 @@ def test_the_report_notes_what_is_not_traced(
         line for line in asked(config, alone, "--set", f"training.{setting}=true")["assumptions"] if expected in line
     ]
     assert line == line.strip()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "length", "num_micro_batches"),
+    [
+        ((1, 16), 256, 256, 4),
+        ((4, 4), 255, 255, 6),  # three whole rows each
+        ((1, 16), 32, 64, 16),  # the longest row is a micro-batch of its own
+        ((2, 1), 256, 128, 1),  # all rows of a step are fewer tokens
+    ],
+)
+def test_filled_micro_batches_are_predicted_as_a_packed_row(
+    config: Path, rows: tuple[int, int], tokens: int, length: int, num_micro_batches: int
+) -> None:
+    facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
+
+    def estimated(data: dict[str, Any], size: int, accumulation: int, **training: Any) -> Any:
+        settings = EstimateSettings(
+            model=ModelSettings(name="m"),
+            data=EstimateDataSettings(**data),
+            training=TrainingSettings(micro_batch_size=size, gradient_accumulation_steps=accumulation, **training),
+        )
+        return Estimator(facts).estimate(settings, find_gpu("RTX 4090"))
+
+    filled = estimated({"max_length": 64}, *rows, micro_batch_tokens=tokens)
+    assert filled == estimated({"max_length": length, "packing": True}, 1, num_micro_batches)
+    assert filled != estimated({"max_length": 64}, 1, 16)
+
+
+def test_a_row_that_is_alone_in_its_step_is_predicted_without_a_mask(config: Path) -> None:
+    facts = ModelFacts(name="m", content=json.loads((config / "config.json").read_text()), path=config)
+    peaks = []
+    for tokens in (None, 256):
+        settings = EstimateSettings(
+            model=ModelSettings(name="m"),
+            data=EstimateDataSettings(max_length=64),
+            training=TrainingSettings(gradient_accumulation_steps=1, micro_batch_tokens=tokens),
+        )
+        peaks.append(Estimator(facts).peaks(settings, find_gpu("RTX 4090")))
+    assert peaks[0] == peaks[1]
 
 
 def test_noise_on_embeddings_is_traced(config: Path) -> None:

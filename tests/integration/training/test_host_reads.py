@@ -95,6 +95,20 @@ def test_a_step_reads_once_from_the_device(
         assert step == {READ: 1, **{name: NUM_MICRO_BATCHES * number for name, number in masks.items()}}
 
 
+def test_a_step_with_filled_micro_batches_reads_once(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: dict[str, object] = {**STEPS, "training__micro_batch_tokens": 8}  # each row alone
+    trainer = trainer_of(base_model, rows, tmp_path / "run", **flags)
+    reads = watched(trainer, monkeypatch)
+    steps = CountSteps(reads)
+    trainer.add_callback(steps)
+    with reads.counted():
+        trainer.train()
+    for step in steps.steps[1:]:
+        assert step == {READ: 1, PACKED: NUM_MICRO_BATCHES}
+
+
 def test_a_read_of_a_micro_batch_would_be_counted(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

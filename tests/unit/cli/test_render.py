@@ -243,3 +243,11 @@ def test_the_plan_shows_the_batch_arithmetic(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "2 micro-batch x 3 accumulation x 1 device = 6 examples a step" in shown
     assert "\x1b" not in shown
+
+
+def test_the_plan_shows_filled_micro_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    render_plan(replace(PLAN, micro_batch_tokens=4096, padding_share=0.0))
+    shown = capsys.readouterr().out
+    assert "6 examples a step in micro-batches of up to 4,096 tokens" in shown
+    assert "none: the rows of a micro-batch are joined" in shown
+    assert "accumulation" not in shown

@@ -120,7 +120,8 @@ def process_bytes(settings: EstimateSettings) -> int:
         effective_checkpointing(settings)
     ]
     attention = length * 64 if settings.model.attention == "eager" else 0
-    activations = training.micro_batch_size * length * (each + 512 * 1024 + modules * 4096 + attention)
+    tokens = max(length, training.micro_batch_tokens or training.micro_batch_size * length)
+    activations = tokens * (each + 512 * 1024 + modules * 4096 + attention)
     return int(8e9 * bits / 8) + num_trained * (8 + optimizer_bytes) + activations + CONTEXT
 
 
@@ -209,6 +210,18 @@ def test_single_changes_that_fit_come_in_the_order_of_their_cost() -> None:
     ]
     assert len(suggested) == MAX_SUGGESTIONS
     assert {suggestion.fits for suggestion in suggested} == {"yes"}
+
+
+def test_filled_micro_batches_get_fewer_tokens_down_to_the_longest_row() -> None:
+    settings = settings_of(
+        training__micro_batch_tokens=16384, training__gradient_checkpointing="on", data__max_length=4096
+    )
+    needed = process_bytes(settings) * 21 // 20
+    assert flags_in(suggestions_for(settings, card(needed - 8 * MIB), Asker()))[0] == "--micro-batch-tokens 8192"
+    least = process_bytes(with_flags(settings, "--micro-batch-tokens 4096")) * 21 // 20
+    suggested = flags_in(suggestions_for(settings, card(least + 8 * MIB), Asker()))
+    assert suggested[0] == "--micro-batch-tokens 4096"
+    assert not any("--micro-batch-size" in flags for flags in suggested)
 
 
 def test_lion_is_only_replaced_by_lion() -> None:

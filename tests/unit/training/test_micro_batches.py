@@ -1,0 +1,58 @@
+"""A step's rows are divided into micro-batches of tokens: no row is cut, lost or repeated, and the order is kept."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_cli.data.feeding.order import num_micro_batches
+from qlora_cli.data.feeding.packing import fill_micro_batches
+from qlora_cli.training.batches import BatchCollator, StepCollator, micro_batches_of
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=64), most_tokens=st.integers(1, 300))
+def test_every_row_is_in_one_micro_batch_and_only_a_longer_row_exceeds_it(
+    lengths: list[int], most_tokens: int
+) -> None:
+    filled = fill_micro_batches(np.array(lengths), most_tokens)
+    assert sorted(row for rows in filled for row in rows) == list(range(len(lengths)))
+    for rows in filled:
+        assert sum(lengths[row] for row in rows) <= most_tokens or len(rows) == 1
+        assert rows == sorted(rows)
+    assert [rows[0] for rows in filled] == sorted(rows[0] for rows in filled)
+    assert filled == fill_micro_batches(np.array(lengths), most_tokens)
+
+
+def test_short_rows_fill_up_what_long_ones_leave() -> None:
+    assert fill_micro_batches(np.array([3, 12, 7, 2, 8, 1]), 10) == [[0, 2], [1], [3, 4], [5]]
+    assert fill_micro_batches(np.array([4, 4, 4]), 100) == [[0, 1, 2]]
+
+
+def test_micro_batches_of_an_epoch_are_counted_step_by_step() -> None:
+    lengths = np.array([6, 4, 6, 4])
+    assert num_micro_batches(lengths, [0, 1, 2, 3], batch_rows=2, most_tokens=10) == 2
+    assert num_micro_batches(lengths, [0, 2, 1, 3], batch_rows=2, most_tokens=10) == 3
+    assert num_micro_batches(lengths, [0, 2, 1, 3], batch_rows=4, most_tokens=10) == 2
+
+
+def test_a_step_is_collated_into_joined_rows_whose_positions_restart() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": list(range(10, 22)), "labels": [-100, *range(11, 22)]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+    ]
+    first, second = micro_batches_of(StepCollator(BatchCollator(0, packing=True), 6)(rows))
+    assert first["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert first["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    # Nothing predicts the first token of a row, nor the last of the one before it.
+    assert first["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+    assert first["trained_positions"].tolist() == [0, 1, 3]
+    assert first["trained_targets"].tolist() == [6, 7, 9]
+    assert first["num_tokens"] == 5
+    assert second["input_ids"].tolist() == [list(range(10, 22))]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_that_is_not_divided_is_one_micro_batch(packing: bool) -> None:
+    batch = BatchCollator(0, packing=packing)([{"input_ids": [5, 6], "labels": [-100, 6]}])
+    assert micro_batches_of(batch) == [batch]
