@@ -1,0 +1,52 @@
+"""Plans of real shapes for pretended cards: they fit where anything does, and more memory never makes one slower."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from qlora_cli.memory.catalogue import find_in_catalogue
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.plan import PlannedRun, plan_run
+from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.units import GIB
+
+SIZES = (8, 12, 16, 24, 48, 80, 141)  # GiB
+
+
+def card(gib: int) -> Gpu:
+    """Return an RTX 4090 with another memory: its kernels and its speed."""
+    return replace(find_gpu("RTX 4090"), total_bytes=gib * GIB)
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-0.5b", "llama-3.1-8b", "llama-3.1-70b"])
+def plan_for(request: pytest.FixtureRequest) -> Callable[[int], PlannedRun]:
+    """Return a function that plans a run of a model for a card of a size; each kind is traced once."""
+    model = find_in_catalogue(request.param)
+    assert model is not None
+    estimator = Estimator(ModelFacts(name=model.name, content=dict(model.config)), evaluates=False)
+    settings = EstimateSettings.model_validate({"model": {"name": model.name}, "data": {"max_length": 2048}})
+    return lambda gib: plan_run(settings, card(gib), estimator.estimate, estimator.recomputed_products)
+
+
+def test_a_plan_fits_and_more_memory_never_makes_it_slower(plan_for: Callable[[int], PlannedRun]) -> None:
+    before = float("inf")
+    kinds = set()
+    for gib in SIZES:
+        planned = plan_for(gib)
+        chosen = planned.chosen
+        assert planned.plan == plan_for(gib).plan  # deterministic
+        if chosen.fits != "yes":
+            assert all(other.fits != "yes" for other in planned.leaner)
+            assert before == float("inf"), "it fitted with less memory"
+            continue
+        assert chosen.high_bytes <= card(gib).usable_bytes
+        assert chosen.estimate.time is not None
+        seconds = chosen.estimate.time.step_seconds
+        assert seconds <= before
+        assert all(other.high_bytes < chosen.high_bytes for other in planned.leaner)
+        before = seconds
+        kinds.add(chosen.estimate.gradient_checkpointing)
+    assert "off" in kinds
