@@ -227,11 +227,11 @@ class Estimator:
             ModelError: the model can't be run with these settings.
             HardwareError: the GPU can't compute with them.
         """
-        dtype = self.dtype_on(settings, gpu)
+        dtype, micro_batch = self.dtype_on(settings, gpu), _micro_batches(settings)
         return recomputed_products(
             self.shapes(settings, dtype),
             self.traced(settings, gpu).micro_batch,
-            num_tokens=settings.training.micro_batch_size * settings.data.max_length,
+            num_tokens=micro_batch["batch_size"] * micro_batch["length"],
             itemsize=TORCH_DTYPES[dtype].itemsize,
         )
 

@@ -50,6 +50,11 @@ def test_what_is_computed_twice_is_found_by_the_trace(family: str, fused: bool, 
     assert gate.flops == LAYERS * 2 * TOKENS * WIDTH * MIDDLE
 
 
+def test_the_tokens_of_a_filled_micro_batch_count() -> None:
+    products = recomputed(estimator_of("llama"), micro_batch_tokens=2 * TOKENS)
+    assert products["gate_proj"].kept_bytes == LAYERS * 2 * TOKENS * MIDDLE * 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_keeping_them_leaves_no_product_to_recompute(family: str) -> None:
     estimator = estimator_of(family)
