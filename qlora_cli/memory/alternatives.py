@@ -3,8 +3,7 @@
 Imports no torch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from qlora_cli.errors import HardwareError, QloraError
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue
@@ -73,21 +72,16 @@ def _class_that_fits(gpu: Gpu, fit: GpuFit) -> CardClass:
 
 
 def largest_model(
-    settings: EstimateSettings,
-    gpu: Gpu,
-    too_large: Estimate,
-    content: Mapping[str, Any],
-    num_parameters: int,
-    predict: PredictModel,
+    settings: EstimateSettings, gpu: Gpu, too_large: Estimate, num_parameters: int, predict: PredictModel
 ) -> FittingModel | None:
     """Return the largest model of the catalogue whose run with `settings` fits on `gpu`.
 
-    `too_large` is the estimate for the model with the config `content`, which does not fit. Others are expected to
-    take as much as their weights do in proportion; only the first few that could fit are predicted. None if none of
-    these fits.
+    `too_large` is the estimate for a model with `num_parameters`, which does not fit. Others are expected to take as
+    much as their weights do in proportion; only the first few that could fit are predicted. None if none of these
+    fits.
     """
     bits = settings.quantization.method.traits.bits
-    expected = too_large.predicted.process_high_bytes / stored_bytes(content, num_parameters, bits)
+    expected = too_large.predicted.process_high_bytes / too_large.components.weights_bytes
     num_predictions, limit_bytes = 0, float(gpu.usable_bytes)
     for model, size in _smaller_models(num_parameters, bits):
         if size * expected > limit_bytes:
@@ -111,12 +105,13 @@ def largest_model(
     return None
 
 
-def stored_bytes(content: Mapping[str, Any], num_parameters: int, bits: int) -> float:
-    """Return about what the weights take, when all but the embedding and the head have `bits` each."""
-    config = content.get("text_config", content)
-    num_rows = config.get("vocab_size", 0) * (1 if config.get("tie_word_embeddings", True) else 2)
-    num_embedded: int = min(num_rows * config.get("hidden_size", 0), num_parameters)
-    return EMBEDDING_BYTES * num_embedded + (num_parameters - num_embedded) * bits / 8
+def stored_bytes(model: CatalogueModel, bits: int) -> float:
+    """Return about what the weights of a model take, when all but the embedding and the head have `bits` each."""
+    assert model.num_parameters is not None
+    config = model.config
+    num_rows = config["vocab_size"] * (1 if config.get("tie_word_embeddings", True) else 2)
+    num_embedded: int = num_rows * config.get("hidden_size", config.get("n_embd", 0))
+    return EMBEDDING_BYTES * num_embedded + (model.num_parameters - num_embedded) * bits / 8
 
 
 def _smaller_models(num_parameters: int, bits: int) -> Iterator[tuple[CatalogueModel, float]]:
@@ -125,4 +120,4 @@ def _smaller_models(num_parameters: int, bits: int) -> Iterator[tuple[CatalogueM
     for count in sorted((count for count in by_count if count and count < num_parameters), reverse=True):
         model = by_count[count]
         if SLOW_TO_PREDICT not in model.config:
-            yield model, stored_bytes(model.config, count, bits)
+            yield model, stored_bytes(model, bits)

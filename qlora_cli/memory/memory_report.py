@@ -163,7 +163,7 @@ def _largest_model(
 
     estimate = estimator.estimate(settings, gpu)
     num_parameters = estimator.layout(settings, estimator.dtype_on(settings, gpu)).inventory.num_parameters
-    return largest_model(settings, gpu, estimate, facts.content, num_parameters, predict)
+    return largest_model(settings, gpu, estimate, num_parameters, predict)
 
 
 def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:

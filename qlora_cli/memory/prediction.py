@@ -53,6 +53,11 @@ class Components:
     slack_bytes: int
     context_bytes: int
 
+    @property
+    def weights_bytes(self) -> int:
+        """The bytes of the base's weights, with the constants of those that are quantized."""
+        return self.quantized_weights_bytes + self.quantization_constants_bytes + self.unquantized_weights_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:

@@ -65,9 +65,8 @@ def _on_first(report: MemoryReport, fit: GpuFit, gpu: Gpu) -> str:
         return f"{_on(fit, gpu)}; it {surely} with {change.flags}."
     if fit.fits != NO:
         return f"{_on(fit, gpu)}."
-    parts = report.components
-    weights = parts.quantized_weights_bytes + parts.quantization_constants_bytes + parts.unquantized_weights_bytes
-    if weights + parts.context_bytes > fit.usable_bytes:
+    weights = report.components.weights_bytes
+    if weights + report.components.context_bytes > fit.usable_bytes:
         return f"Cannot fit {_named(gpu)}: the weights alone take {_gib(weights)} of {_gib(fit.usable_bytes)} GiB."
     least = min([fit.process_bytes, *(change.process_bytes for change in report.suggestions)])
     return f"Cannot fit {_named(gpu)}: takes {_gib(least)} of {_gib(fit.usable_bytes)} GiB with every change there is."
