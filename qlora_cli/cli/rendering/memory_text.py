@@ -11,7 +11,7 @@ from textwrap import wrap
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
-from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, significant, verdict_lines, with_article
+from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.gpus import GPUS, Gpu
 from qlora_cli.memory.plan import describe
@@ -91,6 +91,7 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
         rows.append(("answered in", format_duration(report.estimate_seconds)))
+    rows += _run_rows(report.predicted)
     rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
@@ -133,24 +134,28 @@ def time_lines(figures: RunFigures) -> list[str]:
         return []
     is_host = figures.limited_by == HOST
     text = (
-        f"{'at least' if is_host else 'about'} {significant(middle)} s a step ({significant(low)} to "
-        f"{significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
+        f"{'at least' if is_host else 'about'} {_significant(middle)} s a step ({_significant(low)} to "
+        f"{_significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
         f"{'the ' if is_host else ''}{figures.limited_by} (by arithmetic, not measured)"
     )
-    return [*hanging(text, "  ", "  "), *_run_lines(figures)]
+    return hanging(text, "  ", "  ")
 
 
-def _run_lines(figures: RunFigures) -> list[str]:
+def _significant(seconds: float) -> str:
+    """Return seconds with two digits after the point, or two that count if they are few."""
+    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
+
+
+def _run_rows(figures: RunFigures) -> list[Row]:
     """Return the time, the cost and the energy of the whole run; nothing if they were not asked for."""
     low, middle, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
     if low is None or middle is None or high is None or figures.energy_wh is None:
         return []
     cost = "" if figures.cost is None else f", {figures.cost:,.2f} at the given price"
-    return hanging(
-        f"the run: {counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
+    return _wrapped(
+        "the run",
+        f"{counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
         f"{format_duration(high)}){cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated power",
-        "  ",
-        "  ",
     )
 
 

@@ -76,16 +76,18 @@ def _time(fit: GpuFit, figures: RunFigures | None = None) -> str:
     """Return the time of a step with a comma before it, and its error band if there are `figures` for this GPU."""
     if fit.fits != YES or fit.step_seconds is None:
         return ""
-    step = f"{significant(fit.step_seconds)} s a step"
+    step = f"{_rounded(fit.step_seconds)} s a step"
     if figures is None or figures.step_seconds_low is None or figures.step_seconds_high is None:
         return f", about {step}"
     off = max(figures.step_seconds_high / fit.step_seconds - 1, 1 - figures.step_seconds_low / fit.step_seconds)
     return f", {'at least' if figures.limited_by == HOST else 'about'} {step} (±{off:.0%})"
 
 
-def significant(seconds: float) -> str:
-    """Return seconds with two digits after the point, or two that count if they are few."""
-    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
+def _rounded(seconds: float) -> str:
+    """Return seconds with the two digits that count: `0.65`, `7.3`, `75`."""
+    if seconds >= 10:
+        return f"{seconds:,.0f}"
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
 def _on(fit: GpuFit, gpu: Gpu) -> str:

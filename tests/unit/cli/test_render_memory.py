@@ -109,10 +109,13 @@ def test_the_answer_has_the_time_of_a_step_where_it_is_known() -> None:
     timed = replace(REPORT.fits[0], step_seconds=11.413)
     run = replace(REPORT, fits=(timed, timed))
     first, second = verdict_lines(run, (RTX_4090, RTX_4090))
-    assert first.endswith("; each layer is recomputed, about 11.41 s a step (±30%).")
-    assert second.endswith("; each layer is recomputed, about 11.41 s a step.")
+    assert first.endswith("; each layer is recomputed, about 11 s a step (±30%).")
+    assert second.endswith("; each layer is recomputed, about 11 s a step.")
     by_host = replace(run, predicted=replace(FIGURES, limited_by="host"))
-    assert ", at least 11.41 s a step (±30%)." in verdict_lines(by_host, (RTX_4090, RTX_4090))[0]
+    assert ", at least 11 s a step (±30%)." in verdict_lines(by_host, (RTX_4090, RTX_4090))[0]
+    for seconds, shown_seconds in ((0.654, "0.65"), (7.31, "7.3"), (1234.0, "1,234")):
+        timed_again = replace(run, fits=(replace(timed, step_seconds=seconds),) * 2)
+        assert f"about {shown_seconds} s a step." in verdict_lines(timed_again, (RTX_4090, RTX_4090))[1]
     missing = replace(run, fits=(replace(TOO_LARGE, step_seconds=3.0), timed))
     assert "a step" not in verdict_lines(missing, (T4, RTX_4090))[0]
 
@@ -247,8 +250,9 @@ def test_a_run_shows_its_steps_time_cost_and_energy(capsys: pytest.CaptureFixtur
         run_seconds_high=9000.0,
         energy_wh=924.0,
     )
-    joined = " ".join(shown(replace(REPORT, predicted=figures), capsys).split())
-    assert "the run: 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), 0.92 kWh at the GPU's rated power" in joined
+    render_memory(replace(REPORT, predicted=figures))
+    joined = " ".join(capsys.readouterr().out.split())
+    assert "the run 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), 0.92 kWh at the GPU's rated power" in joined
     assert "1:23:20 to 2:30:00), 4.11 at the given price, 0.92" in " ".join(
         shown(replace(REPORT, predicted=replace(figures, cost=4.105)), capsys).split()
     )
