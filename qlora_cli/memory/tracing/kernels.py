@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.memory.tracing.meta_results import MetaResults
 from qlora_cli.quantization.methods import all_methods
 from qlora_cli.quantization.methods.method import Operator, Temporaries
 
@@ -54,6 +55,7 @@ class Kernels:
                 _gemm,
             ),
         }
+        self._results = MetaResults()
         self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
     def temporaries(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries | None:
@@ -68,7 +70,7 @@ class Kernels:
         """Return the result of `func`, even if its size depends on values, which meta tensors do not have."""
         operator = self._operator(func)
         if operator is None or operator.on_meta is None or args[0].device.type != "meta":
-            return func(*args, **kwargs)
+            return self._results.run(func, args, kwargs)
         return operator.on_meta(func, args, kwargs)
 
     def _operator(self, func: Any) -> Operator | None:

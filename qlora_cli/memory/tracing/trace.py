@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES, Kernels
+from qlora_cli.memory.tracing.meta_results import storage_address
 from qlora_cli.memory.tracing.passes import TracedStorage
 
 aten = torch.ops.aten
@@ -59,8 +60,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.observer: Observer | None = None
         self._kernels = kernels
         self._branches = {**dict.fromkeys((*NOT_PACKED, *NOT_PADDED), True), **(branches or {})}
-        # By the address of the storage's implementation: two tensors that share it are one allocation.
-        self._live: dict[int, tuple[int, Any]] = {}
+        self._live: dict[int, tuple[int, Any]] = {}  # by the address of the storage
         self._have_workspace: set[bool] = set()
 
     def mark(self, *mark: Any) -> None:
@@ -69,8 +69,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def record(self, tensor: torch.Tensor) -> int:
         """Record the storage of `tensor` as allocated now, if it is new; return its number."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), storage_address(tensor)
         known = self._live.get(key)
         if known is not None:
             return known[0]
@@ -83,13 +82,12 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Exclude the storage of `tensor`, which is accounted for elsewhere."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), storage_address(tensor)
         self._live[key] = (-1, weakref.ref(storage, self._on_release_of_ignored(key)))
 
     def relabel(self, tensor: torch.Tensor, label: str) -> None:
         """Change the label of a recorded storage, once its purpose is known."""
-        known = self._live.get(tensor.untyped_storage()._cdata)
+        known = self._live.get(storage_address(tensor))
         if known is not None and known[0] >= 0:
             self.storages[known[0]].label = label
 
@@ -122,9 +120,11 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = self._run(func, args, kwargs)
-        if self.observer is not None:
-            self.observer(func, args, kwargs, result)
+        # Function modes act above autograd: what is computed here is not autocast again.
+        with torch._C.DisableTorchFunction():
+            result = self._run(func, args, kwargs)
+            if self.observer is not None:
+                self.observer(func, args, kwargs, result)
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
