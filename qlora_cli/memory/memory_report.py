@@ -12,7 +12,7 @@ from qlora_cli.memory.alternatives import largest_model, smallest_classes, small
 from qlora_cli.memory.catalogue import CatalogueModel
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
-from qlora_cli.memory.plan import PlannedRun, is_open, plan_run
+from qlora_cli.memory.plan import PlannedRun, is_open, plan_run, planning
 from qlora_cli.memory.prediction import (
     Estimate,
     FittingModel,
@@ -98,7 +98,8 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     else:
         fits, incapable = _over_catalogue(asked, estimator)
     misses = request.gpus and fits[0].fits != YES
-    suggestions = suggest(settings, gpu, estimator.estimate, estimate) if misses else ()
+    predict_planned = planning(estimator.estimate, estimator.recomputed_products)
+    suggestions = suggest(settings, gpu, predict_planned, estimate) if misses else ()
     is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
     smallest, roomy = smallest_classes(asked, estimator.estimate)
     return MemoryReport(

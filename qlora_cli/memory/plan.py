@@ -134,6 +134,17 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict, find_produc
     return _planned(by_memory, by_memory.index(chosen))
 
 
+def planning(predict: Predict, find_products: FindProducts) -> Predict:
+    """Return `predict` for settings that may be open: what it predicts is the run as it would be planned."""
+
+    def predict_planned(settings: EstimateSettings, gpu: Gpu) -> Estimate:
+        if not is_open(settings):
+            return predict(settings, gpu)
+        return plan_run(settings, gpu, predict, find_products).chosen.estimate
+
+    return predict_planned
+
+
 def _planned(by_memory: Sequence[Candidate], at: int) -> PlannedRun:
     """Return the plan to run as the candidate at a position of a list that falls in memory."""
     chosen = by_memory[at]

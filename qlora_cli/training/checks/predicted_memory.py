@@ -10,7 +10,7 @@ from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.plan import PlannedRun, describe, is_open, plan_run
+from qlora_cli.memory.plan import PlannedRun, describe, is_open, plan_run, planning
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
@@ -104,16 +104,16 @@ def check_memory(
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
     estimator = Estimator(facts, evaluates=evaluates)
-    estimate_of, products_of = _contained(estimator.estimate), _contained(estimator.recomputed_products)
+    predict, find_products = _contained(estimator.estimate), _contained(estimator.recomputed_products)
     planned = None
     try:
         if is_open(asked):
-            planned = plan_run(asked, gpu, estimate_of, products_of)
+            planned = plan_run(asked, gpu, predict, find_products)
             if earlier is not None:
                 planned = planned.resumed(earlier.values, ran_out=earlier.ran_out)
             asked, estimate = planned.chosen.settings, planned.chosen.estimate
         else:
-            estimate = estimate_of(asked, gpu)
+            estimate = predict(asked, gpu)
     except QloraError as error:
         reporter.report(Noted(level="warning", message=f"its memory can't be predicted: {error}"))
         return None
@@ -122,7 +122,12 @@ def check_memory(
     fit = judge_fit(estimate, gpu)
     predicted = _as_predicted(estimate, fit.fits)
     outlook = Outlook(
-        predicted=predicted, estimate=estimate, asked=asked, gpu=gpu, estimate_of=estimate_of, planned=planned
+        predicted=predicted,
+        estimate=estimate,
+        asked=asked,
+        gpu=gpu,
+        estimate_of=planning(predict, find_products),
+        planned=planned,
     )
     if planned is not None:
         reason = ", since the run ran out of memory" if earlier is not None and earlier.ran_out else ""

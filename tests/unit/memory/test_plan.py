@@ -6,7 +6,7 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run
+from qlora_cli.memory.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run, planning
 from qlora_cli.memory.prediction import Estimate, Product
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
@@ -121,6 +121,15 @@ def test_selective_that_was_asked_for_stays_selective() -> None:
 def test_a_model_without_such_products_keeps_what_selective_keeps() -> None:
     planned = plan_run(OPEN, card(14 * GIB), predictor({**SIZES, "selective": 18}), lambda *_: ())
     assert planned.chosen.values == {CHECKPOINTING: "selective"}
+
+
+def test_what_is_suggested_is_predicted_as_it_would_be_planned() -> None:
+    predict = planning(predictor({**SIZES, "selective": 13}), lambda *_: PRODUCTS[:1])
+    run = settings(gradient_checkpointing="selective")
+    # Only one product is computed twice, and only that one is kept.
+    assert predict(run, card(40 * GIB)).predicted.process_bytes == 9 * GIB
+    run = settings(gradient_checkpointing="selective", kept_products=("v", "q", "up"))
+    assert predict(run, card(40 * GIB)).predicted.process_bytes == 13 * GIB
 
 
 def test_what_takes_less_is_tried_in_order_of_memory() -> None:
