@@ -118,7 +118,7 @@ def test_an_adapter_that_continues_to_train_is_predicted_from_its_config(tmp_pat
     }
     for name, lora in adapters.items():
         save_adapter(adapt(base, settings_of(**lora)), tmp_path / name)
-        asked = train_settings(tmp_path / name, rows, tmp_path / "run")
+        asked = train_settings(tmp_path / name, rows, tmp_path / "run", training__gradient_checkpointing="on")
         load_plan = plan_load(asked, SilentReporter())
         settings = asked.settings
         reporter = Recorder()
