@@ -137,19 +137,24 @@ def test_what_is_changed_in_place_is_returned_itself() -> None:
 @pytest.mark.parametrize(
     ("func", "make"),
     [
-        (aten.view.default, lambda: arguments(empty(3, 4), [12])),
-        (aten._unsafe_view.default, lambda: arguments(empty(3, 4), [12])),
-        (aten.detach.default, lambda: arguments(empty(3, 4))),
-        (aten.t_.default, lambda: arguments(empty(3, 4))),
-        (aten.split.Tensor, lambda: arguments(empty(4, 4), 2)),
-        (aten.mm.out, lambda: arguments(empty(3, 4), empty(4, 3), out=empty(3, 3))),
-        (aten.mul.Tensor, lambda: arguments(empty(3, 4, dtype=torch.complex64), empty(3, 4))),
-        (aten.mul.Tensor, lambda: arguments(empty(3, 4, device="cpu"), empty(3, 4, device="cpu"))),
-        (aten.zeros_like.default, lambda: arguments(empty(3, 4), device=torch.device("cpu"))),
-        (aten._foreach_add_.Scalar, lambda: arguments([empty(3, 4)], 1.0)),
-        (aten.set_.source_Tensor, lambda: arguments(empty(3, 4), empty(3, 4))),
+        pytest.param(aten.view.default, lambda: arguments(empty(3, 4), [12]), id="view"),
+        pytest.param(aten._unsafe_view.default, lambda: arguments(empty(3, 4), [12]), id="unsafe view"),
+        pytest.param(aten.detach.default, lambda: arguments(empty(3, 4)), id="detach"),
+        pytest.param(aten.t_.default, lambda: arguments(empty(3, 4)), id="transposed in place"),
+        pytest.param(aten.split.Tensor, lambda: arguments(empty(4, 4), 2), id="split"),
+        pytest.param(aten.mm.out, lambda: arguments(empty(3, 4), empty(4, 3), out=empty(3, 3)), id="out"),
+        pytest.param(
+            aten.mul.Tensor, lambda: arguments(empty(3, 4, dtype=torch.complex64), empty(3, 4)), id="complex"
+        ),
+        pytest.param(
+            aten.mul.Tensor, lambda: arguments(empty(3, 4, device="cpu"), empty(3, 4, device="cpu")), id="on the CPU"
+        ),
+        pytest.param(
+            aten.zeros_like.default, lambda: arguments(empty(3, 4), device=torch.device("cpu")), id="to the CPU"
+        ),
+        pytest.param(aten._foreach_add_.Scalar, lambda: arguments([empty(3, 4)], 1.0), id="many"),
+        pytest.param(aten.set_.source_Tensor, lambda: arguments(empty(3, 4), empty(3, 4)), id="set"),
     ],
-    ids=str,
 )
 def test_all_other_operators_are_called_each_time(func: Any, make: Callable[[], Arguments]) -> None:
     counted, results = Counted(func), MetaResults()
