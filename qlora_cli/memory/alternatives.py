@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from qlora_cli.errors import HardwareError, QloraError
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
-from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit
+from qlora_cli.memory.plan import option_of
+from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, PlanOption
 from qlora_cli.memory.solver import Predict
 from qlora_cli.memory.suggestions import YES, judge_fit
+from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import with_settings
 
+METHOD = "quantization.method"
 ROOMY_SHARE = 0.75  # of the usable memory, at most, by a run that fits with ease
 MAX_PREDICTIONS = 3  # each takes a second or more
 SLOW_TO_PREDICT = "linear_conv_kernel_dim"  # linear attention goes through rows in small steps: a minute and more
-EMBEDDING_BYTES = 2  # of a value; embedding and head are not quantized
+EMBEDDING_BYTES = 2  # of a value in 16 bit, as in embedding and head, which are not quantized
 
 # Predicts a run of a model of the catalogue on a GPU.
 PredictModel = Callable[[CatalogueModel, Gpu], Estimate]
@@ -69,6 +73,26 @@ def _class_that_fits(gpu: Gpu, fit: GpuFit) -> CardClass:
         process_bytes=fit.process_bytes,
         process_high_bytes=fit.process_high_bytes,
     )
+
+
+def unquantized_run(
+    settings: EstimateSettings, gpu: Gpu, quantized: Estimate, num_parameters: int, predict: Predict
+) -> PlanOption | None:
+    """Return the run with its base in 16 bit, if that fits on `gpu`, too.
+
+    `quantized` is the estimate for a base of `num_parameters` that is quantized. None if its weights alone do not fit,
+    which takes no prediction, or the model can't be run so.
+    """
+    unquantized_bytes = EMBEDDING_BYTES * num_parameters + quantized.components.context_bytes
+    if not settings.quantization.method.is_quantized or unquantized_bytes > gpu.usable_bytes:
+        return None
+    changed = with_settings(settings, {METHOD: Quantization.NONE})
+    try:
+        estimate = predict(changed, gpu)
+    except QloraError:  # a checkpoint that is quantized itself
+        return None
+    fits = judge_fit(estimate, gpu).fits
+    return option_of(estimate, fits) if fits == YES else None
 
 
 def largest_model(

@@ -8,7 +8,7 @@ from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
-from qlora_cli.memory.alternatives import largest_model, smallest_classes, smallest_gpu
+from qlora_cli.memory.alternatives import METHOD, largest_model, smallest_classes, smallest_gpu, unquantized_run
 from qlora_cli.memory.catalogue import CatalogueModel
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
@@ -18,6 +18,7 @@ from qlora_cli.memory.prediction import (
     FittingModel,
     GpuFit,
     MemoryReport,
+    PlanOption,
     Solution,
     figures_of_run,
 )
@@ -102,10 +103,11 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     suggestions = suggest(settings, gpu, predict_planned, estimate) if misses else ()
     is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
     smallest, roomy = smallest_classes(asked, estimator.estimate)
+    num_parameters = estimator.layout(settings, dtype).inventory.num_parameters
     return MemoryReport(
         model=facts.name,
         architecture=type(shapes).__name__,
-        num_parameters=estimator.layout(settings, dtype).inventory.num_parameters,
+        num_parameters=num_parameters,
         num_trainable_parameters=traced.num_trained,
         settings=_shown_settings(settings, estimate),
         gpu=gpu.name,
@@ -119,6 +121,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         paged_bytes=estimate.paged_bytes,
         pinned_host_bytes=estimate.pinned_host_bytes,
         plan=plans[0].plan if plans else None,
+        unquantized=_unquantized(request, asked, estimate, num_parameters, estimator),
         fits=fits,
         smallest_gpu=smallest_gpu(asked, estimator.estimate),
         smallest_class=smallest,
@@ -130,6 +133,16 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
         estimate_seconds=0.0,
     )
+
+
+def _unquantized(
+    request: MemoryRequest, asked: EstimateSettings, estimate: Estimate, num_parameters: int, estimator: "Estimator"
+) -> PlanOption | None:
+    """Return the run with its base in 16 bit, if that fits on the first GPU, and nothing else was asked for."""
+    if not request.gpus or request.asked.is_given(METHOD):
+        return None
+    gpu = request.gpus[0]
+    return unquantized_run(asked, gpu, estimate, num_parameters, estimator.estimate)
 
 
 def _plans(asked: EstimateSettings, gpus: tuple[Gpu, ...], estimator: "Estimator") -> list[PlannedRun]:

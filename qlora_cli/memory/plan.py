@@ -63,15 +63,7 @@ class Candidate:
 
     def option(self) -> PlanOption:
         """Return it as a plain value."""
-        time = self.estimate.time
-        return PlanOption(
-            gradient_checkpointing=self.estimate.gradient_checkpointing,
-            recomputed_products=self.left_out,
-            process_bytes=self.estimate.predicted.process_bytes,
-            process_high_bytes=self.high_bytes,
-            fits=self.fits,
-            step_seconds=None if time is None else time.step_seconds,
-        )
+        return option_of(self.estimate, self.fits, self.left_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +78,10 @@ class PlannedRun:
     chosen: Candidate
     plan: Plan
     leaner: tuple[Candidate, ...]
+
+    def next_leaner(self) -> "PlannedRun | None":
+        """Return the plan that takes less memory than this one; None if there is none."""
+        return _planned((self.chosen, *self.leaner), 1) if self.leaner else None
 
     def resumed(self, before: Mapping[str, object], *, ran_out: bool) -> "PlannedRun":
         """Return the plan of a run that ran with the values `before`, by `section.key`: the same, if it still fits.
@@ -134,6 +130,18 @@ def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict, find_produc
     return _planned(by_memory, by_memory.index(chosen))
 
 
+def option_of(estimate: Estimate, fits: str, left_out: tuple[str, ...] = ()) -> PlanOption:
+    """Return a way to run as a plain value; `left_out` as in `Candidate`."""
+    return PlanOption(
+        gradient_checkpointing=estimate.gradient_checkpointing,
+        recomputed_products=left_out,
+        process_bytes=estimate.predicted.process_bytes,
+        process_high_bytes=estimate.predicted.process_high_bytes,
+        fits=fits,
+        step_seconds=None if estimate.time is None else estimate.time.step_seconds,
+    )
+
+
 def planning(predict: Predict, find_products: FindProducts) -> Predict:
     """Return `predict` for settings that may be open: what it predicts is the run as it would be planned."""
 
@@ -170,7 +178,7 @@ class _Trials:
 
     def add(self, checkpointing: Checkpointing) -> None:
         """Try to run with this kind, without anything that could be left out."""
-        self._try({CHECKPOINTING: checkpointing})
+        self._try({CHECKPOINTING: checkpointing, KEPT: None})
 
     def _try(self, values: Mapping[str, object], left_out: tuple[str, ...] = ()) -> Candidate | None:
         """Try one way to run, and return it; None if the model does not allow it."""
@@ -197,9 +205,8 @@ class _Trials:
         num_kept = len(by_value)
         for _ in range(1 + MAX_SUBSETS):
             names = tuple(product.name for product in by_value)
-            values: dict[str, object] = {CHECKPOINTING: Checkpointing.SELECTIVE}
-            if names:
-                values[KEPT] = names[:num_kept]
+            kept = names[:num_kept] or None  # without such products, selective keeps what else it keeps
+            values = {CHECKPOINTING: Checkpointing.SELECTIVE, KEPT: kept}
             tried = self._try(values, left_out=names[num_kept:])
             if tried is None or self.fits_any:
                 return
@@ -219,10 +226,13 @@ def describe(plan: Plan) -> str:
     return f"gradient checkpointing {options}"
 
 
-def _describe(option: PlanOption) -> str:
+def name_of(option: PlanOption) -> str:
+    """Return the kind of checkpointing, and what it leaves out for want of memory: `selective without up_proj`."""
     name = option.gradient_checkpointing
-    if option.recomputed_products:
-        name = f"{name} without {', '.join(option.recomputed_products)}"
+    return f"{name} without {', '.join(option.recomputed_products)}" if option.recomputed_products else name
+
+
+def _describe(option: PlanOption) -> str:
     time = "" if option.step_seconds is None else f", {option.step_seconds:.2f} s a step"
     fits = {YES: "", NO: ", does not fit"}.get(option.fits, ", fits tightly")
-    return f"{name} {format_bytes(option.process_bytes)}{time}{fits}"
+    return f"{name_of(option)} {format_bytes(option.process_bytes)}{time}{fits}"

@@ -282,6 +282,8 @@ class MemoryReport:
     Attributes:
         fits: For the requested GPUs, or for every GPU of the catalogue.
         plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
+        unquantized: The run with its base in 16 bit, if how it is stored was not asked for and that fits on the first
+            requested GPU, too.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
         smallest_class: The smallest class on each card of which the run fits.
         roomy_class: The smallest class on which a quarter of the memory is left.
@@ -306,6 +308,7 @@ class MemoryReport:
     paged_bytes: int
     pinned_host_bytes: int
     plan: Plan | None
+    unquantized: PlanOption | None
     fits: tuple[GpuFit, ...]
     smallest_gpu: str | None
     smallest_class: CardClass | None

@@ -81,8 +81,7 @@ def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, save
     hint = f"It would fit with {suggestions}." if suggestions else f"Try {_smaller_settings(prepared)}."
     leaner = prepared.outlook.leaner() if prepared.outlook is not None else None
     if saved and leaner is not None:
-        kind = leaner.estimate.gradient_checkpointing
-        hint = f"Give the same command again: it goes on with gradient checkpointing {kind}."
+        hint = f"Give the same command again: it goes on with gradient checkpointing {leaner.checkpointing}."
     elif saved:
         saved = f"{saved} A resumed run may change the micro-batch, with the same batch, and checkpointing."
     return OutOfMemoryError("; ".join(lines), hint=f"{hint} {saved}".strip())

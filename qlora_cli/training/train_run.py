@@ -243,8 +243,9 @@ def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:
         if plan.micro_batch_tokens is None
         else f"micro-batches of up to {counted(plan.micro_batch_tokens, 'token')}"
     )
-    if (leaner := with_leaner_plan(prepared)) is not None:
-        before, now = plan.gradient_checkpointing, leaner.plan.gradient_checkpointing
+    leaner = with_leaner_plan(prepared)
+    if leaner is not None and prepared.outlook is not None and leaner.outlook is not None:
+        before, now = prepared.outlook.checkpointing, leaner.outlook.checkpointing
         return leaner, f"{rows} with gradient checkpointing {before} do not fit in memory: now {now}"
     smaller = _smaller_micro_batch(prepared)
     if smaller is None:

@@ -33,6 +33,7 @@ VARIES = {
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
     "memory/suggestions.py": 1,  # runs that would fit instead
     "memory/solver.py": 1,  # the largest that fits
+    "memory/alternatives.py": 1,  # what fits, too
     "memory/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on

@@ -25,6 +25,13 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         return [_over_catalogue(report)]
     first, *others = zip(report.fits, gpus, strict=True)
     lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
+    if (unquantized := report.unquantized) is not None:
+        takes, at_most = _gib(unquantized.process_bytes), _gib(unquantized.process_high_bytes)
+        recomputed = RECOMPUTED[Checkpointing(unquantized.gradient_checkpointing)]
+        lines.append(
+            f"In 16 bit it fits, too, without the error of quantization: with --quant none it takes {takes} GiB, at "
+            f"most {at_most}; {recomputed}."
+        )
     if report.fitting_model is not None:
         model = report.fitting_model
         takes, at_most = _gib(model.process_bytes), _gib(model.process_high_bytes)

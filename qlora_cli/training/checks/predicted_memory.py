@@ -10,7 +10,7 @@ from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.plan import PlannedRun, describe, is_open, plan_run, planning
+from qlora_cli.memory.plan import PlannedRun, describe, is_open, name_of, plan_run, planning
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
@@ -59,16 +59,22 @@ class Outlook:
 
     def leaner(self) -> "Outlook | None":
         """Return the outlook of the run with the plan that takes less memory than this one; None without one."""
-        if self.planned is None or not self.planned.leaner:
+        planned = None if self.planned is None else self.planned.next_leaner()
+        if planned is None:
             return None
-        chosen, *rest = self.planned.leaner
+        chosen = planned.chosen
         return replace(
             self,
             predicted=_as_predicted(chosen.estimate, chosen.fits),
             estimate=chosen.estimate,
             asked=chosen.settings,
-            planned=replace(self.planned, chosen=chosen, leaner=tuple(rest)),
+            planned=planned,
         )
+
+    @property
+    def checkpointing(self) -> str:
+        """The kind of checkpointing in words."""
+        return self.estimate.gradient_checkpointing if self.planned is None else name_of(self.planned.plan.chosen)
 
     def suggestions(self) -> str:
         """Return the changes of flags that are predicted to fit, with their memory; empty if there are none."""

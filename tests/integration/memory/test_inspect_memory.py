@@ -21,7 +21,8 @@ from tests.support.processes.hub_server import COMMIT, Hub, Repo
 SHORT = ("--max-length", "64", "--micro-batch-size", "1")
 # On one GPU: those of the catalogue need further traces.
 ON_GPU = ("--gpu", "RTX 4090")
-ONCE = (*SHORT, *ON_GPU, "--gradient-checkpointing", "on")  # nothing to plan, which takes three traces
+# Nothing to plan and no other storage to try, which takes further traces.
+ONCE = (*SHORT, *ON_GPU, "--gradient-checkpointing", "on", "--quant", "nf4")
 
 
 @pytest.fixture

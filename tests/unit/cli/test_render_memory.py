@@ -17,7 +17,7 @@ from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, wi
 from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS, find_gpu
-from qlora_cli.memory.prediction import FittingModel, MemoryReport, RunFigures
+from qlora_cli.memory.prediction import FittingModel, MemoryReport, PlanOption, RunFigures
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
@@ -153,6 +153,23 @@ def test_a_run_that_no_change_makes_fit_is_answered_with_the_largest_model_that_
         model,
     ]
     assert verdict_lines(replace(HOPELESS, fitting_model=None), (T4,)) == verdict_lines(HOPELESS, (T4,))[:1]
+
+
+def test_what_fits_in_16_bit_too_is_part_of_the_answer() -> None:
+    unquantized = PlanOption(
+        gradient_checkpointing="on",
+        recomputed_products=(),
+        process_bytes=18 * GIB,
+        process_high_bytes=19 * GIB,
+        fits="yes",
+        step_seconds=1.0,
+    )
+    first, *others = verdict_lines(replace(REPORT, unquantized=unquantized), (RTX_4090,))
+    assert [first] == verdict_lines(REPORT, (RTX_4090,))
+    assert others == [
+        "In 16 bit it fits, too, without the error of quantization: with --quant none it takes 18.0 GiB, at most "
+        "19.0; each layer is recomputed."
+    ]
 
 
 def test_a_change_that_is_not_enough_is_a_detail(capsys: pytest.CaptureFixture[str]) -> None:

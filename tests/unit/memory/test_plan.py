@@ -120,7 +120,7 @@ def test_selective_that_was_asked_for_stays_selective() -> None:
 
 def test_a_model_without_such_products_keeps_what_selective_keeps() -> None:
     planned = plan_run(OPEN, card(14 * GIB), predictor({**SIZES, "selective": 18}), lambda *_: ())
-    assert planned.chosen.values == {CHECKPOINTING: "selective"}
+    assert planned.chosen.values == {CHECKPOINTING: "selective", KEPT: None}
 
 
 def test_what_is_suggested_is_predicted_as_it_would_be_planned() -> None:
@@ -173,12 +173,12 @@ def test_compiled_layers_take_two_kinds_only() -> None:
     asked: list[str] = []
     planned = planned_run(settings(torch_compile=True), 4, predictor(SIZES, asked))
     assert asked == ["off", "on"]
-    assert planned.chosen.values == {CHECKPOINTING: "on"}
+    assert planned.chosen.values == {CHECKPOINTING: "on", KEPT: None}
 
 
 def test_a_kind_that_the_model_does_not_support_is_left_out() -> None:
     planned = planned_run(OPEN, 4, predictor({"off": 5}))
-    assert planned.chosen.values == {CHECKPOINTING: "off"}
+    assert planned.chosen.values == {CHECKPOINTING: "off", KEPT: None}
     assert planned.plan.alternatives == ()
     assert planned.leaner == ()
     with pytest.raises(ModelError, match="no offload"):
