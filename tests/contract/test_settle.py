@@ -35,6 +35,7 @@ VARIES = {
     "memory/solver.py": 1,  # the largest that fits
     "memory/alternatives.py": 1,  # what fits, too
     "memory/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
+    "memory/step_time.py": 1,  # rows of the mean length
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
