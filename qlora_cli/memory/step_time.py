@@ -74,8 +74,9 @@ def with_run(
     mean_tokens = length if asked.mean_tokens is None else asked.mean_tokens
     if mean_tokens > length:
         raise UsageError(
-            f"inspect_memory.mean_tokens: {mean_tokens:,} is more than the {length:,} of data.max_length",
+            f"{mean_tokens:,} is more than the {length:,} tokens that a row may have",
             hint="Rows are truncated there: give --max-length as well, or fewer --mean-tokens.",
+            setting="inspect_memory.mean_tokens",
         )
     training = settings.training
     rows = asked.rows * training.epochs
