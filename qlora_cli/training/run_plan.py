@@ -296,9 +296,10 @@ def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None)
 
 def _earlier_plan(resume: Resume | None) -> EarlierPlan | None:
     """Return what was planned for the earlier run; None without one, or if its settings left nothing open."""
-    if resume is None or resume.record.origins.get(CHECKPOINTING) != PLANNED.where:
+    paths = (CHECKPOINTING, KEPT)  # the first may have been asked for, and the second planned
+    if resume is None or PLANNED.where not in map(resume.record.origins.get, paths):
         return None
-    values = {path: resume.record.setting(path) for path in (CHECKPOINTING, KEPT)}
+    values = {path: resume.record.setting(path) for path in paths}
     return EarlierPlan(values=values, ran_out=(resume.record.error or "").startswith(OutOfMemoryError.__name__))
 
 

@@ -100,16 +100,7 @@ def check_memory(
         OutOfMemoryError: it does not fit, without `force`; names changes that would.
     """
     asked = _as_asked(settings, load_plan, longest_row_tokens)
-    model = settings.model.name
-    source = load_plan.source
-    facts = ModelFacts(
-        name=model,
-        content=read_json(source.path / CONFIG),
-        path=source.path,
-        adapter=None if source.adapter is None else read_outline(source.adapter),
-    )
-    evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    estimator = Estimator(facts, evaluates=evaluates)
+    estimator = _estimator(settings, load_plan)
     predict, find_products = _contained(estimator.estimate), _contained(estimator.recomputed_products)
     planned = None
     try:
@@ -125,36 +116,53 @@ def check_memory(
         return None
     for sentence in untraced(settings.training):
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
-    fit = judge_fit(estimate, gpu)
-    predicted = _as_predicted(estimate, fit.fits)
+    if planned is not None:
+        reason = ", since the run ran out of memory" if earlier is not None and earlier.ran_out else ""
+        reporter.report(Noted(message=f"planned: {describe(planned.plan)}{reason}"))
     outlook = Outlook(
-        predicted=predicted,
+        predicted=_as_predicted(estimate, judge_fit(estimate, gpu).fits),
         estimate=estimate,
         asked=asked,
         gpu=gpu,
         estimate_of=planning(predict, find_products),
         planned=planned,
     )
-    if planned is not None:
-        reason = ", since the run ran out of memory" if earlier is not None and earlier.ran_out else ""
-        reporter.report(Noted(message=f"planned: {describe(planned.plan)}{reason}"))
-    if fit.fits != YES:
-        suggestions = outlook.suggestions()
-        what = (
-            f"training {model} takes {format_bytes(fit.process_bytes)} (at most "
-            f"{format_bytes(fit.process_high_bytes)}) on {gpu.name}, and {format_bytes(gpu.usable_bytes)} are usable"
-        )
-        if fit.fits == NO and not force and not settings.training.auto_micro_batch:
-            hint = (
-                f"It would fit with {suggestions}."
-                if suggestions
-                else "No change of flags makes it fit: use a larger GPU."
-            )
-            raise OutOfMemoryError(what, hint=f"{hint} --force tries nevertheless.")
-        more = f"; more headroom with {suggestions}" if suggestions else ""
-        verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
-        reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
+    _judge(outlook, settings, reporter, force=force)
     return outlook
+
+
+def _estimator(settings: TrainSettings, load_plan: LoadPlan) -> Estimator:
+    source = load_plan.source
+    facts = ModelFacts(
+        name=settings.model.name,
+        content=read_json(source.path / CONFIG),
+        path=source.path,
+        adapter=None if source.adapter is None else read_outline(source.adapter),
+    )
+    evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
+    return Estimator(facts, evaluates=evaluates)
+
+
+def _judge(outlook: Outlook, settings: TrainSettings, reporter: Reporter, *, force: bool) -> None:
+    """Report a run that may not fit, and what would; refuse it if it can't, without `force`."""
+    fit = judge_fit(outlook.estimate, outlook.gpu)
+    if fit.fits == YES:
+        return
+    suggestions = outlook.suggestions()
+    what = (
+        f"training {settings.model.name} takes {format_bytes(fit.process_bytes)} (at most "
+        f"{format_bytes(fit.process_high_bytes)}) on {fit.gpu}, and {format_bytes(fit.usable_bytes)} are usable"
+    )
+    if fit.fits == NO and not force and not settings.training.auto_micro_batch:
+        hint = (
+            f"It would fit with {suggestions}."
+            if suggestions
+            else "No change of flags makes it fit: use a larger GPU."
+        )
+        raise OutOfMemoryError(what, hint=f"{hint} --force tries nevertheless.")
+    more = f"; more headroom with {suggestions}" if suggestions else ""
+    verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"
+    reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
 
 
 def _contained(predict: Callable[[EstimateSettings, Gpu], Value]) -> Callable[[EstimateSettings, Gpu], Value]:

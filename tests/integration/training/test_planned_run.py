@@ -15,6 +15,7 @@ from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.training import run_plan
+from qlora_cli.training.checks.predicted_memory import check_memory
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
 from qlora_cli.units import GIB
@@ -111,6 +112,30 @@ def test_the_leanest_plan_that_does_not_fit_ends_the_run(base_model: Path, rows:
     with pytest.raises(OutOfMemoryError, match="in the forward pass, tried before the first step"):
         run(prepared, recorder)
     assert [note.rpartition(" ")[2] for note in notes_of(recorder) if "do not fit" in note] == ["selective", "on"]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_planned_products_of_a_run_count_where_selective_was_asked_for(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = train_settings(base_model, rows, tmp_path / "run", training__gradient_checkpointing="selective")
+    prepared = prepare_run(asked, Recorder())
+    assert prepared.settings.training.kept_products is not None
+    run(prepared, Recorder())
+    earlier = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        earlier.append(kwargs["earlier"])
+        return check_memory(*args, **kwargs)
+
+    monkeypatch.setattr(run_plan, "check_memory", spy)
+    again = train_settings(
+        base_model, rows, tmp_path / "run", training__gradient_checkpointing="selective", training__epochs=3
+    )
+    prepare_run(again, Recorder())
+    (plan,) = earlier
+    assert tuple(plan.values["training.kept_products"]) == prepared.settings.training.kept_products
+    assert not plan.ran_out
 
 
 @pytest.mark.usefixtures("on_a_gpu")
