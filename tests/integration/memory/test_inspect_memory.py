@@ -22,7 +22,8 @@ SHORT = ("--max-length", "64", "--micro-batch-size", "1")
 # On one GPU: those of the catalogue need further traces.
 ON_GPU = ("--gpu", "RTX 4090")
 # Nothing to plan and no other storage to try, which takes further traces.
-ONCE = (*SHORT, *ON_GPU, "--gradient-checkpointing", "on", "--quant", "nf4")
+UNPLANNED = (*SHORT, *ON_GPU, "--gradient-checkpointing", "on")
+ONCE = (*UNPLANNED, "--quant", "nf4")
 
 
 @pytest.fixture
@@ -130,13 +131,13 @@ def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
     assert trained.code == 0, trained.stderr
     # Also for the adapter alone: it was trained on an unquantized base, and continues on one.
     for name in (run, run / "adapter", *(run / "checkpoints").glob("step-*")):
-        predicted = run_qlora("inspect-memory", name, *ONCE, "--json", env=alone)
+        predicted = run_qlora("inspect-memory", name, *UNPLANNED, "--json", env=alone)
         assert predicted.code == 0, predicted.stderr
         assert predicted.json["settings"]["quant"] == "none"
         assert ("evaluation" in {phase["name"] for phase in predicted.json["phases"]}) == (name == run)
     again = shutil.copytree(run, tmp_path / "copy")
     assert f"settings of the run {again}" in " ".join(
-        run_qlora("inspect-memory", again, *ONCE, "--json", env=alone).json["assumptions"]
+        run_qlora("inspect-memory", again, *UNPLANNED, "--json", env=alone).json["assumptions"]
     )
     record = json.loads((run / "run.json").read_text())
     record["settings"]["model"] |= {"trust_remote_code": True, "allow_pickle": True}
@@ -145,7 +146,7 @@ def test_a_run_is_predicted_from_its_record_which_can_not_grant_trust(
     content |= {"model_type": "own", "auto_map": {"AutoConfig": "payload.Own", "AutoModelForCausalLM": "payload.Own"}}
     (base / "config.json").write_text(json.dumps(content))
     (base / "payload.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    refused = run_qlora("inspect-memory", run, *ONCE, "--json", env=alone)
+    refused = run_qlora("inspect-memory", run, *UNPLANNED, "--json", env=alone)
     assert (refused.code, (tmp_path / "ran").exists()) == (2, False), refused.stderr
     assert "its own Python code" in refused.stderr
 

@@ -102,7 +102,7 @@ def test_a_run_has_no_cost_without_a_price_and_no_time_without_rows_or_rates(est
     assert run_of(estimator, rows=100).num_steps == 25
     for unknown in (run_of(estimator), run_of(estimator, rows=100, gpu=find_gpu("24GiB"))):
         assert (unknown.num_steps, unknown.run_seconds, unknown.energy_wh) == (None, None, None)
-    with pytest.raises(UsageError, match=r"5,000 is more than the 4,096 of data\.max_length"):
+    with pytest.raises(UsageError, match="mean_tokens: 5,000 is more than the 4,096 tokens that a row may"):
         run_of(estimator, rows=100, mean_tokens=5000)
 
 
