@@ -14,10 +14,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.fitting.suggestions import judge_fit
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import REFERENCE
 from qlora_cli.memory.model_facts import facts_of_catalogue
-from qlora_cli.memory.suggestions import judge_fit
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, format_count
 

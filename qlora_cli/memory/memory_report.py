@@ -8,11 +8,19 @@ from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
-from qlora_cli.memory.alternatives import METHOD, largest_model, smallest_classes, smallest_gpu, unquantized_run
 from qlora_cli.memory.catalogue import CatalogueModel
+from qlora_cli.memory.fitting.alternatives import (
+    METHOD,
+    largest_model,
+    smallest_classes,
+    smallest_gpu,
+    unquantized_run,
+)
+from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, planning
+from qlora_cli.memory.fitting.solver import solve, sweep
+from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
-from qlora_cli.memory.plan import PlannedRun, is_open, plan_run, planning
 from qlora_cli.memory.prediction import (
     Estimate,
     FittingModel,
@@ -23,9 +31,7 @@ from qlora_cli.memory.prediction import (
     figures_of_run,
 )
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.solver import solve, sweep
 from qlora_cli.memory.step_time import with_run
-from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings

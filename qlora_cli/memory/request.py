@@ -1,11 +1,15 @@
 """The request for a prediction, as plain values. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.prediction import Estimate
 from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, PredictionSettings
 from qlora_cli.settings.resolve import Resolved
+
+# Predicts a run on a GPU; raises a QloraError if the settings can't be combined.
+Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 PLOT_START = 512  # tokens
 MIN_LENGTH = 8  # the least that data.max_length takes

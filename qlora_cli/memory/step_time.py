@@ -9,7 +9,7 @@ from math import ceil
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import RunFigures, StepTime
-from qlora_cli.memory.solver import Predict
+from qlora_cli.memory.request import Predict
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.timing.operation import Counted

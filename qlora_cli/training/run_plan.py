@@ -22,7 +22,7 @@ from qlora_cli.hub.push import check_push
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
-from qlora_cli.memory.plan import CHECKPOINTING, KEPT
+from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.methods.skip_modules import linear_layers

@@ -31,10 +31,10 @@ VARIES = {
     "data/showing/inspection.py": 1,  # the rows themselves are inspected, not packed ones
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
-    "memory/suggestions.py": 1,  # runs that would fit instead
-    "memory/solver.py": 1,  # the largest that fits
-    "memory/alternatives.py": 1,  # what fits, too
-    "memory/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
+    "memory/fitting/suggestions.py": 1,  # runs that would fit instead
+    "memory/fitting/solver.py": 1,  # the largest that fits
+    "memory/fitting/alternatives.py": 1,  # what fits, too
+    "memory/fitting/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
     "memory/step_time.py": 1,  # rows of the mean length
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on

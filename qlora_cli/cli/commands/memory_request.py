@@ -17,9 +17,9 @@ from qlora_cli.errors import (
     SettingsError,
     UsageError,
 )
+from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.solver import SETTINGS
 from qlora_cli.settings.choices import Attention, SdpaBackend
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemorySettings

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from qlora_cli.errors import Problem
+from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.request import doubled
-from qlora_cli.memory.solver import SETTINGS
 from qlora_cli.settings.models import SECTIONS, value_adapter
 from qlora_cli.settings.value_sources import did_you_mean
 

@@ -13,10 +13,10 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
 from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
+from qlora_cli.memory.fitting.plan import describe
+from qlora_cli.memory.fitting.suggestions import NO
 from qlora_cli.memory.gpus import GPUS, Gpu
-from qlora_cli.memory.plan import describe
 from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, RunFigures, Solution, Suggestion
-from qlora_cli.memory.suggestions import NO
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, counted, format_count, format_duration
 

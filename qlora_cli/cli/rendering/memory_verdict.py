@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from qlora_cli.memory.fitting.suggestions import NO, YES
 from qlora_cli.memory.gpus import GPUS, Gpu, examples
 from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures
-from qlora_cli.memory.suggestions import NO, YES
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, format_count

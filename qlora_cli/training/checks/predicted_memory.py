@@ -8,11 +8,12 @@ from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.fitting.plan import PlannedRun, describe, is_open, name_of, plan_run, planning
+from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.plan import PlannedRun, describe, is_open, name_of, plan_run, planning
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
-from qlora_cli.memory.suggestions import NO, YES, judge_fit, suggest
+from qlora_cli.memory.request import Predict
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
@@ -21,7 +22,6 @@ from qlora_cli.runs.run_result import PredictedMemory
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, TrainSettings
 from qlora_cli.units import format_bytes
 
-Predict = Callable[[EstimateSettings, Gpu], Estimate]
 Value = TypeVar("Value")
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.fitting.plan import PlannedRun, plan_run
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.plan import PlannedRun, plan_run
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qlora_cli.errors import ModelError
+from qlora_cli.memory.fitting.suggestions import MAX_SUGGESTIONS, judge_fit, suggest
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures, GpuFit, Suggestion
-from qlora_cli.memory.suggestions import MAX_SUGGESTIONS, judge_fit, suggest
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.display import flags_of, is_switch
 from qlora_cli.settings.models import EstimateSettings, all_settings, field_of, metadata_of

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.alternatives import MAX_PREDICTIONS, SLOW_TO_PREDICT, largest_model, stored_bytes
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalogue
+from qlora_cli.memory.fitting.alternatives import MAX_PREDICTIONS, SLOW_TO_PREDICT, largest_model, stored_bytes
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate, FittingModel
 from qlora_cli.settings.models import EstimateSettings

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from qlora_cli.errors import ModelError
+from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run, planning
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run, planning
 from qlora_cli.memory.prediction import Estimate, Product
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from qlora_cli.errors import HardwareError
-from qlora_cli.memory.alternatives import smallest_classes, smallest_gpu
+from qlora_cli.memory.fitting.alternatives import smallest_classes, smallest_gpu
 from qlora_cli.memory.gpus import AMPERE, Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.settings.models import EstimateSettings

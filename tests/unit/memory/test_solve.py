@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from qlora_cli.errors import ModelError, UsageError
+from qlora_cli.memory.fitting.solver import SETTINGS, Point, search_between, solve, sweep, with_value
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures
-from qlora_cli.memory.solver import SETTINGS, Point, search_between, solve, sweep, with_value
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB, MIB
 
@@ -218,5 +218,5 @@ def test_a_setting_that_cannot_be_varied_is_refused() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, qlora_cli.memory.suggestions; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, qlora_cli.memory.fitting.suggestions; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

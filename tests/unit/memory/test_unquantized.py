@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.alternatives import unquantized_run
+from qlora_cli.memory.fitting.alternatives import unquantized_run
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.settings.choices import Quantization

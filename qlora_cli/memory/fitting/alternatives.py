@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 from qlora_cli.errors import HardwareError, QloraError
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue
+from qlora_cli.memory.fitting.plan import option_of
+from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
-from qlora_cli.memory.plan import option_of
 from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, PlanOption
-from qlora_cli.memory.solver import Predict
-from qlora_cli.memory.suggestions import YES, judge_fit
+from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings

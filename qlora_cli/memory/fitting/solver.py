@@ -11,13 +11,11 @@ from pydantic import ValidationError
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
+from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.models import EstimateSettings, value_adapter
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.settle import with_settings
-
-# Predicts a run on a GPU; raises a QloraError if the settings can't be combined.
-Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 # What can be solved for and swept, by the flag's name without dashes.
 SETTINGS = {

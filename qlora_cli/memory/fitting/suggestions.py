@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
+from qlora_cli.memory.fitting.solver import LENGTH_STEP, Point, headroom_bytes, search_between
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, GpuFit, Suggestion
-from qlora_cli.memory.solver import LENGTH_STEP, Point, Predict, headroom_bytes, search_between
+from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer
 from qlora_cli.settings.display import flags_of
 from qlora_cli.settings.models import EstimateSettings
