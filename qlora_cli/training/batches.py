@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.micro_batches import micro_batches_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
@@ -123,14 +124,11 @@ class Batches:
         return RowOrder(self.data.lengths, self.settings, epoch)
 
     def _indices(self, step: int, micro_batch: int) -> list[int]:
-        size = self.settings.micro_batch_size
-        num_rows, tokens = size * self.settings.gradient_accumulation_steps, self.settings.micro_batch_tokens
-        epoch, step_of_epoch = divmod(step, -(-len(self.data.lengths) // num_rows))
+        num_rows, lengths = self.settings.rows_per_step, self.data.lengths
+        epoch, step_of_epoch = divmod(step, -(-len(lengths) // num_rows))
         start = step_of_epoch * num_rows
         rows = list(self._order(epoch))[start : start + num_rows]
-        if tokens is None:
-            return rows[micro_batch * size :][:size]
-        return [rows[place] for place in fill_micro_batches(self.data.lengths[rows], tokens)[micro_batch]]
+        return micro_batches_of_step(rows, lengths, self.settings)[micro_batch]
 
     def _rows_at(self, index: int) -> list[int]:
         """Return the rows at one index of the data set: several if they are packed."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Sampler
 
-from qlora_cli.data.feeding.order import row_order
+from qlora_cli.data.feeding.micro_batches import epoch_order
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.settings.models import TrainingSettings
 
@@ -19,17 +19,7 @@ class RowOrder(Sampler[int]):
     epoch: int = 0
 
     def __iter__(self) -> Iterator[int]:
-        settings = self.settings
-        return iter(
-            row_order(
-                self.lengths,
-                settings.sampling,
-                batch_rows=settings.micro_batch_size * settings.gradient_accumulation_steps,
-                longest_first=settings.longest_first,
-                seed=settings.seed,
-                epoch=self.epoch,
-            )
-        )
+        return iter(epoch_order(self.lengths, self.settings, self.epoch))
 
     def __len__(self) -> int:
         return len(self.lengths)

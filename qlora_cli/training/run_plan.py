@@ -1,6 +1,5 @@
 """Prepare a run up to its first step: settings, data, weights, adapter and batch arithmetic."""
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -418,20 +417,10 @@ def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Report
 
 
 def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
-    """Return the steps of a run: `max_steps`, or those of `epochs`, counted like the trainer does.
-
-    `num_rows` is None for a stream, for which `max_steps` is given.
-    """
+    """Return the steps of a run; `num_rows` is None for a stream, for which `max_steps` is given."""
     training = settings.training
-    if training.max_steps is not None:
-        return training.max_steps
-    assert num_rows is not None, "settings require max_steps for a stream"
-    return max(1, math.ceil(training.epochs * _steps_per_epoch(settings, num_rows)))
-
-
-def _steps_per_epoch(settings: TrainSettings, num_rows: int) -> int:
-    num_micro_batches = math.ceil(num_rows / settings.training.micro_batch_size)
-    return math.ceil(num_micro_batches / settings.training.gradient_accumulation_steps)
+    assert num_rows is not None or training.max_steps is not None, "settings require max_steps for a stream"
+    return training.num_steps(num_rows or 0)
 
 
 def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
@@ -476,10 +465,10 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         num_devices=1,
-        examples_per_step=training.micro_batch_size * training.gradient_accumulation_steps,
+        examples_per_step=training.rows_per_step,
         num_steps=num_steps,
         save_steps=save_interval(training, num_steps),
-        num_epochs=None if num_rows is None else num_steps / _steps_per_epoch(settings, num_rows),
+        num_epochs=None if num_rows is None else num_steps / training.steps_per_epoch(num_rows),
         adapter_bytes=sizes.adapter_bytes,
         optimizer_bytes=sizes.optimizer_bytes,
         checkpoint_bytes=sizes.checkpoint_bytes,

@@ -28,7 +28,7 @@ SETTLES = {
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {
-    "data/showing/inspection.py": 1,  # the rows themselves are inspected, not packed ones
+    "data/showing/inspection.py": 2,  # the rows themselves are inspected, not packed ones; in another order
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead

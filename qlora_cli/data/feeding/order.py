@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.settings.choices import Sampling
 
@@ -26,13 +25,6 @@ def row_order(
     longest = np.argsort(-lengths, kind="stable")[:batch_rows].tolist()
     is_moved = set(longest)
     return [*longest, *(row for row in order if row not in is_moved)]
-
-
-def num_micro_batches(lengths: Numbers, order: list[int], *, batch_rows: int, most_tokens: int) -> int:
-    """Return the micro-batches of an epoch in this order, where the rows of a step fill them up to `most_tokens`."""
-    fed = lengths[np.asarray(order)]
-    steps = (fed[start : start + batch_rows] for start in range(0, len(fed), batch_rows))
-    return sum(len(fill_micro_batches(of_step, most_tokens)) for of_step in steps)
 
 
 def padding_share(lengths: Numbers, order: list[int], micro_batch_size: int) -> float:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
-from qlora_cli.data.feeding.order import num_micro_batches, padding_share, row_order
+from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batch_tokens
+from qlora_cli.data.feeding.order import padding_share
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
 from qlora_cli.data.feeding.token_table import TokenTable, first_occurrences
@@ -154,24 +155,16 @@ def count_lengths(lengths: NDArray[np.int64]) -> tuple[Bar, ...]:
 
 
 def _batches(data: PreparedData, training: TrainingSettings, max_length: int) -> BatchSummary:
-    batch_rows = training.micro_batch_size * training.gradient_accumulation_steps
     tokens = training.micro_batch_tokens
 
-    def order(sampling: Sampling) -> list[int]:
-        return row_order(
-            data.lengths,
-            sampling,
-            batch_rows=batch_rows,
-            longest_first=training.longest_first,
-            seed=training.seed,
-        )
-
     def share(sampling: Sampling) -> float:
-        return 0.0 if tokens is not None else padding_share(data.lengths, order(sampling), training.micro_batch_size)
+        order = epoch_order(data.lengths, with_values(training, sampling=sampling))
+        return 0.0 if tokens is not None else padding_share(data.lengths, order, training.micro_batch_size)
 
     filled = None
     if tokens is not None:
-        filled = num_micro_batches(data.lengths, order(training.sampling), batch_rows=batch_rows, most_tokens=tokens)
+        num_steps = training.steps_per_epoch(len(data.lengths))
+        filled = micro_batch_tokens(data.lengths, training, num_steps=num_steps, is_packed=False).total()
     num_packed = len(best_fit(data.lengths, max_length))
     return BatchSummary(
         micro_batch_size=training.micro_batch_size,

@@ -1,5 +1,6 @@
 """The training loop."""
 
+from math import ceil
 from typing import Annotated
 
 from pydantic import Field
@@ -190,3 +191,18 @@ class TrainingSettings(Section):
     sample_tokens: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=64, ge=1, description="Longest answer to a sample prompt, in tokens."
     )
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of a full step; the last one of an epoch may have fewer."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def num_steps(self, num_rows: int) -> int:
+        """Return the optimizer steps of a run over `num_rows` rows, counted like the trainer does."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, ceil(self.epochs * self.steps_per_epoch(num_rows)))
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Return the optimizer steps of an epoch of `num_rows` rows."""
+        return ceil(ceil(num_rows / self.micro_batch_size) / self.gradient_accumulation_steps)

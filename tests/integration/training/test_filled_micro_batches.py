@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_cli.data.feeding.micro_batches import micro_batch_tokens
 from qlora_cli.errors import OutOfMemoryError, SettingsError, TrainingError
 from qlora_cli.events import EvalDone, Noted, Rehearsed, StepDone, StepSkipped
-from qlora_cli.training.batches import Batches
+from qlora_cli.training.batches import Batches, micro_batches_of
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
@@ -104,6 +106,31 @@ def test_a_run_has_the_losses_and_steps_of_one_row_at_a_time(base_model: Path, r
     record = json.loads((tmp_path / "run-300" / "run.json").read_text())
     assert record["plan"]["micro_batch_tokens"] == 300
     assert record["plan"]["padding_share"] == 0
+
+
+@pytest.mark.parametrize(
+    ("is_packed", "changed"),
+    [
+        (False, {"training__micro_batch_tokens": 200}),
+        (False, {"training__micro_batch_size": 2, "training__sampling": "group_by_length"}),
+        (False, {"training__micro_batch_size": 5, "training__longest_first": True}),
+        (True, {"training__micro_batch_size": 2}),
+    ],
+    ids=["filled", "grouped", "longest first", "packed"],
+)
+def test_the_micro_batches_that_are_counted_are_those_that_are_fed(
+    is_packed: bool, changed: dict[str, object], base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_of(base_model, rows, tmp_path / "run", data__packing=is_packed, **changed)
+    order = trainer.train_sampler()
+    assert order is not None
+    settings, lengths = order.settings, order.lengths
+    loader, fed = trainer.get_train_dataloader(), Counter[int]()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        fed.update(each["input_ids"].numel() for batch in loader for each in micro_batches_of(batch))
+    num_steps = 2 * settings.steps_per_epoch(len(lengths))
+    assert micro_batch_tokens(lengths, settings, num_steps=num_steps, is_packed=is_packed) == fed
 
 
 def test_the_held_out_loss_is_the_mean_over_all_tokens(base_model: Path, rows: Path, tmp_path: Path) -> None:

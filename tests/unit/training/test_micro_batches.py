@@ -1,12 +1,16 @@
 """A step's rows are divided into micro-batches of tokens: no row is cut, lost or repeated, and the order is kept."""
 
+from functools import partial
+from math import ceil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.data.feeding.order import num_micro_batches
+from qlora_cli.data.feeding.micro_batches import micro_batch_tokens
 from qlora_cli.data.feeding.packing import fill_micro_batches
+from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.batches import BatchCollator, StepCollator, micro_batches_of
 
 
@@ -28,11 +32,51 @@ def test_short_rows_fill_up_what_long_ones_leave() -> None:
     assert fill_micro_batches(np.array([4, 4, 4]), 100) == [[0, 1, 2]]
 
 
-def test_micro_batches_of_an_epoch_are_counted_step_by_step() -> None:
-    lengths = np.array([6, 4, 6, 4])
-    assert num_micro_batches(lengths, [0, 1, 2, 3], batch_rows=2, most_tokens=10) == 2
-    assert num_micro_batches(lengths, [0, 2, 1, 3], batch_rows=2, most_tokens=10) == 3
-    assert num_micro_batches(lengths, [0, 2, 1, 3], batch_rows=4, most_tokens=10) == 2
+def training_of(**values: object) -> TrainingSettings:
+    return TrainingSettings.model_validate({"sampling": "sequential", "gradient_accumulation_steps": 1, **values})
+
+
+def test_micro_batches_of_a_run_are_counted_step_by_step() -> None:
+    def filled(lengths: list[int], rows: int, num_steps: int) -> dict[int, int]:
+        training = training_of(micro_batch_size=rows, micro_batch_tokens=10)
+        return micro_batch_tokens(np.array(lengths), training, num_steps=num_steps, is_packed=False)
+
+    assert filled([6, 4, 6, 4], rows=2, num_steps=2) == {10: 2}
+    assert filled([6, 6, 4, 4], rows=2, num_steps=2) == {6: 2, 8: 1}
+    assert filled([6, 6, 4, 4], rows=4, num_steps=1) == {10: 2}
+    assert filled([6, 6, 4], rows=2, num_steps=3) == {6: 4, 4: 1}  # the last step of an epoch has one row
+
+
+def test_padded_micro_batches_are_as_long_as_their_longest_row_and_packed_ones_as_their_tokens() -> None:
+    def tokens(*, is_packed: bool) -> dict[int, int]:
+        training = training_of(micro_batch_size=2)
+        return micro_batch_tokens(np.array([3, 7, 5]), training, num_steps=2, is_packed=is_packed)
+
+    assert tokens(is_packed=False) == {14: 1, 5: 1}
+    assert tokens(is_packed=True) == {10: 1, 5: 1}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    training=st.builds(
+        training_of,
+        micro_batch_size=st.integers(1, 5),
+        gradient_accumulation_steps=st.integers(1, 4),
+        micro_batch_tokens=st.none() | st.integers(8, 200),
+        sampling=st.sampled_from(["random", "group_by_length", "sequential"]),
+        seed=st.integers(0, 3),
+    ),
+)
+def test_every_row_is_in_one_micro_batch_of_each_epoch(lengths: list[int], training: TrainingSettings) -> None:
+    num_steps = 2 * training.steps_per_epoch(len(lengths))
+    counted = partial(micro_batch_tokens, np.array(lengths), training, num_steps=num_steps)
+    joined, other = counted(is_packed=True), counted(is_packed=False)
+    assert sum(tokens * number for tokens, number in joined.items()) == 2 * sum(lengths)
+    if training.micro_batch_tokens is not None:
+        assert joined == other
+        return
+    assert joined.total() == other.total() == 2 * ceil(len(lengths) / training.micro_batch_size)
+    assert sum(tokens * number for tokens, number in other.items()) >= 2 * sum(lengths)
 
 
 def test_a_step_is_collated_into_joined_rows_whose_positions_restart() -> None:
