@@ -31,7 +31,8 @@ from qlora_cli.memory.prediction import (
     figures_of_run,
 )
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.step_time import with_run
+from qlora_cli.memory.run_batches import run_batches, with_longest
+from qlora_cli.memory.run_time import with_run
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
@@ -89,7 +90,7 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
 def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
-    asked = estimator.settled(request.asked).settings
+    asked = with_longest(estimator.settled(request.asked).settings, request.rows)
     plans = _plans(asked, request.gpus, estimator)
     settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
@@ -116,10 +117,18 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         num_parameters=num_parameters,
         num_trainable_parameters=traced.num_trained,
         settings=_shown_settings(settings, estimate),
+        data=request.rows.summary if request.rows else None,
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
-        predicted=with_run(figures_of_run(estimate), settings, request.prediction, gpu, estimator.estimate),
+        predicted=with_run(
+            figures_of_run(estimate),
+            settings,
+            request.rows.batches if request.rows else run_batches(settings, request.prediction),
+            gpu,
+            estimator.estimate,
+            price=request.prediction.price,
+        ),
         components=estimate.components,
         phases=estimate.phases,
         ruling_phase=estimate.ruling_phase,
@@ -179,7 +188,7 @@ def _largest_model(
 
     def predict(model: CatalogueModel, gpu: Gpu) -> Estimate:
         other = estimator_for(request, facts_of_catalogue(model))
-        return other.estimate(other.settled(request.asked).settings, gpu)
+        return other.estimate(with_longest(other.settled(request.asked).settings, request.rows), gpu)
 
     estimate = estimator.estimate(settings, gpu)
     num_parameters = estimator.layout(settings, estimator.dtype_on(settings, gpu)).inventory.num_parameters
@@ -222,12 +231,32 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
     }
 
 
-def _assumptions_of_run(settings: EstimateSettings, gpu: Gpu) -> list[str]:
+def _assumptions_of_run(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu) -> list[str]:
     """Return sentences on what the prediction of a whole run takes for granted."""
     if rates_of(gpu.card, gpu.num_sms) is None:
         return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
-    of_rows = "are packed without gaps" if settings.data.packing else "all have the mean length"
-    return [f"for the time of the run, rows {of_rows}; loading, evaluations and checkpoints come in addition"]
+    if request.rows is not None:
+        of_rows = f"the time of the run is that of the micro-batches of {request.rows.summary.name}"
+    else:
+        are = "are packed without gaps" if settings.data.packing else "all have the mean length"
+        of_rows = f"for the time of the run, rows {are}"
+    return [f"{of_rows}; loading, evaluations and checkpoints come in addition"]
+
+
+def _assumed_rows(settings: EstimateSettings, *, is_read: bool) -> str:
+    """Return a sentence on the lengths of rows; `is_read`: the longest of a data set is known."""
+    length, tokens = settings.data.max_length, settings.training.micro_batch_tokens
+    own = "the longest row of the data" if is_read else "every row"
+    if settings.data.packing:
+        return "rows are packed to the full length, and attention does not cross from one to another"
+    if tokens is not None:
+        return (
+            f"the rows of a step, of up to {length:,} tokens, fill micro-batches of {tokens:,}, and attention does "
+            "not cross from one to another"
+        )
+    if settings.training.micro_batch_size > 1:
+        return f"each micro-batch has a row of {length:,} tokens and shorter, padded ones"
+    return f"{own} has {length:,} tokens"
 
 
 def _assumptions(
@@ -244,19 +273,9 @@ def _assumptions(
         )
     if incapable:
         sentences.append(f"not judged, since they can't compute with these settings: {', '.join(incapable)}")
-    if settings.data.packing:
-        sentences.append("rows are packed to the full length, and attention does not cross from one to another")
-    elif (tokens := settings.training.micro_batch_tokens) is not None:
-        sentences.append(
-            f"the rows of a step, of up to {settings.data.max_length:,} tokens, fill micro-batches of {tokens:,}, and "
-            "attention does not cross from one to another"
-        )
-    elif settings.training.micro_batch_size > 1:
-        sentences.append(f"each micro-batch has a row of {settings.data.max_length:,} tokens and shorter, padded ones")
-    else:
-        sentences.append(f"every row has {settings.data.max_length:,} tokens")
-    if request.prediction.rows is not None:
-        sentences += _assumptions_of_run(settings, gpu)
+    sentences.append(_assumed_rows(settings, is_read=request.rows is not None))
+    if request.prediction.rows is not None or request.rows is not None:
+        sentences += _assumptions_of_run(request, settings, gpu)
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")

@@ -249,8 +249,9 @@ class RunFigures(Figures):
     """The peaks of a run, the time of its optimizer step and of all its steps, with the ends of the error bands.
 
     What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`. From `num_steps`
-    on, it is also None if it was not asked how many rows there are. `cost` is in the currency of the price that was
-    given, and `energy_wh` the GPU's at its rated power, in watt-hours.
+    on, it is also None if neither rows nor a data set were given. `run_limited_by` is what takes most of the run,
+    which has shorter rows than the step. `cost` is in the currency of the price that was given, and `energy_wh` the
+    GPU's at its rated power, in watt-hours.
     """
 
     step_seconds: float | None = None
@@ -264,8 +265,13 @@ class RunFigures(Figures):
     run_seconds: float | None = None
     run_seconds_low: float | None = None
     run_seconds_high: float | None = None
+    run_limited_by: str | None = None
     cost: float | None = None
+    cost_low: float | None = None
+    cost_high: float | None = None
     energy_wh: float | None = None
+    energy_wh_low: float | None = None
+    energy_wh_high: float | None = None
 
 
 def figures_of_run(estimate: Estimate) -> RunFigures:
@@ -276,10 +282,30 @@ def figures_of_run(estimate: Estimate) -> RunFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """The rows of a data set as `train` would feed them, counted as in its plan; lengths in tokens.
+
+    `num_packed_rows` is None without packing, `num_eval_rows` without held-out rows. `padding_share` is that of the
+    first epoch; `num_micro_batches` are those of the whole run.
+    """
+
+    name: str
+    num_train_rows: int
+    num_packed_rows: int | None
+    num_eval_rows: int | None
+    num_train_tokens: int
+    longest_row_tokens: int
+    num_truncated_rows: int
+    padding_share: float
+    num_micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """The result of `qlora inspect-memory`.
 
     Attributes:
+        data: None if no data set was read.
         fits: For the requested GPUs, or for every GPU of the catalogue.
         plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
         unquantized: The run with its base in 16 bit, if how it is stored was not asked for and that fits on the first
@@ -297,6 +323,7 @@ class MemoryReport:
     num_parameters: int
     num_trainable_parameters: int
     settings: dict[str, str]
+    data: DataSummary | None
     gpu: str
     dtype: str
     attention_backends: tuple[str, ...]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.run_batches import MIN_LENGTH, ReadRows
 from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, PredictionSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -12,7 +13,6 @@ from qlora_cli.settings.resolve import Resolved
 Predict = Callable[[EstimateSettings, Gpu], Estimate]
 
 PLOT_START = 512  # tokens
-MIN_LENGTH = 8  # the least that data.max_length takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,13 @@ class MemoryRequest:
         gpus: In the order in which they were named; empty if none was.
         sweep: The values to predict for, rising, keyed by the flag's name without dashes, in every combination.
             No values for `max-length` mean those of a plot, up to the length of the run, which `swept` fills in.
+        rows: Those of the data set that was named; None if none was.
     """
 
     asked: Resolved[InspectMemorySettings]
     gpus: tuple[Gpu, ...] = ()
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rows: ReadRows | None = None
 
     @property
     def prediction(self) -> PredictionSettings:

@@ -18,14 +18,10 @@ def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
 
 
 def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:
-    """Yield the settings about a whole run that have no effect without its number of rows."""
-    for key in ("mean_tokens", "price"):
-        if prediction.rows is None:
-            yield (
-                f"inspect_memory.{key}",
-                "has no effect without --rows",
-                "Add --rows N, the rows of the training data.",
-            )
+    """Yield the length of rows if their number is not given."""
+    if prediction.rows is None:
+        hint = "Add --rows N, the rows of the training data."
+        yield "inspect_memory.mean_tokens", "has no effect without --rows", hint
 
 
 def generation_conflicts(answers: AnswerSettings) -> Iterator[Conflict]:

@@ -39,6 +39,7 @@ __all__ = [
     "EvaluationSettings",
     "GenerateSettings",
     "InspectDataSettings",
+    "InspectMemoryOfDataSettings",
     "InspectMemorySettings",
     "LoadCommandSettings",
     "LoadSettings",
@@ -145,7 +146,9 @@ class EstimateDataSettings(DataSettings):
     """The rows of a predicted run, of which only the length matters."""
 
     dataset: Datasets | None = Field(  # type: ignore[assignment]
-        default=None, description="Not read: memory depends on the length of rows only."
+        default=None,
+        description="Training data, named as for train: predicts its longest row, and the time of the run over its "
+        "micro-batches. Not read if only a settings file names it.",
     )
 
 
@@ -161,6 +164,12 @@ class InspectMemorySettings(EstimateSettings):
     """The settings of `qlora inspect-memory`: those of the run and of its prediction."""
 
     inspect_memory: PredictionSettings = Field(default_factory=PredictionSettings)
+
+
+class InspectMemoryOfDataSettings(InspectMemorySettings):
+    """The settings of `qlora inspect-memory --dataset`: the rules for data apply, since it is read."""
+
+    data: DataSettings  # type: ignore[assignment]
 
 
 SECTIONS: dict[str, type[Section]] = {

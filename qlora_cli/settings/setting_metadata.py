@@ -25,9 +25,11 @@ class Command(StrEnum):
     EVALUATE = "evaluate"
 
 
-# The commands that read weights, and those that read a tokenizer.
+# The commands that read weights, those that read a tokenizer, and those that read training data or any.
 LOADERS = (Command.LOAD, Command.TRAIN, Command.GENERATE, Command.CHAT, Command.EVALUATE)
 TOKENIZERS = (*LOADERS, Command.INSPECT_DATA)
+TRAINING_DATA = (Command.TRAIN, Command.INSPECT_DATA, Command.INSPECT_MEMORY)
+DATA = (*TRAINING_DATA, Command.EVALUATE)
 # The commands that look for a base, and those that read weights of any kind.
 BASES = (*TOKENIZERS, Command.MERGE)
 READERS = (*LOADERS, Command.MERGE)

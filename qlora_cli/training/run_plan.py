@@ -12,7 +12,7 @@ from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.fused_lora import switch_fused, unfused
 from qlora_cli.adapters.reader import read_tensors
 from qlora_cli.adapters.trainable import further_training_problem
-from qlora_cli.data.feeding.order import padding_share
+from qlora_cli.data.feeding.micro_batches import padding_of_epoch
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
@@ -36,7 +36,6 @@ from qlora_cli.training.checks.checks_before_data import check_before_data, with
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
 from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
-from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
 from qlora_cli.training.resuming.resume import (
@@ -247,7 +246,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
         micro_batch_size=lowered.micro_batch_size,
         micro_batch_tokens=lowered.micro_batch_tokens,
         gradient_accumulation_steps=lowered.gradient_accumulation_steps,
-        padding_share=_padding_share(resolved.settings, prepared.train_data),
+        padding_share=padding_of_epoch(prepared.train_data.lengths, lowered, is_packed=resolved.settings.data.packing),
     )
     return replace(prepared, resolved=resolved, plan=plan)
 
@@ -330,7 +329,7 @@ def _check_memory(
     gpu = current_gpu(load_plan)
     if gpu is None:
         return None
-    longest = max(int(prepared.lengths.max()) for prepared in (data.train, data.evaluation) if prepared is not None)
+    longest = data.longest_tokens
     if settings.data.streaming:  # later rows may be longer than the first
         longest = settings.data.max_length
     return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force, earlier=earlier)
@@ -423,14 +422,6 @@ def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
     return training.num_steps(num_rows or 0)
 
 
-def _padding_share(settings: TrainSettings, data: PreparedData) -> float:
-    """Return the share of pad tokens in the first epoch; joined rows have none."""
-    if settings.data.packing or settings.training.micro_batch_tokens is not None:
-        return 0.0
-    order = list(RowOrder(data.lengths, settings.training))
-    return padding_share(data.lengths, order, settings.training.micro_batch_size)
-
-
 def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPlan:
     settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
     training, report = settings.training, data.train.report
@@ -460,7 +451,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         num_truncated_rows=report.truncated_rows,
         num_dropped_rows=report.dropped_rows + report.rows_without_supervision,
         num_lost_supervised_tokens=report.supervised_tokens_lost,
-        padding_share=_padding_share(settings, data.train),
+        padding_share=padding_of_epoch(data.train.lengths, training, is_packed=settings.data.packing),
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -130,12 +130,13 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
     assert settings.training.optimizer.is_paged
 
 
-def test_flags_that_do_not_affect_memory_do_not_exist() -> None:
+def test_flags_that_affect_neither_memory_nor_time_do_not_exist() -> None:
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
-    missing = {"--device", "--dataset", "--learning-rate", "--seed", "--output", "--report-to", "--alpha"}
+    missing = {"--device", "--learning-rate", "--output", "--report-to", "--alpha", "--streaming"}
     assert not missing & flags
     assert {"--max-length", "--rank", "--optimizer", "--gradient-checkpointing", "--revision"} <= flags
+    assert {"--dataset", "--seed", "--sampling", "--chat-template"} <= flags  # which decide the micro-batches
     assert {metadata_of(path).flag for path in all_settings()} >= missing
 
 
@@ -146,6 +147,15 @@ def test_what_a_run_over_rows_is_predicted_from_needs_the_rows(asked: Ask) -> No
     assert request.asked.settings.training.epochs == 3
     for flag, value in (("--mean-tokens", "300"), ("--epochs", "3"), ("--price", "1.5")):
         assert "has no effect without --rows" in " ".join(refused("base", flag, value).split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--format", "text"), ("--seed", "3"), ("--sampling", "sequential"), ("--chat-template", "chatml")],
+)
+def test_flags_about_the_rows_need_a_data_set(core: Core, flag: str, value: str) -> None:
+    assert f"error: {flag}: has no effect without --dataset" in refused("base", flag, value)
+    assert core.requests == []
 
 
 def test_epochs_in_a_settings_file_need_no_rows(asked: Ask, tmp_path: Path) -> None:
@@ -163,6 +173,7 @@ def test_a_settings_file_of_train_is_taken_as_it_is(asked: Ask, tmp_path: Path) 
     request = asked("--config", config)
     assert (request.asked.settings.model.name, request.asked.settings.lora.rank) == ("base", 8)
     assert evaluates(request)
+    assert request.rows is None  # the data that a file names is not read
     assert asked("other", "--config", config).asked.settings.model.name == "other"
     assert not evaluates(asked("--config", config, "--no-eval"))
 
@@ -253,7 +264,17 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         (["--sweep", "max-length=512", "rank=8", "base"], "MODEL: 'rank=8' is no model, but values to sweep"),
         (["base", "--rank", "0"], "--rank: must be greater than or equal to 1"),
         (["base", "--config", "no.yaml"], "--config no.yaml: No such file"),
-        (["base", "--dataset", "rows.jsonl"], "no such option: --dataset"),
+        (["base", "--dataset", "no.jsonl"], "--dataset: no data set at no.jsonl: no such file"),
+        (["base", "--dataset", "no.jsonl", "--rows", "5"], "--rows: has no effect with --dataset, whose rows are"),
+        (["base", "--dataset", "no.jsonl", "--mixing", "all_exhausted"], "no effect on a single data set"),
+        (
+            ["base", "--dataset", "no.jsonl", "--set", "data.streaming=true", "--set", "training.max_steps=5"],
+            "the rows of a stream are not known before",
+        ),
+        (
+            ["base", "--dataset", "no.jsonl", "--packing", "--longest-first"],
+            "longest_first has no effect with",
+        ),
         (["base", "--quant", "none", "--set", "quantization.compute_dtype=bf16"], "no effect with --quant none"),
     ],
 )

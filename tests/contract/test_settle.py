@@ -22,12 +22,14 @@ FILE = inferred_origin("run.json")
 # The modules that settle, and how often: each command once, and a value that is lowered when a machine demands it.
 SETTLES = {
     "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not needed
+    "cli/commands/predicted_data.py": 1,  # those and the settings of a run, before its data is read
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
     "training/run_plan.py": 1,  # what memory decides: a plan for the GPU, a leaner one, a smaller micro-batch
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {
+    "cli/commands/predicted_data.py": 1,  # the repository with the tokenizer of a model of the catalogue
     "data/showing/inspection.py": 2,  # the rows themselves are inspected, not packed ones; in another order
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
@@ -35,7 +37,7 @@ VARIES = {
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too
     "memory/fitting/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
-    "memory/step_time.py": 1,  # rows of the mean length
+    "memory/run_batches.py": 3,  # the longest row that was read; micro-batches of other lengths
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was

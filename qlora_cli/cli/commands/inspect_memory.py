@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli import options
-from qlora_cli.cli.commands.memory_request import read_request
+from qlora_cli.cli.commands.memory_request import read_request, reads_data
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.settings.setting_metadata import Command
@@ -42,6 +42,10 @@ def inspect_memory(
     with reporting() as reporter:
         from qlora_cli.memory.memory_report import inspect_memory as predict
 
+        if reads_data(request.asked):
+            from qlora_cli.cli.commands.predicted_data import with_rows
+
+            request = with_rows(request, reporter)
         report = predict(request, reporter)
         if plot is not None:
             from qlora_cli.memory.plot import plot_sweep

@@ -22,10 +22,15 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Attention, SdpaBackend
 from qlora_cli.settings.display import flag_of
-from qlora_cli.settings.models import InspectMemorySettings
+from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.setting_metadata import Command
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
+DATASET = "data.dataset"
+PRICE = "inspect_memory.price"
+OF_RUN = ("training.epochs", PRICE)
+ON_COMMAND_LINE = ("flag", "set")
 HAS_SDPA = (Attention.AUTO, Attention.SDPA)
 
 
@@ -38,13 +43,16 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
     """
     try:
         resolved = options.resolve_settings(context, InspectMemorySettings)
+        if reads_data(resolved):
+            resolved = options.resolve_settings(context, InspectMemoryOfDataSettings)
     except SettingsError as error:  # the flags about the prediction are parsed all the same
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
         read = _ReadFlags.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
     asked = resolved.settings.inspect_memory
     read = _ReadFlags.of(asked.gpus, asked.sweep, words, resolved.where_of)
-    if problems := [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]:
+    problems = [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]
+    if problems := [*problems, *_about_run(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
         raise wrong.for_setting("inspect_memory.plot")
@@ -123,7 +131,42 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
             f"has no effect with --attention {attention}",
         )
         yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
-    epochs = resolved.origin_of("training.epochs")
-    if asked.rows is None and epochs.kind == "flag":
-        hint = "Add --rows N, the rows of the training data, for the time of the whole run."
-        yield Problem(where=epochs.where, message="has no effect without --rows", hint=hint)
+
+
+def reads_data(resolved: Resolved[InspectMemorySettings]) -> bool:
+    """Return whether data is to be read: it was named on the command line, not only in a settings file of `train`."""
+    return resolved.origin_of(DATASET).kind in ON_COMMAND_LINE
+
+
+def _about_run(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
+    """Yield the problems with what is asked about a whole run: its data, or the number of its rows."""
+    if reads_data(resolved):
+        from qlora_cli.cli.commands.predicted_data import dataset_problems  # not needed for the memory alone
+
+        if resolved.settings.inspect_memory.rows is not None:
+            message = "has no effect with --dataset, whose rows are counted"
+            yield Problem(
+                where=resolved.where_of("inspect_memory.rows"), message=message, hint="Leave one of them out."
+            )
+        yield from dataset_problems(resolved)
+        return
+    needing = dict.fromkeys(_flags_about_data(), "--dataset")
+    if resolved.settings.inspect_memory.rows is None:
+        needing |= dict.fromkeys(OF_RUN, "--rows or --dataset")
+    for path, needed in needing.items():
+        is_asked = path == PRICE or resolved.origin_of(path).kind in ON_COMMAND_LINE
+        if is_asked and resolved.is_given(path):
+            hint = "Name the training data with --dataset" + (", or give --rows N." if "rows" in needed else ".")
+            yield Problem(where=resolved.where_of(path), message=f"has no effect without {needed}", hint=hint)
+
+
+def _flags_about_data() -> list[str]:
+    """Return the settings of the running command that decide which rows are fed, and not the memory of one."""
+    paths = [path for path, _ in options.settings_of(Command.INSPECT_MEMORY)]
+    return [
+        path
+        for path in paths
+        if path.partition(".")[0] != "inspect_memory"
+        and path != "training.epochs"
+        and not metadata_of(path).affects_memory
+    ]

@@ -16,7 +16,16 @@ from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.fitting.plan import describe
 from qlora_cli.memory.fitting.suggestions import NO
 from qlora_cli.memory.gpus import GPUS, Gpu
-from qlora_cli.memory.prediction import Components, GpuFit, MemoryReport, Phase, RunFigures, Solution, Suggestion
+from qlora_cli.memory.prediction import (
+    Components,
+    DataSummary,
+    GpuFit,
+    MemoryReport,
+    Phase,
+    RunFigures,
+    Solution,
+    Suggestion,
+)
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, counted, format_count, format_duration
 
@@ -91,7 +100,7 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
         rows.append(("answered in", format_duration(report.estimate_seconds)))
-    rows += _run_rows(report.predicted)
+    rows += _data_rows(report.data) + _run_rows(report.predicted)
     rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
@@ -146,16 +155,34 @@ def _significant(seconds: float) -> str:
     return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
 
+def _data_rows(data: DataSummary | None) -> list[Row]:
+    """Return what is fed of the data set that was read; nothing if none was."""
+    if data is None:
+        return []
+    packed = "" if data.num_packed_rows is None else f", packed into {counted(data.num_packed_rows, 'row')}"
+    held_out = "" if data.num_eval_rows is None else f"; {counted(data.num_eval_rows, 'row')} held out"
+    return _wrapped(
+        "data",
+        f"{counted(data.num_train_rows, 'row')} of {counted(data.num_train_tokens, 'token')}, the longest of "
+        f"{data.longest_row_tokens:,}{packed}{held_out}; {data.padding_share:.1%} padding, "
+        f"micro-batches in the run: {data.num_micro_batches:,}",
+    )
+
+
 def _run_rows(figures: RunFigures) -> list[Row]:
     """Return the time, the cost and the energy of the whole run; nothing if they were not asked for."""
     low, middle, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
     if low is None or middle is None or high is None or figures.energy_wh is None:
         return []
-    cost = "" if figures.cost is None else f", {figures.cost:,.2f} at the given price"
+    limit = f"{'the ' if figures.run_limited_by == HOST else ''}{figures.run_limited_by}"
+    cost = ""
+    if figures.cost is not None:
+        cost = f", {figures.cost:,.2f} ({figures.cost_low:,.2f} to {figures.cost_high:,.2f}) at the given price"
     return _wrapped(
         "the run",
         f"{counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
-        f"{format_duration(high)}){cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated power",
+        f"{format_duration(high)}), limited by {limit}{cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated "
+        "power",
     )
 
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from qlora_cli.data.feeding.order import row_order
+from qlora_cli.data.feeding.order import padding_share, row_order
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.settings.models import TrainingSettings
@@ -54,3 +54,10 @@ def _steps(lengths: Numbers, training: TrainingSettings, num_steps: int) -> Iter
         order = epoch_order(lengths, training, epoch)
         for step in range(min(steps_per_epoch, num_steps - epoch * steps_per_epoch)):
             yield order[step * size : (step + 1) * size]
+
+
+def padding_of_epoch(lengths: Numbers, training: TrainingSettings, *, is_packed: bool) -> float:
+    """Return the share of pad tokens in the first epoch; rows that are joined have none."""
+    if is_packed or training.micro_batch_tokens is not None:
+        return 0.0
+    return padding_share(lengths, epoch_order(lengths, training), training.micro_batch_size)

@@ -58,6 +58,11 @@ class TrainingData:
     train: PreparedData
     evaluation: PreparedData | None
 
+    @property
+    def longest_tokens(self) -> int:
+        """The tokens of the longest row that is fed, packed or not, trained or held out."""
+        return max(int(data.lengths.max()) for data in (self.train, self.evaluation) if data is not None)
+
 
 def prepare_data(
     settings: DataSettings, text: TextTokenizer, *, seed: int, inspect_only: bool = False

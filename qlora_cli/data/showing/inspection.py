@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
-from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batch_tokens
-from qlora_cli.data.feeding.order import padding_share
+from qlora_cli.data.feeding.micro_batches import micro_batch_tokens, padding_of_epoch
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
 from qlora_cli.data.feeding.token_table import TokenTable, first_occurrences
@@ -158,8 +157,7 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
     tokens = training.micro_batch_tokens
 
     def share(sampling: Sampling) -> float:
-        order = epoch_order(data.lengths, with_values(training, sampling=sampling))
-        return 0.0 if tokens is not None else padding_share(data.lengths, order, training.micro_batch_size)
+        return padding_of_epoch(data.lengths, with_values(training, sampling=sampling), is_packed=False)
 
     filled = None
     if tokens is not None:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from qlora_cli.settings.choices import DataFormat, LossOn, Mixing, OnBadRow, OnLong
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.setting_metadata import Command, Metadata, OnResume
+from qlora_cli.settings.setting_metadata import DATA, TRAINING_DATA, Metadata, OnResume
 from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name
 
 
@@ -17,7 +17,7 @@ class DataSettings(Section):
         Datasets,
         Metadata(
             flag="--dataset",
-            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            commands=DATA,
             on_resume=OnResume.FREE,
             is_repeatable=True,
         ),
@@ -30,7 +30,7 @@ class DataSettings(Section):
         Datasets | None,
         Metadata(
             flag="--eval-dataset",
-            commands=(Command.TRAIN, Command.INSPECT_DATA),
+            commands=TRAINING_DATA,
             affects_memory=True,
             on_resume=OnResume.FREE,
             is_repeatable=True,
@@ -43,48 +43,38 @@ class DataSettings(Section):
     )
     eval_split: Annotated[
         HeldOut,
-        Metadata(flag="--eval-split", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
+        Metadata(flag="--eval-split", commands=TRAINING_DATA, affects_memory=True),
     ] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5% or 0.05) or a number; or the split to "
         "evaluate on, of a hub data set or a directory that has any.",
     )
-    eval_group: Annotated[
-        Name | None, Metadata(flag="--eval-group", commands=(Command.TRAIN, Command.INSPECT_DATA), metavar="COLUMN")
-    ] = Field(
-        default=None,
-        description="Column that groups rows, such as a user or a document: rows with the same value are held out "
-        "together, or trained.",
+    eval_group: Annotated[Name | None, Metadata(flag="--eval-group", commands=TRAINING_DATA, metavar="COLUMN")] = (
+        Field(
+            default=None,
+            description="Column that groups rows, such as a user or a document: rows with the same value are held out "
+            "together, or trained.",
+        )
     )
     format: Annotated[
         DataFormat,
-        Metadata(
-            flag="--format", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
-        ),
+        Metadata(flag="--format", commands=DATA, on_resume=OnResume.FREE),
     ] = Field(default=DataFormat.AUTO, description="How rows are read; auto goes by the columns.")
     columns: Annotated[
         Columns,
-        Metadata(
-            flag="--columns", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), on_resume=OnResume.FREE
-        ),
+        Metadata(flag="--columns", commands=DATA, on_resume=OnResume.FREE),
     ] = Field(
         default=None, description="Names of a format's columns in this data, as prompt=question,completion=reply."
     )
-    loss_on: Annotated[
-        LossOn, Metadata(flag="--loss-on", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
-    ] = Field(
+    loss_on: Annotated[LossOn, Metadata(flag="--loss-on", commands=DATA)] = Field(
         default=LossOn.COMPLETIONS,
         description="Train on all answers (completions, assistant turns), on the last one of a row, or on all tokens.",
     )
     max_length: Annotated[
         int,
-        Metadata(
-            flag="--max-length", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE), affects_memory=True
-        ),
+        Metadata(flag="--max-length", commands=DATA, affects_memory=True),
     ] = Field(default=2048, ge=8, description="Longest row in tokens.")
-    on_long: Annotated[
-        OnLong, Metadata(flag="--on-long", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
-    ] = Field(
+    on_long: Annotated[OnLong, Metadata(flag="--on-long", commands=DATA)] = Field(
         default=OnLong.TRUNCATE,
         description="What to do with longer rows: truncate, drop, or error; reported in any case.",
     )
@@ -92,7 +82,7 @@ class DataSettings(Section):
         bool,
         Metadata(
             flag="--accept-lost",
-            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            commands=DATA,
             on_resume=OnResume.FREE,
         ),
     ] = Field(
@@ -104,17 +94,17 @@ class DataSettings(Section):
         OnBadRow,
         Metadata(
             flag="--on-bad-row",
-            commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE),
+            commands=DATA,
             on_resume=OnResume.FREE,
         ),
     ] = Field(
         default=OnBadRow.ERROR,
         description="What to do with a row that can't be read; skipped ones are written to a file.",
     )
-    drop_duplicates: Annotated[
-        bool, Metadata(flag="--drop-duplicates", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))
-    ] = Field(default=False, description="Train on each distinct row once.")
-    mixing: Annotated[Mixing, Metadata(flag="--mixing", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
+    drop_duplicates: Annotated[bool, Metadata(flag="--drop-duplicates", commands=DATA)] = Field(
+        default=False, description="Train on each distinct row once."
+    )
+    mixing: Annotated[Mixing, Metadata(flag="--mixing", commands=TRAINING_DATA)] = Field(
         default=Mixing.WEIGHTS,
         description="Meaning of the weights of several data sets: how often each row is used (weights), or "
         "probabilities, until the first data set is exhausted (first_exhausted) or all of them are (all_exhausted). "

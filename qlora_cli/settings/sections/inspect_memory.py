@@ -52,5 +52,5 @@ class PredictionSettings(Section):
         default=None, ge=MIN_TOKENS, description="Mean length of these --rows; by default, --max-length."
     )
     price: Annotated[float | None, Metadata(flag="--price", commands=INSPECT)] = Field(
-        default=None, gt=0, description="Price of the GPU for an hour, in any currency: predicts the cost of --rows."
+        default=None, gt=0, description="Price of the GPU for an hour, in any currency: predicts the cost of the run."
     )

@@ -70,7 +70,9 @@ class ModelSettings(Section):
         default=None,
         description="Scale the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
-    chat_template: Annotated[str | None, Metadata(flag="--chat-template", commands=TOKENIZERS)] = Field(
+    chat_template: Annotated[
+        str | None, Metadata(flag="--chat-template", commands=(*TOKENIZERS, Command.INSPECT_MEMORY))
+    ] = Field(
         default=None,
         min_length=1,
         description="Chat template: a .jinja file, a name that the tokenizer has, or chatml.",

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, OnResume
+from qlora_cli.settings.setting_metadata import DATA, TRAINING_DATA, Command, EffectiveWith, Metadata, OnResume
 from qlora_cli.settings.values import CheckpointingSwitch, NameList, Texts
 
 TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
@@ -134,23 +134,19 @@ class TrainingSettings(Section):
     use_liger_kernel: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Liger's fused kernels; needs liger-kernel and a GPU."
     )
-    sampling: Annotated[Sampling, Metadata(flag="--sampling", commands=(Command.TRAIN, Command.INSPECT_DATA))] = Field(
+    sampling: Annotated[Sampling, Metadata(flag="--sampling", commands=TRAINING_DATA)] = Field(
         default=Sampling.RANDOM,
         description="Order of rows; group_by_length batches rows of similar length, which saves padding.",
     )
-    longest_first: Annotated[
-        bool, Metadata(flag="--longest-first", commands=(Command.TRAIN, Command.INSPECT_DATA))
-    ] = Field(
+    longest_first: Annotated[bool, Metadata(flag="--longest-first", commands=TRAINING_DATA)] = Field(
         default=False,
         description="Start with the longest rows, so that running out of memory happens at once.",
     )
-    seed: Annotated[int, Metadata(flag="--seed", commands=(Command.TRAIN, Command.INSPECT_DATA, Command.EVALUATE))] = (
-        Field(
-            default=0,
-            ge=0,
-            lt=2**32,
-            description="Seeds the adapter, samples and splits of the data, its order and dropout.",
-        )
+    seed: Annotated[int, Metadata(flag="--seed", commands=DATA)] = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seeds the adapter, samples and splits of the data, its order and dropout.",
     )
     full_determinism: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Only deterministic kernels, where PyTorch has them; slower on a GPU."

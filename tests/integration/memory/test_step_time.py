@@ -6,16 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_cli.errors import UsageError
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.prediction import RunFigures, StepTime, figures_of_run
+from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.replaying.update_operations import update_operations
-from qlora_cli.memory.step_time import step_time, with_run
+from qlora_cli.memory.step_time import step_time
 from qlora_cli.settings.choices import Optimizer
-from qlora_cli.settings.models import EstimateSettings, PredictionSettings
-from qlora_cli.settings.settle import with_settings
+from qlora_cli.settings.models import EstimateSettings
 from tests.support.models.tracing import deep_config
 
 RTX_4090 = find_gpu("RTX 4090")
@@ -77,45 +75,6 @@ def test_a_faster_gpu_takes_less_time_and_a_size_of_memory_has_none(estimator: E
     times = [time_of(estimator, gpu=find_gpu(name)).step_seconds for name in ("L4", "RTX 4090", "H100 SXM")]
     assert times == sorted(times, reverse=True)
     assert estimator.estimate(settings_of(), find_gpu("24GB")).time is None
-
-
-def run_of(estimator: Estimator, *, gpu: Gpu = RTX_4090, epochs: float = 1, **asked: object) -> RunFigures:
-    settings = settings_of(epochs=epochs, micro_batch_size=2, gradient_accumulation_steps=2)
-    figures = figures_of_run(estimator.estimate(settings, RTX_4090))
-    return with_run(figures, settings, PredictionSettings.model_validate(asked), gpu, estimator.estimate)
-
-
-def test_a_run_is_the_steps_of_its_rows_at_their_mean_length(estimator: Estimator) -> None:
-    run = run_of(estimator, rows=1001, mean_tokens=512, epochs=2, price=3.0)
-    step = time_of(estimator, length=512, micro_batch_size=2, gradient_accumulation_steps=2)
-    assert run.num_steps == 501  # 2,002 rows, 4 in a step
-    assert run.run_seconds == pytest.approx(501 * step.step_seconds)
-    assert run.run_seconds_low == pytest.approx(501 * step.step_seconds_low)
-    assert run.run_seconds_high == pytest.approx(501 * step.step_seconds_high)
-    assert run.cost == pytest.approx(3.0 * 501 * step.step_seconds / 3600)
-    assert run.energy_wh == pytest.approx(450 * 501 * step.step_seconds / 3600)
-    assert run.step_seconds == pytest.approx(run_of(estimator).step_seconds)  # that of the longest rows
-
-
-def test_a_run_has_no_cost_without_a_price_and_no_time_without_rows_or_rates(estimator: Estimator) -> None:
-    assert run_of(estimator, rows=100).cost is None
-    assert run_of(estimator, rows=100).num_steps == 25
-    for unknown in (run_of(estimator), run_of(estimator, rows=100, gpu=find_gpu("24GiB"))):
-        assert (unknown.num_steps, unknown.run_seconds, unknown.energy_wh) == (None, None, None)
-    with pytest.raises(UsageError, match="mean_tokens: 5,000 is more than the 4,096 tokens that a row may"):
-        run_of(estimator, rows=100, mean_tokens=5000)
-
-
-def test_packed_rows_are_fed_in_full_ones_and_max_steps_overrides_epochs(estimator: Estimator) -> None:
-    packed = with_settings(settings_of(gradient_accumulation_steps=1), {"data.packing": True})
-    asked = PredictionSettings(rows=4096, mean_tokens=64)
-    figures = figures_of_run(estimator.estimate(packed, RTX_4090))
-    run = with_run(figures, packed, asked, RTX_4090, estimator.estimate)
-    assert run.num_steps == 64
-    assert run.step_seconds is not None
-    assert run.run_seconds == pytest.approx(64 * run.step_seconds)
-    limited = with_settings(packed, {"training.max_steps": 7})
-    assert with_run(figures, limited, asked, RTX_4090, estimator.estimate).num_steps == 7
 
 
 def test_pinned_activations_cross_the_bus_twice() -> None:

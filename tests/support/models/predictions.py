@@ -102,6 +102,7 @@ REPORT = MemoryReport(
         "gradient-checkpointing": "on",
         "optimizer": "adamw_torch",
     },
+    data=None,
     gpu="RTX 4090",
     dtype="bf16",
     attention_backends=("flash",),

@@ -17,7 +17,7 @@ from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, wi
 from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS, find_gpu
-from qlora_cli.memory.prediction import FittingModel, MemoryReport, PlanOption, RunFigures
+from qlora_cli.memory.prediction import DataSummary, FittingModel, MemoryReport, PlanOption, RunFigures
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
@@ -265,14 +265,36 @@ def test_a_run_shows_its_steps_time_cost_and_energy(capsys: pytest.CaptureFixtur
         run_seconds=7389.0,
         run_seconds_low=5000.0,
         run_seconds_high=9000.0,
+        run_limited_by="host",
+        cost_low=3.0,
+        cost_high=5.0,
         energy_wh=924.0,
     )
     render_memory(replace(REPORT, predicted=figures))
     joined = " ".join(capsys.readouterr().out.split())
-    assert "the run 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), 0.92 kWh at the GPU's rated power" in joined
-    assert "1:23:20 to 2:30:00), 4.11 at the given price, 0.92" in " ".join(
+    assert "the run 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), limited by the host, 0.92 kWh at the GPU's" in joined
+    assert "1:23:20 to 2:30:00), limited by the host, 4.11 (3.00 to 5.00) at the given price, 0.92" in " ".join(
         shown(replace(REPORT, predicted=replace(figures, cost=4.105)), capsys).split()
     )
+
+
+def test_the_rows_that_were_read_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    data = DataSummary(
+        name="rows.jsonl",
+        num_train_rows=1200,
+        num_packed_rows=None,
+        num_eval_rows=None,
+        num_train_tokens=340_000,
+        longest_row_tokens=1987,
+        num_truncated_rows=0,
+        padding_share=0.1234,
+        num_micro_batches=600,
+    )
+    expected = "data 1,200 rows of 340,000 tokens, the longest of 1,987; 12.3% padding, micro-batches in the run: 600"
+    assert expected in " ".join(shown(replace(REPORT, data=data), capsys).split())
+    packed = replace(data, num_packed_rows=300, num_eval_rows=50, padding_share=0.0)
+    joined = " ".join(shown(replace(REPORT, data=packed), capsys).split())
+    assert "of 1,987, packed into 300 rows; 50 rows held out; 0.0% padding" in joined
 
 
 def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,93 @@
+"""The micro-batches of a whole run, by their tokens: of rows that were read, or of rows of one length.
+
+Imports no torch.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+
+from qlora_cli.errors import UsageError
+from qlora_cli.memory.prediction import DataSummary
+from qlora_cli.settings.models import EstimateSettings, PredictionSettings
+from qlora_cli.settings.settle import with_settings
+
+LENGTH, FILLED = "data.max_length", "training.micro_batch_tokens"
+MIN_LENGTH = 8  # the least that data.max_length takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBatches:
+    """The micro-batches of a whole run.
+
+    Attributes:
+        num_steps: Its optimizer steps.
+        by_tokens: Numbers of tokens of a micro-batch, padding included, each with how many of them there are.
+    """
+
+    num_steps: int
+    by_tokens: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRows:
+    """What a prediction needs of the rows of a data set; `longest_tokens` are those of the longest one that is fed."""
+
+    batches: RunBatches
+    longest_tokens: int
+    summary: DataSummary
+
+
+def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBatches | None:
+    """Return the micro-batches of a run over `asked.rows` rows of one length; None if their number was not given.
+
+    Packed rows have the full length; rows that fill micro-batches are divided evenly among those of a step.
+
+    Raises:
+        UsageError: rows are longer on average than the longest may be.
+    """
+    if asked.rows is None:
+        return None
+    longest, training = settings.data.max_length, settings.training
+    tokens = longest if asked.mean_tokens is None else asked.mean_tokens
+    if tokens > longest:
+        raise UsageError(
+            f"{tokens:,} is more than the {longest:,} tokens that a row may have",
+            hint="Rows are truncated there: give --max-length as well, or fewer --mean-tokens.",
+            setting="inspect_memory.mean_tokens",
+        )
+    num_rows = asked.rows
+    if settings.data.packing:
+        num_rows, tokens = ceil(num_rows * tokens / longest), longest
+    num_steps = training.num_steps(num_rows)
+    num_epochs = num_steps / training.steps_per_epoch(num_rows)
+    if training.micro_batch_tokens is None:
+        size = training.micro_batch_size
+        return _batches(num_steps, [(size * tokens, num_epochs * ceil(num_rows / size))])
+    rows_per_step = min(training.rows_per_step, num_rows)
+    num_joined = max(1, training.micro_batch_tokens // tokens)
+    num_full_steps = num_epochs * num_rows / rows_per_step
+    num_whole, rest = divmod(rows_per_step, num_joined)
+    return _batches(
+        num_steps, [(num_joined * tokens, num_full_steps * num_whole), (rest * tokens, num_full_steps * (rest > 0))]
+    )
+
+
+def _batches(num_steps: int, sizes: Iterable[tuple[int, float]]) -> RunBatches:
+    by_tokens = Counter({tokens: ceil(number) for tokens, number in sizes if number})
+    return RunBatches(num_steps=num_steps, by_tokens=tuple(sorted(by_tokens.items())))
+
+
+def with_longest(settings: EstimateSettings, rows: ReadRows | None) -> EstimateSettings:
+    """Return the settings with the length of the longest row that was read, as `train` predicts its memory."""
+    return settings if rows is None else with_settings(settings, {LENGTH: max(MIN_LENGTH, rows.longest_tokens)})
+
+
+def with_tokens(settings: EstimateSettings, tokens: int) -> EstimateSettings:
+    """Return the settings of a run whose micro-batches have so many tokens, padding included."""
+    training, length = settings.training, settings.data.max_length
+    if training.micro_batch_tokens is None:
+        return with_settings(settings, {LENGTH: max(MIN_LENGTH, ceil(tokens / training.micro_batch_size))})
+    tokens = max(MIN_LENGTH, tokens)
+    return with_settings(settings, {LENGTH: min(length, tokens), FILLED: tokens})
