@@ -173,8 +173,6 @@ class QloraTrainer(TrainerSeam):
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """Return the loss of a batch of an evaluation: the mean over its trained tokens."""
-        if MICRO_BATCHES not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         for micro_batch in micro_batches_of(inputs):
             num_trained = len(micro_batch["trained_targets"])
@@ -206,7 +204,7 @@ class QloraTrainer(TrainerSeam):
         """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
         self._read_evaluation()
         if "eval_loss" in logs and self._held_out:
-            # The trainer has averaged over batches, whatever they hold.
+            # The trainer has averaged over rows of a batch, however many tokens they have.
             totals, numbers = zip(*self._held_out, strict=True)
             logs["eval_loss"] = float(torch.stack(totals).sum()) / max(1, sum(numbers))
             self._held_out.clear()

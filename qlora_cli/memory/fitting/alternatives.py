@@ -12,12 +12,11 @@ from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
 from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, PlanOption
 from qlora_cli.memory.request import Predict
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import UNQUANTIZED_METHOD
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings
 
 METHOD = "quantization.method"
-UNQUANTIZED = next(method for method in Quantization if not method.is_quantized)
 ROOMY_SHARE = 0.75  # of the usable memory, at most, by a run that fits with ease
 MAX_PREDICTIONS = 3  # each takes a second or more
 SLOW_TO_PREDICT = "linear_conv_kernel_dim"  # linear attention goes through rows in small steps: a minute and more
@@ -87,7 +86,7 @@ def unquantized_run(
     unquantized_bytes = EMBEDDING_BYTES * num_parameters + quantized.components.context_bytes
     if not settings.quantization.method.is_quantized or unquantized_bytes > gpu.usable_bytes:
         return None
-    changed = with_settings(settings, {METHOD: UNQUANTIZED})
+    changed = with_settings(settings, {METHOD: UNQUANTIZED_METHOD})
     try:
         estimate = predict(changed, gpu)
     except QloraError:  # a checkpoint that is quantized itself

@@ -134,22 +134,26 @@ def test_the_micro_batches_that_are_counted_are_those_that_are_fed(
 
 
 def test_the_held_out_loss_is_the_mean_over_all_tokens(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    # Ten rows in batches of six: a mean over batches would weigh the rows of the last one more.
-    changed = {**FILLED, "data__eval_split": "10"}
-    filled = trainer_of(base_model, rows, tmp_path / "filled", **changed)
-    whole = trainer_of(
-        base_model,
-        rows,
-        tmp_path / "whole",
-        **{**changed, "training__micro_batch_tokens": None, "training__micro_batch_size": 10},
-    )
-    assert filled.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=1e-6)
-    by_batch = [
-        float(filled.prediction_step(filled.model, batch, prediction_loss_only=True)[0])
-        for batch in filled.get_eval_dataloader()
+    # Ten rows: a mean over filled batches, or those of a few rows, would weigh the rows of the last one more.
+    divisions: list[dict[str, object]] = [
+        {"training__micro_batch_tokens": None, "training__micro_batch_size": 10},
+        {},
+        {"training__micro_batch_tokens": None},
+        {"training__micro_batch_tokens": None, "training__micro_batch_size": 4},
     ]
-    assert len(by_batch) == 2
-    assert sum(by_batch) / 2 != pytest.approx(whole.evaluate()["eval_loss"], rel=1e-4)
+    trainers = [
+        trainer_of(base_model, rows, tmp_path / f"{index}", **{**FILLED, "data__eval_split": "10", **division})
+        for index, division in enumerate(divisions)
+    ]
+    whole, *others = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert others == pytest.approx([whole] * 3, rel=1e-6)
+    for trainer in trainers[1:]:
+        by_batch = [
+            float(trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[0])
+            for batch in trainer.get_eval_dataloader()
+        ]
+        assert len(by_batch) > 1
+        assert sum(by_batch) / len(by_batch) != pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize(
