@@ -1,7 +1,6 @@
 """Prepare a run up to its first step: settings, data, weights, adapter and batch arithmetic."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -15,28 +14,36 @@ from qlora_cli.adapters.trainable import further_training_problem
 from qlora_cli.data.feeding.micro_batches import padding_of_epoch
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
+from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.push import check_push
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
-from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
-from qlora_cli.settings.value_sources import Origin
+from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
 from qlora_cli.training.checks.adapter_outline import sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
-from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
+from qlora_cli.training.checks.predicted_memory import Outlook
 from qlora_cli.training.liger import use_liger_kernels
+from qlora_cli.training.memory_plan import (
+    ACCUMULATION,
+    FITS,
+    MICRO_BATCH,
+    MICRO_BATCH_TOKENS,
+    PLANNED,
+    decided,
+    inferred_from_resume,
+    plan_memory,
+)
 from qlora_cli.training.resuming.loop_state import check_state
 from qlora_cli.training.resuming.resume import (
     Resume,
@@ -49,11 +56,7 @@ from qlora_cli.training.resuming.resume import (
 from qlora_cli.training.run_notes import note_data, note_resume
 from qlora_cli.units import counted
 
-MICRO_BATCH_TOKENS = "training.micro_batch_tokens"
-MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
-FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
 MIXES_ROWS = inferred_origin("a model that can't keep joined rows apart")
-PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    resolved, outlook = _plan_memory(resolved, load_plan, rows, reporter, resume, force=force)
+    resolved, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force)
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
@@ -176,7 +179,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
         read_tensors(resume.checkpoint / ADAPTER_WEIGHTS)  # which checks for NaN and infinity
     check_placement(asked.settings)
     model = find(asked.settings.model, reporter)
-    resolved = settle_load(asked, model, reporter, _inferred_from_resume(asked, resume))
+    resolved = settle_load(asked, model, reporter, inferred_from_resume(asked, resume))
     settings = resolved.settings
     load_plan = plan_outlined(model, settings, reporter)
     _check_head_is_unquantized(load_plan)
@@ -239,7 +242,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     if training.micro_batch_tokens is None:
         accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
         values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
-    resolved = _decided(prepared.resolved, values, FITS)
+    resolved = decided(prepared.resolved, values, FITS)
     lowered = resolved.settings.training
     plan = replace(
         prepared.plan,
@@ -256,83 +259,13 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
     outlook = prepared.outlook.leaner() if prepared.outlook is not None else None
     if outlook is None or outlook.planned is None:
         return None
-    resolved = _decided(prepared.resolved, outlook.planned.chosen.values, PLANNED)
+    resolved = decided(prepared.resolved, outlook.planned.chosen.values, PLANNED)
     plan = replace(
         prepared.plan,
         gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
         predicted_memory=outlook.predicted,
     )
     return replace(prepared, resolved=resolved, outlook=outlook, plan=plan)
-
-
-def _decided(
-    resolved: Resolved[TrainSettings], values: Mapping[str, object], origin: Origin
-) -> Resolved[TrainSettings]:
-    """Return the settings with what the machine's memory, or the model, decides, also where `auto` was given."""
-    return settle(resolved, [InferredSettings(values=values, origin=origin, is_fixed=True)])
-
-
-def _inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
-    """Return the micro-batch that fitted in the earlier run, if it was determined there."""
-    training = asked.settings.training
-    if resume is None or not training.auto_micro_batch:
-        return []
-    if training.micro_batch_tokens is not None:
-        tokens = resume.record.setting(MICRO_BATCH_TOKENS)
-        if not isinstance(tokens, int) or tokens >= training.micro_batch_tokens:
-            return []
-        return [InferredSettings(values={MICRO_BATCH_TOKENS: tokens}, origin=FITS, is_fixed=True)]
-    size, accumulation = (resume.record.setting(path) for path in (MICRO_BATCH, ACCUMULATION))
-    if not (isinstance(size, int) and isinstance(accumulation, int)):
-        return []
-    rows = training.micro_batch_size * training.gradient_accumulation_steps
-    if size >= training.micro_batch_size or size * accumulation != rows:
-        return []
-    values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
-    return [InferredSettings(values=values, origin=FITS, is_fixed=True)]
-
-
-def _earlier_plan(resume: Resume | None) -> EarlierPlan | None:
-    """Return what was planned for the earlier run; None without one, or if its settings left nothing open."""
-    paths = (CHECKPOINTING, KEPT)  # the first may have been asked for, and the second planned
-    if resume is None or PLANNED.where not in map(resume.record.origins.get, paths):
-        return None
-    values = {path: resume.record.setting(path) for path in paths}
-    return EarlierPlan(values=values, ran_out=(resume.record.error or "").startswith(OutOfMemoryError.__name__))
-
-
-def _plan_memory(
-    resolved: Resolved[TrainSettings],
-    load_plan: LoadPlan,
-    rows: TrainingData,
-    reporter: Reporter,
-    resume: Resume | None,
-    *,
-    force: bool,
-) -> tuple[Resolved[TrainSettings], Outlook | None]:
-    """Return the settings with what is planned by memory, and the outlook with them."""
-    outlook = _check_memory(resolved.settings, load_plan, rows, reporter, _earlier_plan(resume), force=force)
-    if outlook is not None and outlook.planned is not None:
-        resolved = _decided(resolved, outlook.planned.chosen.values, PLANNED)
-    return resolved, outlook
-
-
-def _check_memory(
-    settings: TrainSettings,
-    load_plan: LoadPlan,
-    data: TrainingData,
-    reporter: Reporter,
-    earlier: EarlierPlan | None,
-    *,
-    force: bool,
-) -> Outlook | None:
-    gpu = current_gpu(load_plan)
-    if gpu is None:
-        return None
-    longest = data.longest_tokens
-    if settings.data.streaming:  # later rows may be longer than the first
-        longest = settings.data.max_length
-    return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force, earlier=earlier)
 
 
 def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:
@@ -369,9 +302,9 @@ def _joined(settled: SettledRun, loaded: LoadedModel, model: PeftModel, reporter
     )
     planned = settled.outlook.planned if settled.outlook is not None else None
     reopened = {path: attrgetter(path)(settled.asked.settings) for path in (planned.chosen.values if planned else ())}
-    resolved = _decided(settled.resolved, {MICRO_BATCH_TOKENS: None, **reopened}, MIXES_ROWS)
+    resolved = decided(settled.resolved, {MICRO_BATCH_TOKENS: None, **reopened}, MIXES_ROWS)
     # The largest micro-batch is tried before the first step, whatever is predicted.
-    resolved, outlook = _plan_memory(resolved, settled.load_plan, settled.rows, reporter, settled.resume, force=True)
+    resolved, outlook = plan_memory(resolved, settled.load_plan, settled.rows, reporter, settled.resume, force=True)
     return replace(settled, resolved=resolved, outlook=outlook)
 
 

@@ -14,7 +14,7 @@ import torch
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.training import run_plan
+from qlora_cli.training import memory_plan
 from qlora_cli.training.checks.predicted_memory import check_memory
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
@@ -28,7 +28,7 @@ CHECKPOINTING = "training.gradient_checkpointing"
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """Plan for a GPU on which everything fits."""
     gpu = replace(find_gpu("RTX 4090"), total_bytes=GIB, context_bytes=0, context_high_bytes=0)
-    monkeypatch.setattr(run_plan, "current_gpu", lambda _: gpu)
+    monkeypatch.setattr(memory_plan, "current_gpu", lambda _: gpu)
     return gpu
 
 
@@ -128,7 +128,7 @@ def test_the_planned_products_of_a_run_count_where_selective_was_asked_for(
         earlier.append(kwargs["earlier"])
         return check_memory(*args, **kwargs)
 
-    monkeypatch.setattr(run_plan, "check_memory", spy)
+    monkeypatch.setattr(memory_plan, "check_memory", spy)
     again = train_settings(
         base_model, rows, tmp_path / "run", training__gradient_checkpointing="selective", training__epochs=3
     )
