@@ -167,11 +167,13 @@ class PlanOption:
     """One way to run: what is chosen for the settings left open, its memory and time, and whether it fits.
 
     `recomputed_products` are the linear layers whose products `selective` recomputes for want of memory.
-    `step_seconds` is None for a GPU whose speed is not known.
+    `micro_batch_tokens` are None where micro-batches are not filled, or how they are was given. `step_seconds` is None
+    for a GPU whose speed is not known.
     """
 
     gradient_checkpointing: str
     recomputed_products: tuple[str, ...]
+    micro_batch_tokens: int | None
     process_bytes: int
     process_high_bytes: int
     fits: str

@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.feeding.collate import make_collator
-from qlora_cli.data.feeding.micro_batches import micro_batches_of_step
+from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batches_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.loss.chunked_loss import trained_tokens
+from qlora_cli.memory.fitting.division import StepRows
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.data_order import RowOrder
 
 MOST_NAMED = 16
+MOST_AVERAGED = 1000  # steps, which tell of all
 MICRO_BATCHES = "micro_batches"
 Row = dict[str, Any]
 Batch = dict[str, Any]
@@ -167,3 +169,15 @@ def _largest_filled(lengths: Numbers, num_rows: int, most_tokens: int) -> list[l
                 most, largest = num_tokens, [start + place for place in places]
     alone = [int(np.argmax(lengths))]
     return [alone, largest] if largest else [alone]
+
+
+def average_step(lengths: Numbers, settings: TrainingSettings) -> StepRows:
+    """Return the rows of a step on average, of rows of these lengths, by the first steps of the first epoch."""
+    num_rows = settings.rows_per_step
+    in_order = lengths[epoch_order(lengths, settings)]
+    steps = [in_order[start : start + num_rows] for start in range(0, len(in_order), num_rows)[:MOST_AVERAGED]]
+    return StepRows(
+        num_rows=float(np.mean([len(step) for step in steps])),
+        mean_tokens=float(np.mean(np.concatenate(steps))),
+        num_filled=lambda tokens: float(np.mean([len(fill_micro_batches(step, tokens)) for step in steps])),
+    )

@@ -6,15 +6,16 @@ from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Reporter
 from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, StepRows
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.settings.value_sources import Origin
+from qlora_cli.training.batches import average_step
 from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
 from qlora_cli.training.resuming.resume import Resume
 
-MICRO_BATCH_TOKENS = "training.micro_batch_tokens"
 MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
 PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
@@ -28,9 +29,13 @@ def decided(
 
 
 def inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
-    """Return the micro-batch that fitted in the earlier run, if it was determined there."""
+    """Return the micro-batch of the earlier run, if it was planned, or determined by what fitted there."""
     training = asked.settings.training
-    if resume is None or not training.auto_micro_batch:
+    if resume is None:
+        return []
+    if (planned := _planned_tokens(asked, resume)) is not None:
+        return [InferredSettings(values={MICRO_BATCH_TOKENS: planned}, origin=PLANNED)]
+    if not training.auto_micro_batch:
         return []
     if training.micro_batch_tokens is not None:
         tokens = resume.record.setting(MICRO_BATCH_TOKENS)
@@ -47,6 +52,30 @@ def inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) 
     return [InferredSettings(values=values, origin=FITS, is_fixed=True)]
 
 
+def _planned_tokens(asked: Resolved[TrainSettings], resume: Resume) -> int | None:
+    """Return the tokens of the earlier run's micro-batches, if they were planned; None if they are given now."""
+    tokens = resume.record.setting(MICRO_BATCH_TOKENS)
+    is_planned = resume.record.origins.get(MICRO_BATCH_TOKENS) in (PLANNED.where, FITS.where)
+    return tokens if isinstance(tokens, int) and is_planned and not _gives_micro_batch(asked) else None
+
+
+def _gives_micro_batch(asked: Resolved[TrainSettings]) -> bool:
+    return any(asked.is_given(path) for path in (MICRO_BATCH, MICRO_BATCH_TOKENS))
+
+
+def _open_rows(
+    resolved: Resolved[TrainSettings], load_plan: LoadPlan, rows: TrainingData, resume: Resume | None
+) -> StepRows | None:
+    """Return the rows of a step, if how they are divided into micro-batches is open, and changes no result."""
+    settings = resolved.settings
+    is_settled = resume is not None or settings.data.packing or _gives_micro_batch(resolved)
+    balances_experts = getattr(load_plan.shapes.config.get_text_config(), "router_aux_loss_coef", 0)
+    depends_on_division = balances_experts or settings.training.neftune_noise_alpha is not None
+    if is_settled or depends_on_division or rows.train.stream is not None:
+        return None
+    return average_step(rows.train.lengths, settings.training)
+
+
 def plan_memory(
     resolved: Resolved[TrainSettings],
     load_plan: LoadPlan,
@@ -55,30 +84,35 @@ def plan_memory(
     resume: Resume | None,
     *,
     force: bool,
+    may_fill: bool = True,
 ) -> tuple[Resolved[TrainSettings], Outlook | None]:
-    """Return the settings with what is planned by memory, and the outlook with them."""
-    outlook = _check_memory(resolved.settings, load_plan, rows, reporter, _earlier_plan(resume), force=force)
+    """Return the settings with what is planned by memory, and the outlook with them; without a GPU, neither.
+
+    `may_fill`: micro-batches may be filled with several rows.
+    """
+    gpu = current_gpu(load_plan)
+    if gpu is None:
+        return resolved, None
+    outlook = check_memory(
+        resolved.settings,
+        load_plan,
+        gpu,
+        reporter,
+        longest_row_tokens=_longest_row(resolved.settings, rows),
+        force=force,
+        earlier=_earlier_plan(resume),
+        step_rows=_open_rows(resolved, load_plan, rows, resume) if may_fill else None,
+    )
     if outlook is not None and outlook.planned is not None:
         resolved = decided(resolved, outlook.planned.chosen.values, PLANNED)
     return resolved, outlook
 
 
-def _check_memory(
-    settings: TrainSettings,
-    load_plan: LoadPlan,
-    data: TrainingData,
-    reporter: Reporter,
-    earlier: EarlierPlan | None,
-    *,
-    force: bool,
-) -> Outlook | None:
-    gpu = current_gpu(load_plan)
-    if gpu is None:
-        return None
-    longest = data.longest_tokens
+def _longest_row(settings: TrainSettings, data: TrainingData) -> int:
+    """Return the tokens of the longest row, trained or held out."""
     if settings.data.streaming:  # later rows may be longer than the first
-        longest = settings.data.max_length
-    return check_memory(settings, load_plan, gpu, reporter, longest_row_tokens=longest, force=force, earlier=earlier)
+        return settings.data.max_length
+    return data.longest_tokens
 
 
 def _earlier_plan(resume: Resume | None) -> EarlierPlan | None:

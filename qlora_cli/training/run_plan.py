@@ -20,6 +20,7 @@ from qlora_cli.hub.push import check_push
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.quantization.methods.skip_modules import linear_layers
@@ -38,7 +39,6 @@ from qlora_cli.training.memory_plan import (
     ACCUMULATION,
     FITS,
     MICRO_BATCH,
-    MICRO_BATCH_TOKENS,
     PLANNED,
     decided,
     inferred_from_resume,
@@ -243,15 +243,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
         accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
         values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     resolved = decided(prepared.resolved, values, FITS)
-    lowered = resolved.settings.training
-    plan = replace(
-        prepared.plan,
-        micro_batch_size=lowered.micro_batch_size,
-        micro_batch_tokens=lowered.micro_batch_tokens,
-        gradient_accumulation_steps=lowered.gradient_accumulation_steps,
-        padding_share=padding_of_epoch(prepared.train_data.lengths, lowered, is_packed=resolved.settings.data.packing),
-    )
-    return replace(prepared, resolved=resolved, plan=plan)
+    return replace(prepared, resolved=resolved, plan=_with_micro_batch_of(resolved.settings, prepared))
 
 
 def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
@@ -261,11 +253,23 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
         return None
     resolved = decided(prepared.resolved, outlook.planned.chosen.values, PLANNED)
     plan = replace(
-        prepared.plan,
+        _with_micro_batch_of(resolved.settings, prepared),
         gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
         predicted_memory=outlook.predicted,
     )
     return replace(prepared, resolved=resolved, outlook=outlook, plan=plan)
+
+
+def _with_micro_batch_of(settings: TrainSettings, prepared: PreparedRun) -> TrainPlan:
+    """Return the plan of a prepared run with the micro-batch of other settings."""
+    training = settings.training
+    return replace(
+        prepared.plan,
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        padding_share=padding_of_epoch(prepared.train_data.lengths, training, is_packed=settings.data.packing),
+    )
 
 
 def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:
@@ -293,18 +297,20 @@ def _joined(settled: SettledRun, loaded: LoadedModel, model: PeftModel, reporter
             message = "the balancing loss of experts is a mean over each micro-batch, as many tokens as it may hold"
             reporter.report(Noted(message=message))
         return settled
-    reporter.report(
-        Noted(
-            level="warning",
-            message=f"training.micro_batch_tokens is not used, and rows are padded: {loaded.source.name} with "
-            f"{loaded.attention} attention can't keep joined rows apart: {fault}",
-        )
+    is_planned = settled.resolved.origin_of(MICRO_BATCH_TOKENS) == PLANNED
+    what = "the planned micro-batches are" if is_planned else "training.micro_batch_tokens is"
+    message = (
+        f"{what} not used, and rows are padded: {loaded.source.name} with {loaded.attention} attention can't keep "
+        f"joined rows apart: {fault}"
     )
+    reporter.report(Noted(level="info" if is_planned else "warning", message=message))
     planned = settled.outlook.planned if settled.outlook is not None else None
     reopened = {path: attrgetter(path)(settled.asked.settings) for path in (planned.chosen.values if planned else ())}
     resolved = decided(settled.resolved, {MICRO_BATCH_TOKENS: None, **reopened}, MIXES_ROWS)
     # The largest micro-batch is tried before the first step, whatever is predicted.
-    resolved, outlook = plan_memory(resolved, settled.load_plan, settled.rows, reporter, settled.resume, force=True)
+    resolved, outlook = plan_memory(
+        resolved, settled.load_plan, settled.rows, reporter, settled.resume, force=True, may_fill=False
+    )
     return replace(settled, resolved=resolved, outlook=outlook)
 
 

@@ -245,7 +245,7 @@ def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:
     )
     leaner = with_leaner_plan(prepared)
     if leaner is not None and prepared.outlook is not None and leaner.outlook is not None:
-        before, now = prepared.outlook.checkpointing, leaner.outlook.checkpointing
+        before, now = prepared.outlook.checkpointing, leaner.outlook.plan_name
         return leaner, f"{rows} with gradient checkpointing {before} do not fit in memory: now {now}"
     smaller = _smaller_micro_batch(prepared)
     if smaller is None:

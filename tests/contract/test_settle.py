@@ -36,7 +36,8 @@ VARIES = {
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too
-    "memory/fitting/plan.py": 2,  # what is chosen for a GPU, and what is recomputed otherwise
+    "memory/fitting/division.py": 1,  # other micro-batches
+    "memory/fitting/plan.py": 3,  # what is chosen for a GPU, and what is recomputed otherwise
     "memory/run_batches.py": 3,  # the longest row that was read; micro-batches of other lengths
     "memory/tracing/meta_model.py": 1,  # values that the adapter begins with do not matter
     "merging/verifying/texts.py": 1,  # a few rows to compare on

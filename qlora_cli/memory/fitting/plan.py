@@ -1,9 +1,10 @@
 """Plan a run: of what the settings leave open, choose what is fastest among what fits on a GPU. Imports no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_cli.errors import QloraError
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, Division, StepRows, worthwhile_divisions
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Plan, PlanOption, Product
@@ -30,6 +31,8 @@ class Candidate:
     Attributes:
         values: What is chosen for the open settings, by `section.key`.
         settings: Those of the run, with `values`.
+        step_seconds: Of a step with rows as in the data, where they are known, else with the longest ones; None for a
+            GPU whose speed is not known.
         left_out: Linear layers whose products `selective` recomputes, although they are worth keeping.
     """
 
@@ -37,6 +40,7 @@ class Candidate:
     settings: EstimateSettings
     estimate: Estimate
     fits: str
+    step_seconds: float | None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -47,9 +51,8 @@ class Candidate:
     @property
     def speed(self) -> tuple[float, int]:
         """What orders candidates by time, the fastest first: seconds a step where they are known, then the kind."""
-        time = self.estimate.time
         kind = FASTEST_FIRST.index(Checkpointing(self.estimate.gradient_checkpointing))
-        return 0.0 if time is None else time.step_seconds, kind
+        return self.step_seconds or 0.0, kind
 
     def has(self, values: Mapping[str, object]) -> bool:
         """Return whether it runs with the same checkpointing as `values`, which may be JSON's."""
@@ -58,12 +61,18 @@ class Candidate:
         return self.is_of_kind(values) and keeps == self.values.get(KEPT)
 
     def is_of_kind(self, values: Mapping[str, object]) -> bool:
-        """Return whether it runs with the same kind of checkpointing as `values`."""
-        return self.values[CHECKPOINTING] == values.get(CHECKPOINTING)
+        """Return whether it runs with the same kind of checkpointing as `values`, and in the same micro-batches."""
+        return all(self.values.get(path) == values.get(path) for path in (CHECKPOINTING, MICRO_BATCH_TOKENS))
 
     def option(self) -> PlanOption:
         """Return it as a plain value."""
-        return option_of(self.estimate, self.fits, self.left_out)
+        option = option_of(self.estimate, self.fits)
+        return replace(
+            option,
+            recomputed_products=self.left_out,
+            micro_batch_tokens=self.settings.training.micro_batch_tokens,
+            step_seconds=self.step_seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,38 +112,42 @@ def is_open(settings: EstimateSettings) -> bool:
     return training.gradient_checkpointing == Checkpointing.AUTO or keeps_all
 
 
-def plan_run(settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts) -> PlannedRun:
+def plan_run(
+    settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts, rows: StepRows | None = None
+) -> PlannedRun:
     """Return the fastest run that is predicted to fit on `gpu` with its whole error band.
 
-    If none does, it is the one that takes the least memory. The settings are open, by `is_open`.
+    If none does, it is the one that takes the least memory. The settings are open, by `is_open`, or `rows` are given:
+    how these are divided into micro-batches is open, too.
 
     Raises:
         QloraError: the model can't be run with these settings on the GPU.
     """
-    trials = _Trials(settings, gpu, predict, find_products)
-    asked = settings.training.gradient_checkpointing
-    if asked == Checkpointing.SELECTIVE:
-        trials.add_selective()
-    else:
-        trials.add(Checkpointing.OFF)
-        if not settings.training.torch_compile:  # compiled layers can't be combined with what is left
-            trials.add_selective()
-        trials.add(Checkpointing.ON)
-        if not settings.training.torch_compile and not trials.fits_any:
-            trials.add(Checkpointing.OFFLOAD)
-    if not trials.candidates:
+    divisions = () if rows is None else worthwhile_divisions(settings, gpu, predict, rows)
+    candidates: list[Candidate] = []
+    for division in tuple(reversed(divisions)) or (None,):
+        is_last_resort = division is not None and division.tokens is None  # about as large as the smallest filled ones
+        if is_last_resort and _fits_any(candidates):
+            break
+        trials = _Trials(settings, gpu, predict, find_products, division)
+        trials.add_all()
+        candidates += trials.candidates
+        if trials.fits_without_recomputing:
+            break
+    if not candidates:
         raise trials.failures[-1]
-    by_memory = sorted(trials.candidates, key=lambda candidate: -candidate.high_bytes)
+    by_memory = sorted(candidates, key=lambda candidate: -candidate.high_bytes)
     fitting = [candidate for candidate in by_memory if candidate.fits == YES]
     chosen = min(fitting, key=lambda candidate: candidate.speed) if fitting else by_memory[-1]
     return _planned(by_memory, by_memory.index(chosen))
 
 
-def option_of(estimate: Estimate, fits: str, left_out: tuple[str, ...] = ()) -> PlanOption:
-    """Return a way to run as a plain value; `left_out` as in `Candidate`."""
+def option_of(estimate: Estimate, fits: str) -> PlanOption:
+    """Return a way to run as a plain value."""
     return PlanOption(
         gradient_checkpointing=estimate.gradient_checkpointing,
-        recomputed_products=left_out,
+        recomputed_products=(),
+        micro_batch_tokens=None,
         process_bytes=estimate.predicted.process_bytes,
         process_high_bytes=estimate.predicted.process_high_bytes,
         fits=fits,
@@ -163,20 +176,52 @@ def _planned(by_memory: Sequence[Candidate], at: int) -> PlannedRun:
     return PlannedRun(chosen=chosen, plan=plan, leaner=tuple(by_memory[at + 1 :]))
 
 
+def _fits_any(candidates: Sequence[Candidate]) -> bool:
+    return any(candidate.fits == YES for candidate in candidates)
+
+
 class _Trials:
     """The ways to run that were tried: the candidates, and the errors of those that the model does not allow."""
 
-    def __init__(self, settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts) -> None:
-        self._settings, self._gpu, self._predict, self._find_products = settings, gpu, predict, find_products
+    def __init__(
+        self,
+        settings: EstimateSettings,
+        gpu: Gpu,
+        predict: Predict,
+        find_products: FindProducts,
+        division: Division | None,
+    ) -> None:
+        """Try ways that divide rows as `division` does; as the settings do, without one."""
+        self._settings = settings if division is None else with_settings(settings, division.values)
+        self._gpu, self._predict, self._find_products, self._division = gpu, predict, find_products, division
         self.candidates: list[Candidate] = []
         self.failures: list[QloraError] = []
 
     @property
-    def fits_any(self) -> bool:
-        """Whether one of the candidates fits."""
-        return any(candidate.fits == YES for candidate in self.candidates)
+    def fits_without_recomputing(self) -> bool:
+        """Whether the fastest of the ways that the settings allow fits: no other one can be faster."""
+        return bool(self.candidates) and self.candidates[0].fits == YES and self._asked != Checkpointing.SELECTIVE
 
-    def add(self, checkpointing: Checkpointing) -> None:
+    @property
+    def _asked(self) -> Checkpointing:
+        return self._settings.training.gradient_checkpointing
+
+    def add_all(self) -> None:
+        """Try what the settings leave open, the fastest first."""
+        combines = not self._settings.training.torch_compile  # compiled layers can only be recomputed whole
+        if not is_open(self._settings):
+            self._try({})
+        elif self._asked == Checkpointing.SELECTIVE:
+            self._add_selective()
+        else:
+            self._add(Checkpointing.OFF)
+            if combines:
+                self._add_selective()
+            self._add(Checkpointing.ON)
+            if combines and not _fits_any(self.candidates):
+                self._add(Checkpointing.OFFLOAD)
+
+    def _add(self, checkpointing: Checkpointing) -> None:
         """Try to run with this kind, without anything that could be left out."""
         self._try({CHECKPOINTING: checkpointing, KEPT: None})
 
@@ -188,12 +233,20 @@ class _Trials:
         except QloraError as error:  # some models support no checkpointing
             self.failures.append(error)
             return None
-        fits = judge_fit(estimate, self._gpu).fits
-        candidate = Candidate(values=values, settings=changed, estimate=estimate, fits=fits, left_out=left_out)
+        division, time = self._division, estimate.time
+        seconds = None if time is None else time.step_seconds
+        candidate = Candidate(
+            values=values if division is None else {**division.values, **values},
+            settings=changed,
+            estimate=estimate,
+            fits=judge_fit(estimate, self._gpu).fits,
+            step_seconds=division.step_seconds(time) if division is not None and time is not None else seconds,
+            left_out=left_out,
+        )
         self.candidates.append(candidate)
         return candidate
 
-    def add_selective(self) -> None:
+    def _add_selective(self) -> None:
         """Try to keep all products that would be recomputed; if they do not fit, the most valuable ones that do."""
         try:
             recomputed = with_settings(self._settings, {CHECKPOINTING: Checkpointing.ON})
@@ -208,7 +261,7 @@ class _Trials:
             kept = names[:num_kept] or None  # without such products, selective keeps what else it keeps
             values = {CHECKPOINTING: Checkpointing.SELECTIVE, KEPT: kept}
             tried = self._try(values, left_out=names[num_kept:])
-            if tried is None or self.fits_any:
+            if tried is None or _fits_any(self.candidates):
                 return
             # Activations grow by what is kept, and the upper end of the band in proportion.
             growth = tried.high_bytes / tried.estimate.predicted.process_bytes
@@ -232,7 +285,13 @@ def name_of(option: PlanOption) -> str:
     return f"{name} without {', '.join(option.recomputed_products)}" if option.recomputed_products else name
 
 
+def full_name_of(option: PlanOption) -> str:
+    """Return `name_of` with what was chosen for micro-batches, if anything: `on in micro-batches of 2,048 tokens`."""
+    tokens = option.micro_batch_tokens
+    return name_of(option) + ("" if tokens is None else f" in micro-batches of {tokens:,} tokens")
+
+
 def _describe(option: PlanOption) -> str:
     time = "" if option.step_seconds is None else f", {option.step_seconds:.2f} s a step"
     fits = {YES: "", NO: ", does not fit"}.get(option.fits, ", fits tightly")
-    return f"{name_of(option)} {format_bytes(option.process_bytes)}{time}{fits}"
+    return f"{full_name_of(option)} {format_bytes(option.process_bytes)}{time}{fits}"

@@ -88,7 +88,7 @@ class TrainingSettings(Section):
         default=None,
         ge=8,
         description="Divide the rows of a step into micro-batches of up to this many tokens, without padding, instead "
-        "of micro_batch_size rows each.",
+        "of micro_batch_size rows each. If neither is given, what is predicted to be fastest on the GPU.",
     )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,

@@ -8,7 +8,16 @@ from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.estimator import Estimator
-from qlora_cli.memory.fitting.plan import PlannedRun, describe, is_open, name_of, plan_run, planning
+from qlora_cli.memory.fitting.division import StepRows
+from qlora_cli.memory.fitting.plan import (
+    PlannedRun,
+    describe,
+    full_name_of,
+    is_open,
+    name_of,
+    plan_run,
+    planning,
+)
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
@@ -76,6 +85,11 @@ class Outlook:
         """The kind of checkpointing in words."""
         return self.estimate.gradient_checkpointing if self.planned is None else name_of(self.planned.plan.chosen)
 
+    @property
+    def plan_name(self) -> str:
+        """What is planned, in words."""
+        return self.checkpointing if self.planned is None else full_name_of(self.planned.plan.chosen)
+
     def suggestions(self) -> str:
         """Return the changes of flags that are predicted to fit, with their memory; empty if there are none."""
         suggested = suggest(self.asked, self.gpu, self.estimate_of, self.estimate)
@@ -91,10 +105,12 @@ def check_memory(
     longest_row_tokens: int,
     force: bool,
     earlier: EarlierPlan | None = None,
+    step_rows: StepRows | None = None,
 ) -> Outlook | None:
     """Predict the memory on `gpu` of a run whose longest row has `longest_row_tokens`; None if that is impossible.
 
-    What the settings leave open is planned; a run that is resumed stays with its `earlier` plan, if it still fits.
+    What the settings leave open is planned, and how `step_rows` are divided into micro-batches; a run that is resumed
+    stays with its `earlier` plan, if it still fits.
 
     Raises:
         OutOfMemoryError: it does not fit, without `force`; names changes that would.
@@ -104,8 +120,8 @@ def check_memory(
     predict, find_products = _contained(estimator.estimate), _contained(estimator.recomputed_products)
     planned = None
     try:
-        if is_open(asked):
-            planned = plan_run(asked, gpu, predict, find_products)
+        if is_open(asked) or step_rows is not None:
+            planned = plan_run(asked, gpu, predict, find_products, step_rows)
             if earlier is not None:
                 planned = planned.resumed(earlier.values, ran_out=earlier.ran_out)
             asked, estimate = planned.chosen.settings, planned.chosen.estimate

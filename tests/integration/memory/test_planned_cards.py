@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from qlora_cli.memory.catalogue import find_in_catalogue
@@ -11,6 +12,7 @@ from qlora_cli.memory.fitting.plan import PlannedRun, plan_run
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.training.batches import average_step
 from qlora_cli.units import GIB
 
 SIZES = (8, 12, 16, 24, 48, 80, 141)  # GiB
@@ -21,14 +23,17 @@ def card(gib: int) -> Gpu:
     return replace(find_gpu("RTX 4090"), total_bytes=gib * GIB)
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-0.5b", "llama-3.1-8b", "llama-3.1-70b"])
+# Models, and the tokens of the rows of which several may fill a micro-batch.
+@pytest.fixture(scope="module", params=[("qwen2.5-0.5b", 256), ("llama-3.1-8b", 256), ("llama-3.1-70b", None)])
 def plan_for(request: pytest.FixtureRequest) -> Callable[[int], PlannedRun]:
     """Return a function that plans a run of a model for a card of a size; each kind is traced once."""
-    model = find_in_catalogue(request.param)
+    name, mean = request.param
+    model = find_in_catalogue(name)
     assert model is not None
     estimator = Estimator(ModelFacts(name=model.name, content=dict(model.config)), evaluates=False)
     settings = EstimateSettings.model_validate({"model": {"name": model.name}, "data": {"max_length": 2048}})
-    return lambda gib: plan_run(settings, card(gib), estimator.estimate, estimator.recomputed_products)
+    rows = None if mean is None else average_step(np.array([2048, *[mean] * 63]), settings.training)
+    return lambda gib: plan_run(settings, card(gib), estimator.estimate, estimator.recomputed_products, rows)
 
 
 def test_a_plan_fits_and_more_memory_never_makes_it_slower(plan_for: Callable[[int], PlannedRun]) -> None:
@@ -43,8 +48,8 @@ def test_a_plan_fits_and_more_memory_never_makes_it_slower(plan_for: Callable[[i
             assert before == float("inf"), "it fitted with less memory"
             continue
         assert chosen.high_bytes <= card(gib).usable_bytes
-        assert chosen.estimate.time is not None
-        seconds = chosen.estimate.time.step_seconds
+        seconds = chosen.step_seconds
+        assert seconds is not None
         assert seconds <= before
         assert all(other.high_bytes < chosen.high_bytes for other in planned.leaner)
         before = seconds

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.events import Noted
+from qlora_cli.events import Noted, StepDone
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.training import memory_plan
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
+from qlora_cli.training import memory_plan, run_plan
 from qlora_cli.training.checks.predicted_memory import check_memory
-from qlora_cli.training.run_plan import PreparedRun, prepare_run
+from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import run, train
 from qlora_cli.units import GIB
 from tests.conftest import Recorder, train_settings
@@ -165,3 +168,89 @@ def test_a_run_that_ran_out_of_memory_resumes_with_less(base_model: Path, rows: 
     run(resumed, Recorder())
     again = prepare_run(train_settings(base_model, rows, tmp_path / "run", training__epochs=3), Recorder())
     assert again.plan.gradient_checkpointing == "selective"
+
+
+def in_steps_of_six(model: Path, rows: Path, output: Path, **flags: object) -> Resolved[TrainSettings]:
+    """Return settings that leave open how the six rows of a step are divided into micro-batches."""
+    values = {
+        "model.name": str(model),
+        "model.dtype": "fp32",
+        "model.device": "cpu",
+        "data.dataset": str(rows),
+        "output.directory": str(output),
+        "training.gradient_accumulation_steps": 6,
+        "training.epochs": 2,
+        "training.schedule": "constant",
+        "training.warmup_ratio": 0,
+        **{name.replace("__", "."): value for name, value in flags.items()},
+    }
+    return resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)
+
+
+def losses_of(recorder: Recorder) -> list[float]:
+    return [event.loss for event in recorder.events if isinstance(event, StepDone)]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_short_rows_fill_micro_batches_without_another_result(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    prepared = prepare_run(in_steps_of_six(base_model, rows, tmp_path / "run"), Recorder())
+    longest = prepared.plan.longest_row_tokens
+    assert prepared.plan.micro_batch_tokens is not None
+    assert prepared.plan.micro_batch_tokens >= longest
+    assert prepared.plan.micro_batch_tokens % longest == 0
+    assert prepared.plan.padding_share == 0
+    assert prepared.resolved.origins[MICRO_BATCH_TOKENS].where == "the plan for this GPU"
+    filled, alone = Recorder(), Recorder()
+    run(prepared, filled)
+    asked = in_steps_of_six(base_model, rows, tmp_path / "alone", training__micro_batch_size=1)
+    one_row = prepare_run(asked, Recorder())
+    assert one_row.plan.micro_batch_tokens is None
+    run(one_row, alone)
+    assert losses_of(filled) == pytest.approx(losses_of(alone), rel=1e-4)
+    assert len(losses_of(filled)) == 4
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    "flags",
+    [{"data__packing": True}, {"training__neftune_noise_alpha": 5.0}, {"training__micro_batch_tokens": 4000}],
+)
+def test_what_depends_on_micro_batches_or_was_given_is_not_planned(
+    base_model: Path, rows: Path, tmp_path: Path, flags: dict[str, object]
+) -> None:
+    settled = settle_run(in_steps_of_six(base_model, rows, tmp_path / "run", **flags), Recorder())
+    assert settled.resolved.settings.training.micro_batch_tokens == flags.get("training__micro_batch_tokens")
+    assert settled.resolved.origins[CHECKPOINTING].where == "the plan for this GPU"
+
+
+def test_a_resumed_run_has_the_micro_batches_that_were_planned(
+    base_model: Path, rows: Path, tmp_path: Path, on_a_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = in_steps_of_six(base_model, rows, tmp_path / "run")
+    prepared = prepare_run(asked, Recorder())
+    run(prepared, Recorder())
+    # A CPU, on which nothing is planned, and another GPU, for which other micro-batches would be.
+    slow = replace(on_a_gpu, name="T4", total_bytes=on_a_gpu.total_bytes // 2)
+    for gpu in (None, slow):
+        monkeypatch.setattr(memory_plan, "current_gpu", lambda _, gpu=gpu: gpu)
+        longer = in_steps_of_six(base_model, rows, tmp_path / "run", training__epochs=3)
+        resumed = prepare_run(longer, Recorder())
+        assert resumed.resume is not None
+        assert resumed.plan.micro_batch_tokens == prepared.plan.micro_batch_tokens
+        assert resumed.resolved.origins[MICRO_BATCH_TOKENS].where == "the plan for this GPU"
+        given = in_steps_of_six(base_model, rows, tmp_path / "run", training__epochs=3, training__micro_batch_size=1)
+        assert prepare_run(given, Recorder()).plan.micro_batch_tokens is None
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_model_that_mixes_rows_has_one_a_micro_batch_without_a_warning(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_plan, "packing_fault_of", lambda *_: "a state passes from one to the next")
+    recorder = Recorder()
+    prepared = prepare_run(in_steps_of_six(base_model, rows, tmp_path / "run"), recorder)
+    assert prepared.plan.micro_batch_tokens is None
+    assert prepared.resolved.origins[CHECKPOINTING].where == "the plan for this GPU"
+    (note,) = [event for event in recorder.events if isinstance(event, Noted) and "keep joined rows" in event.message]
+    assert note.message.startswith("the planned micro-batches are not used, and rows are padded: ")
+    assert note.level == "info"

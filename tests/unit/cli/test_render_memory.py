@@ -159,6 +159,7 @@ def test_what_fits_in_16_bit_too_is_part_of_the_answer() -> None:
     unquantized = PlanOption(
         gradient_checkpointing="on",
         recomputed_products=(),
+        micro_batch_tokens=None,
         process_bytes=18 * GIB,
         process_high_bytes=19 * GIB,
         fits="yes",

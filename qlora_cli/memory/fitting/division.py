@@ -1,0 +1,91 @@
+"""Divide the rows of a step into micro-batches, by predicted time: one row each, or several that fill it.
+
+Imports no torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_cli.errors import QloraError
+from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.prediction import StepTime
+from qlora_cli.memory.request import Predict
+from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import with_settings
+
+MICRO_BATCH_TOKENS, MAX_LENGTH = "training.micro_batch_tokens", "data.max_length"
+FACTORS = (1, 2, 4)  # of the tokens of the longest row, which take about as much memory in one row as in several
+WORTHWHILE = 0.95  # of the time before, at most: the model of time does not know smaller gains
+MIN_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """The rows of a step, on average over the steps of a run.
+
+    Attributes:
+        num_rows: Rows of a step.
+        mean_tokens: Tokens of a row.
+        num_filled: Returns the number of micro-batches of a step that have up to so many tokens each.
+    """
+
+    num_rows: float
+    mean_tokens: float
+    num_filled: Callable[[int], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A way to divide the rows of a step into micro-batches.
+
+    Attributes:
+        tokens: What they are filled up to; None for one row each.
+        num_micro_batches: Those of a step, on average.
+        share: The time of one of them on average, as a share of the largest one's.
+    """
+
+    tokens: int | None
+    num_micro_batches: float
+    share: float = 1.0
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """The settings, by `section.key`."""
+        return {MICRO_BATCH_TOKENS: self.tokens}
+
+    def step_seconds(self, time: StepTime) -> float:
+        """Return the seconds of a step on average; `time` is that of the largest micro-batch."""
+        return self.num_micro_batches * self.share * time.micro_batch_seconds + time.update_seconds
+
+
+def worthwhile_divisions(settings: EstimateSettings, gpu: Gpu, predict: Predict, rows: StepRows) -> Sequence[Division]:
+    """Return one row a micro-batch and, each faster than the one before, larger micro-batches of several.
+
+    The memory of the GPU does not matter. Empty if the time is not known. `settings` have one row a micro-batch, the
+    longest of which has `data.max_length` tokens.
+    """
+
+    def seconds_with(values: Mapping[str, object]) -> float:
+        time = predict(with_settings(settings, values), gpu).time
+        return 0.0 if time is None else time.micro_batch_seconds
+
+    longest = settings.data.max_length
+    try:
+        of_longest = seconds_with({})
+        if not of_longest:
+            return []
+        share = seconds_with({MAX_LENGTH: max(MIN_TOKENS, round(rows.mean_tokens))}) / of_longest
+        divisions = [Division(tokens=None, num_micro_batches=rows.num_rows, share=share)]
+        best = rows.num_rows * share * of_longest
+        for factor in FACTORS:
+            filled = Division(tokens=factor * longest, num_micro_batches=rows.num_filled(factor * longest))
+            if filled.num_micro_batches > WORTHWHILE * divisions[-1].num_micro_batches:
+                continue
+            seconds = filled.num_micro_batches * seconds_with(filled.values)
+            if seconds > WORTHWHILE * best:
+                break
+            divisions.append(filled)
+            best = seconds
+    except QloraError:  # not with these settings
+        return []
+    return divisions
