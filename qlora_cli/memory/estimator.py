@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from qlora_cli.adapters.base_parameters import switched_parameters_in
 from qlora_cli.adapters.reader import Adapter, fit_outline, num_vocabulary_rows, without_values
 from qlora_cli.attention.choice import choose_attention
 from qlora_cli.attention.sdpa_rules import representative_capability
@@ -20,15 +21,17 @@ from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.host_memory import host_memory
 from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.prediction import Estimate, Product
+from qlora_cli.memory.prediction import Estimate, HostMemory, Product
 from qlora_cli.memory.replaying.figures import estimate_of
 from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights, trained_parameters
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
 from qlora_cli.memory.replaying.update_operations import update_operations
 from qlora_cli.memory.request import runs_evaluation
+from qlora_cli.memory.run_files import FileSizes, weights_bytes
 from qlora_cli.memory.step_time import step_time
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
@@ -68,6 +71,7 @@ class TracedRun:
         paged_bytes: Optimizer state in unified memory.
         pinned_host_bytes: Activations in host memory, of all layers.
         num_trained: Trained parameters.
+        files: The sizes of the files of the run.
         notes: Messages from attaching the adapter.
     """
 
@@ -78,6 +82,7 @@ class TracedRun:
     paged_bytes: int
     pinned_host_bytes: int
     num_trained: int
+    files: FileSizes
     notes: tuple[str, ...]
 
 
@@ -220,6 +225,26 @@ class Estimator:
         # An id suffices, since the cache keeps the events. The GPU's memory is left out: a replay has no limit.
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
+    def host_memory(self, settings: EstimateSettings, gpu: Gpu, *, num_rows: int) -> HostMemory:
+        """Return what the run takes from the host's memory, with `num_rows` rows of data."""
+        shapes, traced = self.shapes(settings, self.dtype_on(settings, gpu)), self.traced(settings, gpu)
+        sizes = [weight.numel() * weight.element_size() for weight in shapes.parameters()]
+        embedding = embedding_of(shapes).weight
+        return host_memory(
+            largest_weight_bytes=max(sizes),
+            embedding_bytes=embedding.nbytes if settings.model.offload_embedding else 0,
+            pinned_bytes=traced.pinned_host_bytes,
+            paged_bytes=traced.paged_bytes,
+            files=traced.files,
+            num_rows=num_rows,
+        )
+
+    def weights_bytes(self, settings: EstimateSettings, dtype: Dtype) -> int:
+        """Return about the size of the model's weight files."""
+        inventory, stored = self.layout(settings, dtype).inventory, self._prequantized()
+        quantized_bytes = None if stored is None else inventory.total_bytes
+        return weights_bytes(self._facts.content, inventory.num_parameters, quantized_bytes)
+
     def recomputed_products(self, settings: EstimateSettings, gpu: Gpu) -> Sequence[Product]:
         """Return the products of the base that a run computes twice; its whole layers are recomputed.
 
@@ -266,6 +291,7 @@ class Estimator:
             decays=training.weight_decay > 0,
             embeddings=embedding_ids(meta_model.model),
         )
+        num_trained, switched = sum(each.numel() for each in trained), switched_parameters_in(meta_model.model)
         # Each layer offloads the same amount, and only the chosen ones were traced.
         ratio = len(meta_model.stack.kinds) / len(meta_model.chosen) if meta_model.stack else 1
         return TracedRun(
@@ -281,7 +307,12 @@ class Estimator:
             backends=traced.backends,
             paged_bytes=optimized.paged_bytes,
             pinned_host_bytes=round(traced.pinned_host_bytes * ratio),
-            num_trained=sum(parameter.numel() for parameter in trained),
+            num_trained=num_trained,
+            files=FileSizes.of(
+                num_trained=num_trained,
+                frozen_bytes=0 if switched is None else switched.frozen_bytes,
+                state_bytes=optimized.state_bytes,
+            ),
             notes=meta_model.notes,
         )
 

@@ -20,6 +20,7 @@ from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, plannin
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.host_memory import with_host
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
 from qlora_cli.memory.prediction import (
     Estimate,
@@ -27,20 +28,23 @@ from qlora_cli.memory.prediction import (
     GpuFit,
     MemoryReport,
     PlanOption,
+    RunFigures,
     Solution,
     figures_of_run,
 )
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import run_batches, with_longest
+from qlora_cli.memory.run_files import has_weights
 from qlora_cli.memory.run_time import with_run
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.models import EstimateSettings, field_of
 from qlora_cli.timing.rates import rates_of
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
+DEFAULT_CHECKPOINTS: int = field_of("output.max_checkpoints").default
 REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
@@ -58,14 +62,21 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
     key = prediction_cache.key_of(request, facts.description)
     cached = prediction_cache.load(key)
     if cached is not None:
-        return replace(cached, model=facts.name, estimate_seconds=time.monotonic() - start)
+        return _here(replace(cached, model=facts.name, estimate_seconds=time.monotonic() - start), facts)
     reporter.report(PhaseStarted(title=f"Predicting the memory of {facts.name}"))
     # Garbage collection would take a second, since it traverses all imported modules repeatedly.
     with gc_disabled():
         report = _predict(request, facts)
     report = replace(report, estimate_seconds=time.monotonic() - start)
     prediction_cache.store(key, report)
-    return report
+    return _here(report, facts)
+
+
+def _here(report: MemoryReport, facts: ModelFacts) -> MemoryReport:
+    """Return the report with nothing to download if the weights are on this disk, which no cached one knows."""
+    if not has_weights(facts.path):
+        return report
+    return replace(report, predicted=replace(report.predicted, download_bytes=0))
 
 
 def _check_rank_may_vary(request: MemoryRequest, facts: ModelFacts) -> None:
@@ -111,6 +122,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
     smallest, roomy = smallest_classes(asked, estimator.estimate)
     num_parameters = estimator.layout(settings, dtype).inventory.num_parameters
+    host = estimator.host_memory(settings, gpu, num_rows=_num_rows(request))
     return MemoryReport(
         model=facts.name,
         architecture=type(shapes).__name__,
@@ -121,13 +133,12 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
-        predicted=with_run(
-            figures_of_run(estimate),
-            settings,
-            request.rows.batches if request.rows else run_batches(settings, request.prediction),
-            gpu,
-            estimator.estimate,
-            price=request.prediction.price,
+        predicted=replace(
+            with_host(_figures(request, settings, gpu, estimator), host),
+            disk_bytes=traced.files.disk_bytes(
+                max_checkpoints=DEFAULT_CHECKPOINTS, keeps_best=settings.training.eval_steps is not None
+            ),
+            download_bytes=estimator.weights_bytes(settings, dtype),
         ),
         components=estimate.components,
         phases=estimate.phases,
@@ -135,6 +146,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         reason=estimate.reason,
         paged_bytes=estimate.paged_bytes,
         pinned_host_bytes=estimate.pinned_host_bytes,
+        host=host,
         plan=plans[0].plan if plans else None,
         unquantized=_unquantized(request, asked, estimate, num_parameters, estimator),
         fits=fits,
@@ -148,6 +160,22 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
         estimate_seconds=0.0,
     )
+
+
+def _figures(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator") -> RunFigures:
+    """Return the peaks of the run and, if its rows are known, its time."""
+    return with_run(
+        figures_of_run(estimator.estimate(settings, gpu)),
+        settings,
+        request.rows.batches if request.rows else run_batches(settings, request.prediction),
+        gpu,
+        estimator.estimate,
+        price=request.prediction.price,
+    )
+
+
+def _num_rows(request: MemoryRequest) -> int:
+    return request.rows.summary.num_train_rows if request.rows else request.prediction.rows or 0
 
 
 def _unquantized(
@@ -276,6 +304,8 @@ def _assumptions(
     sentences.append(_assumed_rows(settings, is_read=request.rows is not None))
     if request.prediction.rows is not None or request.rows is not None:
         sentences += _assumptions_of_run(request, settings, gpu)
+    sentences.append(f"the disk holds {DEFAULT_CHECKPOINTS} checkpoints, the default, and the one being written")
+    sentences.append("what Python, libraries and the driver take from the host is a guess: 2 GiB, 1 to 4")
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")

@@ -253,7 +253,8 @@ class RunFigures(Figures):
     What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`. From `num_steps`
     on, it is also None if neither rows nor a data set were given. `run_limited_by` is what takes most of the run,
     which has shorter rows than the step. `cost` is in the currency of the price that was given, and `energy_wh` the
-    GPU's at its rated power, in watt-hours.
+    GPU's at its rated power, in watt-hours. `disk_bytes` is the largest size of the run directory, and
+    `download_bytes` that of the base's weight files; 0 if they are on this disk.
     """
 
     step_seconds: float | None = None
@@ -274,6 +275,11 @@ class RunFigures(Figures):
     energy_wh: float | None = None
     energy_wh_low: float | None = None
     energy_wh_high: float | None = None
+    host_bytes: int | None = None
+    host_bytes_low: int | None = None
+    host_bytes_high: int | None = None
+    disk_bytes: int | None = None
+    download_bytes: int | None = None
 
 
 def figures_of_run(estimate: Estimate) -> RunFigures:
@@ -281,6 +287,29 @@ def figures_of_run(estimate: Estimate) -> RunFigures:
     time = {} if estimate.time is None else vars(estimate.time)
     names = {field.name for field in fields(RunFigures)}
     return RunFigures(**vars(estimate.predicted), **{name: value for name, value in time.items() if name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """The parts of the memory that a run takes from the host, in bytes; they do not all peak at the same time.
+
+    Attributes:
+        process_bytes: Python, the libraries and the CUDA driver's part: a guess.
+        embedding_bytes: Of an embedding that stays on the host.
+        rows_bytes: What is known of each row of the data.
+        reading_bytes: The largest weight, while the base is read.
+        pinned_bytes: Offloaded activations.
+        saving_bytes: A checkpoint that is written.
+        paged_bytes: Optimizer state that may move to the host.
+    """
+
+    process_bytes: int
+    embedding_bytes: int
+    rows_bytes: int
+    reading_bytes: int
+    pinned_bytes: int
+    saving_bytes: int
+    paged_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +365,7 @@ class MemoryReport:
     reason: str
     paged_bytes: int
     pinned_host_bytes: int
+    host: HostMemory
     plan: Plan | None
     unquantized: PlanOption | None
     fits: tuple[GpuFit, ...]

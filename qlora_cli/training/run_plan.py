@@ -29,7 +29,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
-from qlora_cli.training.checks.adapter_outline import sizes_of
+from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
@@ -215,7 +215,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     settled = _joined(settled, loaded, model, reporter)
     resolved, settings = settled.resolved, settled.resolved.settings
     plan = _plan(settled, loaded, model)
-    sizes_of(model, settings.training.optimizer).check_space(settings)  # again: the tokens may be on this disk
+    check_space(sizes_of(model, settings.training.optimizer), settings)  # again: the tokens may be on this disk
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
         asked=settled.asked,
@@ -402,7 +402,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         adapter_bytes=sizes.adapter_bytes,
         optimizer_bytes=sizes.optimizer_bytes,
         checkpoint_bytes=sizes.checkpoint_bytes,
-        disk_bytes=sizes.disk_bytes(settings),
+        disk_bytes=disk_bytes(sizes, settings),
         predicted_memory=outlook.predicted if outlook is not None else None,
         notes=loaded.notes,
     )

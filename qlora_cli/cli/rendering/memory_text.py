@@ -20,6 +20,7 @@ from qlora_cli.memory.prediction import (
     Components,
     DataSummary,
     GpuFit,
+    HostMemory,
     MemoryReport,
     Phase,
     RunFigures,
@@ -41,6 +42,15 @@ NAMES = {
     "context": "CUDA context",
 }
 PROCESS = "process"
+HOST_PARTS = {
+    "process_bytes": "Python, libraries, driver (a guess)",
+    "embedding_bytes": "the embedding",
+    "rows_bytes": "numbers about the rows of the data",
+    "reading_bytes": "the largest weight, while reading",
+    "pinned_bytes": "activations in pinned memory",
+    "saving_bytes": "a checkpoint, while saving",
+    "paged_bytes": "optimizer state, where the GPU is full",
+}
 
 
 def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bool = False) -> None:
@@ -56,6 +66,7 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bo
     if details:
         _section("Predicted peak", [*figure_lines(report), *time_lines(report.predicted)])
         _section("What it is for", component_lines(report.components))
+        _section("Host memory, not all at the same time", host_lines(report.host))
         _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
         _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
     if any(details or suggestion.fits != NO for suggestion in report.suggestions):
@@ -100,7 +111,7 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
         rows.append(("answered in", format_duration(report.estimate_seconds)))
-    rows += _data_rows(report.data) + _run_rows(report.predicted)
+    rows += _data_rows(report.data) + _run_rows(report.predicted) + _need_rows(report.predicted)
     rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
@@ -184,6 +195,24 @@ def _run_rows(figures: RunFigures) -> list[Row]:
         f"{format_duration(high)}), limited by {limit}{cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated "
         "power",
     )
+
+
+def _need_rows(figures: RunFigures) -> list[Row]:
+    """Return what the run takes besides the GPU: host memory, disk and download."""
+    low, middle, high = figures.host_bytes_low, figures.host_bytes, figures.host_bytes_high
+    if low is None or middle is None or high is None or figures.disk_bytes is None:
+        return []
+    download = f", a download of {gib(figures.download_bytes)}" if figures.download_bytes else ""
+    return _wrapped(
+        "needs",
+        f"{gib(middle)} of host memory ({_bare(low)} to {_bare(high)}), {gib(figures.disk_bytes)} of disk for the run"
+        f"{download}",
+    )
+
+
+def host_lines(host: HostMemory) -> list[str]:
+    """Return the parts of the host's memory."""
+    return [f"  {HOST_PARTS[name]:<36} {gib(size):>10}" for name, size in asdict(host).items() if size]
 
 
 def component_lines(components: Components) -> list[str]:

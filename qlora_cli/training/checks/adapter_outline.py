@@ -4,7 +4,6 @@ It is attached on the meta device, to the model as it will be stored, by the sam
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
@@ -20,58 +19,43 @@ from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.device import TORCH_DTYPES
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps
+from qlora_cli.memory.run_files import FileSizes
 from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
 from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
 from qlora_cli.settings.models import LoraSettings, TrainSettings
 from qlora_cli.settings.settle import with_values
 
-SMALL_FILES_BYTES = 32 * 1024**2  # tokenizer, configs, trainer state, metrics
+
+def disk_bytes(sizes: FileSizes, settings: TrainSettings) -> int:
+    """Return the largest size of the run directory."""
+    return sizes.disk_bytes(
+        max_checkpoints=settings.output.max_checkpoints, keeps_best=settings.training.eval_steps is not None
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileSizes:
-    """The sizes of the files of a run: its adapter, and in a checkpoint also the optimizer's state."""
+def check_space(sizes: FileSizes, settings: TrainSettings) -> None:
+    """Check that the disk has space for the run directory, in addition to its existing files.
 
-    adapter_bytes: int
-    optimizer_bytes: int
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """The size of one checkpoint."""
-        return self.adapter_bytes + self.optimizer_bytes + SMALL_FILES_BYTES
-
-    def disk_bytes(self, settings: TrainSettings) -> int:
-        """Return the largest size of a run directory.
-
-        The newest checkpoint is complete before the oldest is deleted; the best one is kept, too.
-        """
-        most_checkpoints = settings.output.max_checkpoints + 1 + int(settings.training.eval_steps is not None)
-        return self.adapter_bytes + SMALL_FILES_BYTES + most_checkpoints * self.checkpoint_bytes
-
-    def check_space(self, settings: TrainSettings) -> None:
-        """Check that the disk has space for the run directory, in addition to its existing files.
-
-        Raises:
-            DiskSpaceError: it has not enough.
-        """
-        directory = settings.output.directory
-        check_disk_space(
-            directory,
-            max(0, self.disk_bytes(settings) - size_of(directory)),
-            hint="Free disk space, choose another --output, or lower output.max_checkpoints or --rank.",
-        )
+    Raises:
+        DiskSpaceError: it has not enough.
+    """
+    directory = settings.output.directory
+    check_disk_space(
+        directory,
+        max(0, disk_bytes(sizes, settings) - size_of(directory)),
+        hint="Free disk space, choose another --output, or lower output.max_checkpoints or --rank.",
+    )
 
 
 def sizes_of(model: PeftModel, optimizer: Optimizer) -> FileSizes:
     """Return the sizes of the files of `model`, which may be on the meta device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     switched = switched_parameters_in(model)
-    return FileSizes(
-        adapter_bytes=4 * sum(parameter.numel() for parameter in trained)
-        + (0 if switched is None else switched.frozen_bytes),
-        optimizer_bytes=optimizer_steps(
-            optimizer, [trained], clips=False, embeddings=embedding_ids(model)
-        ).state_bytes,
+    steps = optimizer_steps(optimizer, [trained], clips=False, embeddings=embedding_ids(model))
+    return FileSizes.of(
+        num_trained=sum(parameter.numel() for parameter in trained),
+        frozen_bytes=0 if switched is None else switched.frozen_bytes,
+        state_bytes=steps.state_bytes,
     )
 
 

@@ -16,7 +16,7 @@ from qlora_cli.loading.loader import check_weights
 from qlora_cli.settings.error_collector import INPUT_IS_WRONG, ErrorCollector
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.checks.adapter_outline import outline, sizes_of
+from qlora_cli.training.checks.adapter_outline import check_space, outline, sizes_of
 from qlora_cli.training.liger import check_liger
 
 MODEL, TARGETS, OUTPUT, DATASET = "model.name", "lora.target_modules", "output.directory", "data.dataset"
@@ -51,7 +51,7 @@ def check_before_data(resolved: Resolved[TrainSettings], load_plan: LoadPlan, re
     with collector.collecting(TARGETS if load_plan.adapter is None else MODEL):
         adapted = outline(load_plan, settings.lora)
         with collector.collecting(OUTPUT):
-            sizes_of(adapted, settings.training.optimizer).check_space(settings)
+            check_space(sizes_of(adapted, settings.training.optimizer), settings)
     if settings.training.use_liger_kernel:
         with collector.collecting("training.use_liger_kernel"):
             check_liger(load_plan.base.config.model_type)

@@ -49,6 +49,7 @@ def test_what_is_read_is_what_train_would_feed(
     assert {key: read[key] for key in AS_IN_THE_PLAN} == {key: plan[key] for key in AS_IN_THE_PLAN}
     figures = predicted.json["predicted"]
     assert figures["num_steps"] == plan["num_steps"]
+    assert (figures["disk_bytes"], figures["download_bytes"]) == (plan["disk_bytes"], 0)
     assert 0 < figures["run_seconds_low"] < figures["run_seconds"] < figures["run_seconds_high"]
     assert figures["cost"] == pytest.approx(2 * figures["run_seconds"] / 3600)
     if plan["num_packed_rows"] is None:

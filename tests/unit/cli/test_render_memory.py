@@ -298,6 +298,17 @@ def test_the_rows_that_were_read_are_shown(capsys: pytest.CaptureFixture[str]) -
     assert "of 1,987, packed into 300 rows; 50 rows held out; 0.0% padding" in joined
 
 
+def test_what_a_run_needs_besides_the_gpu_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = replace(
+        FIGURES, host_bytes=3 * GIB, host_bytes_low=2 * GIB, host_bytes_high=5 * GIB, disk_bytes=GIB, download_bytes=0
+    )
+    joined = " ".join(shown(replace(REPORT, predicted=figures), capsys).split())
+    assert "needs 3.00 GiB of host memory (2.00 to 5.00), 1.00 GiB of disk for the run smallest" in joined
+    assert "the largest weight, while reading 0.98 GiB a checkpoint, while saving 0.47 GiB" in joined
+    remote = replace(REPORT, predicted=replace(figures, download_bytes=15 * GIB))
+    assert "disk for the run, a download of 15.00 GiB" in " ".join(shown(remote, capsys).split())
+
+
 def test_paged_and_pinned_memory_is_shown_only_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("paged", "on the host"):
         assert f"  {word}" not in shown(REPORT, capsys)
