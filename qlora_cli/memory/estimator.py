@@ -239,6 +239,11 @@ class Estimator:
             num_rows=num_rows,
         )
 
+    def balances_experts(self, settings: EstimateSettings) -> bool:
+        """Return whether the loss has a part that balances experts, which is a mean over a micro-batch."""
+        config = self.shapes(settings, Dtype.BF16).config.get_text_config()
+        return bool(getattr(config, "router_aux_loss_coef", 0))
+
     def weights_bytes(self, settings: EstimateSettings, dtype: Dtype) -> int:
         """Return about the size of the model's weight files."""
         inventory, stored = self.layout(settings, dtype).inventory, self._prequantized()

@@ -16,6 +16,7 @@ from qlora_cli.memory.fitting.alternatives import (
     smallest_gpu,
     unquantized_run,
 )
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, changes_results
 from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
@@ -33,7 +34,7 @@ from qlora_cli.memory.prediction import (
     figures_of_run,
 )
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.run_batches import run_batches, with_longest
+from qlora_cli.memory.run_batches import FedRows, StepRows, average_step, run_batches, with_longest
 from qlora_cli.memory.run_files import has_weights
 from qlora_cli.memory.run_time import with_run
 from qlora_cli.memory.untraced import untraced
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
 DEFAULT_CHECKPOINTS: int = field_of("output.max_checkpoints").default
+MICRO_BATCH = "training.micro_batch_size"
 REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
@@ -102,7 +104,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
     asked = with_longest(estimator.settled(request.asked).settings, request.rows)
-    plans = _plans(asked, request.gpus, estimator)
+    plans = _plans(asked, request, estimator)
     settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
     dtype = estimator.dtype_on(settings, gpu)
@@ -122,6 +124,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
     smallest, roomy = smallest_classes(asked, estimator.estimate)
     num_parameters = estimator.layout(settings, dtype).inventory.num_parameters
+    fed = request.rows.feed(settings.training) if request.rows else None
     host = estimator.host_memory(settings, gpu, num_rows=_num_rows(request))
     return MemoryReport(
         model=facts.name,
@@ -129,12 +132,12 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         num_parameters=num_parameters,
         num_trainable_parameters=traced.num_trained,
         settings=_shown_settings(settings, estimate),
-        data=request.rows.summary if request.rows else None,
+        data=fed.summary if fed else None,
         gpu=gpu.name,
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
         predicted=replace(
-            with_host(_figures(request, settings, gpu, estimator), host),
+            with_host(_figures(request, settings, gpu, estimator, fed), host),
             disk_bytes=traced.files.disk_bytes(
                 max_checkpoints=DEFAULT_CHECKPOINTS, keeps_best=settings.training.eval_steps is not None
             ),
@@ -162,12 +165,14 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     )
 
 
-def _figures(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator") -> RunFigures:
+def _figures(
+    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator", fed: FedRows | None
+) -> RunFigures:
     """Return the peaks of the run and, if its rows are known, its time."""
     return with_run(
         figures_of_run(estimator.estimate(settings, gpu)),
         settings,
-        request.rows.batches if request.rows else run_batches(settings, request.prediction),
+        fed.batches if fed else run_batches(settings, request.prediction),
         gpu,
         estimator.estimate,
         price=request.prediction.price,
@@ -175,7 +180,7 @@ def _figures(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, estim
 
 
 def _num_rows(request: MemoryRequest) -> int:
-    return request.rows.summary.num_train_rows if request.rows else request.prediction.rows or 0
+    return request.rows.num_rows if request.rows else request.prediction.rows or 0
 
 
 def _unquantized(
@@ -188,11 +193,24 @@ def _unquantized(
     return unquantized_run(asked, gpu, estimate, num_parameters, estimator.estimate)
 
 
-def _plans(asked: EstimateSettings, gpus: tuple[Gpu, ...], estimator: "Estimator") -> list[PlannedRun]:
+def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> list[PlannedRun]:
     """Return the plan for each GPU; none if the settings leave nothing open."""
-    if not is_open(asked):
+    rows = _divisible_rows(asked, request, estimator) if request.gpus else None
+    if rows is None and not is_open(asked):
         return []
-    return [plan_run(asked, gpu, estimator.estimate, estimator.recomputed_products) for gpu in gpus]
+    return [plan_run(asked, gpu, estimator.estimate, estimator.recomputed_products, rows) for gpu in request.gpus]
+
+
+def _divisible_rows(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> StepRows | None:
+    """Return the rows of a step, if they are known and `train` would plan how they are divided into micro-batches."""
+    training = asked.training
+    is_given = any(request.asked.is_given(path) for path in (MICRO_BATCH, MICRO_BATCH_TOKENS))
+    is_given |= training.micro_batch_size > 1 or training.micro_batch_tokens is not None  # in a run's record
+    if is_given or changes_results(
+        training, is_packed=asked.data.packing, balances_experts=estimator.balances_experts(asked)
+    ):
+        return None
+    return request.rows.average_step(training) if request.rows else average_step(asked, request.prediction)
 
 
 def _over_catalogue(settings: EstimateSettings, estimator: "Estimator") -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:
@@ -264,7 +282,7 @@ def _assumptions_of_run(request: MemoryRequest, settings: EstimateSettings, gpu:
     if rates_of(gpu.card, gpu.num_sms) is None:
         return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
     if request.rows is not None:
-        of_rows = f"the time of the run is that of the micro-batches of {request.rows.summary.name}"
+        of_rows = "the time of the run is that of the micro-batches of its data"
     else:
         are = "are packed without gaps" if settings.data.packing else "all have the mean length"
         of_rows = f"for the time of the run, rows {are}"

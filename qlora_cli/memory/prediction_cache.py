@@ -45,7 +45,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     values = settings.model_dump(mode="json")
     prediction = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
     asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
-    asked["rows of the data"] = None if request.rows is None else dataclasses.asdict(request.rows)
+    asked["rows of the data"] = None if request.rows is None else request.rows.digest
     for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_TIME):
         section, key = path.split(".")
         asked[path] = values[section][key]

@@ -4,13 +4,13 @@ Imports no torch.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.prediction import DataSummary
-from qlora_cli.settings.models import EstimateSettings, PredictionSettings
+from qlora_cli.settings.models import EstimateSettings, PredictionSettings, TrainingSettings
 from qlora_cli.settings.settle import with_settings
 
 LENGTH, FILLED = "data.max_length", "training.micro_batch_tokens"
@@ -31,12 +31,45 @@ class RunBatches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadRows:
-    """What a prediction needs of the rows of a data set; `longest_tokens` are those of the longest one that is fed."""
+class StepRows:
+    """The rows of a step, on average over the steps of a run.
+
+    Attributes:
+        num_rows: Rows of a step.
+        mean_tokens: Tokens of a row.
+        num_filled: Returns the number of micro-batches of a step that have up to so many tokens each.
+    """
+
+    num_rows: float
+    mean_tokens: float
+    num_filled: Callable[[int], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedRows:
+    """The rows of a data set as a run with certain micro-batches feeds them."""
 
     batches: RunBatches
-    longest_tokens: int
     summary: DataSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRows:
+    """What a prediction needs of the rows of a data set.
+
+    Attributes:
+        digest: Of all lengths, and what decides the order of rows.
+        num_rows: Rows that are trained on.
+        longest_tokens: Tokens of the longest one that is fed, trained or held out.
+        average_step: Returns the rows of a step on average.
+        feed: Returns the rows as they are fed.
+    """
+
+    digest: str
+    num_rows: int
+    longest_tokens: int
+    average_step: Callable[[TrainingSettings], StepRows]
+    feed: Callable[[TrainingSettings], FedRows]
 
 
 def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBatches | None:
@@ -49,15 +82,8 @@ def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBat
     """
     if asked.rows is None:
         return None
-    longest, training = settings.data.max_length, settings.training
-    tokens = longest if asked.mean_tokens is None else asked.mean_tokens
-    if tokens > longest:
-        raise UsageError(
-            f"{tokens:,} is more than the {longest:,} tokens that a row may have",
-            hint="Rows are truncated there: give --max-length as well, or fewer --mean-tokens.",
-            setting="inspect_memory.mean_tokens",
-        )
-    num_rows = asked.rows
+    longest, training, num_rows = settings.data.max_length, settings.training, asked.rows
+    tokens = _mean_tokens(settings, asked)
     if settings.data.packing:
         num_rows, tokens = ceil(num_rows * tokens / longest), longest
     num_steps = training.num_steps(num_rows)
@@ -72,6 +98,31 @@ def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBat
     return _batches(
         num_steps, [(num_joined * tokens, num_full_steps * num_whole), (rest * tokens, num_full_steps * (rest > 0))]
     )
+
+
+def average_step(settings: EstimateSettings, asked: PredictionSettings) -> StepRows | None:
+    """Return the rows of a step of a run over `asked.rows` rows of one length; None if their number was not given.
+
+    Raises:
+        UsageError: rows are longer on average than the longest may be.
+    """
+    if asked.rows is None:
+        return None
+    num_rows, mean = min(settings.training.rows_per_step, asked.rows), _mean_tokens(settings, asked)
+    return StepRows(
+        num_rows=num_rows, mean_tokens=mean, num_filled=lambda tokens: ceil(num_rows / max(1, tokens // mean))
+    )
+
+
+def _mean_tokens(settings: EstimateSettings, asked: PredictionSettings) -> int:
+    longest = settings.data.max_length
+    if asked.mean_tokens is not None and asked.mean_tokens > longest:
+        raise UsageError(
+            f"{asked.mean_tokens:,} is more than the {longest:,} tokens that a row may have",
+            hint="Rows are truncated there: give --max-length as well, or fewer --mean-tokens.",
+            setting="inspect_memory.mean_tokens",
+        )
+    return longest if asked.mean_tokens is None else asked.mean_tokens
 
 
 def _batches(num_steps: int, sizes: Iterable[tuple[int, float]]) -> RunBatches:

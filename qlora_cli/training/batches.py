@@ -11,7 +11,7 @@ from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.loss.chunked_loss import trained_tokens
-from qlora_cli.memory.fitting.division import StepRows
+from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.data_order import RowOrder
 

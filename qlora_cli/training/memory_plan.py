@@ -6,8 +6,9 @@ from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Reporter
 from qlora_cli.loading.load_plan import LoadPlan
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, StepRows
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, changes_results
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
+from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
@@ -68,10 +69,11 @@ def _open_rows(
 ) -> StepRows | None:
     """Return the rows of a step, if how they are divided into micro-batches is open, and changes no result."""
     settings = resolved.settings
-    is_settled = resume is not None or settings.data.packing or _gives_micro_batch(resolved)
-    balances_experts = getattr(load_plan.shapes.config.get_text_config(), "router_aux_loss_coef", 0)
-    depends_on_division = balances_experts or settings.training.neftune_noise_alpha is not None
-    if is_settled or depends_on_division or rows.train.stream is not None:
+    is_settled = resume is not None or _gives_micro_batch(resolved) or rows.train.stream is not None
+    balances_experts = bool(getattr(load_plan.shapes.config.get_text_config(), "router_aux_loss_coef", 0))
+    if is_settled or changes_results(
+        settings.training, is_packed=settings.data.packing, balances_experts=balances_experts
+    ):
         return None
     return average_step(rows.train.lengths, settings.training)
 

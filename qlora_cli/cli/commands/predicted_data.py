@@ -5,8 +5,10 @@ The rows are read, tokenized, held out, packed and ordered by the functions that
 
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from qlora_cli.cache import code_digests, digest_of
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import ModelError, ModelNotFoundError, Problem
@@ -15,7 +17,7 @@ from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.memory.prediction import DataSummary
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.run_batches import ReadRows, RunBatches
+from qlora_cli.memory.run_batches import FedRows, ReadRows, RunBatches
 from qlora_cli.model_files.given_model import looks_local
 from qlora_cli.settings.models import DataSettings, InspectMemorySettings, ModelSettings, TrainingSettings
 from qlora_cli.settings.resolve import Resolved
@@ -24,6 +26,7 @@ from qlora_cli.settings.settle import settle, with_values
 if TYPE_CHECKING:
     from qlora_cli.data.feeding.prepare import TrainingData
 
+CODE = ("data", "training")  # which decides what is fed, besides what every prediction depends on
 WITHOUT_DATA = "Or leave --dataset out, and give --rows N and --mean-tokens T."
 
 
@@ -80,11 +83,27 @@ def _with_hub_id(model: ModelSettings) -> ModelSettings:
 
 
 def _read_rows(prepared: "TrainingData", data: DataSettings, training: TrainingSettings) -> ReadRows:
+    from qlora_cli.training.batches import average_step
+
+    lengths = prepared.train.lengths
+    order = (training.seed, training.sampling, training.longest_first, prepared.longest_tokens)
+    return ReadRows(
+        digest=digest_of(
+            [sha256(lengths.tobytes()).hexdigest(), repr(order), repr(prepared.train.report), *code_digests(CODE)]
+        ),
+        num_rows=prepared.train.report.rows_trained,
+        longest_tokens=prepared.longest_tokens,
+        average_step=lambda planned: average_step(lengths, planned),
+        feed=lambda planned: _fed(prepared, planned, is_packed=data.packing),
+    )
+
+
+def _fed(prepared: "TrainingData", training: TrainingSettings, *, is_packed: bool) -> FedRows:
     from qlora_cli.data.feeding.micro_batches import micro_batch_tokens, padding_of_epoch
 
     train, evaluation = prepared.train, prepared.evaluation
     report, num_steps = train.report, training.num_steps(len(train.lengths))
-    sizes = micro_batch_tokens(train.lengths, training, num_steps=num_steps, is_packed=data.packing)
+    sizes = micro_batch_tokens(train.lengths, training, num_steps=num_steps, is_packed=is_packed)
     summary = DataSummary(
         name=report.name,
         num_train_rows=report.rows_trained,
@@ -93,11 +112,7 @@ def _read_rows(prepared: "TrainingData", data: DataSettings, training: TrainingS
         num_train_tokens=report.tokens,
         longest_row_tokens=report.longest_row_tokens,
         num_truncated_rows=report.truncated_rows,
-        padding_share=padding_of_epoch(train.lengths, training, is_packed=data.packing),
+        padding_share=padding_of_epoch(train.lengths, training, is_packed=is_packed),
         num_micro_batches=sizes.total(),
     )
-    return ReadRows(
-        batches=RunBatches(num_steps=num_steps, by_tokens=tuple(sorted(sizes.items()))),
-        longest_tokens=prepared.longest_tokens,
-        summary=summary,
-    )
+    return FedRows(batches=RunBatches(num_steps=num_steps, by_tokens=tuple(sorted(sizes.items()))), summary=summary)

@@ -3,35 +3,21 @@
 Imports no torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.request import Predict
-from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.memory.run_batches import StepRows
+from qlora_cli.settings.models import EstimateSettings, TrainingSettings
 from qlora_cli.settings.settle import with_settings
 
 MICRO_BATCH_TOKENS, MAX_LENGTH = "training.micro_batch_tokens", "data.max_length"
 FACTORS = (1, 2, 4)  # of the tokens of the longest row, which take about as much memory in one row as in several
 WORTHWHILE = 0.95  # of the time before, at most: the model of time does not know smaller gains
 MIN_TOKENS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRows:
-    """The rows of a step, on average over the steps of a run.
-
-    Attributes:
-        num_rows: Rows of a step.
-        mean_tokens: Tokens of a row.
-        num_filled: Returns the number of micro-batches of a step that have up to so many tokens each.
-    """
-
-    num_rows: float
-    mean_tokens: float
-    num_filled: Callable[[int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +42,11 @@ class Division:
     def step_seconds(self, time: StepTime) -> float:
         """Return the seconds of a step on average; `time` is that of the largest micro-batch."""
         return self.num_micro_batches * self.share * time.micro_batch_seconds + time.update_seconds
+
+
+def changes_results(training: TrainingSettings, *, is_packed: bool, balances_experts: bool) -> bool:
+    """Return whether a step depends on how its rows are divided, or they are joined already."""
+    return is_packed or balances_experts or training.neftune_noise_alpha is not None
 
 
 def worthwhile_divisions(settings: EstimateSettings, gpu: Gpu, predict: Predict, rows: StepRows) -> Sequence[Division]:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_cli.errors import QloraError
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, Division, StepRows, worthwhile_divisions
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, Division, worthwhile_divisions
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Plan, PlanOption, Product
 from qlora_cli.memory.request import Predict
+from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings

@@ -9,8 +9,8 @@ import pytest
 from qlora_cli.cli.commands.predicted_data import with_rows
 from qlora_cli.errors import DataError, ModelError, ModelNotFoundError
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.run_batches import ReadRows
-from qlora_cli.settings.models import InspectMemoryOfDataSettings
+from qlora_cli.memory.run_batches import FedRows, ReadRows
+from qlora_cli.settings.models import InspectMemoryOfDataSettings, TrainingSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.conftest import ASSETS, Recorder, RunQlora, write_jsonl
 
@@ -62,24 +62,33 @@ def asked(rows: Path, *, model: Path | str = ASSETS / "base", **more: str) -> Re
     return resolve(Sources(flags={path: (path, value) for path, value in flags.items()}), InspectMemoryOfDataSettings)
 
 
-def read(rows: Path, *, model: Path | str = ASSETS / "base", **more: str) -> ReadRows:
+def read(rows: Path, *, model: Path | str = ASSETS / "base", **more: str) -> tuple[ReadRows, FedRows]:
+    """Return the rows as they are read, and as a run with these settings feeds them."""
     request = with_rows(MemoryRequest(asked=asked(rows, model=model, **more)), Recorder())
     assert request.rows is not None
-    return request.rows
+    return request.rows, request.rows.feed(request.asked.settings.training)
 
 
 def test_the_longest_row_is_that_of_all_data_even_of_held_out_rows(tmp_path: Path) -> None:
     short = [{"prompt": f"{number}", "completion": "yes"} for number in range(8)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": "a", "completion": "word " * 60}])
     rows = write_jsonl(tmp_path / "rows.jsonl", short)
-    alone, evaluated = read(rows), read(rows, data__eval_dataset=str(held_out))
+    (alone, trained), (evaluated, both) = read(rows), read(rows, data__eval_dataset=str(held_out))
     assert evaluated.longest_tokens > 60 > alone.longest_tokens
-    assert evaluated.summary.longest_row_tokens == alone.summary.longest_row_tokens == alone.longest_tokens
-    assert evaluated.summary.num_eval_rows == 1
+    assert both.summary.longest_row_tokens == trained.summary.longest_row_tokens == alone.longest_tokens
+    assert both.summary.num_eval_rows == 1
+    assert evaluated.digest != alone.digest
+
+
+@pytest.mark.parametrize(
+    "change", [{"training__seed": "1"}, {"training__sampling": "sequential"}, {"data__max_length": "70"}]
+)
+def test_what_decides_the_micro_batches_is_part_of_the_key(many_rows: Path, change: dict[str, str]) -> None:
+    assert read(many_rows, **change)[0].digest != read(many_rows)[0].digest == read(many_rows)[0].digest
 
 
 def test_a_longer_run_has_the_micro_batches_of_more_epochs(many_rows: Path) -> None:
-    one, two = (read(many_rows, training__epochs=epochs, training__micro_batch_size="4") for epochs in ("1", "2"))
+    one, two = (read(many_rows, training__epochs=epochs, training__micro_batch_size="4")[1] for epochs in ("1", "2"))
     once, twice = (Counter(dict(each.batches.by_tokens)) for each in (one, two))
     assert twice.total() == 2 * once.total() == two.summary.num_micro_batches
     assert twice != Counter({tokens: 2 * number for tokens, number in once.items()})  # another order of the rows
@@ -106,7 +115,22 @@ def test_the_settings_of_a_run_decide_how_data_is_read(many_rows: Path, run_qlor
     )
     assert trained.code == 0, trained.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    rows = read(many_rows, model=tmp_path / "run")
-    assert rows.summary.num_packed_rows == record["plan"]["num_packed_rows"]
+    rows, _ = read(many_rows, model=tmp_path / "run")
+    fed = rows.feed(TrainingSettings(max_steps=1))
+    assert fed.summary.num_packed_rows == record["plan"]["num_packed_rows"]
     assert rows.longest_tokens <= 128
-    assert rows.batches.num_steps == 1
+    assert fed.batches.num_steps == 1
+
+
+def test_rows_are_divided_as_train_plans_it_on_the_gpu(run_qlora: RunQlora, tmp_path: Path) -> None:
+    short = [{"prompt": f"{number}", "completion": "yes"} for number in range(40)]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*short, {"prompt": "a", "completion": "word " * 60}])
+    question = ["inspect-memory", ASSETS / "base", "--dataset", rows, "--gpu", "RTX 4090", "--json"]
+    planned, alone = run_qlora(*question).json, run_qlora(*question, "--micro-batch-size", "1").json
+    tokens = planned["plan"]["chosen"]["micro_batch_tokens"]
+    assert tokens is not None
+    assert planned["settings"]["micro-batch-tokens"] == str(tokens)
+    assert alone["plan"]["chosen"]["micro_batch_tokens"] is None
+    assert planned["data"]["num_micro_batches"] < alone["data"]["num_micro_batches"] / 2
+    assert planned["predicted"]["run_seconds"] < alone["predicted"]["run_seconds"] / 2
+    assert planned["predicted"]["num_steps"] == alone["predicted"]["num_steps"]

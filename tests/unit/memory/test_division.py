@@ -5,11 +5,12 @@ from math import ceil
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, StepRows, worthwhile_divisions
+from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, worthwhile_divisions
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, PlannedRun, describe, plan_run
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, StepTime
 from qlora_cli.memory.request import Predict
+from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 from tests.unit.memory.test_fitting import CONTEXT, card, estimate

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.errors import UsageError
-from qlora_cli.memory.run_batches import run_batches, with_tokens
+from qlora_cli.memory.run_batches import average_step, run_batches, with_tokens
 from qlora_cli.memory.run_time import MAX_PREDICTED, interpolated, predicted_sizes
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 
@@ -48,6 +48,20 @@ def test_packed_rows_are_fed_in_full_ones_and_max_steps_overrides_epochs() -> No
     assert limited is not None
     assert (limited.num_steps, limited.by_tokens) == (7, ((4096, 7),))
     assert run_batches(settings_of(), PredictionSettings()) is None
+
+
+@given(rows=st.integers(1, 200), mean_tokens=st.integers(8, 4096), accumulation=st.integers(1, 32))
+def test_a_step_on_average_is_filled_as_the_run_is(rows: int, mean_tokens: int, accumulation: int) -> None:
+    asked = PredictionSettings(rows=rows, mean_tokens=mean_tokens)
+    settings = settings_of(gradient_accumulation_steps=accumulation)
+    step = average_step(settings, asked)
+    assert step is not None
+    assert (step.num_rows, step.mean_tokens) == (min(rows, accumulation), mean_tokens)
+    for tokens in (mean_tokens, 4096, 16_384):
+        filled = run_batches(settings_of(gradient_accumulation_steps=step.num_rows, micro_batch_tokens=tokens), asked)
+        assert filled is not None
+        num_full_steps = rows // step.num_rows
+        assert sum(number for _, number in filled.by_tokens) >= num_full_steps * step.num_filled(tokens)
 
 
 def test_rows_cannot_be_longer_on_average_than_the_longest() -> None:
