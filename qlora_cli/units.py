@@ -34,6 +34,14 @@ def format_count(count: int) -> str:
     return f"{count:,}"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """Return a rate in the largest unit that keeps it at or above one: `31.2 GFLOP/s`, for the unit `FLOP`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if rate >= size:
+            return f"{rate / size:.1f} {prefix}{unit}/s"
+    return f"{rate:,.1f} {unit}/s"
+
+
 def format_duration(seconds: float) -> str:
     """Return seconds as `0.42 s`, `1:05` (minutes) or `2:03:09` (hours)."""
     if not -LARGEST <= seconds <= LARGEST:  # NaN too

@@ -93,7 +93,7 @@ EXAMPLES = {
     "chat": ("runs/llama-8b --temperature 0.7",),
     "evaluate": ("runs/llama-8b", "runs/llama-8b --dataset questions.jsonl --tasks hellaswag --limit 200"),
     "demo": ("--output runs/demo",),
-    "doctor": ("--json",),
+    "doctor": ("--json", "--measure"),
     "runs list": ("", "runs/sweep --json"),
     "runs show": ("runs/llama-8b --html run.html",),
     "config show": ("--config configs/demo.yaml --rank 8", "merge runs/demo --format nf4"),

@@ -1,6 +1,6 @@
 """Run all checks, each after those that it depends on, and summarize them."""
 
-from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install
+from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install, checks_speed
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, skipped
 from qlora_cli.doctor.isolation import CheckFunction, Isolation
 from qlora_cli.events import PhaseStarted, Reporter
@@ -14,12 +14,15 @@ USE_CPU = "Restart, install a PyTorch that supports this GPU, or train without i
 REPORT_IT = "Run it again; if it stays so, report it with the output of --json."
 
 
-def diagnose(reporter: Reporter) -> Report:
-    """Return the results of all checks; their exceptions are results, too."""
+def diagnose(reporter: Reporter, *, measures: bool = False) -> Report:
+    """Return the results of all checks; their exceptions are results, too.
+
+    `measures`: the speed of the device is measured and stored, too.
+    """
     with Isolation() as isolation:
         examination = Examination(isolation, reporter)
         _examine_installation(examination)
-        _examine_hardware(examination)
+        _examine_hardware(examination, measures=measures)
         _examine_surroundings(examination)
     return examination.report()
 
@@ -85,7 +88,7 @@ def _examine_installation(examination: Examination) -> None:
     examination.check("libraries", checks_install.check_libraries, advice=REINSTALL, needs=("torch",))
 
 
-def _examine_hardware(examination: Examination) -> None:
+def _examine_hardware(examination: Examination, *, measures: bool) -> None:
     examination.check("driver", checks_hardware.check_driver, advice=REPORT_IT, vital=False)
     examination.check("cuda", checks_hardware.check_cuda, advice=REINSTALL_TORCH, needs=("torch",))
     gpu = examination.check("gpu", checks_hardware.check_gpu, advice=USE_CPU, needs=("torch",))
@@ -95,7 +98,7 @@ def _examine_hardware(examination: Examination) -> None:
     devices = [("cpu", num_gpus == 0), *((f"cuda:{index}", True) for index in range(num_gpus))]
     for device, vital in devices:
         examination.check(
-            f"bitsandbytes_{device.replace(':', '_')}",
+            _check_of(device),
             checks_bitsandbytes.check_device,
             device,
             advice=REINSTALL_BITSANDBYTES,
@@ -103,6 +106,14 @@ def _examine_hardware(examination: Examination) -> None:
             vital=vital,
         )
     examination.check("attention", checks_hardware.check_attention, advice=REINSTALL_TORCH, needs=("bitsandbytes",))
+    if measures:
+        used = next(device for device, vital in devices if vital)
+        needs = ("libraries", _check_of(used))
+        examination.check("speed", checks_speed.check_speed, used, advice=REPORT_IT, needs=needs, vital=False)
+
+
+def _check_of(device: str) -> str:
+    return f"bitsandbytes_{device.replace(':', '_')}"
 
 
 def _examine_surroundings(examination: Examination) -> None:

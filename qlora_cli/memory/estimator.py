@@ -24,7 +24,7 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.host_memory import host_memory
 from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.prediction import Estimate, HostMemory, Product
+from qlora_cli.memory.prediction import Estimate, HostMemory, Product, StepTime
 from qlora_cli.memory.replaying.figures import estimate_of
 from qlora_cli.memory.replaying.loaded_weights import load_adapter, load_weights, trained_parameters
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps, parameter_groups
@@ -146,15 +146,6 @@ class Estimator:
         """
         method_of(settings.quantization.method).check_trainable(settings.quantization)
         traced = self.traced(settings, gpu)
-        micro_batches = _micro_batches(settings)
-        time = step_time(
-            traced.micro_batch,
-            traced.update,
-            gpu,
-            num_micro_batches=micro_batches["gradient_accumulation_steps"],
-            num_tokens=micro_batches["batch_size"] * micro_batches["length"],
-            pinned_host_bytes=traced.pinned_host_bytes,
-        )
         return estimate_of(
             self.peaks(settings, gpu),
             gpu,
@@ -163,15 +154,36 @@ class Estimator:
             checkpointing=_checkpointing(settings).value,
             paged_bytes=traced.paged_bytes,
             pinned_host_bytes=traced.pinned_host_bytes,
-            time=time,
+            time=self.step_time(settings, gpu),
+        )
+
+    def step_time(self, settings: EstimateSettings, gpu: Gpu) -> StepTime | None:
+        """Return the time of an optimizer step on `gpu`; None if its speed is not known.
+
+        Raises:
+            ModelError: the model can't be run with these settings.
+            HardwareError: the GPU can't compute with them.
+        """
+        traced, micro_batches = self.traced(settings, gpu), _micro_batches(settings)
+        return step_time(
+            traced.micro_batch,
+            traced.update,
+            gpu,
+            num_micro_batches=micro_batches["gradient_accumulation_steps"],
+            num_tokens=micro_batches["batch_size"] * micro_batches["length"],
+            pinned_host_bytes=traced.pinned_host_bytes,
         )
 
     def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:
         """Return the compute dtype on `gpu`."""
         native = gpu.capability >= AMPERE
         reason = f"{gpu.name} {'has' if native else 'has no'} bf16 tensor cores"
-        model_type = str(self._facts.content.get("model_type", ""))
-        return settle_compute_dtype(settings.model.dtype, "cuda", model_type, native, reason).name
+        return settle_compute_dtype(settings.model.dtype, "cuda", self.model_type, native, reason).name
+
+    @property
+    def model_type(self) -> str:
+        """The type of the model, as its config names it."""
+        return str(self._facts.content.get("model_type", ""))
 
     def shapes(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         """Return the model on the meta device, with nothing quantized."""

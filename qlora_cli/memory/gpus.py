@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+import psutil
+
 from qlora_cli.errors import HardwareError, UsageError
+from qlora_cli.hardware.processor import processor_name
 from qlora_cli.memory.gpu_rows import (
     ALIASES,
     ALSO_SOLD_AS,
@@ -19,7 +22,7 @@ from qlora_cli.memory.gpu_rows import (
     NOTES,
     WORKSTATION_ROWS,
 )
-from qlora_cli.units import GIB, MIB, format_bytes
+from qlora_cli.units import GIB, MIB, counted, format_bytes
 
 CONSUMER, WORKSTATION, DATA_CENTRE = "consumer", "workstation", "data-centre"
 THIS_MACHINE, AS_ASKED = "this machine", "as asked"
@@ -75,6 +78,11 @@ class Gpu:
         what the driver reserves is not in the total. A desktop's display does take from it, often 0.3 to 1 GiB.
         """
         return self.total_bytes
+
+    @property
+    def measured_as(self) -> str:
+        """The name under which its rates are stored."""
+        return self.card or self.name
 
     @property
     def has_kernels(self) -> bool:
@@ -321,3 +329,21 @@ def _nearest_card(name: str, capability: tuple[int, int], num_sms: int, total_by
 
     named: Sequence[Gpu] = _cards_named(name)
     return min(named or GPUS, key=distance)
+
+
+def this_cpu() -> Gpu:
+    """Return this machine's CPU with the threads that PyTorch uses, as a device whose steps are predicted.
+
+    A step is traced with the kernels of a GPU, whose operations are those of a CPU; its memory is not predicted.
+    """
+    import torch
+
+    return Gpu(
+        name=f"{processor_name()}, {counted(torch.get_num_threads(), 'thread')}",
+        group=THIS_MACHINE,
+        total_bytes=psutil.virtual_memory().total,
+        capability=AMPERE,
+        num_sms=1,
+        context_bytes=0,
+        context_high_bytes=0,
+    )

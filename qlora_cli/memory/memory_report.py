@@ -37,10 +37,10 @@ from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, StepRows, average_step, run_batches, with_longest
 from qlora_cli.memory.run_files import has_weights
 from qlora_cli.memory.run_time import with_run
+from qlora_cli.memory.step_time import rates_on
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings, field_of
-from qlora_cli.timing.rates import rates_of
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -279,7 +279,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
 
 def _assumptions_of_run(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu) -> list[str]:
     """Return sentences on what the prediction of a whole run takes for granted."""
-    if rates_of(gpu.card, gpu.num_sms) is None:
+    if rates_on(gpu) is None:
         return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
     if request.rows is not None:
         of_rows = "the time of the run is that of the micro-batches of its data"
@@ -327,6 +327,8 @@ def _assumptions(
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")
+    if (known := rates_on(gpu)) is not None and known.note:
+        sentences.append(known.note)
     sentences += untraced(settings.training)
     sentences += [f"{gpu.name}: {gpu.note}" for gpu in request.gpus if gpu.note]
     sentences.append("one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)")

@@ -85,10 +85,11 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """The time of an optimizer step, by arithmetic on rates of the GPU that were not measured.
+    """The time of an optimizer step, by arithmetic on rates of the device.
 
     `limited_by` is what takes most of it: `compute`, `memory` or `host`, the Python code that starts the kernels.
     `device_seconds` and `host_seconds` are the GPU's and those of one core of the host, which work at the same time.
+    `rates` says where the rates come from: a data sheet, or a measurement on this machine.
     """
 
     micro_batch_seconds: float
@@ -102,6 +103,7 @@ class StepTime:
     limited_by: str
     device_seconds: float
     host_seconds: float
+    rates: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +252,11 @@ class SweepPoint:
 class RunFigures(Figures):
     """The peaks of a run, the time of its optimizer step and of all its steps, with the ends of the error bands.
 
-    What is about time is None for a GPU that is not in the catalogue; `limited_by` as in `StepTime`. From `num_steps`
-    on, it is also None if neither rows nor a data set were given. `run_limited_by` is what takes most of the run,
-    which has shorter rows than the step. `cost` is in the currency of the price that was given, and `energy_wh` the
-    GPU's at its rated power, in watt-hours. `disk_bytes` is the largest size of the run directory, and
+    What is about time is None for a GPU that is not in the catalogue and was not measured; `limited_by` and `rates`
+    are those of `StepTime`. From `num_steps` on, it is also None if neither rows nor a data set were given.
+    `run_limited_by` is what takes most of the run, which has shorter rows than the step. `cost` is in the currency of
+    the price that was given, and `energy_wh` the GPU's at its rated power, in watt-hours; None where that is unknown.
+    `disk_bytes` is the largest size of the run directory, and
     `download_bytes` that of the base's weight files; 0 if they are on this disk.
     """
 
@@ -264,6 +267,7 @@ class RunFigures(Figures):
     tokens_per_second_low: float | None = None
     tokens_per_second_high: float | None = None
     limited_by: str | None = None
+    rates: str | None = None
     num_steps: int | None = None
     run_seconds: float | None = None
     run_seconds_low: float | None = None

@@ -17,6 +17,7 @@ from qlora_cli.files import as_json
 from qlora_cli.memory.prediction import MemoryReport
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import all_settings, metadata_of
+from qlora_cli.timing.rates_file import rates_digest
 from qlora_cli.writing import PRIVATE_FILE, private_folder, unsafe_reason, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -52,7 +53,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
         # The default of a setting that is not given may depend on the model.
         asked[f"{path} is given"] = request.asked.is_given(path)
     parts = [json.dumps(as_json(asked), sort_keys=True), json.dumps(as_json(dict(content)), sort_keys=True)]
-    return digest_of([*parts, sys.version, *versions_of(COMPUTING), *code_digests(PARTS)])
+    return digest_of([*parts, sys.version, *versions_of(COMPUTING), *code_digests(PARTS), rates_digest()])
 
 
 def load(key: str) -> MemoryReport | None:

@@ -11,8 +11,8 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import RunFigures, StepTime
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import RunBatches, with_tokens
+from qlora_cli.memory.step_time import rates_on
 from qlora_cli.settings.models import EstimateSettings
-from qlora_cli.timing.rates import rates_of
 
 HOUR_SECONDS = 3600
 MAX_PREDICTED = 6  # sizes of a micro-batch, each of which takes about a second; the others lie in between
@@ -31,8 +31,8 @@ def with_run(
 
     `price` is that of an hour, in any currency.
     """
-    rates = rates_of(gpu.card, gpu.num_sms)
-    if batches is None or rates is None:
+    known = rates_on(gpu)
+    if batches is None or known is None:
         return figures
 
     def time_of(tokens: int) -> StepTime:
@@ -42,7 +42,7 @@ def with_run(
 
     total = _total(batches, time_of)
     per_second = None if price is None else price / HOUR_SECONDS
-    wh_per_second = rates.watts / HOUR_SECONDS
+    wh_per_second = known.rates.watts / HOUR_SECONDS or None
     return replace(
         figures,
         num_steps=batches.num_steps,
@@ -53,9 +53,9 @@ def with_run(
         cost=per_second and per_second * total.seconds,
         cost_low=per_second and per_second * total.low,
         cost_high=per_second and per_second * total.high,
-        energy_wh=wh_per_second * total.seconds,
-        energy_wh_low=wh_per_second * total.low,
-        energy_wh_high=wh_per_second * total.high,
+        energy_wh=wh_per_second and wh_per_second * total.seconds,
+        energy_wh_low=wh_per_second and wh_per_second * total.low,
+        energy_wh_high=wh_per_second and wh_per_second * total.high,
     )
 
 

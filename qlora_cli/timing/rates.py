@@ -1,4 +1,5 @@
-"""What each GPU of the catalogue sustains: products, memory, copies, launches. Nothing here was measured by us.
+"""What each GPU of the catalogue sustains: products, memory, copies, launches. Nothing here was measured by us; what
+was measured on a machine is in its `rates_file`.
 
 A card's own numbers are those of its data sheet: dense products of 16-bit values with fp32 sums, fp32 without tensor
 cores, bandwidth, rated power. What a program reaches of them is a share by the kind of card (`Family`), and a few
@@ -135,7 +136,7 @@ DISPATCH_SECONDS = 11e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a GPU sustains, and its host.
+    """What a device sustains, and its host.
 
     Attributes:
         flops: A second, in products of 16-bit values with fp32 sums.
@@ -147,8 +148,9 @@ class Rates:
         host_copy_bytes: A second, between pinned host memory and the GPU.
         kernel_seconds: The least that a kernel takes.
         dispatch_seconds: Of one host core, for one operation.
-        num_sms: Multiprocessors, which compute the tiles of a product in turns.
-        watts: Rated power.
+        num_sms: Multiprocessors, which compute the tiles of a product in turns; 1 for a CPU.
+        watts: Rated power; 0 where it is not known.
+        is_host: Whether the device is the host itself, which dispatches and computes in turns.
     """
 
     flops: float
@@ -162,13 +164,14 @@ class Rates:
     dispatch_seconds: float = DISPATCH_SECONDS
     num_sms: int
     watts: int
+    is_host: bool = False
 
 
 _OF_CARD = {row[0]: row for row in ROWS}
 
 
 def rates_of(card: str, num_sms: int) -> Rates | None:
-    """Return the rates of a card of the catalogue by its name there; None for any other."""
+    """Return the rates of a card of the catalogue by its name there, from its data sheet; None for any other."""
     if card not in _OF_CARD:
         return None
     _, teraflops, fp32_teraflops, gigabytes, watts, family = _OF_CARD[card]

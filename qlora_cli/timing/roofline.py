@@ -17,11 +17,13 @@ class Cost:
         compute_seconds: Of the GPU, in operations that arithmetic limits.
         memory_seconds: Of the GPU, in those that its memory, their launch or copies to the host limit.
         host_seconds: Of one core of the host, to dispatch them all.
+        is_host: Whether the host computes, too: on a CPU.
     """
 
     compute_seconds: float
     memory_seconds: float
     host_seconds: float
+    is_host: bool = False
 
     @property
     def device_seconds(self) -> float:
@@ -30,8 +32,8 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """The longer of the GPU's and the host's, which work at the same time."""
-        return max(self.device_seconds, self.host_seconds)
+        """The longer of the GPU's and the host's, which work at the same time; on a CPU their sum."""
+        return self.device_seconds + self.host_seconds if self.is_host else max(self.device_seconds, self.host_seconds)
 
     @property
     def limited_by(self) -> str:
@@ -55,7 +57,7 @@ def cost_of(operations: Iterable[tuple[int, Operation]], rates: Rates, *, host_b
         else:
             memory += times * traffic
         host += times * rates.dispatch_seconds
-    return Cost(compute_seconds=compute, memory_seconds=memory, host_seconds=host)
+    return Cost(compute_seconds=compute, memory_seconds=memory, host_seconds=host, is_host=rates.is_host)
 
 
 def compute_seconds(operation: Operation, rates: Rates) -> float:

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from qlora_cli.cli.rendering.doctor_text import RATES, rate_lines
 from qlora_cli.doctor import checks_hub
 from qlora_cli.doctor.checks_hardware import DetectedGpu
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status
 from qlora_cli.doctor.isolation import Isolation
+from qlora_cli.timing.rates_file import known_rates
 from tests.conftest import Finished, RunQlora
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,8 +66,8 @@ def keys_of(value: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def done(run_qlora: RunQlora) -> Finished:
-    """The command on this machine, with a hub that cannot be reached."""
-    return run_qlora("doctor", "--json", env=AWAY)
+    """The command on this machine, with a hub that cannot be reached, and its speed."""
+    return run_qlora("doctor", "--measure", "--json", env=AWAY)
 
 
 def test_a_machine_that_can_train_is_one_object_and_exit_code_0(done: Finished) -> None:
@@ -75,6 +77,7 @@ def test_a_machine_that_can_train_is_one_object_and_exit_code_0(done: Finished) 
     assert done.json["can_train"] is True
     checks = checks_of(done)
     names = list(checks)
+    assert names.pop(-len(AFTER_DEVICES)) == "speed"
     devices = names[len(BEFORE_DEVICES) : -len(AFTER_DEVICES)]
     assert names == [*BEFORE_DEVICES, *devices, *AFTER_DEVICES]
     assert devices[0] == "bitsandbytes_cpu"
@@ -88,6 +91,20 @@ def test_a_machine_that_can_train_is_one_object_and_exit_code_0(done: Finished) 
     assert [key for key in keys_of(done.json) if not re.fullmatch(r"[a-z0-9_]+", key)] == []
     assert checks["hub"]["status"] == "warning"
     assert isinstance(checks["disk"]["details"]["cache_free_bytes"], int)
+
+
+def test_the_speed_that_was_measured_is_that_of_later_predictions(done: Finished) -> None:
+    speed = checks_of(done)["speed"]
+    assert speed["status"] == "ok", speed
+    details = speed["details"]
+    assert set(details["measured"]) == {*RATES, "dispatch_seconds"}
+    known = known_rates(details["name"])
+    assert known is not None
+    assert known.dtype == details["compute_dtype"]
+    assert {name: getattr(known.rates, name) for name in details["measured"]} == details["measured"]
+    lines = rate_lines(details["measured"], details["measured"])
+    assert len(lines) == len(details["measured"])
+    assert all("/s by the data sheet" in line for line in lines[:-1])
 
 
 def test_every_key_is_documented(done: Finished) -> None:

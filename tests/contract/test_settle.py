@@ -43,6 +43,7 @@ VARIES = {
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
     "quantization/memory_check.py": 1,  # loads that would fit instead
+    "training/checks/predicted_time.py": 1,  # what a CPU computes in and keeps
     "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
 }
 

@@ -1,7 +1,7 @@
 """`qlora doctor`: whether this machine can train, and what to do if it can't."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -9,15 +9,24 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import redact
 
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also measure, in about ten seconds, what the GPU, or else the CPU, sustains: predicted times are by it "
+        "from then on. Nothing else should run meanwhile.",
+    ),
+]
 
-def doctor(json: options.Json = False) -> None:
+
+def doctor(measure: Measure = False, json: options.Json = False) -> None:
     """Check whether this machine can train: packages, GPU, bitsandbytes, hub, disk. Exit code 1 if it can't."""
     from qlora_cli.cli.progress.reporters import reporting
     from qlora_cli.cli.rendering.doctor_text import render_doctor
     from qlora_cli.doctor.all_checks import diagnose
 
     with reporting() as reporter:
-        report = diagnose(reporter)
+        report = diagnose(reporter, measures=measure)
     print_json(_redacted(dataclasses.asdict(report))) if json else render_doctor(report)
     if not report.can_train:
         raise typer.Exit(1)

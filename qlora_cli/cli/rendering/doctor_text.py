@@ -1,15 +1,27 @@
 """The text of `qlora doctor`: a status, a name and a finding for each check."""
 
 import textwrap
+from collections.abc import Mapping
 
 from rich.text import Text
 
-from qlora_cli.cli.console import console, title
+from qlora_cli.cli.console import console, print_lines, title
 from qlora_cli.cli.stderr import redact
-from qlora_cli.doctor.findings import Check, Report, Status
+from qlora_cli.doctor.findings import Check, Json, Report, Status
+from qlora_cli.units import format_rate
 
 WORDS = {Status.OK: "ok", Status.WARNING: "warn", Status.FAILED: "FAIL", Status.SKIPPED: "skip"}
 STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red", Status.SKIPPED: "dim"}
+# The rates of `doctor --measure`: their names, and what a second of them counts.
+RATES = {
+    "flops": ("products", "FLOP"),
+    "fp32_flops": ("products in fp32", "FLOP"),
+    "attention_flops": ("attention", "FLOP"),
+    "num_bytes": ("memory, element by element", "B"),
+    "dequantized_bytes": ("memory, dequantizing NF4", "B"),
+    "narrow_bytes": ("memory, products of an adapter", "B"),
+    "host_copy_bytes": ("copies from the host", "B"),
+}
 
 
 def render_doctor(report: Report) -> None:
@@ -18,6 +30,27 @@ def render_doctor(report: Report) -> None:
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:
         _print_check(check, width)
+        if isinstance(measured := check.details.get("measured"), Mapping):
+            print_lines(rate_lines(measured, check.details.get("data_sheet")))
+
+
+def rate_lines(measured: Mapping[str, Json], of_card: Json) -> list[str]:
+    """Return a table of measured rates, next to what the card's data sheet makes expect, if it has one."""
+    expected = of_card if isinstance(of_card, Mapping) else {}
+    width = max(len(label) for label, _ in RATES.values())
+    lines = [
+        f"{'':8}{label:<{width}} {_rate(measured[name], unit):>14}"
+        + (f"   {_rate(expected[name], unit)} by the data sheet" if name in expected else "")
+        for name, (label, unit) in RATES.items()
+    ]
+    dispatch = measured["dispatch_seconds"]
+    assert isinstance(dispatch, float)
+    return [*lines, f"{'':8}{'the host, for an operation':<{width}} {1e6 * dispatch:>11.1f} µs"]
+
+
+def _rate(value: Json, unit: str) -> str:
+    assert isinstance(value, int | float)
+    return format_rate(value, unit)
 
 
 def verdict(report: Report) -> str:

@@ -27,6 +27,7 @@ from qlora_cli.memory.prediction import (
     Solution,
     Suggestion,
 )
+from qlora_cli.timing.rates_file import DATA_SHEET
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, counted, format_count, format_duration
 
@@ -153,10 +154,11 @@ def time_lines(figures: RunFigures) -> list[str]:
     if low is None or middle is None or high is None:
         return []
     is_host = figures.limited_by == HOST
+    basis = "by arithmetic, not measured" if figures.rates == DATA_SHEET else f"by rates {figures.rates}"
     text = (
         f"{'at least' if is_host else 'about'} {_significant(middle)} s a step ({_significant(low)} to "
         f"{_significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
-        f"{'the ' if is_host else ''}{figures.limited_by} (by arithmetic, not measured)"
+        f"{'the ' if is_host else ''}{figures.limited_by} ({basis})"
     )
     return hanging(text, "  ", "  ")
 
@@ -183,17 +185,17 @@ def _data_rows(data: DataSummary | None) -> list[Row]:
 def _run_rows(figures: RunFigures) -> list[Row]:
     """Return the time, the cost and the energy of the whole run; nothing if they were not asked for."""
     low, middle, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
-    if low is None or middle is None or high is None or figures.energy_wh is None:
+    if low is None or middle is None or high is None:
         return []
     limit = f"{'the ' if figures.run_limited_by == HOST else ''}{figures.run_limited_by}"
+    energy = "" if figures.energy_wh is None else f", {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated power"
     cost = ""
     if figures.cost is not None:
         cost = f", {figures.cost:,.2f} ({figures.cost_low:,.2f} to {figures.cost_high:,.2f}) at the given price"
     return _wrapped(
         "the run",
         f"{counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
-        f"{format_duration(high)}), limited by {limit}{cost}, {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated "
-        "power",
+        f"{format_duration(high)}), limited by {limit}{cost}{energy}",
     )
 
 

@@ -15,6 +15,8 @@ from qlora_cli.memory.prediction_cache import key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
+from qlora_cli.timing.rates import rates_of
+from qlora_cli.timing.rates_file import store_rates
 
 # Factors of updates, which only pass into the config of the adapter that is attached.
 SCALES = {"lora.alpha", "lora.alpha_pattern", "lora.use_rslora"}
@@ -67,9 +69,18 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
 
 
-def test_the_key_of_a_cached_prediction_has_only_what_memory_depends_on(base_model: Path) -> None:
+def test_the_key_of_a_cached_prediction_has_only_what_it_depends_on(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def key(**values: str) -> str:
         return key_of(MemoryRequest(asked=asked_of(base_model, **values)), {"model_type": "llama"})
 
     assert key() == key(training__learning_rate="1e-5", lora__alpha="8", data__on_long="drop")
+    unmeasured = key()
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    assert key() == unmeasured
+    rates = rates_of("RTX 4090", 128)
+    assert rates is not None
+    store_rates("RTX 4090", "bf16", rates)
+    assert key() != unmeasured  # by which its time is predicted
     assert len({key(), key(lora__rank="8"), key(data__max_length="2048"), key(model__attention="eager")}) == 4

@@ -1,6 +1,7 @@
 """The predicted time of a step: what makes it longer, what it is a sum of, and for which GPUs it is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.replaying.update_operations import update_operations
-from qlora_cli.memory.step_time import step_time
+from qlora_cli.memory.step_time import rates_on, step_time
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.timing.rates import Rates
+from qlora_cli.timing.rates_file import store_rates
 from tests.support.models.tracing import deep_config
 
 RTX_4090 = find_gpu("RTX 4090")
+RATES = ("flops", "attention_flops", "fp32_flops", "num_bytes", "dequantized_bytes", "narrow_bytes")
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
 
 
@@ -75,6 +79,25 @@ def test_a_faster_gpu_takes_less_time_and_a_size_of_memory_has_none(estimator: E
     times = [time_of(estimator, gpu=find_gpu(name)).step_seconds for name in ("L4", "RTX 4090", "H100 SXM")]
     assert times == sorted(times, reverse=True)
     assert estimator.estimate(settings_of(), find_gpu("24GB")).time is None
+
+
+def test_a_gpu_that_was_measured_has_the_time_of_its_own_rates_and_a_tighter_band(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    by_data_sheet, of_card = time_of(estimator), rates_on(RTX_4090)
+    assert of_card is not None
+    here = replace(RTX_4090, name="the GPU of this machine", card="")
+    assert estimator.estimate(settings_of(), here).time is None
+    half: Rates = replace(of_card.rates, **{name: getattr(of_card.rates, name) / 2 for name in RATES})
+    for gpu in (RTX_4090, here):
+        store_rates(gpu.measured_as, "bf16", half)
+        time = time_of(estimator, gpu=gpu)
+        assert 1.5 * by_data_sheet.step_seconds < time.step_seconds <= 2 * by_data_sheet.step_seconds
+        assert "measured on this machine on 2" in time.rates
+        band, of_sheet = (each.step_seconds_high / each.step_seconds_low for each in (time, by_data_sheet))
+        assert band < of_sheet
+    assert by_data_sheet.rates == "data sheet"
 
 
 def test_pinned_activations_cross_the_bus_twice() -> None:

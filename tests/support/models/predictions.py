@@ -73,6 +73,7 @@ FIGURES = RunFigures(
     tokens_per_second_low=2208.0,
     tokens_per_second_high=3827.2,
     limited_by="compute",
+    rates="data sheet",
 )
 COMPONENTS = Components(
     quantized_weights_bytes=3 * GIB + 7 * MIB,

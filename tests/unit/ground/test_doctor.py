@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from qlora_cli.cli.rendering.doctor_text import render_doctor
-from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install
+from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install, checks_speed
 from qlora_cli.doctor.all_checks import Examination
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, failed, ok
 from qlora_cli.doctor.isolation import Isolation, without_home
@@ -183,6 +183,28 @@ def test_nan_is_wrong_and_null_in_json() -> None:
     outcome = checks_bitsandbytes.judge([trial], "cpu", "fp32")
     assert outcome.status == Status.FAILED
     assert outcome.details["relative_errors"] == {"nf4_product": None}
+
+
+def test_a_speed_that_cannot_be_stored_is_a_warning_with_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    from qlora_cli.timing import measuring
+
+    cache = tmp_path / "cache"
+    cache.write_text("a file, where a folder is needed")
+    monkeypatch.setenv("QLORA_CACHE", str(cache))
+    rates = measuring.measure_rates(torch.device("cpu"), torch.float32, seconds=0.0)
+    monkeypatch.setattr(measuring, "measure_rates", lambda *_, **__: rates)
+    outcome = checks_speed.check_speed("cpu")
+    assert outcome.status == Status.WARNING
+    assert "which can't be stored" in outcome.finding
+    assert outcome.advice == checks_speed.FREE_DISK
+    measured = outcome.details["measured"]
+    assert isinstance(measured, dict)
+    assert measured["flops"] == rates.flops
+    assert outcome.details["data_sheet"] is None
 
 
 def package(name: str, installed: str | None, within_bounds: bool) -> checks_install.Package:

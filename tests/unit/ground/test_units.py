@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.units import format_bytes, format_count, format_duration, format_rate
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,11 @@ def test_counts_are_written_like_those_of_models(count: int, expected: str) -> N
 )
 def test_durations(seconds: float, expected: str) -> None:
     assert format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [(0.5, "0.5 FLOP/s"), (2e6, "2.0 MFLOP/s"), (31.24e9, "31.2 GFLOP/s"), (989.4e12, "989.4 TFLOP/s")],
+)
+def test_rates_are_decimal_units(rate: float, expected: str) -> None:
+    assert format_rate(rate, "FLOP") == expected

@@ -25,7 +25,12 @@ def time_of(seconds: float) -> StepTime:
     bands = dict.fromkeys(("step_seconds_low", "step_seconds_high", "tokens_per_second", "device_seconds"), 0.0)
     bands |= dict.fromkeys(("tokens_per_second_low", "tokens_per_second_high", "host_seconds"), 0.0)
     return StepTime(
-        micro_batch_seconds=seconds, update_seconds=1, step_seconds=ROWS * seconds + 1, limited_by="host", **bands
+        micro_batch_seconds=seconds,
+        update_seconds=1,
+        step_seconds=ROWS * seconds + 1,
+        limited_by="host",
+        rates="data sheet",
+        **bands,
     )
 
 

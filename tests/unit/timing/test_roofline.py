@@ -72,3 +72,9 @@ def test_a_step_takes_as_long_as_the_slower_of_device_and_host() -> None:
     launches = cost_of([(1000, operation(num_bytes=1))], RATES)
     assert launches.limited_by == "host"
     assert launches.seconds == launches.host_seconds == pytest.approx(1e-2)
+
+
+def test_a_host_that_computes_itself_takes_the_sum_of_both() -> None:
+    cost = cost_of([(3, operation(num_bytes=10**9))], replace(RATES, is_host=True))
+    assert cost.seconds == cost.device_seconds + cost.host_seconds
+    assert cost.host_seconds > 0
