@@ -1,0 +1,114 @@
+"""The predicted time of a step on a CPU: within a quarter of a measured one, by rates measured right before it."""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.synthetic import SHAPES, config_of, write_model
+from qlora_cli.events import Event, StepDone, TrainingStarted
+from qlora_cli.memory.estimator import Estimator
+from qlora_cli.memory.gpus import this_cpu
+from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.settings.models import EstimateSettings, TrainSettings
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
+from qlora_cli.timing.measuring import measure_rates
+from qlora_cli.timing.rates_file import store_rates
+from qlora_cli.training.checks.predicted_time import cpu_step_time
+from qlora_cli.training.train_run import train
+
+CPU = torch.device("cpu")
+# The model of 107M parameters of `benchmarks/cpu_step.py` with two of its twelve layers.
+SHAPE = replace(SHAPES["107m"], num_layers=2)
+ROWS, LENGTH = 2, 128
+NUM_ROUNDS = 3
+WITHIN = 1.25
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # The time of one thread is that of its process, whatever else runs on the machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+
+
+def estimator() -> Estimator:
+    return Estimator(ModelFacts(name="107m", content=config_of(SHAPE)))
+
+
+def predicted_seconds(dtype: str = "fp32") -> float | None:
+    settings = EstimateSettings.model_validate(
+        {
+            "model": {"name": "107m", "dtype": dtype},
+            "data": {"max_length": LENGTH},
+            "training": {"micro_batch_size": ROWS, "gradient_accumulation_steps": 1},
+        }
+    )
+    predicted = cpu_step_time(estimator(), settings)
+    return None if predicted is None else predicted.step_seconds
+
+
+@dataclass
+class Measured:
+    """Takes the CPU time of each step, and measures the rates before it."""
+
+    ratios: list[float] = field(default_factory=list)
+    start: float = 0.0
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            seconds, predicted = time.process_time() - self.start, predicted_seconds()
+            assert predicted is not None
+            self.ratios.append(predicted / seconds)
+        if isinstance(event, StepDone | TrainingStarted):
+            rates = measure_rates(CPU, torch.float32, seconds=0.5, clock=time.process_time)
+            store_rates(this_cpu().measured_as, "fp32", rates)
+            self.start = time.process_time()
+
+
+def run_settings(directory: Path) -> Resolved[TrainSettings]:
+    write_model(directory / "model", SHAPE)
+    generator = random.Random(0)  # noqa: S311 - reproducible rows, no secret
+    rows = [[generator.randrange(2, 4096) for _ in range(LENGTH)] for _ in range(ROWS)]
+    file = directory / "rows.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+    values = {
+        "model.name": str(directory / "model"),
+        "model.dtype": "fp32",
+        "model.device": "cpu",
+        "data.dataset": str(file),
+        "training.max_steps": NUM_ROUNDS + 1,
+        "training.micro_batch_size": ROWS,
+        "training.gradient_accumulation_steps": 1,
+        "output.directory": str(directory / "run"),
+    }
+    return resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)
+
+
+@pytest.mark.slow
+def test_a_step_takes_within_a_quarter_of_the_time_that_is_predicted_by_measured_rates(tmp_path: Path) -> None:
+    measured = Measured()
+    train(run_settings(tmp_path), measured)
+    of_steps = measured.ratios[1:]  # the first one also allocates
+    assert len(of_steps) == NUM_ROUNDS
+    assert 1 / WITHIN < statistics.median(of_steps) < WITHIN, of_steps
+
+
+def test_without_measured_rates_and_in_another_dtype_no_time_is_predicted() -> None:
+    assert predicted_seconds() is None
+    store_rates(this_cpu().measured_as, "fp32", measure_rates(CPU, torch.float32, seconds=0.0))
+    assert predicted_seconds() is not None
+    assert predicted_seconds("bf16") is None
