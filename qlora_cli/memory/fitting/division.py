@@ -74,7 +74,9 @@ def worthwhile_divisions(settings: EstimateSettings, gpu: Gpu, predict: Predict,
                 continue
             seconds = filled.num_micro_batches * seconds_with(filled.values)
             if seconds > WORTHWHILE * best:
-                break
+                if filled.num_micro_batches <= divisions[-1].num_micro_batches / 2:
+                    break  # half as many passes saved next to nothing
+                continue
             divisions.append(filled)
             best = seconds
     except QloraError:  # not with these settings

@@ -92,6 +92,14 @@ def test_rows_that_do_not_meet_in_a_micro_batch_are_not_tried_there() -> None:
     assert 1024 not in asked
 
 
+def test_a_size_that_few_rows_share_does_not_keep_larger_ones_from_being_tried() -> None:
+    # Of 1,024 tokens there are nearly as many as rows, which saves less than 5 % of the time.
+    numbers = {1024: 14.0, 2048: 6.0, 4096: 3.0}
+    rows = StepRows(num_rows=16, mean_tokens=500, num_filled=numbers.__getitem__)
+    divisions = worthwhile_divisions(OPEN, card(GIB), predictor(0.6), rows)
+    assert [division.tokens for division in divisions] == [None, 2048, 4096]
+
+
 def test_time_that_is_not_known_divides_nothing() -> None:
     def timeless(run: EstimateSettings, gpu: Gpu) -> Estimate:
         return Estimate(**{**vars(predictor(4)(run, gpu)), "time": None})
