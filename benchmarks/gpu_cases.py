@@ -79,6 +79,8 @@ PUBLIC: dict[str, Any] = {
     "training__micro_batch_size": 2,
     "training__gradient_accumulation_steps": 4,
 }
+# Sixteen rows as short as most data sets have, which a plan joins.
+SHORT_ROWS: dict[str, Any] = {"data__max_length": 256, "training__gradient_accumulation_steps": 16}
 FLASH = {"model__attention": "flash_attention_2", "needs": "flash_attn"}
 
 # Every trained case compares predicted with measured memory. The first that are not timed differ most from what
@@ -123,6 +125,10 @@ FIRST_STEP_CASES = (
     ),
 )
 MORE_STEP_CASES = (
+    _step("8b", "short-rows", **SHORT_ROWS),
+    _step("8b", "short-rows-filled", **SHORT_ROWS, training__micro_batch_tokens=2048),
+    _step("1b", "short-rows", **SHORT_ROWS),
+    _step("1b", "short-rows-filled", **SHORT_ROWS, training__micro_batch_tokens=2048),
     _step("8b", "public", **PUBLIC),
     _step("8b", "public-planned", **PUBLIC, training__gradient_checkpointing="auto"),
     _step("8b", "public-no-checkpointing", **PUBLIC, training__gradient_checkpointing="off"),
