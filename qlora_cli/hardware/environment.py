@@ -2,6 +2,7 @@
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -15,8 +16,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this package, of Python and of the libraries that affect results."""
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: _version_of(name) for name in PACKAGES}
     return {"qlora-cli": __version__, "python": platform.python_version(), **versions}
+
+
+@cache
+def _version_of(package: str) -> str:
+    """Return the installed version, which takes a search through all metadata; no process sees it change."""
+    return version(package)
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -101,6 +101,8 @@ class Session:
                 f"{reason_of(error)}",
                 hint="Change the setting that it names; qlora config show lists all, and which are not defaults.",
             ) from error
+        if (stream := self._prepared.train_data.stream) is not None:
+            trainer.train_dataset = stream.as_dataset()
         # Without tqdm, transformers adds it: it would print every log to standard output, which is for results.
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -134,7 +136,8 @@ class Session:
             ),
             processing_class=tokenizer,
             data_collator=self._collate_step,
-            train_dataset=data.dataset if data.stream is None else data.stream.as_dataset(),
+            # TRL looks at a row, for which a stream would tokenize a window: it gets the first rows, known already.
+            train_dataset=data.dataset if data.stream is None else data.dataset.to_iterable_dataset(),
             eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
             callbacks=[self._reporting],
         )

@@ -16,9 +16,12 @@ from qlora_cli.data.opening import first_rows as first_rows_module
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, TrainingError
 from qlora_cli.events import Noted
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import DataSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.run_plan import prepare_run
+from qlora_cli.training.session import Session
 from qlora_cli.training.train_run import run
 from tests.conftest import Recorder, train_settings, write_jsonl
 from tests.support.models.chat_tokenizers import make_tokenizer
@@ -210,9 +213,21 @@ def test_training_until_a_bad_row_is_saved(
     assert "The training until step" in (caught.value.hint or "")
 
 
+def test_no_row_of_a_stream_is_read_before_the_first_step(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    """Reading one tokenizes a whole window of them."""
+    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", data__streaming=True), Recorder())
+    stream = prepared.train_data.stream
+    assert stream is not None
+    trainer = Session(prepared, RunDirectory(tmp_path / "run"), Recorder(), StopSignal(Recorder())).trainer
+    assert not stream.counts
+    next(iter(trainer.train_dataset))
+    assert stream.counts["read"] >= stream_module.WINDOW_ROWS
+
+
 def test_training_on_a_stream_does_its_steps_and_reports_the_rows_read(
-    base_model: Path, rows: Path, tmp_path: Path
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stream_module, "WINDOW_ROWS", 8)
     held_out = write_jsonl(tmp_path / "held.jsonl", [json.loads(rows.read_text().splitlines()[0])])
     settings = train_settings(
         base_model,

@@ -21,7 +21,7 @@ from tests.integration.training.test_loss_in_training import trainer_of
 from tests.integration.training.test_training import gradients_of_first_step
 from tests.integration.training.test_training_faults import messages
 from tests.support.models.loading import save_model
-from tests.support.processes.killed_runs import EXACT, assert_same, stopped_at
+from tests.support.processes.killed_runs import EXACT, Copier, assert_same, place_killed, stopped_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,20 +160,20 @@ def test_the_held_out_loss_is_the_mean_over_all_tokens(base_model: Path, rows: P
     "data", [{}, {"data__streaming": True, "data__eval_split": None, "training__eval_steps": None}]
 )
 def test_a_resumed_run_ends_as_if_nothing_had_happened(
-    base_model: Path, rows: Path, tmp_path: Path, data: dict[str, object]
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, object]
 ) -> None:
+    monkeypatch.setattr("qlora_cli.data.feeding.stream.WINDOW_ROWS", 8)  # the run is resumed in the second one
     changed = {
         **EXACT,
         "training__neftune_noise_alpha": None,
         **FILLED,
         "training__gradient_accumulation_steps": 4,
-        "training__max_steps": 7,
+        "training__max_steps": 5,  # the one it is resumed after is in the middle of an epoch
         **data,
     }
-    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
-    settings = train_settings(base_model, rows, tmp_path / "run", **changed)
-    stopped_at(settings, 4)
-    assert train(settings, Recorder()).resumed_from_step == 4
+    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Copier(tmp_path / "whole", 3))
+    place_killed(tmp_path / "whole", 3, tmp_path / "run")
+    assert train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder()).resumed_from_step == 3
     if data:
         name = "adapter/adapter_model.safetensors"
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

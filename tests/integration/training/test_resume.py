@@ -118,8 +118,9 @@ def test_8_bit_states_are_restored(base_model: Path, rows: Path, tmp_path: Path,
     ids=["packed", "grouped", "streamed", "pissa", "dora-loraplus", "new-tokens"],
 )
 def test_every_way_to_feed_and_to_adapt_resumes_exactly(
-    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object]
 ) -> None:
+    monkeypatch.setattr("qlora_cli.data.feeding.stream.WINDOW_ROWS", 4)  # the run is resumed in the second one
     settings = {**EXACT, "training__max_steps": 5, **changed}
     train(train_settings(base_model, rows, tmp_path / "whole", **settings), Copier(tmp_path / "whole", 3))
     place_killed(tmp_path / "whole", 3, tmp_path / "run")
@@ -244,11 +245,11 @@ def test_other_rows_are_refused_but_not_the_same_rows_under_another_name(
 
 
 def test_a_constant_schedule_may_be_trained_longer(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    constant = {**EXACT, "training__schedule": "constant", "training__max_steps": 8}
+    constant = {**EXACT, "training__schedule": "constant", "training__max_steps": 4}
     train(train_settings(base_model, rows, tmp_path / "whole", **constant), Recorder())
-    train(train_settings(base_model, rows, tmp_path / "run", **{**constant, "training__max_steps": 4}), Recorder())
+    train(train_settings(base_model, rows, tmp_path / "run", **{**constant, "training__max_steps": 2}), Recorder())
     result = train(train_settings(base_model, rows, tmp_path / "run", **constant), Recorder())
-    assert (result.resumed_from_step, result.steps) == (4, 8)
+    assert (result.resumed_from_step, result.steps) == (2, 4)
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
@@ -355,18 +356,19 @@ EARLY: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("by", ["kill", "signal"])
-def test_early_stopping_ends_at_the_same_step(base_model: Path, rows: Path, tmp_path: Path, by: str) -> None:
-    whole = train(train_settings(base_model, rows, tmp_path / "whole", **EARLY), Recorder())
+def test_early_stopping_ends_at_the_same_step(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "whole"
+    whole = train(train_settings(base_model, rows, run, **EARLY), Copier(run, *range(1, 31)))
     assert whole.stopped_early
-    settings = train_settings(base_model, rows, tmp_path / "run", **EARLY)
-    if by == "kill":
-        stopped_at(settings, whole.steps)
-    else:
-        train(settings, SignalAt(StepDone, whole.steps - whole.steps % 2))
-    result = train(settings, Recorder())
-    assert (result.steps, result.stopped_early) == (whole.steps, True)
-    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+    place_killed(run, whole.steps, tmp_path / "killed")
+    train(
+        train_settings(base_model, rows, tmp_path / "signalled", **EARLY),
+        SignalAt(StepDone, whole.steps - whole.steps % 2),
+    )
+    for name in ("killed", "signalled"):
+        result = train(train_settings(base_model, rows, tmp_path / name, **EARLY), Recorder())
+        assert (result.steps, result.stopped_early) == (whole.steps, True)
+        assert adapter_of(tmp_path / name) == adapter_of(run)
 
 
 def test_another_base_and_another_dtype_are_refused(base_model: Path, rows: Path, tmp_path: Path) -> None:
@@ -387,8 +389,9 @@ def test_other_settings_may_be_tried_without_a_checkpoint(
 ) -> None:
     kill_at(1)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-1")
-    result = train(train_settings(base_model, rows, tmp_path / "run", **EXACT, lora__rank=4), Recorder())
-    assert result.steps == 13
+    other = {**EXACT, "lora__rank": 4, "training__max_steps": 2}
+    result = train(train_settings(base_model, rows, tmp_path / "run", **other), Recorder())
+    assert result.steps == 2
 
 
 def test_a_record_that_can_not_be_read_is_reported(
@@ -421,10 +424,11 @@ def test_missing_samples_at_the_end_are_generated_on_resume(base_model: Path, ro
         **EXACT,
         "data__eval_split": None,
         "training__eval_steps": None,
+        "training__max_steps": 3,
         "training__sample_prompts": ["What is a list?"],
         "training__sample_tokens": 4,
     }
     settings = train_settings(base_model, rows, tmp_path / "run", **sampled)
-    stopped_at(settings, 13)
+    stopped_at(settings, 3)
     train(settings, Recorder())
-    assert [sample.step for sample in read_history(tmp_path / "run").samples] == [0, 13]
+    assert [sample.step for sample in read_history(tmp_path / "run").samples] == [0, 3]
