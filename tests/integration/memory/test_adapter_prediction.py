@@ -91,7 +91,14 @@ def request_of(values: dict[str, Any]) -> MemoryRequest:
 
 
 def predicted(model: Path, **lora: object) -> MemoryReport:
-    asked = {"model": {"name": str(model)}, "lora": lora, "data": {"max_length": 64}}
+    """Predict with nothing to plan and no other storage to try, which takes further traces."""
+    asked = {
+        "model": {"name": str(model)},
+        "quantization": {"method": "nf4"},
+        "lora": lora,
+        "data": {"max_length": 64},
+        "training": {"gradient_checkpointing": "on"},
+    }
     return inspect_memory(request_of(asked), SilentReporter())
 
 

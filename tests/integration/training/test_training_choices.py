@@ -187,7 +187,7 @@ class LastStep(Steps):
     def __init__(self, num_steps: int) -> None:
         super().__init__()
         self._num_steps = num_steps
-        self.profiled = profile(activities=[ProfilerActivity.CPU])
+        self.profiled: Any = profile(activities=[ProfilerActivity.CPU])
 
     def report(self, event: Event) -> None:
         super().report(event)
