@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ASSETS
+from tests.support.models.shallow_model import save_shallow
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 
@@ -17,11 +18,11 @@ PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 def ask_copy(directory: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapping[str, str], script: str) -> Any:
     """Return the JSON that `script` prints in its last line, run on a copy of the package in `directory`.
 
-    `edits` are lines to insert before a text that occurs once in a file; `files` are new files. The script gets the
-    bundled base, a file of a few rows, and `directory`.
+    `edits` are lines to insert before a text that occurs once in a file; `files` are new files. The script gets two
+    layers of the bundled base, a file of a few rows, and `directory`.
     """
     package = directory / "qlora_cli"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, package)  # with what is compiled already: files keep their times
     for name, added in edits.items():
         source = (package / name).read_text(encoding="utf-8")
         for before, line in added.items():
@@ -34,7 +35,7 @@ def ask_copy(directory: Path, *, edits: Mapping[str, Mapping[str, str]], files: 
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", script, ASSETS / "base", rows, directory],
+        [sys.executable, "-c", script, save_shallow(directory / "base"), rows, directory],
         cwd=directory,
         env={**os.environ, "PYTHONPATH": str(directory)},
         capture_output=True,

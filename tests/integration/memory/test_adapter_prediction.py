@@ -25,6 +25,7 @@ from qlora_cli.training.run_plan import settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 from tests.support.models.loading import asked_load, save_model
+from tests.support.models.predictions import leave_out_catalogue
 from tests.support.models.reference_models import ROWS, load_plain
 from tests.support.models.vision_language import load_full, save_full
 from tests.support.runs.merging import adapted, save, save_changing
@@ -34,8 +35,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Use a prediction cache of its own, which is empty, for each test."""
+    """Use an empty prediction cache of its own for each test, and predict for the card that is named alone."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    leave_out_catalogue(monkeypatch)
 
 
 KINDS: dict[str, tuple[str, dict[str, Any], int]] = {

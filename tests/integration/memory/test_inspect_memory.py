@@ -16,6 +16,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
+from tests.support.models.predictions import leave_out_catalogue
 from tests.support.processes.hub_server import COMMIT, Hub, Repo
 
 SHORT = ("--max-length", "64", "--micro-batch-size", "1")
@@ -285,9 +286,11 @@ def test_quantizing_a_prequantized_checkpoint_differently_is_never_proposed(
 
 
 def asked(config: Path, env: dict[str, str], *flags: str) -> dict[str, Any]:
-    """Return the output of the command with `flags`, run in this process."""
+    """Return the output of the command with `flags`, run in this process for the card that it names alone."""
     command = ["inspect-memory", str(config), *ONCE, *flags, "--json"]
-    done = CliRunner().invoke(app, command, env=env)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_catalogue(patch)
+        done = CliRunner().invoke(app, command, env=env)
     assert done.exit_code == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

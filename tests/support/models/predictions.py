@@ -1,4 +1,6 @@
-"""A made-up prediction, for tests of what displays one."""
+"""A made-up prediction, for tests of what displays one, and real ones for the cards that are named alone."""
+
+import pytest
 
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
@@ -18,6 +20,12 @@ from qlora_cli.units import GIB, MIB
 CONTEXT = 460 * MIB
 RESERVED = round(7.9 * GIB)
 T4, RTX_4090 = find_gpu("T4"), find_gpu("RTX 4090")
+
+
+def leave_out_catalogue(patch: pytest.MonkeyPatch) -> None:
+    """Leave out on which cards of the catalogue a run fits: the smallest take traces of another kind."""
+    patch.setattr("qlora_cli.memory.memory_report.smallest_gpu", lambda *_: None)
+    patch.setattr("qlora_cli.memory.memory_report.smallest_classes", lambda *_: (None, None))
 
 
 def fit(gpu: Gpu, process_bytes: int, high_bytes: int) -> GpuFit:
