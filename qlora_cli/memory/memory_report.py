@@ -16,6 +16,7 @@ from qlora_cli.memory.fitting.alternatives import (
     smallest_gpu,
     unquantized_run,
 )
+from qlora_cli.memory.fitting.card_ranking import PlannedOnCard, rank_cards
 from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, changes_results
 from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
@@ -29,12 +30,13 @@ from qlora_cli.memory.prediction import (
     GpuFit,
     MemoryReport,
     PlanOption,
+    RankedCard,
     RunFigures,
     Solution,
     figures_of_run,
 )
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.run_batches import FedRows, StepRows, average_step, run_batches, with_longest
+from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
 from qlora_cli.memory.run_files import has_weights
 from qlora_cli.memory.run_time import with_run
 from qlora_cli.memory.step_time import rates_on
@@ -159,6 +161,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         suggestions=suggestions,
         fitting_model=_largest_model(request, facts, asked, gpu, estimator) if is_hopeless else None,
         solutions=_solutions(request, asked, estimator),
+        cards=_cards(request, asked, estimator),
         sweep=sweep(request.swept(asked), asked, gpu, estimator.estimate) if request.sweep else (),
         assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
         estimate_seconds=0.0,
@@ -175,7 +178,7 @@ def _figures(
         fed.batches if fed else run_batches(settings, request.prediction),
         gpu,
         estimator.estimate,
-        price=request.prediction.price,
+        price=request.prices.get(gpu.name, request.prediction.price),
     )
 
 
@@ -254,6 +257,40 @@ def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "E
         )
         for setting in request.solve
         for gpu in request.gpus
+    )
+
+
+def _cards(request: MemoryRequest, asked: EstimateSettings, estimator: "Estimator") -> tuple[RankedCard, ...] | None:
+    """Return the best cards for the run; None if they were not asked for."""
+    order = request.card_order
+    if order is None:
+        return None
+
+    def plan(gpu: Gpu) -> PlannedOnCard:
+        plans = _plans(asked, replace(request, gpus=(gpu,)), estimator)
+        if plans:
+            chosen = plans[0].chosen
+            return PlannedOnCard(
+                settings=chosen.settings, estimate=chosen.estimate, step_seconds=chosen.step_seconds or 0.0
+            )
+        estimate = estimator.estimate(asked, gpu)
+        assert estimate.time is not None, f"{gpu.name} has rates"
+        return PlannedOnCard(settings=asked, estimate=estimate, step_seconds=estimate.time.step_seconds)
+
+    def batches_of(settings: EstimateSettings) -> RunBatches:
+        fed = request.rows.feed(settings.training).batches if request.rows else None
+        batches = fed or run_batches(settings, request.prediction)
+        assert batches is not None, "checked with the flags"
+        return batches
+
+    return rank_cards(
+        asked,
+        request.ranked_gpus,
+        order,
+        request.prices,
+        plan=plan,
+        predict=estimator.estimate,
+        batches_of=batches_of,
     )
 
 

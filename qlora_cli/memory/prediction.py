@@ -213,6 +213,28 @@ class Solution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankedCard:
+    """A card on which a run fits, with the time, cost and energy of the whole run, as in `RunFigures`.
+
+    `price` is that of an hour; it and `cost` are None if none was given for the card.
+    """
+
+    gpu: str
+    price: float | None
+    run_seconds: float
+    run_seconds_low: float
+    run_seconds_high: float
+    cost: float | None
+    cost_low: float | None
+    cost_high: float | None
+    energy_wh: float | None
+    process_bytes: int
+    process_high_bytes: int
+    gradient_checkpointing: str
+    micro_batch_tokens: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CardClass:
     """All cards that are sold with as many GB, on each of which a run fits with its whole error band.
 
@@ -350,6 +372,7 @@ class MemoryReport:
         roomy_class: The smallest class on which a quarter of the memory is left.
         suggestions: Changes that make the run fit on the first requested GPU, if it does not.
         fitting_model: The largest model of the catalogue that fits on that GPU, if no change does it.
+        cards: The best cards for the run, best first; None if they were not asked for.
         assumptions: What the prediction takes for granted, in sentences.
     """
 
@@ -379,6 +402,7 @@ class MemoryReport:
     suggestions: tuple[Suggestion, ...]
     fitting_model: FittingModel | None
     solutions: tuple[Solution, ...]
+    cards: tuple[RankedCard, ...] | None
     sweep: tuple[SweepPoint, ...]
     assumptions: tuple[str, ...]
     estimate_seconds: float

@@ -35,7 +35,7 @@ PARTS = (
     "tokenizing",
     "hardware",
 )
-UNKEYED = ("gpus", "sweep", "plot")  # their parsed values are in the key; the file of a plot changes nothing
+UNKEYED = ("gpus", "sweep", "prices", "plot")  # their parsed values are in the key; the file of a plot changes nothing
 OF_TIME = ("training.epochs", "training.max_steps")  # on which memory does not depend
 MAX_PREDICTIONS = 500
 
@@ -46,6 +46,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     values = settings.model_dump(mode="json")
     prediction = {key: value for key, value in values["inspect_memory"].items() if key not in UNKEYED}
     asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
+    asked["prices"] = dict(request.prices)
     asked["rows of the data"] = None if request.rows is None else request.rows.digest
     for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_TIME):
         section, key = path.split(".")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.gpus import GPUS, Gpu
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.memory.run_batches import MIN_LENGTH, ReadRows
+from qlora_cli.settings.choices import CardOrder, Solvable
 from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, PredictionSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -23,12 +24,14 @@ class MemoryRequest:
         gpus: In the order in which they were named; empty if none was.
         sweep: The values to predict for, rising, keyed by the flag's name without dashes, in every combination.
             No values for `max-length` mean those of a plot, up to the length of the run, which `swept` fills in.
+        prices: Of an hour, by the names of cards in the catalogue.
         rows: Those of the data set that was named; None if none was.
     """
 
     asked: Resolved[InspectMemorySettings]
     gpus: tuple[Gpu, ...] = ()
     sweep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
     rows: ReadRows | None = None
 
     @property
@@ -39,7 +42,21 @@ class MemoryRequest:
     @property
     def solve(self) -> tuple[str, ...]:
         """The settings whose largest value is to be found, by the flag's name without dashes."""
-        return tuple(setting.value for setting in self.prediction.solve)
+        return tuple(setting.value for setting in self.prediction.solve if setting != Solvable.GPU)
+
+    @property
+    def card_order(self) -> CardOrder | None:
+        """By what cards are to be ranked; None if they are not."""
+        if Solvable.GPU not in self.prediction.solve:
+            return None
+        return self.prediction.by or (CardOrder.COST if self.prices else CardOrder.TIME)
+
+    @property
+    def ranked_gpus(self) -> tuple[Gpu, ...]:
+        """The cards to rank: those that were named, or have a price, or all that PyTorch has kernels for."""
+        if self.gpus:
+            return self.gpus
+        return tuple(gpu for gpu in GPUS if (gpu.name in self.prices if self.prices else gpu.has_kernels))
 
     def swept(self, settings: EstimateSettings) -> dict[str, tuple[int, ...]]:
         """Return the sweep around a run with these settings, with all values filled in."""

@@ -425,11 +425,19 @@ class SdpaBackend(Choice):
 
 
 class Solvable(Choice):
-    """A setting that a prediction can maximize or sweep, by the flag's name without dashes."""
+    """What a prediction can look for: the largest value of a setting, by the flag's name without dashes, or cards."""
 
     MAX_LENGTH = "max-length"
     MICRO_BATCH_SIZE = "micro-batch-size"
     RANK = "rank"
+    GPU = "gpu"
+
+
+class CardOrder(Choice):
+    """By what the cards are ranked on which a run fits."""
+
+    COST = "cost"
+    TIME = "time"
 
 
 class ExportFormat(Choice):

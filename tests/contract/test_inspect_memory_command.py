@@ -262,6 +262,11 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         (["base", "--sweep", "rank=8..4"], "--sweep rank=8..4: expected values such as 512..32768 (rising)"),
         (["base", "rank=8"], "rank=8: is an argument too many"),
         (["--sweep", "max-length=512", "rank=8", "base"], "MODEL: 'rank=8' is no model, but values to sweep"),
+        (["base", "--solve", "gpu"], "--solve: gpu compares whole runs, and needs --rows or --dataset"),
+        (["base", "--solve", "gpu", "--rows", "9", "--by", "cost"], "--by: cost needs the prices of cards"),
+        (["base", "--solve", "gpu", "--rows", "9", "--gpu", "24GB"], "the speed of 24 GB card is not known"),
+        (["base", "--by", "time"], "--by: has no effect without --solve gpu"),
+        (["base", "--solve", "gpu", "--rows", "9", "--by", "price"], "--by: 'price' is not one of cost, time"),
         (["base", "--rank", "0"], "--rank: must be greater than or equal to 1"),
         (["base", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["base", "--dataset", "no.jsonl"], "--dataset: no data set at no.jsonl: no such file"),
@@ -281,6 +286,48 @@ def test_all_problems_of_sweeps_are_reported() -> None:
 def test_bad_input_is_reported_before_anything_is_asked(core: Core, arguments: list[str], expected: str) -> None:
     assert expected in refused(*arguments)
     assert core.requests == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "RTX 9090: 1",
+            "prices.yaml:1: no GPU 'RTX 9090' is known; the nearest known are RTX 3090, RTX 4090, RTX 5090",
+        ),
+        ("L4: 1\nl4: 2", "prices.yaml:2: 'l4': the L4 has a price already"),
+        ("24GB: 1", "prices.yaml:1: '24GB' names no single card"),
+        ("L4: 0", "the price of the L4 must be a number above 0, got '0'"),
+        ("L4: .inf", "the price of the L4 must be a number above 0, got '.inf'"),
+        ("L4: [1]", "the price of the L4 must be a number above 0, got 'a list or mapping'"),
+        ("- L4", "prices.yaml: has no prices"),
+        ("", "prices.yaml: has no prices"),
+        ("L4: {", "prices.yaml: is not valid YAML"),
+        ("L4: &a 1", "prices.yaml:1: &a is an anchor or alias"),
+        ("T4: 1", "--prices: has no price for L4"),
+    ],
+    ids=range(11),
+)
+def test_prices_that_cannot_be_used_are_refused(core: Core, text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "prices.yaml"
+    path.write_text(text)
+    shown = refused("base", "--solve", "gpu", "--rows", "9", "--gpu", "L4", "--prices", path)
+    assert expected in shown
+    assert core.requests == []
+
+
+def test_cards_are_ranked_by_cost_if_prices_are_given(asked: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "prices.yaml"
+    path.write_text("rtx4090: 0.4\nNVIDIA L4: 0.3\n")
+    request = asked("base", "--solve", "gpu", "--rows", "9", "--prices", path)
+    assert (request.card_order, request.prices, request.solve) == ("cost", {"RTX 4090": 0.4, "L4": 0.3}, ())
+    assert {gpu.name for gpu in request.ranked_gpus} == {"RTX 4090", "L4"}
+    assert asked("base", "--solve", "gpu", "--rows", "9", "--prices", path, "--by", "time").card_order == "time"
+    unpriced = asked("base", "--solve", "gpu", "--rows", "9")
+    assert (unpriced.card_order, len(unpriced.ranked_gpus) > 50) == ("time", True)
+    named = asked("base", "--solve", "gpu", "--rows", "9", "--gpu", "T4")
+    assert [gpu.name for gpu in named.ranked_gpus] == ["T4"]
+    assert asked("base", "--rows", "9").card_order is None
 
 
 def test_all_problems_are_reported_at_once(core: Core) -> None:

@@ -20,7 +20,7 @@ from qlora_cli.errors import (
 from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.choices import Attention, SdpaBackend
+from qlora_cli.settings.choices import Attention, CardOrder, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
@@ -56,8 +56,13 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
         raise wrong.for_setting("inspect_memory.plot")
+    prices, wrong_prices = _read_prices(resolved)
+    if wrong_prices:
+        raise SettingsError(wrong_prices)
     sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
-    request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep)
+    request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep, prices=prices)
+    if problems := list(_unranked(request)):
+        raise SettingsError(problems)
     return request, asked.plot
 
 
@@ -122,7 +127,7 @@ def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tup
 
 def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
     attention, asked = resolved.settings.model.attention, resolved.settings.inspect_memory
-    if asked.solve and not asked.gpus:
+    if set(asked.solve) - {Solvable.GPU} and not asked.gpus:
         hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
         yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)
     if asked.sdpa_backend is not SdpaBackend.AUTO and attention not in HAS_SDPA:
@@ -131,6 +136,41 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
             f"has no effect with --attention {attention}",
         )
         yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
+
+
+def _read_prices(resolved: Resolved[InspectMemorySettings]) -> tuple[dict[str, float], list[Problem]]:
+    path = resolved.settings.inspect_memory.prices
+    if path is None:
+        return {}, []
+    from qlora_cli.cli.commands.price_list import read_prices
+
+    return read_prices(path, resolved.where_of("inspect_memory.prices"))
+
+
+def _unranked(request: MemoryRequest) -> Iterator[Problem]:
+    """Yield the problems with what is asked about the best cards."""
+    asked, where_of = request.prediction, request.asked.where_of
+    if Solvable.GPU not in asked.solve:
+        for key in ("by", "prices"):
+            if getattr(asked, key) is not None:
+                where, hint = where_of(f"inspect_memory.{key}"), "Add --solve gpu, or leave it out."
+                yield Problem(where=where, message="has no effect without --solve gpu", hint=hint)
+        return
+    if asked.rows is None and not reads_data(request.asked):
+        where, hint = where_of("inspect_memory.solve"), "Name the training data with --dataset, or give --rows N."
+        yield Problem(where=where, message="gpu compares whole runs, and needs --rows or --dataset", hint=hint)
+    unknown = [gpu.name for gpu in request.gpus if not gpu.card]
+    if unknown:
+        where, hint = where_of("inspect_memory.gpus"), "Name cards of the catalogue."
+        message = f"the speed of {', '.join(unknown)} is not known, by which --solve gpu ranks"
+        yield Problem(where=where, message=message, hint=hint)
+    lacking = [gpu.name for gpu in request.gpus if gpu.card and gpu.name not in request.prices]
+    if request.card_order == CardOrder.COST and not request.prices:
+        where, hint = where_of("inspect_memory.by"), "Give --prices FILE, with a line for each card: RTX 4090: 0.40"
+        yield Problem(where=where, message="cost needs the prices of cards", hint=hint)
+    elif request.card_order == CardOrder.COST and lacking:
+        where, hint = where_of("inspect_memory.prices"), "Add them, or leave these cards out of --gpu."
+        yield Problem(where=where, message=f"has no price for {', '.join(lacking)}", hint=hint)
 
 
 def reads_data(resolved: Resolved[InspectMemorySettings]) -> bool:

@@ -23,6 +23,7 @@ from qlora_cli.memory.prediction import (
     HostMemory,
     MemoryReport,
     Phase,
+    RankedCard,
     RunFigures,
     Solution,
     Suggestion,
@@ -74,6 +75,8 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bo
         _section("What to change", suggestion_lines(report.suggestions))
     if report.solutions:
         _section("The largest that fits", solution_lines(report.solutions))
+    if report.cards is not None:
+        _section("The best cards for the run", card_lines(report.cards))
     if report.sweep:
         render_sweep(report, gpus[0] if gpus else None)
     console().print()
@@ -112,7 +115,11 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
         rows.append(("answered in", format_duration(report.estimate_seconds)))
-    rows += _data_rows(report.data) + _run_rows(report.predicted) + _need_rows(report.predicted)
+    rows += (
+        _data_rows(report.data)
+        + _run_rows(report.predicted, "" if gpus else f" on {with_article(report.gpu)}")
+        + _need_rows(report.predicted)
+    )
     rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
@@ -163,9 +170,9 @@ def time_lines(figures: RunFigures) -> list[str]:
     return hanging(text, "  ", "  ")
 
 
-def _significant(seconds: float) -> str:
-    """Return seconds with two digits after the point, or two that count if they are few."""
-    return f"{seconds:,.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
+def _significant(value: float) -> str:
+    """Return a number with two digits after the point, or two that count if they are few."""
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _data_rows(data: DataSummary | None) -> list[Row]:
@@ -182,21 +189,30 @@ def _data_rows(data: DataSummary | None) -> list[Row]:
     )
 
 
-def _run_rows(figures: RunFigures) -> list[Row]:
-    """Return the time, the cost and the energy of the whole run; nothing if they were not asked for."""
+def _run_rows(figures: RunFigures, where: str) -> list[Row]:
+    """Return the time, the cost and the energy of the whole run; nothing if they were not asked for.
+
+    `where` names a GPU that the user did not.
+    """
     low, middle, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
     if low is None or middle is None or high is None:
         return []
     limit = f"{'the ' if figures.run_limited_by == HOST else ''}{figures.run_limited_by}"
     energy = "" if figures.energy_wh is None else f", {figures.energy_wh / 1000:,.2f} kWh at the GPU's rated power"
-    cost = ""
-    if figures.cost is not None:
-        cost = f", {figures.cost:,.2f} ({figures.cost_low:,.2f} to {figures.cost_high:,.2f}) at the given price"
+    costs = _costs(figures)
+    cost = f", {' '.join(costs)} at the given price" if costs else ""
     return _wrapped(
         "the run",
-        f"{counted(figures.num_steps or 0, 'step')} in {format_duration(middle)} ({format_duration(low)} to "
+        f"{counted(figures.num_steps or 0, 'step')}{where} in {format_duration(middle)} ({format_duration(low)} to "
         f"{format_duration(high)}), limited by {limit}{cost}{energy}",
     )
+
+
+def _costs(figures: RunFigures | RankedCard) -> list[str]:
+    """Return the cost and its band; nothing without a price."""
+    if figures.cost is None or figures.cost_low is None or figures.cost_high is None:
+        return []
+    return [_significant(figures.cost), f"({_significant(figures.cost_low)} to {_significant(figures.cost_high)})"]
 
 
 def _need_rows(figures: RunFigures) -> list[Row]:
@@ -311,3 +327,22 @@ def solution_lines(solutions: Sequence[Solution]) -> list[str]:
         text = f"--{solution.setting} {solution.value} on the {solution.gpu}: {gib(solution.process_bytes)}{limit}"
         lines += hanging(text, "  ", "      ")
     return lines
+
+
+def card_lines(cards: Sequence[RankedCard]) -> list[str]:
+    """Return a line for each card: what the run costs on it, and how long it takes, each with its band."""
+    if not cards:
+        return ["  it fits on none of those that were asked about"]
+    rows = [["", "cost", "", "time", ""], *map(_card_cells, cards)]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for name, *cells in zip(*columns, strict=True):
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append(f"  {name:<{widths[0]}}  {' '.join(padded)}".rstrip())
+    return lines
+
+
+def _card_cells(card: RankedCard) -> list[str]:
+    band = f"({format_duration(card.run_seconds_low)} to {format_duration(card.run_seconds_high)})"
+    return [card.gpu, *(_costs(card) or ["", ""]), format_duration(card.run_seconds), band]

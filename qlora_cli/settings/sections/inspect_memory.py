@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import SdpaBackend
+from qlora_cli.settings.choices import CardOrder, SdpaBackend
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
@@ -37,10 +37,19 @@ class PredictionSettings(Section):
         default=None, description="Include an evaluation batch; by default if the settings ask for evaluation."
     )
     solve: Annotated[Solvables, Metadata(flag="--solve", commands=INSPECT, is_repeatable=True)] = Field(
-        default=(), description="Find the largest that fits on each --gpu; may be repeated."
+        default=(),
+        description="Find the largest that fits on each --gpu; gpu: the best cards for the run, of those that --gpu "
+        "names, that have a price, or of all. May be repeated.",
+    )
+    by: Annotated[CardOrder | None, Metadata(flag="--by", commands=INSPECT)] = Field(
+        default=None,
+        description="What makes a card the best for --solve gpu; by default cost if prices are given.",
+    )
+    prices: Annotated[Path | None, Metadata(flag="--prices", commands=INSPECT, metavar="FILE")] = Field(
+        default=None, description="YAML file of cards and their prices for an hour, such as RTX 4090: 0.40."
     )
     sweep: Annotated[Words, Metadata(flag="--sweep", commands=INSPECT, metavar="NAME=VALUES", is_repeatable=True)] = (
-        Field(default=(), description="Vary what --solve takes: max-length=512..32768 (doubling), rank=8,16.")
+        Field(default=(), description="Vary one or several settings: max-length=512..32768 (doubling), rank=8,16.")
     )
     plot: Annotated[Path | None, Metadata(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
         default=None, description="Draw memory against --max-length into this file (.png, .svg, .pdf)."

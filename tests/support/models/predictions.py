@@ -159,6 +159,7 @@ REPORT = MemoryReport(
     suggestions=(),
     fitting_model=None,
     solutions=(),
+    cards=None,
     sweep=(),
     assumptions=(
         "Every row is 2,048 tokens long, the longest that is allowed; shorter ones take less.",

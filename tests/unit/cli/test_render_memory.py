@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from qlora_cli.cli.rendering.memory_text import (
+    card_lines,
     component_lines,
     fit_lines,
     hanging,
@@ -17,7 +18,7 @@ from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, wi
 from qlora_cli.cli.rendering.sweep_table import sweep_lines
 from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS, find_gpu
-from qlora_cli.memory.prediction import DataSummary, FittingModel, MemoryReport, PlanOption, RunFigures
+from qlora_cli.memory.prediction import DataSummary, FittingModel, MemoryReport, PlanOption, RankedCard, RunFigures
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
@@ -273,7 +274,9 @@ def test_a_run_shows_its_steps_time_cost_and_energy(capsys: pytest.CaptureFixtur
     )
     render_memory(replace(REPORT, predicted=figures))
     joined = " ".join(capsys.readouterr().out.split())
-    assert "the run 1,500 steps in 2:03:09 (1:23:20 to 2:30:00), limited by the host, 0.92 kWh at the GPU's" in joined
+    assert (
+        "the run 1,500 steps on an RTX 4090 in 2:03:09 (1:23:20 to 2:30:00), limited by the host, 0.92 kWh" in joined
+    )
     assert "1:23:20 to 2:30:00), limited by the host, 4.11 (3.00 to 5.00) at the given price, 0.92" in " ".join(
         shown(replace(REPORT, predicted=replace(figures, cost=4.105)), capsys).split()
     )
@@ -296,6 +299,42 @@ def test_the_rows_that_were_read_are_shown(capsys: pytest.CaptureFixture[str]) -
     packed = replace(data, num_packed_rows=300, num_eval_rows=50, padding_share=0.0)
     joined = " ".join(shown(replace(REPORT, data=packed), capsys).split())
     assert "of 1,987, packed into 300 rows; 50 rows held out; 0.0% padding" in joined
+
+
+def ranked_card(gpu: str, *, cost: float | None, seconds: float) -> RankedCard:
+    return RankedCard(
+        gpu=gpu,
+        price=None if cost is None else 1.0,
+        run_seconds=seconds,
+        run_seconds_low=0.75 * seconds,
+        run_seconds_high=1.3 * seconds,
+        cost=cost,
+        cost_low=None if cost is None else 0.75 * cost,
+        cost_high=None if cost is None else 1.3 * cost,
+        energy_wh=100.0,
+        process_bytes=GIB,
+        process_high_bytes=GIB,
+        gradient_checkpointing="on",
+        micro_batch_tokens=None,
+    )
+
+
+def test_the_best_cards_are_shown_with_cost_and_time_within_80_columns() -> None:
+    names = ("RTX PRO 6000 Blackwell", "L4")
+    priced = card_lines([ranked_card(name, cost=1234.5, seconds=99 * 3600) for name in names])
+    assert [line.split()[:2] for line in priced] == [["cost", "time"], ["RTX", "PRO"], ["L4", "1,234.50"]]
+    assert all(len(line) <= 80 for line in card_lines([ranked_card(names[0], cost=12.5, seconds=99 * 3600)]))
+    without = card_lines([ranked_card("L4", cost=None, seconds=3600.0)])
+    assert [line.split() for line in without] == [["time"], ["L4", "1:00:00", "(45:00", "to", "1:18:00)"]]
+    assert card_lines([]) == ["  it fits on none of those that were asked about"]
+
+
+def test_a_run_without_a_gpu_says_whose_time_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = replace(FIGURES, num_steps=3, run_seconds=9.0, run_seconds_low=8.0, run_seconds_high=10.0, energy_wh=1.0)
+    report = replace(REPORT, predicted=figures)
+    assert "3 steps on an RTX 4090 in 9.00 s" in " ".join(shown(report, capsys).split())
+    render_memory(report, [RTX_4090])
+    assert "3 steps in 9.00 s" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_a_run_needs_besides_the_gpu_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
