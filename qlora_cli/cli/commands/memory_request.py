@@ -20,6 +20,7 @@ from qlora_cli.errors import (
 from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
+from qlora_cli.memory.step_time import rates_on
 from qlora_cli.settings.choices import Attention, CardOrder, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
@@ -159,12 +160,12 @@ def _unranked(request: MemoryRequest) -> Iterator[Problem]:
     if asked.rows is None and not reads_data(request.asked):
         where, hint = where_of("inspect_memory.solve"), "Name the training data with --dataset, or give --rows N."
         yield Problem(where=where, message="gpu compares whole runs, and needs --rows or --dataset", hint=hint)
-    unknown = [gpu.name for gpu in request.gpus if not gpu.card]
+    unknown = [gpu.name for gpu in request.gpus if rates_on(gpu) is None]
     if unknown:
         where, hint = where_of("inspect_memory.gpus"), "Name cards of the catalogue."
         message = f"the speed of {', '.join(unknown)} is not known, by which --solve gpu ranks"
         yield Problem(where=where, message=message, hint=hint)
-    lacking = [gpu.name for gpu in request.gpus if gpu.card and gpu.name not in request.prices]
+    lacking = [gpu.name for gpu in request.gpus if gpu.name not in {*request.prices, *unknown}]
     if request.card_order == CardOrder.COST and not request.prices:
         where, hint = where_of("inspect_memory.by"), "Give --prices FILE, with a line for each card: RTX 4090: 0.40"
         yield Problem(where=where, message="cost needs the prices of cards", hint=hint)

@@ -36,6 +36,7 @@ def estimate(gpu: Gpu, seconds: float, process_bytes: int) -> Estimate:
         limited_by="compute",
         device_seconds=seconds,
         host_seconds=0.0,
+        rates="data sheet",
     )
     peaks = {field.name: getattr(FIGURES, field.name) for field in fields(Figures)}
     peaks |= {name: process_bytes for name in peaks if name.startswith("process")}
