@@ -49,12 +49,16 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStarted:
-    """The first step is next. The predictions are its peaks on the GPU, in bytes; None without one."""
+    """The first step is next.
+
+    The predictions are its peaks on the GPU, in bytes, and the seconds of a step; None where they are not known.
+    """
 
     num_steps: Whole
     output: Path
     predicted_allocated_bytes: Whole | None = None
     predicted_reserved_bytes: Whole | None = None
+    predicted_step_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,12 @@ class RecordedPrediction(RecordSection):
     process_bytes: Whole | None = None
 
 
+class RecordedTime(RecordSection):
+    """The predicted time of a step of the run, in seconds."""
+
+    step_seconds: float | None = None
+
+
 class RecordedPlan(RecordSection):
     """The plan of the run before the first step."""
 
@@ -106,6 +112,7 @@ class RecordedPlan(RecordSection):
     compute_dtype: str | None = None
     num_steps: Whole | None = None
     predicted_memory: RecordedPrediction | None = None
+    predicted_time: RecordedTime | None = None
 
 
 class RecordedPeak(RecordSection):
@@ -122,6 +129,7 @@ class RecordedResult(RecordSection):
     steps: Whole | None = None
     num_steps: Whole | None = None
     best_step: Whole | None = None
+    step_seconds: float | None = None
     peak_memory: RecordedPeak | None = None
 
 

@@ -29,12 +29,26 @@ class PredictedMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictedTime:
+    """The predicted seconds of an optimizer step with the run's own rows, on average, and their band.
+
+    `rates` says where the rates of the device come from.
+    """
+
+    step_seconds: float
+    step_seconds_low: float
+    step_seconds_high: float
+    rates: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPlan:
     """The plan of a run before the first step. Sizes in bytes, lengths in tokens.
 
-    `predicted_memory` is None without a GPU, `num_packed_rows` without packing, `num_epochs` for a stream, whose
-    numbers of rows and tokens are those of its first rows. `padding_share` is the share of the tokens in the first
-    epoch. `micro_batch_tokens` is None if micro-batches have `micro_batch_size` rows each.
+    `predicted_memory` is None without a GPU, `predicted_time` where the speed of the device is not known,
+    `num_packed_rows` without packing, `num_epochs` for a stream, whose numbers of rows and tokens are those of its
+    first rows. `padding_share` is the share of the tokens in the first epoch. `micro_batch_tokens` is None if
+    micro-batches have `micro_batch_size` rows each.
     """
 
     model: str
@@ -73,6 +87,7 @@ class TrainPlan:
     predicted_memory: PredictedMemory | None
     notes: tuple[str, ...] = ()
     micro_batch_tokens: int | None = None
+    predicted_time: PredictedTime | None = None
 
     @property
     def batch(self) -> str:
@@ -102,7 +117,8 @@ class TrainResult:
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all
     steps; both are means over trained tokens. `num_tokens` counts the tokens without padding. `train_seconds` is the
     duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading, and
-    `tokens_per_second` is computed from the durations of the steps only. The peaks of a resumed run are those of its
+    `tokens_per_second` is computed from the durations of the steps only, and `step_seconds` is the median of the first
+    ten steps after the first one in this process. The peaks of a resumed run are those of its
     last process; all other figures count each step once: what a killed process did after its last checkpoint is in
     neither tokens nor seconds. `best_step` is the step with the lowest held-out loss, `pushed_to` the adapter's
     repository on the hub, and `notes` are those on model and tokenizer. Values that an older version did not record
@@ -133,6 +149,8 @@ class TrainResult:
     num_skipped_steps: int
     pushed_to: str | None
     notes: tuple[str, ...] = ()
+    step_seconds: float | None = None
+    predicted_time: PredictedTime | None = None
 
     def recorded(self) -> dict[str, object]:
         """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""

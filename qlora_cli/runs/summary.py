@@ -36,6 +36,8 @@ class RunSummary:
         best_loss: The lowest loss on held-out data.
         best_step: The step of that evaluation.
         tokens_per_second: The mean over all steps, as in the result of a run.
+        step_seconds: The median of the first steps, as in the result of a run.
+        predicted_step_seconds: The prediction of `step_seconds`.
         peak_allocated_bytes: The peak of tensors on the GPU, as far as it was reported.
         peak_reserved_bytes: The peak of PyTorch's allocator.
         peak_host_bytes: The largest resident set of the process.
@@ -63,6 +65,8 @@ class RunSummary:
     best_loss: float | None
     best_step: int | None
     tokens_per_second: float | None
+    step_seconds: float | None
+    predicted_step_seconds: float | None
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_host_bytes: int | None
@@ -114,6 +118,8 @@ def summarize(
         best_loss=best.loss if best else None,
         best_step=best.step if best else None,
         tokens_per_second=_speed(steps),
+        step_seconds=result.step_seconds,
+        predicted_step_seconds=record.plan.predicted_time.step_seconds if record.plan.predicted_time else None,
         peak_allocated_bytes=_peak(
             peak.device_allocated_bytes,
             rehearsal.device_allocated_bytes if rehearsal else None,

@@ -34,6 +34,7 @@ from qlora_cli.training.checks.checks_before_data import check_before_data, with
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
 from qlora_cli.training.checks.predicted_memory import Outlook
+from qlora_cli.training.checks.predicted_time import predict_time
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.memory_plan import (
     ACCUMULATION,
@@ -269,6 +270,7 @@ def _with_micro_batch_of(settings: TrainSettings, prepared: PreparedRun) -> Trai
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         padding_share=padding_of_epoch(prepared.train_data.lengths, training, is_packed=settings.data.packing),
+        predicted_time=None,  # of another micro-batch
     )
 
 
@@ -404,5 +406,6 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         checkpoint_bytes=sizes.checkpoint_bytes,
         disk_bytes=disk_bytes(sizes, settings),
         predicted_memory=outlook.predicted if outlook is not None else None,
+        predicted_time=predict_time(settings, settled.load_plan, data, outlook, num_steps=num_steps),
         notes=loaded.notes,
     )

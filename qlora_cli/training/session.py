@@ -38,6 +38,7 @@ from qlora_cli.training.callbacks.heap_trimming import HeapTrimming
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.sample_callback import SampleCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
+from qlora_cli.training.callbacks.step_timer import StepTimer
 from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSignal
 from qlora_cli.training.checks.adapter_check import check_saved, check_trained
 from qlora_cli.training.compiled_layers import CompiledLayers
@@ -68,7 +69,10 @@ class Session:
         self._reporter = reporter
         self._stop = stop
         loading_seconds = time.monotonic() - prepared.started
-        self._reporting = ReportingCallback(reporter, prepared.loaded.device, loading_seconds=loading_seconds)
+        self._timer = StepTimer(prepared.plan.predicted_time)
+        self._reporting = ReportingCallback(
+            reporter, prepared.loaded.device, self._timer, loading_seconds=loading_seconds
+        )
         self.store = CheckpointStore(
             directory.checkpoints,
             prepared.settings.output.max_checkpoints,
@@ -212,13 +216,14 @@ class Session:
 
     def _announce(self) -> None:
         plan, resume = self._prepared.plan, self._prepared.resume
-        predicted = plan.predicted_memory
+        predicted, predicted_time = plan.predicted_memory, plan.predicted_time
         self._reporter.report(
             TrainingStarted(
                 num_steps=plan.num_steps,
                 output=self._directory.path,
                 predicted_allocated_bytes=predicted.allocated_bytes if predicted else None,
                 predicted_reserved_bytes=predicted.reserved_bytes if predicted else None,
+                predicted_step_seconds=predicted_time.step_seconds if predicted_time else None,
             )
         )
         if resume is not None:
@@ -326,6 +331,8 @@ class Session:
             num_skipped_steps=self._guard.num_skipped,
             pushed_to=None,
             notes=prepared.loaded.notes,
+            step_seconds=self._timer.step_seconds,
+            predicted_time=prepared.plan.predicted_time,
         )
 
 

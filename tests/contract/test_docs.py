@@ -51,7 +51,7 @@ from qlora_cli.merging.merge_result import (
 from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.metrics import EVENT_NAMES
-from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
+from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime, TrainPlan, TrainResult
 from qlora_cli.runs.samples import Sample, SampleAnswer
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, metadata_of
@@ -173,7 +173,9 @@ MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
 MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint, CardClass, FittingModel)
 
 
-@pytest.mark.parametrize("result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, DemoResult])
+@pytest.mark.parametrize(
+    "result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, PredictedTime, DemoResult]
+)
 def test_every_json_key_is_documented(result: type) -> None:
     page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     assert [field.name for field in fields(result) if f"`{field.name}`" not in page] == []

@@ -79,10 +79,12 @@ class RunState:
                 self.status = describe_event(event) or ""
             case TrainingStarted():
                 self.started = event
+                self._expect(event.num_steps)
                 self._show_training()
             case TrainingResumed():
                 self.resumed, self.step = event, event.step
                 self._pace_since = None  # elapsed seconds may or may not count those of the earlier process
+                self._expect(event.num_steps - event.step)
             case StepSkipped():
                 self.step = event.step
                 self.num_skipped += 1
@@ -95,12 +97,19 @@ class RunState:
                 self.checkpoint_time = now
                 self.checkpoint = event
 
+    def _expect(self, num_steps: int) -> None:
+        """Expect the predicted time of all remaining steps, until the first ones tell."""
+        seconds = None if self.started is None else self.started.predicted_step_seconds
+        if seconds is not None:
+            self.seconds_left = num_steps * seconds
+
     def _take_step(self, step: StepDone) -> None:
         self.arrow = self._direction.update(step.loss)
         self.losses.add(step.loss)
         self.step, self.last_step = step.step, step
         if self._pace_since is None:
             self._pace_since = (step.step, step.elapsed_seconds)
+            self._expect(step.num_steps - step.step)
             return
         since_step, since_seconds = self._pace_since
         pace = (step.elapsed_seconds - since_seconds) / max(1, step.step - since_step)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.demo_result import DemoResult
-from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, TrainPlan, TrainResult
+from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime, TrainPlan, TrainResult
 from qlora_cli.settings.value_sources import Origin
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
@@ -38,6 +38,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
         ("batch", plan.batch),
         ("steps", f"{plan.num_steps:,} ({_epochs(plan)}), a checkpoint every {counted(plan.save_steps, 'step')}"),
         *_memory_rows(plan.predicted_memory),
+        *_time_rows(plan.predicted_time),
     ]
 
 
@@ -65,6 +66,14 @@ def _memory_rows(predicted: PredictedMemory | None) -> list[Row]:
     ]
 
 
+def _time_rows(predicted: PredictedTime | None) -> list[Row]:
+    if predicted is None:
+        return []
+    low, high = format_duration(predicted.step_seconds_low), format_duration(predicted.step_seconds_high)
+    step = f"{format_duration(predicted.step_seconds)} predicted ({low} to {high}; rates {predicted.rates})"
+    return [("a step", step)]
+
+
 def render_training(result: TrainResult) -> None:
     """Print the result of a run."""
     steps = counted(result.steps, "step")
@@ -79,11 +88,27 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("loss", f"{_loss(result.final_loss)} at the last step, {_loss(result.train_loss)} on average"),
         ("held-out loss", _loss(result.eval_loss)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s over all steps ({counted(result.num_tokens, 'token')})"),
+        *_step_rows(result),
         ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]
+
+
+def _step_rows(result: TrainResult) -> list[Row]:
+    """Return the time of a step next to its prediction; nothing without one of them."""
+    measured, predicted = result.step_seconds, result.predicted_time
+    if not measured or predicted is None:
+        return []
+    error = 100 * (predicted.step_seconds / measured - 1)
+    return [
+        (
+            "a step",
+            f"{format_duration(measured)} ({format_duration(predicted.step_seconds)} predicted, {error:+.0f} %; rates "
+            f"{predicted.rates})",
+        )
+    ]
 
 
 def _describe_time(result: TrainResult) -> str:

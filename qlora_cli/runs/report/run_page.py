@@ -52,7 +52,7 @@ DATA_ROWS = (
     ("groups", "Groups"),
     ("bad_rows", "Bad rows"),
 )
-WITHOUT_PLAN = ("output", "predicted_memory", "model")  # shown elsewhere on the page
+WITHOUT_PLAN = ("output", "predicted_memory", "predicted_time", "model")  # shown elsewhere on the page
 # The first chart has the full width of the page, the others half of it; `PAGE_CSS` selects the size.
 NARROW = ChartSize(name="narrow", width=340, height=240, num_ticks=4)
 SIZES = (ChartSize(name="medium", width=500, height=242, num_ticks=5), NARROW)
@@ -171,13 +171,21 @@ def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
         remark = "at the last evaluation" if is_last else f"at step {summary.best_step:,}, {last.loss:.4f} at the end"
         yield Tile("Best held-out loss", f"{summary.best_loss:.4f}", remark)
     if summary.tokens_per_second is not None:
-        yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", "tokens a second over all steps")
+        yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", f"tokens a second over all steps{_of_step(summary)}")
     if summary.peak_reserved_bytes is not None:
         predicted = summary.predicted_reserved_bytes
         remark = f"reserved, {format_bytes(predicted)} predicted" if predicted else "reserved on the GPU"
         yield Tile("Peak memory", format_bytes(summary.peak_reserved_bytes), remark)
     elif summary.peak_host_bytes is not None:
         yield Tile("Peak memory", format_bytes(summary.peak_host_bytes), "of the process on the host")
+
+
+def _of_step(summary: RunSummary) -> str:
+    """Return the time of a step next to its prediction; empty without one of them."""
+    measured, predicted = summary.step_seconds, summary.predicted_step_seconds
+    if not measured or not predicted:
+        return ""
+    return f"; a step {format_duration(measured)}, {format_duration(predicted)} predicted"
 
 
 def memory_rows(summary: RunSummary) -> Iterator[MemoryRow]:

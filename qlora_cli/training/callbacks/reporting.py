@@ -13,6 +13,7 @@ from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, 
 from qlora_cli.hardware.counters import current_memory
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
+from qlora_cli.training.callbacks.step_timer import StepTimer
 from qlora_cli.training.resuming.loop_state import Progress
 
 SECONDS_BEFORE_PAGES = 30.0  # a shorter run has one page, drawn at its end
@@ -25,8 +26,9 @@ class ReportingCallback(TrainerCallback):
     `tokens_per_second` excludes evaluation time. `earlier` is the progress of earlier processes.
     """
 
-    def __init__(self, reporter: Reporter, device: torch.device, *, loading_seconds: float) -> None:
+    def __init__(self, reporter: Reporter, device: torch.device, timer: StepTimer, *, loading_seconds: float) -> None:
         self._reporter = reporter
+        self._timer = timer
         self._device = device
         self._start = self._last_time = 0.0
         self._loading_seconds = loading_seconds
@@ -102,6 +104,8 @@ class ReportingCallback(TrainerCallback):
                 memory=current_memory(self._device),
             )
         )
+        if comparison := self._timer.add(seconds):
+            self._reporter.report(Noted(message=comparison))
 
 
 class ReportWriter:

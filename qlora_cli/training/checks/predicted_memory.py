@@ -115,9 +115,9 @@ def check_memory(
     Raises:
         OutOfMemoryError: it does not fit, without `force`; names changes that would.
     """
-    asked = _as_asked(settings, load_plan, longest_row_tokens)
-    estimator = _estimator(settings, load_plan)
-    predict, find_products = _contained(estimator.estimate), _contained(estimator.recomputed_products)
+    asked = as_asked(settings, load_plan, longest_row_tokens)
+    estimator = estimator_of(settings, load_plan)
+    predict, find_products = contained(estimator.estimate), contained(estimator.recomputed_products)
     planned = None
     try:
         if is_open(asked) or step_rows is not None:
@@ -147,7 +147,8 @@ def check_memory(
     return outlook
 
 
-def _estimator(settings: TrainSettings, load_plan: LoadPlan) -> Estimator:
+def estimator_of(settings: TrainSettings, load_plan: LoadPlan) -> Estimator:
+    """Return the estimator for the run's model."""
     source = load_plan.source
     facts = ModelFacts(
         name=settings.model.name,
@@ -181,7 +182,7 @@ def _judge(outlook: Outlook, settings: TrainSettings, reporter: Reporter, *, for
     reporter.report(Noted(level="warning", message=f"{verdict}: {what}{more}"))
 
 
-def _contained(predict: Callable[[EstimateSettings, Gpu], Value]) -> Callable[[EstimateSettings, Gpu], Value]:
+def contained(predict: Callable[[EstimateSettings, Gpu], Value]) -> Callable[[EstimateSettings, Gpu], Value]:
     """Return `predict` with every failure of it as a `ModelError`: a prediction that fails must not end a run."""
 
     def contained(settings: EstimateSettings, gpu: Gpu) -> Value:
@@ -197,7 +198,7 @@ def _contained(predict: Callable[[EstimateSettings, Gpu], Value]) -> Callable[[E
     return contained
 
 
-def _as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: int) -> EstimateSettings:
+def as_asked(settings: TrainSettings, load_plan: LoadPlan, longest_row_tokens: int) -> EstimateSettings:
     """Return the settings of the run for the estimator, with the length of the longest row."""
     return EstimateSettings(
         model=load_plan.settings.model,

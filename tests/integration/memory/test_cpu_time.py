@@ -1,27 +1,30 @@
-"""The predicted time of a step on a CPU: within a quarter of a measured one, by rates measured right before it."""
+"""The time of a step on a CPU: predicted within a quarter by rates measured right before, and compared by a run."""
 
 import json
 import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.synthetic import SHAPES, config_of, write_model
-from qlora_cli.events import Event, StepDone, TrainingStarted
+from qlora_cli.events import Event, Noted, StepDone, TrainingStarted
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import this_cpu
 from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.runs.find_runs import read_run
+from qlora_cli.runs.run_result import PredictedTime, TrainResult
 from qlora_cli.settings.models import EstimateSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.timing.measuring import measure_rates
 from qlora_cli.timing.rates_file import store_rates
 from qlora_cli.training.checks.predicted_time import cpu_step_time
-from qlora_cli.training.train_run import train
+from qlora_cli.training.train_run import plan, train
+from tests.conftest import Recorder, train_settings
 
 CPU = torch.device("cpu")
 # The model of 107M parameters of `benchmarks/cpu_step.py` with two of its twelve layers.
@@ -112,3 +115,48 @@ def test_without_measured_rates_and_in_another_dtype_no_time_is_predicted() -> N
     store_rates(this_cpu().measured_as, "fp32", measure_rates(CPU, torch.float32, seconds=0.0))
     assert predicted_seconds() is not None
     assert predicted_seconds("bf16") is None
+
+
+def test_a_run_compares_the_time_of_a_step_with_the_prediction(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    def run(name: str) -> tuple[TrainResult, Recorder]:
+        recorder = Recorder()
+        return train(train_settings(base_model, rows, tmp_path / name, training__max_steps=12), recorder), recorder
+
+    unmeasured, _ = run("unmeasured")
+    assert unmeasured.predicted_time is None
+    assert unmeasured.step_seconds is not None
+    store_rates(this_cpu().measured_as, "fp32", measure_rates(CPU, torch.float32, seconds=0.0))
+    result, recorder = run("measured")
+    predicted = result.predicted_time
+    assert predicted is not None
+    assert 0 < predicted.step_seconds_low < predicted.step_seconds < predicted.step_seconds_high
+    (started,) = [event for event in recorder.events if isinstance(event, TrainingStarted)]
+    assert started.predicted_step_seconds == predicted.step_seconds
+    (said,) = [
+        event.message for event in recorder.events if isinstance(event, Noted) and "a step takes" in event.message
+    ]
+    assert "predicted" in said
+    assert "measured on this machine on" in said
+    record = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
+    assert record["plan"]["predicted_time"] == record["result"]["predicted_time"] == asdict(predicted)
+    assert record["result"]["step_seconds"] == result.step_seconds
+    summary = read_run(result.output).summary
+    assert (summary.step_seconds, summary.predicted_step_seconds) == (result.step_seconds, predicted.step_seconds)
+
+
+def test_more_rows_are_predicted_to_take_longer_and_a_stream_is_not_predicted(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    store_rates(this_cpu().measured_as, "fp32", measure_rates(CPU, torch.float32, seconds=0.0))
+
+    def predicted(name: str, **settings: object) -> PredictedTime | None:
+        return plan(train_settings(base_model, rows, tmp_path / name, **settings), Recorder()).predicted_time
+
+    whole, half = predicted("whole"), predicted("half", training__micro_batch_size=1)
+    twice = predicted("twice", training__gradient_accumulation_steps=2)
+    assert whole is not None
+    assert half is not None
+    assert twice is not None
+    assert half.step_seconds < whole.step_seconds
+    assert 1.5 * whole.step_seconds < twice.step_seconds < 2.5 * whole.step_seconds
+    assert predicted("stream", data__streaming=True) is None

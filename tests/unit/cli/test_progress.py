@@ -269,3 +269,15 @@ def test_reporting_a_step_is_fast_and_stores_little() -> None:
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 100e-6
     assert len(pickle.dumps(vars(live)["_state"])) < 20_000
+
+
+def test_the_time_left_is_predicted_until_steps_were_measured() -> None:
+    state = RunState()
+    state.update(TrainingStarted(num_steps=10, output=Path("run"), predicted_step_seconds=3.0), 0.0)
+    assert state.seconds_left == 30.0
+    state.update(TrainingResumed(step=4, num_steps=10, checkpoint=Path("step-4")), 0.0)
+    assert state.seconds_left == 18.0
+    state.update(step(5), 1.0)
+    assert state.seconds_left == 15.0
+    state.update(step(7), 2.0)  # a second a step, by `step`
+    assert state.seconds_left == 3.0

@@ -4,7 +4,7 @@ import errno
 import io
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,13 @@ from qlora_cli.cli.progress.live_display import LiveReporter
 from qlora_cli.cli.progress.plain_lines import PlainReporter
 from qlora_cli.cli.progress.reporters import reporting
 from qlora_cli.cli.rendering.load_text import bars, errors_by_layer, render_load
-from qlora_cli.cli.rendering.training_text import render_plan
+from qlora_cli.cli.rendering.training_text import render_plan, render_training
 from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
 from qlora_cli.quantization.load_report import KindCount, LoadReport, WeightError
-from qlora_cli.runs.run_result import TrainPlan
+from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.record import read_record
+from qlora_cli.runs.run_result import PredictedTime, TrainPlan, TrainResult
+from tests.support.runs.run_directories import a_record, write_run
 
 STEP = StepDone(
     step=9,
@@ -251,3 +254,17 @@ def test_the_plan_shows_filled_micro_batches(capsys: pytest.CaptureFixture[str])
     assert "6 examples a step in micro-batches of up to 4,096 tokens" in shown
     assert "none: the rows of a micro-batch are joined" in shown
     assert "accumulation" not in shown
+
+
+def test_the_time_of_a_step_is_shown_with_its_prediction(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    predicted = PredictedTime(step_seconds=2.2, step_seconds_low=1.65, step_seconds_high=2.86, rates="data sheet")
+    render_plan(replace(PLAN, predicted_time=predicted))
+    assert "2.20 s predicted (1.65 s to 2.86 s; rates data sheet)" in capsys.readouterr().out
+    for time, expected in ((asdict(predicted), "2.00 s (2.20 s predicted, +10 %; rates data sheet)"), (None, None)):
+        record = a_record(result={"steps": 11, "step_seconds": 2.0, "predicted_time": time})
+        run = write_run(tmp_path / str(expected is None), record=record)
+        result = TrainResult.of_run(RunDirectory(run), read_record(run))
+        assert result is not None
+        render_training(result)
+        shown = capsys.readouterr().out
+        assert "a step" not in shown if expected is None else expected in shown

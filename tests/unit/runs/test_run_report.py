@@ -18,7 +18,7 @@ from qlora_cli.events import (
 )
 from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.report import run_page
-from qlora_cli.runs.report.run_page import report_page, write_report
+from qlora_cli.runs.report.run_page import report_page, tiles_of, write_report
 from qlora_cli.visible import visible
 from tests.support.runs.run_directories import HOSTILE, SCRIPT, a_record, eval_done, sample_done, step_done, write_run
 from tests.unit.data_rows.test_data_page import Element, parse
@@ -158,6 +158,20 @@ def test_predicted_memory_is_next_to_measured_and_trained_data_next_to_held_out(
         ["Process on the host", "\N{EN DASH}", "3.00 GiB", ""],
     ]
     assert [cell.text for cell in data.all("td")] == ["1,500", "20", "70,000", "900"]
+
+
+def test_the_time_of_a_step_is_next_to_its_prediction_if_both_are_known(tmp_path: Path) -> None:
+    plan = {"num_steps": 1, "predicted_time": {"step_seconds": 2.2, "rates": "data sheet"}}
+    remarks = []
+    for name, result in (("both", {"step_seconds": 2.0}), ("one", {})):
+        run = read_run(write_run(tmp_path / name, [step_done(1)], a_record(plan=plan, result=result)))
+        tiles = {tile.name: tile.remark for tile in tiles_of(run.summary, run.history)}
+        remarks.append(tiles["Speed"])
+        assert "data sheet" not in report_page(run.summary, run.history, run.record)
+    assert remarks == [
+        "tokens a second over all steps; a step 2.00 s, 2.20 s predicted",
+        "tokens a second over all steps",
+    ]
 
 
 def test_plan_machine_versions_and_notes_are_on_the_page(root: Element) -> None:
