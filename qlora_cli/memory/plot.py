@@ -1,4 +1,4 @@
-"""A plot of a sweep: process memory over the length of rows, with the GPUs as horizontal lines."""
+"""A plot of a sweep: process memory over the length of rows, with the GPUs as horizontal lines; and the speed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +35,17 @@ TICKS_GIB = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Process memory of one combination of everything but the length: `lengths` in tokens, the rest in GiB."""
+    """One combination of everything but the length: `lengths` in tokens, process memory in GiB.
+
+    `speeds` are tokens/s, each with the ends of its band; empty if they are not known.
+    """
 
     label: str
     lengths: tuple[int, ...]
     middle: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    speeds: tuple[tuple[float, float, float], ...]
 
 
 def plot_sweep(report: MemoryReport, gpus: Sequence[Gpu], path: Path) -> None:
@@ -59,21 +63,37 @@ def draw(report: MemoryReport, gpus: Sequence[Gpu]) -> Figure:
     lines = memory_lines(report)
     most, least = max(max(line.high) for line in lines), min(min(line.low) for line in lines)
     shown, beyond = select_gpus(gpus, most)
-    figure = Figure(figsize=(9, 5.4), dpi=160, layout="constrained", facecolor="white")
-    axes = figure.subplots()
+    is_timed = all(line.speeds for line in lines)
+    figure = Figure(figsize=(9, 7.6 if is_timed else 5.4), dpi=160, layout="constrained", facecolor="white")
+    axes, *below = figure.subplots(1 + is_timed, height_ratios=(3, 2)[: 1 + is_timed], squeeze=False)[:, 0]
     tops = [most, *(gpu.usable_bytes / GIB for gpu in shown)]
     _set_scales(axes, lines, max(tops), least)
     for color, line in zip(_colors(len(lines)), lines, strict=True):
         axes.fill_between(line.lengths, line.low, line.high, color=color, alpha=0.15, linewidth=0)
         axes.plot(line.lengths, line.middle, color=color, label=line.label, marker="o", markersize=4, linewidth=1.8)
     _draw_gpu_lines(axes, shown)
-    axes.set(xlabel=_x_label(beyond), ylabel="process memory, GiB")
+    axes.set_ylabel("process memory, GiB")
+    [axes, *below][-1].set_xlabel(_x_label(beyond))
+    if is_timed:
+        _draw_speed(below[0], lines, report.gpu)
     _draw_title(axes, report)
     if len(lines) > MOST_INSIDE:
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     elif len(lines) > 1:
         axes.legend(loc="best", framealpha=0.9, edgecolor=LIGHT.line, fontsize=9, reverse=True)
     return figure
+
+
+def _draw_speed(axes: Axes, lines: Sequence[MemoryLine], gpu: str) -> None:
+    for color, line in zip(_colors(len(lines)), lines, strict=True):
+        low, middle, high = zip(*line.speeds, strict=True)
+        axes.fill_between(line.lengths, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(line.lengths, middle, color=color, marker="o", markersize=4, linewidth=1.8)
+    _set_length_scale(axes, lines)
+    axes.set_ylim(0, 1.06 * max(high for line in lines for _, _, high in line.speeds))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel(f"tokens/s, {gpu}")
+    clear_frame(axes, "both")
 
 
 def memory_lines(report: MemoryReport) -> list[MemoryLine]:
@@ -96,9 +116,14 @@ def memory_lines(report: MemoryReport) -> list[MemoryLine]:
                 middle=tuple(point.process_bytes / GIB for point in points),
                 low=tuple(low / GIB for low, _ in bands),
                 high=tuple(high / GIB for _, high in bands),
+                speeds=tuple(_speed(point) for point in points if point.tokens_per_second is not None),
             )
         )
     return sorted(lines, key=lambda line: line.middle[-1])
+
+
+def _speed(point: SweepPoint) -> tuple[float, float, float]:
+    return point.tokens_per_second_low or 0.0, point.tokens_per_second or 0.0, point.tokens_per_second_high or 0.0
 
 
 def varied_settings(sweep: Sequence[SweepPoint]) -> set[str]:
@@ -153,7 +178,7 @@ def spread_labels(heights: Sequence[float], gap: float = LABEL_GAP) -> list[floa
     return [mean + index * gap for index, mean in enumerate(means)]
 
 
-def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: float) -> None:
+def _set_length_scale(axes: Axes, lines: Sequence[MemoryLine]) -> None:
     lengths = sorted({length for line in lines for length in line.lengths})
     axes.set_xscale("log", base=2)
     ticks = lengths[:1]
@@ -163,6 +188,10 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
     axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
     axes.minorticks_off()
     axes.set_xlim(lengths[0] / 2**0.25, lengths[-1] * 2**0.25)
+
+
+def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: float) -> None:
+    _set_length_scale(axes, lines)
     if most > WIDE_RANGE * least:
         bottom, top = least / 1.3, most * 1.2
         axes.set_yscale("log", base=2)
@@ -241,7 +270,10 @@ def _x_label(beyond: Sequence[Gpu]) -> str:
 def _subtitle(report: MemoryReport) -> str:
     """Return the settings that were not swept, in lines that fit the picture."""
     varied = varied_settings(report.sweep)
-    settings = {**report.settings, **report.sweep[0].values}
+    first = report.sweep[0]
+    settings = {**report.settings, **first.values, "gradient-checkpointing": first.gradient_checkpointing}
+    if report.plan is not None and report.plan.chosen.micro_batch_tokens is not None:  # planned for the run alone
+        settings.pop("micro-batch-tokens", None)
     fixed = [f"{name} {value}" for name, value in settings.items() if name not in varied | {LENGTH}]
     lines = [""]
     for part in [*fixed, f"on {report.gpu} in {report.dtype}"]:

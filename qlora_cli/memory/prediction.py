@@ -261,13 +261,25 @@ class FittingModel:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes."""
+    """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes.
+
+    `gradient_checkpointing` is not planned for each of them. What is about the time of a step is as in `StepTime`,
+    and None for a GPU whose speed is not known.
+    """
 
     values: dict[str, int]
+    gradient_checkpointing: str
     allocated_bytes: int
     reserved_bytes: int
     process_bytes: int
     ruling_phase: str
+    step_seconds: float | None
+    step_seconds_low: float | None
+    step_seconds_high: float | None
+    tokens_per_second: float | None
+    tokens_per_second_low: float | None
+    tokens_per_second_high: float | None
+    limited_by: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

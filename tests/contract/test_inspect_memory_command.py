@@ -477,4 +477,4 @@ def test_a_plot_that_cannot_be_written_is_reported_first(
 def test_the_first_gpu_named_is_the_one_that_tables_are_for(core: Core) -> None:
     core.report = replace(REPORT, fits=(TOO_LARGE, *REPORT.fits), sweep=(sweep_point(max_length=32768),))
     done = qlora_inspect("base", "--gpu", "T4", "--gpu", RTX_4090.name, "--sweep", "max-length=32768")
-    assert "! does not fit on the T4" in done.stdout
+    assert "! does not fit on the T4" in " ".join(done.stdout.split())

@@ -11,7 +11,7 @@ from textwrap import wrap
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
-from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, verdict_lines, with_article
+from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, significant, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.fitting.plan import describe
 from qlora_cli.memory.fitting.suggestions import NO
@@ -163,16 +163,11 @@ def time_lines(figures: RunFigures) -> list[str]:
     is_host = figures.limited_by == HOST
     basis = "by arithmetic, not measured" if figures.rates == DATA_SHEET else f"by rates {figures.rates}"
     text = (
-        f"{'at least' if is_host else 'about'} {_significant(middle)} s a step ({_significant(low)} to "
-        f"{_significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
+        f"{'at least' if is_host else 'about'} {significant(middle)} s a step ({significant(low)} to "
+        f"{significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "
         f"{'the ' if is_host else ''}{figures.limited_by} ({basis})"
     )
     return hanging(text, "  ", "  ")
-
-
-def _significant(value: float) -> str:
-    """Return a number with two digits after the point, or two that count if they are few."""
-    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _data_rows(data: DataSummary | None) -> list[Row]:
@@ -212,7 +207,7 @@ def _costs(figures: RunFigures | RankedCard) -> list[str]:
     """Return the cost and its band; nothing without a price."""
     if figures.cost is None or figures.cost_low is None or figures.cost_high is None:
         return []
-    return [_significant(figures.cost), f"({_significant(figures.cost_low)} to {_significant(figures.cost_high)})"]
+    return [significant(figures.cost), f"({significant(figures.cost_low)} to {significant(figures.cost_high)})"]
 
 
 def _need_rows(figures: RunFigures) -> list[Row]:

@@ -51,6 +51,11 @@ def with_article(name: str) -> str:
     return f"{'an' if name.startswith(AN) and is_acronym else 'a'} {name}"
 
 
+def significant(value: float) -> str:
+    """Return a number with two digits after the point, or two that count if they are few."""
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def _over_catalogue(report: MemoryReport) -> str:
     own, smallest = report.predicted, report.smallest_class
     takes = f"Takes {_gib(own.process_bytes)} GiB, at most {_gib(own.process_high_bytes)}"

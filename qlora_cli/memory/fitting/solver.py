@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint
+from qlora_cli.memory.prediction import Estimate, Solution, SweepPoint, figures_of_run
 from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.models import EstimateSettings, value_adapter
@@ -75,7 +75,7 @@ def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, 
 def sweep(
     values: Mapping[str, tuple[int, ...]], settings: EstimateSettings, gpu: Gpu, predict: Predict
 ) -> tuple[SweepPoint, ...]:
-    """Return the memory of the run with every combination of `values`, the last setting changing fastest.
+    """Return the memory and time of the run with every combination of `values`, the last setting changing fastest.
 
     Raises:
         UsageError: a setting can't be swept, or does not take one of its values.
@@ -92,12 +92,21 @@ def sweep(
 
 
 def _point(values: dict[str, int], estimate: Estimate) -> SweepPoint:
+    figures = figures_of_run(estimate)
     return SweepPoint(
         values=values,
-        allocated_bytes=estimate.predicted.allocated_bytes,
-        reserved_bytes=estimate.predicted.reserved_bytes,
-        process_bytes=estimate.predicted.process_bytes,
+        gradient_checkpointing=estimate.gradient_checkpointing,
+        allocated_bytes=figures.allocated_bytes,
+        reserved_bytes=figures.reserved_bytes,
+        process_bytes=figures.process_bytes,
         ruling_phase=estimate.ruling_phase,
+        step_seconds=figures.step_seconds,
+        step_seconds_low=figures.step_seconds_low,
+        step_seconds_high=figures.step_seconds_high,
+        tokens_per_second=figures.tokens_per_second,
+        tokens_per_second_low=figures.tokens_per_second_low,
+        tokens_per_second_high=figures.tokens_per_second_high,
+        limited_by=figures.limited_by,
     )
 
 

@@ -50,10 +50,18 @@ def sweep_point(**values: int) -> SweepPoint:
     reserved = round(5.2 * GIB + product * 1.3 * MIB)
     return SweepPoint(
         values={name.replace("_", "-"): value for name, value in values.items()},
+        gradient_checkpointing="on",
         allocated_bytes=round(0.95 * reserved),
         reserved_bytes=reserved,
         process_bytes=reserved + CONTEXT,
         ruling_phase="backward",
+        step_seconds=0.25 + product / 1000,
+        step_seconds_low=0.2 + product / 1250,
+        step_seconds_high=0.3 + product / 800,
+        tokens_per_second=product / (0.25 + product / 1000),
+        tokens_per_second_low=product / (0.3 + product / 800),
+        tokens_per_second_high=product / (0.2 + product / 1250),
+        limited_by="compute",
     )
 
 

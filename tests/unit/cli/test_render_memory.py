@@ -15,10 +15,18 @@ from qlora_cli.cli.rendering.memory_text import (
     render_memory,
 )
 from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, with_article
-from qlora_cli.cli.rendering.sweep_table import sweep_lines
+from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.bands import process_band, verdict
-from qlora_cli.memory.gpus import GPUS, find_gpu
-from qlora_cli.memory.prediction import DataSummary, FittingModel, MemoryReport, PlanOption, RankedCard, RunFigures
+from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.prediction import (
+    DataSummary,
+    FittingModel,
+    MemoryReport,
+    Plan,
+    PlanOption,
+    RankedCard,
+    RunFigures,
+)
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
@@ -427,38 +435,73 @@ def test_a_sentence_wraps_without_breaking_flags() -> None:
 # ---- sweeps
 
 
-def test_two_settings_make_a_grid_that_marks_cells_that_do_not_fit() -> None:
-    lines = sweep_lines(FULL, T4)
+def swept(report: MemoryReport, capsys: pytest.CaptureFixture[str], gpu: Gpu | None = None) -> list[str]:
+    """Return the lines of the tables of a sweep."""
+    render_sweep(report, gpu)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_two_settings_make_a_grid_that_marks_cells_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    blank, heading, *lines = swept(FULL, capsys, T4)
+    assert (blank, heading) == ("", "Process memory in GiB; ! does not fit on the T4, ~ is tight")
     assert lines[0].split() == ["micro-batch-size"]
     assert lines[1].split() == ["max-length", "1", "2", "4", "8"]
-    assert len(lines) == 2 + 7
-    first, last = lines[2].split(), lines[-1].split()
+    first, last = lines[2].split(), lines[8].split()
     assert first == ["512", "6.30", "6.95", "8.25", "10.85"]
     assert last[0] == "32,768"
     assert all(cell.endswith("!") for cell in last[1:])
-    unmarked = sweep_lines(FULL, None)
-    assert not any("!" in line for line in unmarked)
+    assert not any("!" in line for line in swept(FULL, capsys))
 
 
-def test_one_setting_makes_a_column() -> None:
+def test_a_grid_of_memory_is_followed_by_one_of_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = swept(FULL, capsys, T4)
+    at = lines.index("Tokens/s on an RTX 4090, by arithmetic")
+    assert lines[at + 2].split() == ["max-length", "1", "2", "4", "8"]
+    assert lines[at + 3].split() == ["512", "672", "804", "891", "942"]
+    assert len(lines) == 2 * (2 + 2 + 7)
+    unknown = replace(FULL, sweep=tuple(replace(point, tokens_per_second=None) for point in FULL.sweep))
+    assert len(swept(unknown, capsys)) == 2 + 2 + 7
+
+
+def test_one_setting_makes_a_column_of_memory_and_two_of_time(capsys: pytest.CaptureFixture[str]) -> None:
     report = replace(REPORT, sweep=tuple(sweep_point(max_length=length) for length in (512, 4096)))
-    assert [line.split() for line in sweep_lines(report, None)] == [
-        ["max-length"],
+    assert [line.split() for line in swept(report, capsys)[2:]] == [
+        ["max-length", "GiB", "s", "a", "step", "tokens/s"],
+        ["512", "6.30", "0.76", "672"],
+        ["4,096", "10.85", "4.35", "942"],
+    ]
+    unknown = [replace(point, step_seconds=None, tokens_per_second=None) for point in report.sweep]
+    assert [line.split() for line in swept(replace(report, sweep=tuple(unknown)), capsys)[2:]] == [
+        ["max-length", "GiB"],
         ["512", "6.30"],
         ["4,096", "10.85"],
     ]
 
 
-def test_a_third_setting_makes_a_grid_per_value_and_many_columns_wrap() -> None:
+def test_a_sweep_says_how_it_recomputes_where_the_run_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    option = PlanOption(
+        gradient_checkpointing="off",
+        recomputed_products=(),
+        micro_batch_tokens=None,
+        process_bytes=GIB,
+        process_high_bytes=GIB,
+        fits="yes",
+        step_seconds=1.0,
+    )
+    heading = swept(replace(FULL, plan=Plan(chosen=option, alternatives=())), capsys)[1]
+    assert heading == "Process memory in GiB with gradient checkpointing on"
+
+
+def test_a_third_setting_makes_a_grid_per_value_and_many_columns_wrap(capsys: pytest.CaptureFixture[str]) -> None:
     points = tuple(
         sweep_point(max_length=length, micro_batch_size=rows, rank=rank)
         for length in range(512, 512 + 9)
         for rows in range(1, 9)
         for rank in (1, 2)
     )
-    lines = sweep_lines(replace(REPORT, sweep=points), None)
-    assert [line.strip() for line in lines if line.startswith("  rank")] == ["rank 1", "rank 2"]
-    assert len(lines) == 2 * (1 + 2 * (2 + 9))
+    lines = swept(replace(REPORT, sweep=points), capsys)
+    assert [line.strip() for line in lines if line.startswith("  rank")] == ["rank 1", "rank 2"] * 2
+    assert len(lines) == 2 * (2 + 2 * (1 + 2 * (2 + 9)))
     assert max(map(len, lines)) <= 80
 
 

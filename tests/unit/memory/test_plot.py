@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -47,6 +48,19 @@ def test_there_is_a_line_for_each_micro_batch_size_with_its_band() -> None:
         assert line.lengths == tuple(512 * 2**power for power in range(7))
         assert all(low < middle < high for low, middle, high in zip(line.low, line.middle, line.high, strict=True))
     assert [line.label for line in memory_lines(SHORT)] == [""]
+
+
+def test_the_speed_is_drawn_below_the_memory_where_it_is_known() -> None:
+    figure = draw(GRID, ())
+    memory, speed = figure.axes
+    assert speed.get_ylabel() == "tokens/s, RTX 4090"
+    assert len(speed.lines) == 4
+    assert memory.get_xlim() == speed.get_xlim()
+    for drawn, line in zip(speed.lines, memory_lines(GRID), strict=True):
+        assert list(np.asarray(drawn.get_ydata())) == [middle for _, middle, _ in line.speeds]
+        assert all(low < middle < high for low, middle, high in line.speeds)
+    unknown = replace(GRID, sweep=tuple(replace(point, tokens_per_second=None) for point in GRID.sweep))
+    assert len(draw(unknown, ()).axes) == 1
 
 
 def test_a_setting_with_one_value_is_in_the_subtitle_not_in_the_legend() -> None:

@@ -190,6 +190,7 @@ def test_a_sweep_predicts_every_combination_in_order() -> None:
         tokens = point.values["max-length"] * point.values["micro-batch-size"]
         assert point.process_bytes == 6 * GIB + (tokens + 16 * 3) * MIB
         assert point.ruling_phase == "backward"
+        assert (point.step_seconds, point.tokens_per_second) == (None, None)  # `linear` knows no time
 
 
 def test_a_wrong_value_of_a_sweep_is_an_error_before_any_prediction() -> None:
