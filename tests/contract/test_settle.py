@@ -36,6 +36,7 @@ VARIES = {
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too
+    "memory/fitting/card_ranking.py": 1,  # what takes the least on a card
     "memory/fitting/division.py": 1,  # other micro-batches
     "memory/fitting/plan.py": 3,  # what is chosen for a GPU, and what is recomputed otherwise
     "memory/run_batches.py": 3,  # the longest row that was read; micro-batches of other lengths
