@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILE_MIB, ALLOWED_MIB = 84, 60
+FILE_MIB, ALLOWED_MIB = 64, 60
 PREPARE = """
 import json, resource, sys
 from qlora_cli.data.tokenizing.encode import TextTokenizer
