@@ -70,7 +70,7 @@ def _over_catalogue(report: MemoryReport) -> str:
 def _on_first(report: MemoryReport, fit: GpuFit, gpu: Gpu) -> str:
     """Return the answer for the first GPU, with what would make the run fit."""
     if fit.fits == YES:
-        return f"{_on(fit, gpu)}{_time(fit, report.predicted)}."
+        return f"{_on(fit, gpu)}{_time_of_run(report) or _time(fit, report.predicted)}."
     change = next((change for change in report.suggestions if change.fits != NO), None)
     if change is not None:
         surely = "fits" if change.fits == YES else "may fit"
@@ -84,6 +84,16 @@ def _on_first(report: MemoryReport, fit: GpuFit, gpu: Gpu) -> str:
     return f"Cannot fit {_named(gpu)}: takes {_gib(least)} of {_gib(fit.usable_bytes)} GiB with every change there is."
 
 
+def _time_of_run(report: MemoryReport) -> str:
+    """Return the time of the whole run with a comma before it; empty if its rows are not known."""
+    figures, data = report.predicted, report.data
+    low, seconds, high = figures.run_seconds_low, figures.run_seconds, figures.run_seconds_high
+    if low is None or seconds is None or high is None:
+        return ""
+    of_what = f"{figures.num_steps:,} steps" if data is None else f"your {data.num_train_rows:,} rows"
+    return f", {_about(figures.run_limited_by)} {_spoken(seconds)} ({_off(low, seconds, high)}) for {of_what}"
+
+
 def _time(fit: GpuFit, figures: RunFigures | None = None) -> str:
     """Return the time of a step with a comma before it, and its error band if there are `figures` for this GPU."""
     if fit.fits != YES or fit.step_seconds is None:
@@ -91,8 +101,26 @@ def _time(fit: GpuFit, figures: RunFigures | None = None) -> str:
     step = f"{_rounded(fit.step_seconds)} s a step"
     if figures is None or figures.step_seconds_low is None or figures.step_seconds_high is None:
         return f", about {step}"
-    off = max(figures.step_seconds_high / fit.step_seconds - 1, 1 - figures.step_seconds_low / fit.step_seconds)
-    return f", {'at least' if figures.limited_by == HOST else 'about'} {step} (±{off:.0%})"
+    off = _off(figures.step_seconds_low, fit.step_seconds, figures.step_seconds_high)
+    return f", {_about(figures.limited_by)} {step} ({off})"
+
+
+def _about(limited_by: str | None) -> str:
+    """Return how sure a time is: where the host limits it, its speed is not known."""
+    return "at least" if limited_by == HOST else "about"
+
+
+def _off(low: float, value: float, high: float) -> str:
+    """Return the larger side of an error band, as a share of the value."""
+    return f"±{max(high / value - 1, 1 - low / value):.0%}"
+
+
+def _spoken(seconds: float) -> str:
+    """Return a duration as one says it: `39 s`, `12 min`, `2 h 10 min`."""
+    if seconds < 100:
+        return f"{_rounded(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _rounded(seconds: float) -> str:

@@ -66,6 +66,19 @@ HOPELESS = replace(
 )
 
 
+DATA = DataSummary(
+    name="rows.jsonl",
+    num_train_rows=1200,
+    num_packed_rows=None,
+    num_eval_rows=None,
+    num_train_tokens=340_000,
+    longest_row_tokens=1987,
+    num_truncated_rows=0,
+    padding_share=0.1234,
+    num_micro_batches=600,
+)
+
+
 def shown(report: MemoryReport, capsys: pytest.CaptureFixture[str]) -> str:
     """Return everything that is shown about a prediction."""
     render_memory(report, details=True)
@@ -256,6 +269,28 @@ def test_a_prediction_shows_the_settings_and_three_peaks_with_their_bands(capsys
     assert "  - Nothing else runs on the GPU" in text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "spoken"),
+    [(0.051, "0.051 s"), (39.4, "39 s"), (99, "99 s"), (101, "2 min"), (3590, "1 h 0 min"), (7800, "2 h 10 min")],
+)
+def test_the_answer_has_the_time_of_the_run_where_its_rows_are_known(seconds: float, spoken: str) -> None:
+    figures = replace(
+        REPORT.predicted,
+        num_steps=750,
+        run_seconds=seconds,
+        run_seconds_low=0.75 * seconds,
+        run_seconds_high=1.2 * seconds,
+        run_limited_by="compute",
+    )
+    by_number = replace(REPORT, predicted=figures)
+    (line,) = verdict_lines(by_number, (RTX_4090,))
+    assert line.endswith(f"; each layer is recomputed, about {spoken} (±25%) for 750 steps.")
+    (line,) = verdict_lines(replace(by_number, data=DATA), (RTX_4090,))
+    assert line.endswith(f", about {spoken} (±25%) for your 1,200 rows.")
+    by_host = replace(by_number, predicted=replace(figures, run_limited_by="host"))
+    assert f", at least {spoken} (" in verdict_lines(by_host, (RTX_4090,))[0]
+
+
 def test_a_prediction_shows_the_time_of_a_step_only_if_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     joined = " ".join(shown(REPORT, capsys).split())
     assert "about 11.41 s a step (8.56 to 14.84), 2,870 tokens/s, limited by compute (by arithmetic, not" in joined
@@ -291,20 +326,9 @@ def test_a_run_shows_its_steps_time_cost_and_energy(capsys: pytest.CaptureFixtur
 
 
 def test_the_rows_that_were_read_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    data = DataSummary(
-        name="rows.jsonl",
-        num_train_rows=1200,
-        num_packed_rows=None,
-        num_eval_rows=None,
-        num_train_tokens=340_000,
-        longest_row_tokens=1987,
-        num_truncated_rows=0,
-        padding_share=0.1234,
-        num_micro_batches=600,
-    )
     expected = "data 1,200 rows of 340,000 tokens, the longest of 1,987; 12.3% padding, micro-batches in the run: 600"
-    assert expected in " ".join(shown(replace(REPORT, data=data), capsys).split())
-    packed = replace(data, num_packed_rows=300, num_eval_rows=50, padding_share=0.0)
+    assert expected in " ".join(shown(replace(REPORT, data=DATA), capsys).split())
+    packed = replace(DATA, num_packed_rows=300, num_eval_rows=50, padding_share=0.0)
     joined = " ".join(shown(replace(REPORT, data=packed), capsys).split())
     assert "of 1,987, packed into 300 rows; 50 rows held out; 0.0% padding" in joined
 
