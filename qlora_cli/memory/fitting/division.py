@@ -65,20 +65,31 @@ def worthwhile_divisions(settings: EstimateSettings, gpu: Gpu, predict: Predict,
         of_longest = seconds_with({})
         if not of_longest:
             return []
-        share = seconds_with({MAX_LENGTH: max(MIN_TOKENS, round(rows.mean_tokens))}) / of_longest
-        divisions = [Division(tokens=None, num_micro_batches=rows.num_rows, share=share)]
-        best = rows.num_rows * share * of_longest
-        for factor in FACTORS:
-            filled = Division(tokens=factor * longest, num_micro_batches=rows.num_filled(factor * longest))
-            if filled.num_micro_batches > WORTHWHILE * divisions[-1].num_micro_batches:
+        of_mean = seconds_with({MAX_LENGTH: max(MIN_TOKENS, round(rows.mean_tokens))})
+        divisions = [Division(tokens=None, num_micro_batches=rows.num_rows, share=of_mean / of_longest)]
+        best = rows.num_rows * of_mean
+        for tokens in (factor * longest for factor in FACTORS):
+            number = rows.num_filled(tokens)
+            if number > WORTHWHILE * divisions[-1].num_micro_batches:
                 continue
-            seconds = filled.num_micro_batches * seconds_with(filled.values)
-            if seconds > WORTHWHILE * best:
-                if filled.num_micro_batches <= divisions[-1].num_micro_batches / 2:
+            of_full = seconds_with({MICRO_BATCH_TOKENS: tokens})
+            of_average = _at_mean_fill(of_mean, of_full, rows, tokens)
+            if number * of_average > WORTHWHILE * best:
+                if number <= divisions[-1].num_micro_batches / 2:
                     break  # half as many passes saved next to nothing
                 continue
-            divisions.append(filled)
-            best = seconds
+            divisions.append(Division(tokens=tokens, num_micro_batches=number, share=of_average / of_full))
+            best = number * of_average
     except QloraError:  # not with these settings
         return []
     return divisions
+
+
+def _at_mean_fill(of_mean: float, of_full: float, rows: StepRows, tokens: int) -> float:
+    """Return the seconds of a micro-batch of up to `tokens` that is filled as the average one of a step.
+
+    They lie on the line from a row of the mean length, `of_mean`, to a full micro-batch, `of_full`.
+    """
+    num_tokens = rows.num_rows * rows.mean_tokens / rows.num_filled(tokens)
+    filled = (num_tokens - rows.mean_tokens) / max(1.0, tokens - rows.mean_tokens)
+    return of_mean + filled * (of_full - of_mean)

@@ -94,10 +94,18 @@ def test_rows_that_do_not_meet_in_a_micro_batch_are_not_tried_there() -> None:
 
 def test_a_size_that_few_rows_share_does_not_keep_larger_ones_from_being_tried() -> None:
     # Of 1,024 tokens there are nearly as many as rows, which saves less than 5 % of the time.
-    numbers = {1024: 14.0, 2048: 6.0, 4096: 3.0}
+    numbers = {1024: 15.0, 2048: 6.0, 4096: 3.0}
     rows = StepRows(num_rows=16, mean_tokens=500, num_filled=numbers.__getitem__)
-    divisions = worthwhile_divisions(OPEN, card(GIB), predictor(0.6), rows)
+    divisions = worthwhile_divisions(OPEN, card(GIB), predictor(0.4), rows)
     assert [division.tokens for division in divisions] == [None, 2048, 4096]
+
+
+def test_micro_batches_take_the_time_of_what_they_hold_on_average() -> None:
+    # Two rows of 600 tokens in 2,048, and none of 1,024.
+    rows = StepRows(num_rows=16, mean_tokens=600, num_filled=lambda tokens: 8.0 if tokens == 2048 else 16.0)
+    *_, filled = worthwhile_divisions(OPEN, card(GIB), predictor(1), rows)
+    assert filled.tokens == 2048
+    assert filled.step_seconds(time_of(1 + 2)) == pytest.approx(1 + 8 * (1 + 1200 / 1024))
 
 
 def test_time_that_is_not_known_divides_nothing() -> None:
