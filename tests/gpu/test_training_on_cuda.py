@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 
+from qlora_cli.events import StepDone
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run
@@ -74,3 +75,26 @@ def test_checkpointing_changes_memory_not_results(base_model: Path, rows: Path, 
         assert prepared.plan.gradient_checkpointing == switch
         losses.append(run(prepared, Recorder()).final_loss)
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-4)
+
+
+def test_short_rows_fill_micro_batches_with_the_losses_of_one_row_at_a_time(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for tokens in (None, 300):
+        settings = train_settings(
+            base_model,
+            rows,
+            tmp_path / f"run-{tokens}",
+            model__device="cuda",
+            training__micro_batch_size=1,
+            training__gradient_accumulation_steps=6,
+            training__micro_batch_tokens=tokens,
+        )
+        recorder = Recorder()
+        prepared = prepare_run(settings, recorder)
+        assert prepared.plan.micro_batch_tokens == tokens  # the trial on the loaded model keeps rows apart
+        run(prepared, recorder)
+        losses.append([event.loss for event in recorder.events if isinstance(event, StepDone)])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
