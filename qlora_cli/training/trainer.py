@@ -179,7 +179,7 @@ class QloraTrainer(TrainerSeam):
             total += num_trained * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
             num_tokens += num_trained
         self._held_out.append((total, num_tokens))
-        return total / max(1, num_tokens), None, None
+        return (total / max(1, num_tokens)).float(), None, None
 
     def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
         """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""

@@ -239,6 +239,8 @@ ALLOWED = {
     "settings/sections/quantization.py": 1 + 3,
     # bitsandbytes itself is checked, by a reference of its own.
     "doctor/checks_bitsandbytes.py": 8,
+    # How fast bitsandbytes dequantizes the default is measured.
+    "timing/measuring.py": 1,
     # An export format, which is a preset of that method.
     "merging/exports/nf4.py": 1,
 }
