@@ -115,11 +115,10 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []
         rows.append(("answered in", format_duration(report.estimate_seconds)))
-    rows += (
-        _data_rows(report.data)
-        + _run_rows(report.predicted, "" if gpus else f" on {with_article(report.gpu)}")
-        + _need_rows(report.predicted)
-    )
+    rows += _data_rows(report.data)
+    if gpus or report.cards is None:  # else each of the cards is listed with the time of the run as planned for it
+        rows += _run_rows(report.predicted, "" if gpus else f" on {with_article(report.gpu)}")
+    rows += _need_rows(report.predicted)
     rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []

@@ -367,6 +367,8 @@ def test_a_run_without_a_gpu_says_whose_time_it_is(capsys: pytest.CaptureFixture
     assert "3 steps on an RTX 4090 in 9.00 s" in " ".join(shown(report, capsys).split())
     render_memory(report, [RTX_4090])
     assert "3 steps in 9.00 s" in " ".join(capsys.readouterr().out.split())
+    cards = (ranked_card("L4", cost=None, seconds=60.0),)
+    assert "3 steps" not in shown(replace(report, cards=cards), capsys)  # unplanned, next to what is planned
 
 
 def test_what_a_run_needs_besides_the_gpu_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
