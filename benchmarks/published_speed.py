@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published_steps import PublishedRow, costs_of, read_row
 from benchmarks.records import RESULTS, append, now, results_file, revision, versions
-from qlora_cli.memory.step_time import HIGH, LOW
+from qlora_cli.memory.costs.step_time import HIGH, LOW
 
 ROWS = Path(__file__).parent / "data" / "published_speed.csv"
 LONG = 1024  # tokens of a micro-batch from which on a step is not bound by the host alone

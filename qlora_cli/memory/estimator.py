@@ -20,8 +20,10 @@ from qlora_cli.attention.sdpa_rules import representative_capability
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
+from qlora_cli.memory.costs.host_memory import host_memory
+from qlora_cli.memory.costs.run_files import FileSizes, weights_bytes
+from qlora_cli.memory.costs.step_time import step_time
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.host_memory import host_memory
 from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate, HostMemory, Product, StepTime
@@ -31,8 +33,6 @@ from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_s
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
 from qlora_cli.memory.replaying.update_operations import update_operations
 from qlora_cli.memory.request import runs_evaluation
-from qlora_cli.memory.run_files import FileSizes, weights_bytes
-from qlora_cli.memory.step_time import step_time
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model

@@ -9,6 +9,10 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
 from qlora_cli.memory.catalogue import CatalogueModel
+from qlora_cli.memory.costs.host_memory import with_host
+from qlora_cli.memory.costs.run_files import has_weights
+from qlora_cli.memory.costs.run_time import with_run
+from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.alternatives import (
     METHOD,
     largest_model,
@@ -22,7 +26,6 @@ from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, plannin
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
-from qlora_cli.memory.host_memory import with_host
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
 from qlora_cli.memory.prediction import (
     Estimate,
@@ -37,9 +40,6 @@ from qlora_cli.memory.prediction import (
 )
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
-from qlora_cli.memory.run_files import has_weights
-from qlora_cli.memory.run_time import with_run
-from qlora_cli.memory.step_time import rates_on
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings, field_of

@@ -32,11 +32,7 @@ from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, 
 from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
-from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
-from qlora_cli.training.checks.predicted_memory import Outlook
-from qlora_cli.training.checks.predicted_time import predict_time
-from qlora_cli.training.liger import use_liger_kernels
-from qlora_cli.training.memory_plan import (
+from qlora_cli.training.checks.memory_plan import (
     ACCUMULATION,
     FITS,
     MICRO_BATCH,
@@ -45,6 +41,10 @@ from qlora_cli.training.memory_plan import (
     inferred_from_resume,
     plan_memory,
 )
+from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
+from qlora_cli.training.checks.predicted_memory import Outlook
+from qlora_cli.training.checks.predicted_time import predict_time
+from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
 from qlora_cli.training.resuming.resume import (
     Resume,

@@ -25,7 +25,7 @@ SETTLES = {
     "cli/commands/predicted_data.py": 1,  # those and the settings of a run, before its data is read
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
-    "training/memory_plan.py": 1,  # what memory decides: a plan for the GPU, a leaner one, a smaller micro-batch
+    "training/checks/memory_plan.py": 1,  # what memory decides: a plan, a leaner one, a smaller micro-batch
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {

@@ -17,10 +17,10 @@ from qlora_cli.errors import (
     SettingsError,
     UsageError,
 )
+from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.memory.step_time import rates_on
 from qlora_cli.settings.choices import Attention, CardOrder, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of

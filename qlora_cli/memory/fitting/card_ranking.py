@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import HardwareError, QloraError
+from qlora_cli.memory.costs.run_time import with_run
 from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, RankedCard, RunFigures, figures_of_run
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import RunBatches
-from qlora_cli.memory.run_time import with_run
 from qlora_cli.settings.choices import CardOrder, Checkpointing
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings

@@ -18,8 +18,8 @@ from qlora_cli.adapters.whole_modules import train_in_fp32
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.device import TORCH_DTYPES
 from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.memory.costs.run_files import FileSizes
 from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_steps
-from qlora_cli.memory.run_files import FileSizes
 from qlora_cli.quantization.storage_plan import build_on_meta, with_rows
 from qlora_cli.settings.choices import Dtype, LoraInit, Optimizer
 from qlora_cli.settings.models import LoraSettings, TrainSettings

@@ -9,11 +9,11 @@ from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import QloraError
 from qlora_cli.hardware.device import choose_compute_dtype
 from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import this_cpu
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.run_batches import with_tokens
-from qlora_cli.memory.step_time import rates_on
 from qlora_cli.runs.run_result import PredictedTime
 from qlora_cli.settings.models import EstimateSettings, TrainSettings
 from qlora_cli.settings.settle import with_settings

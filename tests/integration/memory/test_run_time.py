@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from qlora_cli.memory.costs.run_time import MAX_PREDICTED, with_run
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate, RunFigures, StepTime, figures_of_run
 from qlora_cli.memory.run_batches import RunBatches, run_batches, with_tokens
-from qlora_cli.memory.run_time import MAX_PREDICTED, with_run
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 from qlora_cli.settings.settle import with_settings

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_cli.memory.costs.step_time import rates_on, step_time
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.replaying.update_operations import update_operations
-from qlora_cli.memory.step_time import rates_on, step_time
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.timing.rates import Rates

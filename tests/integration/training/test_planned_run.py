@@ -17,7 +17,8 @@ from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
-from qlora_cli.training import memory_plan, run_plan
+from qlora_cli.training import run_plan
+from qlora_cli.training.checks import memory_plan
 from qlora_cli.training.checks.predicted_memory import check_memory
 from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import run, train

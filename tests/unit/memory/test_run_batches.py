@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.errors import UsageError
+from qlora_cli.memory.costs.run_time import MAX_PREDICTED, interpolated, predicted_sizes
 from qlora_cli.memory.run_batches import average_step, run_batches, with_tokens
-from qlora_cli.memory.run_time import MAX_PREDICTED, interpolated, predicted_sizes
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 
 

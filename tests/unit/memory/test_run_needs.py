@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.memory.host_memory import PROCESS_LOW_BYTES, host_memory, with_host
+from qlora_cli.memory.costs.host_memory import PROCESS_LOW_BYTES, host_memory, with_host
+from qlora_cli.memory.costs.run_files import FileSizes, has_weights, weights_bytes
 from qlora_cli.memory.prediction import HostMemory
-from qlora_cli.memory.run_files import FileSizes, has_weights, weights_bytes
 from qlora_cli.units import GIB
 from tests.support.models.predictions import FIGURES
 

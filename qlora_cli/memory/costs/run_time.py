@@ -7,11 +7,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import RunFigures, StepTime
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import RunBatches, with_tokens
-from qlora_cli.memory.step_time import rates_on
 from qlora_cli.settings.models import EstimateSettings
 
 HOUR_SECONDS = 3600

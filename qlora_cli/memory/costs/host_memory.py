@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from qlora_cli.memory.costs.run_files import FileSizes
 from qlora_cli.memory.prediction import HostMemory, RunFigures
-from qlora_cli.memory.run_files import FileSizes
 from qlora_cli.units import GIB
 
 # Python, PyTorch and the other libraries with a CUDA context: a guess, and the ends of its band.
