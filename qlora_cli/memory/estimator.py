@@ -40,7 +40,7 @@ from qlora_cli.memory.tracing.operation_count import extended
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
-from qlora_cli.model_files.model_config import ModelConfig, config_from, read_config
+from qlora_cli.model_files.model_config import ModelConfig, balances_experts, config_from, read_config
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import embedding_of, is_tied
 from qlora_cli.quantization.methods import method_of
@@ -253,8 +253,7 @@ class Estimator:
 
     def balances_experts(self, settings: EstimateSettings) -> bool:
         """Return whether the loss has a part that balances experts, which is a mean over a micro-batch."""
-        config = self.shapes(settings, Dtype.BF16).config.get_text_config()
-        return bool(getattr(config, "router_aux_loss_coef", 0))
+        return balances_experts(self.shapes(settings, Dtype.BF16).config)
 
     def weights_bytes(self, settings: EstimateSettings, dtype: Dtype) -> int:
         """Return about the size of the model's weight files."""

@@ -21,7 +21,7 @@ from qlora_cli.memory.fitting.alternatives import (
     unquantized_run,
 )
 from qlora_cli.memory.fitting.card_ranking import PlannedOnCard, rank_cards
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, changes_results
+from qlora_cli.memory.fitting.division import changes_results, is_given
 from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
 DEFAULT_CHECKPOINTS: int = field_of("output.max_checkpoints").default
-MICRO_BATCH = "training.micro_batch_size"
 REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
@@ -207,10 +206,11 @@ def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimato
 def _divisible_rows(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> StepRows | None:
     """Return the rows of a step, if they are known and `train` would plan how they are divided into micro-batches."""
     training = asked.training
-    is_given = any(request.asked.is_given(path) for path in (MICRO_BATCH, MICRO_BATCH_TOKENS))
-    is_given |= training.micro_batch_size > 1 or training.micro_batch_tokens is not None  # in a run's record
-    if is_given or changes_results(
-        training, is_packed=asked.data.packing, balances_experts=estimator.balances_experts(asked)
+    is_recorded = training.micro_batch_size > 1 or training.micro_batch_tokens is not None  # of a run
+    if (
+        is_given(request.asked)
+        or is_recorded
+        or changes_results(training, is_packed=asked.data.packing, balances_experts=estimator.balances_experts(asked))
     ):
         return None
     return request.rows.average_step(training) if request.rows else average_step(asked, request.prediction)

@@ -122,6 +122,11 @@ def quantization_config_of(config: Mapping[str, Any]) -> Mapping[str, Any] | Non
     return None
 
 
+def balances_experts(config: PreTrainedConfig) -> bool:
+    """Return whether the loss of a model has a part that balances experts, which is a mean over a micro-batch."""
+    return bool(getattr(config.get_text_config(), "router_aux_loss_coef", 0))
+
+
 def _decoder_config(
     name: str, where: str, content: Mapping[str, Any], config: PreTrainedConfig, notes: tuple[str, ...]
 ) -> ModelConfig:

@@ -20,9 +20,10 @@ from qlora_cli.hub.push import check_push
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.model_outline import find, settle_load
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS
+from qlora_cli.memory.fitting.division import MICRO_BATCH, MICRO_BATCH_TOKENS
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
+from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
@@ -35,7 +36,6 @@ from qlora_cli.training.checks.input_checks import check_train_inputs
 from qlora_cli.training.checks.memory_plan import (
     ACCUMULATION,
     FITS,
-    MICRO_BATCH,
     PLANNED,
     decided,
     inferred_from_resume,
@@ -295,7 +295,7 @@ def _joined(settled: SettledRun, loaded: LoadedModel, model: PeftModel, reporter
         return settled
     fault = packing_fault_of(loaded, model)
     if fault is None:
-        if getattr(loaded.model.config.get_text_config(), "router_aux_loss_coef", 0):
+        if balances_experts(loaded.model.config):
             message = "the balancing loss of experts is a mean over each micro-batch, as many tokens as it may hold"
             reporter.report(Noted(message=message))
         return settled

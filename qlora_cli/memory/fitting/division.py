@@ -5,6 +5,7 @@ Imports no torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.gpus import Gpu
@@ -12,9 +13,11 @@ from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import EstimateSettings, TrainingSettings
+from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import with_settings
 
-MICRO_BATCH_TOKENS, MAX_LENGTH = "training.micro_batch_tokens", "data.max_length"
+MICRO_BATCH, MICRO_BATCH_TOKENS = "training.micro_batch_size", "training.micro_batch_tokens"
+MAX_LENGTH = "data.max_length"
 FACTORS = (1, 2, 4)  # of the tokens of the longest row, which take about as much memory in one row as in several
 WORTHWHILE = 0.95  # of the time before, at most: the model of time does not know smaller gains
 MIN_TOKENS = 8
@@ -42,6 +45,11 @@ class Division:
     def step_seconds(self, time: StepTime) -> float:
         """Return the seconds of a step on average; `time` is that of the largest micro-batch."""
         return self.num_micro_batches * self.share * time.micro_batch_seconds + time.update_seconds
+
+
+def is_given(asked: Resolved[Any]) -> bool:
+    """Return whether the user decides how rows are divided into micro-batches."""
+    return any(asked.is_given(path) for path in (MICRO_BATCH, MICRO_BATCH_TOKENS))
 
 
 def changes_results(training: TrainingSettings, *, is_packed: bool, balances_experts: bool) -> bool:

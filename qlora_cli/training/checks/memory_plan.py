@@ -6,9 +6,10 @@ from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Reporter
 from qlora_cli.loading.load_plan import LoadPlan
-from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, changes_results
+from qlora_cli.memory.fitting.division import MICRO_BATCH, MICRO_BATCH_TOKENS, changes_results, is_given
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
 from qlora_cli.memory.run_batches import StepRows
+from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
@@ -17,7 +18,7 @@ from qlora_cli.training.batches import average_step
 from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
 from qlora_cli.training.resuming.resume import Resume
 
-MICRO_BATCH, ACCUMULATION = "training.micro_batch_size", "training.gradient_accumulation_steps"
+ACCUMULATION = "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
 PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
 
@@ -57,11 +58,7 @@ def _planned_tokens(asked: Resolved[TrainSettings], resume: Resume) -> int | Non
     """Return the tokens of the earlier run's micro-batches, if they were planned; None if they are given now."""
     tokens = resume.record.setting(MICRO_BATCH_TOKENS)
     is_planned = resume.record.origins.get(MICRO_BATCH_TOKENS) in (PLANNED.where, FITS.where)
-    return tokens if isinstance(tokens, int) and is_planned and not _gives_micro_batch(asked) else None
-
-
-def _gives_micro_batch(asked: Resolved[TrainSettings]) -> bool:
-    return any(asked.is_given(path) for path in (MICRO_BATCH, MICRO_BATCH_TOKENS))
+    return tokens if isinstance(tokens, int) and is_planned and not is_given(asked) else None
 
 
 def _open_rows(
@@ -69,11 +66,9 @@ def _open_rows(
 ) -> StepRows | None:
     """Return the rows of a step, if how they are divided into micro-batches is open, and changes no result."""
     settings = resolved.settings
-    is_settled = resume is not None or _gives_micro_batch(resolved) or rows.train.stream is not None
-    balances_experts = bool(getattr(load_plan.shapes.config.get_text_config(), "router_aux_loss_coef", 0))
-    if is_settled or changes_results(
-        settings.training, is_packed=settings.data.packing, balances_experts=balances_experts
-    ):
+    is_settled = resume is not None or is_given(resolved) or rows.train.stream is not None
+    balances = balances_experts(load_plan.shapes.config)
+    if is_settled or changes_results(settings.training, is_packed=settings.data.packing, balances_experts=balances):
         return None
     return average_step(rows.train.lengths, settings.training)
 

@@ -18,10 +18,10 @@ from qlora_cli.runs.run_result import PredictedTime
 from qlora_cli.settings.models import EstimateSettings, TrainSettings
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.training.arguments import resolve_checkpointing
+from qlora_cli.training.batches import MOST_AVERAGED
 from qlora_cli.training.checks.predicted_memory import Outlook, as_asked, contained, estimator_of
 
 CPU = torch.device("cpu")
-MOST_AVERAGED = 1000  # steps, whose micro-batches tell of all
 
 
 def predict_time(
