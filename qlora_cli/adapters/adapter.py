@@ -21,7 +21,14 @@ from qlora_cli.adapters.initialization import (
 )
 from qlora_cli.adapters.reader import Adapter, attach
 from qlora_cli.adapters.state import put_values, set_origin
-from qlora_cli.adapters.targets import ADAPTER, adapted_layers, resolve_pattern, target_modules, target_parameters
+from qlora_cli.adapters.targets import (
+    ADAPTER,
+    adapted_layers,
+    names_ending_in,
+    resolve_pattern,
+    target_modules,
+    target_parameters,
+)
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.methods import dora_problem
@@ -85,7 +92,15 @@ def attach_adapter(
 
 
 def _use_own_layers(config: LoraConfig, model: PreTrainedModel) -> None:
-    config._register_custom_module({**fused_types(), **expert_wrappers(config, model)})
+    """Have PEFT make our layers, except for types with a weight that is named in `target_parameters`."""
+    parameters = names_ending_in(dict(model.named_parameters()), config.target_parameters or ())
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in parameters]
+    fused = {
+        layer_type: fused_type
+        for layer_type, fused_type in fused_types().items()
+        if not any(isinstance(owner, layer_type) for owner in owners)
+    }
+    config._register_custom_module({**fused, **expert_wrappers(config, model)})
 
 
 def _check_dora(model: PreTrainedModel, layers: list[str]) -> None:

@@ -50,7 +50,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Returns x W^T + bias + scale · low B^T, `(…, out)`, in the dtype of x."""
+    """Returns x W^T + bias + scale · low B^T, `(…, out)`, in the dtype that the layer returns without an adapter."""
 
     @staticmethod
     def forward(
@@ -183,7 +183,10 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
             return "dropout gives the adapter another input than the weight"
         if self.lora_B[name].bias is not None:
             return "the adapter has a bias"
-        of_weight = self.fused_product.compute_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        if base.weight.requires_grad:
+            return "the weight is trained itself"
+        of_weight = self.fused_product.compute_dtype(base)
         if of_weight is None:
             return "the weight is stored so that only its own layer can multiply by it"
         if of_weight != dtype:
@@ -198,7 +201,7 @@ class FusedLoraLayer(LoraLayer):  # type: ignore[misc]
         return [name for name in self.active_adapters if name in self.lora_A]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the products of x, `(…, in)`, with weight and adapter, `(…, out)`, in the dtype of x."""
+        """Return the products of x, `(…, in)`, with weight and adapter, `(…, out)`, in the dtype that PEFT returns."""
         dtype = _dtype_of_adapter(x, self)
         is_usual = not args and not kwargs and x.numel() > 0
         if not is_usual or self.unfused_reason(dtype, trains=self.training) is not None:
@@ -231,10 +234,9 @@ def _dtype_of_adapter(x: torch.Tensor, layer: LoraLayer) -> torch.dtype | None:
 def fused_types() -> dict[type[nn.Module], type[nn.Module]]:
     """Return a fused layer for each type of frozen layer that allows it, as custom modules of PEFT."""
     return {
-        layer_type: _fused_type(method.fused_product)
+        method.fused_product.layer_type: _fused_type(method.fused_product)
         for method in all_methods()
         if method.fused_product is not None
-        for layer_type in method.layer_types
     }
 
 
@@ -248,7 +250,7 @@ def _fused_type(product: FusedProduct) -> type[nn.Module]:
 
 def _new_layer(lora_type: type[nn.Module]) -> nn.Module:
     """Return a fused layer without its state, of the kind that computes for PEFT's `lora_type`."""
-    fused = next(layer_type for layer_type in fused_types().values() if issubclass(layer_type, lora_type))
+    fused = next(layer_type for layer_type in fused_types().values() if lora_type in layer_type.__bases__)
     layer: nn.Module = fused.__new__(fused)
     return layer
 

@@ -42,7 +42,7 @@ def operations_of(
         yield from _product(name, inputs, outputs[0], run_in)
     elif name in SUMS:
         *of_base, low, b = inputs
-        yield from _product(name, of_base, outputs[0], run_in)
+        yield from _product(name, of_base, outputs[0], run_in, dequantizes=SUMS[name])
         flops = 2 * outputs[0].numel() * low.shape[-1]
         num_bytes = _sum_bytes((low, b)) + 2 * _nbytes(outputs[0])
         yield Operation(run_in, OperationKind.LORA_GEMM, name, flops, num_bytes, 1, is_fp32=_is_fp32(low))
@@ -61,8 +61,12 @@ def operations_of(
 
 
 PRODUCTS = frozenset().union(*(method.products for method in all_methods()))
-# Products to which that of an adapter is added in place.
-SUMS = frozenset(method.fused_product.operator for method in all_methods() if method.fused_product is not None)
+# Products to which that of an adapter is added in place, and whether their weights are dequantized first.
+SUMS = {
+    method.fused_product.operator: method.fused_product.dequantizes
+    for method in all_methods()
+    if method.fused_product is not None
+}
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 TILE = 128  # rows and columns of the results that one multiprocessor computes at a time
 FREE = (
@@ -94,16 +98,20 @@ def _free(run_in: Pass, kind: OperationKind, name: str) -> Operation:
     return Operation(run_in, kind, name)
 
 
-def _product(name: str, inputs: Sequence[torch.Tensor], output: torch.Tensor, run_in: Pass) -> Iterator[Operation]:
+def _product(
+    name: str, inputs: Sequence[torch.Tensor], output: torch.Tensor, run_in: Pass, *, dequantizes: bool = True
+) -> Iterator[Operation]:
     """Yield the dequantization of a weight to 16 bit and the product with it, as on a GPU for thousands of tokens.
 
-    The first input is the activations, `(…, in)`, the others are codes and constants; the output is `(…, out)`.
+    The first input is the activations, `(…, in)`, the others are the weight or its codes and constants; the output is
+    `(…, out)`.
     """
     activations, *stored = inputs
     wide, narrow = activations.shape[-1], output.shape[-1]
     weight_bytes = wide * narrow * activations.element_size()
-    kernels = 1 if len(stored) <= 2 else 3  # constants that are quantized themselves: their product and their offset
-    yield Operation(run_in, OperationKind.DEQUANTIZATION, name, 0, _sum_bytes(stored) + weight_bytes, kernels)
+    if dequantizes:
+        kernels = 1 if len(stored) <= 2 else 3  # quantized constants: their product and their offset
+        yield Operation(run_in, OperationKind.DEQUANTIZATION, name, 0, _sum_bytes(stored) + weight_bytes, kernels)
     yield Operation(
         run_in,
         OperationKind.BASE_GEMM,

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
-from peft.tuners.lora.bnb import Linear4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 
 from qlora_cli.quantization.blocks import NESTED_BLOCK_SIZE
 from qlora_cli.quantization.methods.fused_product import FusedProduct
@@ -157,8 +158,10 @@ def _temporaries(args: tuple[Any, ...], *, is_nested: bool) -> Temporaries:
 class FourBitProduct(FusedProduct):
     """Products with bitsandbytes' 4-bit weights."""
 
-    lora_type = Linear4bit
+    layer_type = Linear4bit
+    lora_type = LoraLinear4bit
     operator = OPERATOR
+    dequantizes = True
 
     def compute_dtype(self, layer: Any) -> torch.dtype | None:
         """Return the layer's own; None before it has one and is quantized, or if the codes are in another order.
@@ -174,9 +177,9 @@ class FourBitProduct(FusedProduct):
         return layer.compute_dtype  # type: ignore[no-any-return]
 
     def product(
-        self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+        self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, x_dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return the product, by kernels of bitsandbytes that dequantize as they multiply, or before."""
+        """Return the product in the dtype of x, by kernels that dequantize as they multiply, or before."""
         codes, state, nested = _stored(layer)
         bias = layer.bias
         result: torch.Tensor = torch.ops.qlora.four_bit_product.default(
@@ -191,14 +194,14 @@ class FourBitProduct(FusedProduct):
             low,
             b,
             scale,
-            dtype,
+            x_dtype,
         )
         return result
 
     def gradient(
         self, layer: Any, gradient: torch.Tensor, of_low: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return the gradient of the rows; outside of compiled code a trace sees each operation of it."""
+        """Return the gradient of the rows: one operator in compiled code; else a trace sees each operation of it."""
         codes, state, nested = _stored(layer)
         compute: Any = _compute_gradient
         if torch.compiler.is_compiling():

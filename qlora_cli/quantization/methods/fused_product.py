@@ -11,13 +11,17 @@ class FusedProduct(ABC):
     """Multiplies by the frozen weights of one type of layer, `(out, in)`.
 
     Attributes:
+        layer_type: The type of layer, by `isinstance`.
         lora_type: PEFT's layer of an adapter on such a layer.
         operator: What `product` computes with, as `namespace::name`: one operator, whose result selective
             checkpointing keeps.
+        dequantizes: Whether it dequantizes the weight for each product.
     """
 
+    layer_type: type[nn.Module]
     lora_type: type[nn.Module]
     operator: str
+    dequantizes: bool
 
     @abstractmethod
     def compute_dtype(self, layer: Any) -> torch.dtype | None:
@@ -25,12 +29,13 @@ class FusedProduct(ABC):
 
     @abstractmethod
     def product(
-        self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+        self, layer: Any, rows: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float, x_dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return `rows` W^T + bias + scale · `low` `b`^T in `dtype`, `(…, out)`, without a graph.
+        """Return `rows` W^T + bias + scale · `low` `b`^T, `(…, out)`, without a graph.
 
-        `rows` are `(…, in)`, `low` the rows times A^T, `(…, rank)`, and `b` is `(out, rank)`; all in one dtype, in
-        which W is multiplied. If `dtype` is wider, the sum is computed in it.
+        `rows` are x in the dtype of products, `(…, in)`, `low` the rows times A^T, `(…, rank)`, and `b` is
+        `(out, rank)`; all in one dtype, in which W is multiplied. The sum is computed and returned in the dtype in
+        which the layer alone returns its product with x, which has `x_dtype`.
         """
 
     @abstractmethod
@@ -40,5 +45,5 @@ class FusedProduct(ABC):
         """Return the gradient of the rows, `gradient` W + `of_low` `a` in `dtype`, `(rows, in)`, without a graph.
 
         `gradient` is `(rows, out)`, `of_low` that of the rows times A^T, `(rows, rank)`, and `a` is `(rank, in)`; all
-        in one dtype, in which W is multiplied. In compiled code it is one operator.
+        in one dtype, in which W is multiplied. Compiled code can trace it.
         """

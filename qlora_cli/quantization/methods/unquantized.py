@@ -1,18 +1,23 @@
 """No quantization: the weights of linear layers stay in 16 or 32 bit, like all others."""
 
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
-from qlora_cli.quantization.methods.method import Allocation, Method, WeightPart
+from qlora_cli.quantization.methods.method import Allocation, Method, Operator, WeightPart
+from qlora_cli.quantization.methods.unquantized_product import OPERATOR, UnquantizedProduct, sum_temporaries
 from qlora_cli.settings.models import QuantizationSettings
 
 
 class Unquantized(Method):
     """Weights without quantization."""
+
+    operators = MappingProxyType({OPERATOR: Operator(temporaries=sum_temporaries)})
+    fused_product = UnquantizedProduct()
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings

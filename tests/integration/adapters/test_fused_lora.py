@@ -1,23 +1,29 @@
-"""A 4-bit layer and its adapter in one step: the results and gradients of PEFT's own layers, for less."""
+"""A layer, in 4 bit or not, and its adapter in one step: the results and gradients of PEFT's own layers, for less."""
 
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear8bitLt
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.adapters.adapter import attach_from_config
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.fused_lora import FusedLoraLayer, fused_layers, fused_types, switch_fused
 from qlora_cli.adapters.writer import save_adapter
@@ -53,6 +59,9 @@ KINDS: list[dict[str, Any]] = [
     {"use_rslora": True},
     {"lora_alpha": RANK},  # a scale of 1
     {"storage": torch.bfloat16},
+    {"quant_type": "none"},
+    {"quant_type": "none", "has_bias": True},
+    {"quant_type": "none", "lora_alpha": RANK},
 ]
 
 
@@ -61,7 +70,7 @@ def test_in_fp32_results_and_gradients_are_exact_but_for_rounding(kind: dict[str
     layer = one_layer(**kind)
     rows = rows_of(3, 7)
     actual, expected = passes(layer, rows), exact_passes(layer, rows)
-    assert counted(lambda: layer(rows))[FUSED] == 1
+    assert counted(lambda: layer(rows))[layer.fused_product.operator] == 1
     expected.pop("bias", None)  # it is frozen
     assert actual.keys() == expected.keys()
     assert all(actual[name].shape == expected[name].shape for name in expected)
@@ -79,7 +88,9 @@ def test_in_bf16_nothing_is_farther_from_the_truth_than_by_peft(kind: dict[str, 
     for is_fused in (True, False):
         switch_fused(layer, enabled=is_fused)
         actual = passes(layer, rows, autocast=torch.bfloat16)
-        assert actual["result"].dtype == actual["x"].dtype == x_dtype
+        assert actual["x"].dtype == x_dtype
+        # Autocast leaves the result of a plain layer in bf16; a 4-bit one returns the dtype that it is given.
+        assert actual["result"].dtype == (torch.bfloat16 if kind.get("quant_type") == "none" else x_dtype)
         assert actual["A"].dtype == actual["B"].dtype == torch.float32
         errors[is_fused] = {name: error(actual[name], expected[name]) for name in expected}
     for name, by_peft in errors[False].items():
@@ -87,9 +98,9 @@ def test_in_bf16_nothing_is_farther_from_the_truth_than_by_peft(kind: dict[str, 
     assert errors[True] != errors[False]
 
 
-@given(st.lists(st.integers(1, 4), max_size=3), st.booleans())
-def test_rows_of_any_shape(shape: list[int], is_transposed: bool) -> None:
-    layer = one_layer()
+@given(st.lists(st.integers(1, 4), max_size=3), st.booleans(), st.sampled_from(("nf4", "none")))
+def test_rows_of_any_shape(shape: list[int], is_transposed: bool, quant_type: str) -> None:
+    layer = one_layer(quant_type=quant_type)
     rows = rows_of(*shape)
     if is_transposed and len(shape) > 1:
         rows = rows.detach().transpose(0, 1).requires_grad_()
@@ -99,8 +110,9 @@ def test_rows_of_any_shape(shape: list[int], is_transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("trained", [{"x", "A", "B"}, {"A", "B"}, {"x", "A"}, {"x", "B"}, {"A"}, {"B"}, {"x"}])
-def test_only_what_is_trained_gets_a_gradient(trained: set[str]) -> None:
-    layer = one_layer()
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+def test_only_what_is_trained_gets_a_gradient(trained: set[str], quant_type: str) -> None:
+    layer = one_layer(quant_type=quant_type)
     rows = rows_of(3)
     tensors = {"x": rows, "A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
     expected = passes(layer, rows)
@@ -117,8 +129,9 @@ def test_only_what_is_trained_gets_a_gradient(trained: set[str]) -> None:
             assert error(tensor.grad, expected[name].double()) < 1e-6
 
 
-def test_a_trained_bias_gets_its_gradient() -> None:
-    layer = one_layer(has_bias=True)
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+def test_a_trained_bias_gets_its_gradient(quant_type: str) -> None:
+    layer = one_layer(has_bias=True, quant_type=quant_type)
     layer.base_layer.bias.requires_grad_(True)
     rows = rows_of(3, 5)
     actual, expected = passes(layer, rows), exact_passes(layer, rows)
@@ -183,6 +196,24 @@ def test_one_pass_dequantizes_once_forward_and_once_backward() -> None:
     assert {"aten::clone", "aten::add.Tensor", "aten::mul.Tensor"} <= counts.keys()
 
 
+def test_a_plain_layer_multiplies_once_and_copies_scales_and_adds_nothing_apart() -> None:
+    layer = one_layer(torch.bfloat16, quant_type="none")
+    rows = rows_of(3, dtype=torch.bfloat16)
+    apart = {"aten::add.Tensor", "aten::mul.Tensor"}
+
+    def count() -> Counter[str]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return counted(lambda: layer(rows).sum().backward())
+
+    counts = count()
+    assert counts[layer.fused_product.operator] == 1
+    assert not apart & counts.keys()
+    switch_fused(layer, enabled=False)
+    counts = count()
+    assert counts[layer.fused_product.operator] == 0
+    assert apart <= counts.keys()
+
+
 def test_the_last_layer_of_a_recomputed_block_is_not_multiplied_again() -> None:
     first, last = one_layer(), one_layer()
 
@@ -193,10 +224,11 @@ def test_the_last_layer_of_a_recomputed_block_is_not_multiplied_again() -> None:
     assert counts[FUSED] == 3  # both forward, and the first again
 
 
-def test_saved_tensors_are_those_of_peft_at_most() -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+def test_saved_tensors_are_those_of_peft_at_most(quant_type: str) -> None:
     sizes = []
     for is_fused in (True, False):
-        layer = one_layer(torch.bfloat16)
+        layer = one_layer(torch.bfloat16, quant_type=quant_type)
         switch_fused(layer, enabled=is_fused)
         saved: dict[int, int] = {}
 
@@ -216,14 +248,15 @@ def pickled(layer: Any) -> Any:
     return pickle.loads(pickle.dumps(layer))  # noqa: S301 - a pickle of our own
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
 @pytest.mark.parametrize("copy", [deepcopy, pickled])
-def test_a_copy_computes_the_same(copy: Callable[[Any], Any]) -> None:
-    layer = one_layer()
+def test_a_copy_computes_the_same(copy: Callable[[Any], Any], quant_type: str) -> None:
+    layer = one_layer(quant_type=quant_type)
     rows = rows_of(3)
     copied = copy(layer)
     assert type(copied) is type(layer)
     assert copied.lora_A["default"].weight is not layer.lora_A["default"].weight
-    assert counted(lambda: copied(rows))[FUSED] == 1
+    assert counted(lambda: copied(rows))[layer.fused_product.operator] == 1
     assert torch.equal(copied(rows), layer(rows))
 
 
@@ -246,9 +279,9 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PeftModel
     """Return a model with an adapter whose matrices are not zero, made once."""
 
     @cache
-    def make(family: str, **lora: Any) -> PeftModel:
+    def make(family: str, method: str = "nf4", **lora: Any) -> PeftModel:
         directory = save_model(tmp_path_factory.mktemp("model"), family, vocab_size=ROWS)
-        model = adapt(directory, settings_of(**lora), quantization__method="nf4", model__dtype="fp32")
+        model = adapt(directory, settings_of(**lora), quantization__method=method, model__dtype="fp32")
         switch_fused(model, enabled=False)
         train_steps(model, 1)
         model.checkpoint = directory
@@ -275,9 +308,11 @@ def model_passes(model: PeftModel, *, fused: bool) -> tuple[torch.Tensor, dict[s
     return output.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_is_the_same_as_with_pefts_layers(adapted: Callable[..., PeftModel], family: str) -> None:
-    model = adapted(family)
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, "nf4") for family in FAMILIES), ("llama", "none"), ("qwen2", "none")]
+)
+def test_a_model_is_the_same_as_with_pefts_layers(adapted: Callable[..., PeftModel], family: str, method: str) -> None:
+    model = adapted(family, method)
     assert any(True for _ in fused_layers(model))
     fused, plain = model_passes(model, fused=True), model_passes(model, fused=False)
     assert error(fused[0], plain[0].double()) < 1e-6
@@ -293,12 +328,17 @@ def test_ranks_and_scales_by_layer(adapted: Callable[..., PeftModel]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [*product(("llama", "gpt2"), (Checkpointing.ON, Checkpointing.SELECTIVE))]
+    ("family", "method", "checkpointing"),
+    [
+        (*model, checkpointing)
+        for model in (("llama", "nf4"), ("gpt2", "nf4"), ("llama", "none"))
+        for checkpointing in (Checkpointing.ON, Checkpointing.SELECTIVE)
+    ],
 )
 def test_checkpointing_changes_no_bit(
-    adapted: Callable[..., PeftModel], family: str, checkpointing: Checkpointing
+    adapted: Callable[..., PeftModel], family: str, method: str, checkpointing: Checkpointing
 ) -> None:
-    model = adapted(family)
+    model = adapted(family, method)
     expected = model_passes(model, fused=True)[1]
     handle = enable_checkpointing(model, checkpointing)
     assert handle is not None
@@ -308,11 +348,12 @@ def test_checkpointing_changes_no_bit(
     finally:
         handle.remove()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    (operator,) = {layer.fused_product.operator for layer in fused_layers(model)}
     num_layers = sum(1 for _ in fused_layers(model))
     # GPT-2 has dropout after the last layer of each block, which saves a mask.
     num_last = 0 if family == "gpt2" else model.config.num_hidden_layers
     again = 0 if checkpointing == Checkpointing.SELECTIVE else num_layers - num_last
-    assert operations.counts[FUSED] == num_layers + again
+    assert operations.counts[operator] == num_layers + again
 
 
 def test_an_adapter_is_saved_as_pefts(adapted: Callable[..., PeftModel], tmp_path: Path) -> None:
@@ -329,11 +370,40 @@ def test_an_adapter_is_saved_as_pefts(adapted: Callable[..., PeftModel], tmp_pat
     switch_fused(model, enabled=False)
 
 
-def test_only_4_bit_layers_are_replaced() -> None:
-    model: Any = nn.ModuleDict({"plain": nn.Linear(8, 8), "quantized": one_layer().base_layer})
-    model.is_loaded_in_4bit = True
-    config = LoraConfig(r=2, target_modules=["plain", "quantized"])
+class Clipped(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(-1, 1)
+
+
+def test_only_linear_layers_themselves_and_4_bit_ones_are_replaced() -> None:
+    layers = {
+        "of_gpt2": Conv1D(8, 8),
+        "plain": nn.Linear(8, 8),
+        "quantized": one_layer().base_layer,
+        "clipped": Clipped(8, 8),
+        "int8": bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False),
+    }
+    model: Any = nn.ModuleDict(layers)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+    config = LoraConfig(r=2, target_modules=list(layers), fan_in_fan_out=True)
     config._register_custom_module(fused_types())
     inject_adapter_in_model(config, model)
-    assert not isinstance(model["plain"], FusedLoraLayer)
-    assert isinstance(model["quantized"], FusedLoraLayer)
+    assert {name for name in layers if isinstance(model[name], FusedLoraLayer)} == {"plain", "quantized"}
+    assert all(isinstance(model[name], LoraLayer) for name in layers)
+    assert type(model["int8"]) is Linear8bitLt
+    assert not model["plain"].fan_in_fan_out
+    assert model["of_gpt2"].fan_in_fan_out
+    rows = torch.ones(1, 8)
+    assert torch.equal(model["plain"](rows), layers["plain"](rows))  # B is zero
+
+
+def test_a_weight_that_an_adapter_targets_by_its_name_is_left_to_peft(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, "llama", vocab_size=ROWS)
+    base = load(directory, quantization__method="none", model__dtype="fp32").base
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM")
+    get_peft_model(deepcopy(base), config).save_pretrained(tmp_path / "adapter")
+    model = attach_from_config(base, LoraConfig.from_pretrained(tmp_path / "adapter"), tmp_path / "adapter")
+    assert not list(fused_layers(model))
+    assert any(isinstance(module, ParamWrapper) for module in model.modules())

@@ -59,7 +59,7 @@ def stored_as_in_out(layer: Any) -> None:
 
 def replaced_by_a_plain_layer(layer: Any) -> None:
     """Put a plain layer in, as for a weight that an adapter's file holds."""
-    layer.base_layer = nn.Linear(WIDTH_IN, WIDTH_OUT)
+    layer.base_layer = nn.Linear(WIDTH_IN, WIDTH_OUT).requires_grad_(False)
 
 
 @pytest.mark.filterwarnings("ignore:matmul_4bit:DeprecationWarning")
@@ -81,6 +81,14 @@ def test_a_weight_that_was_repacked_for_a_cpu_is_left_to_peft() -> None:
     base.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
     (message,) = unfused(layer, torch.float32)
     assert "stored" in message
+
+
+def test_a_weight_that_is_trained_itself_is_left_to_peft() -> None:
+    layer = one_layer(quant_type="none")
+    layer.base_layer.weight.requires_grad_(True)
+    assert unfused(layer, torch.float32) == {"the weight is trained itself": 1}
+    layer(rows_of(3)).sum().backward()
+    assert layer.base_layer.weight.grad is not None
 
 
 def test_the_dtype_of_the_adapter_is_that_of_the_active_one() -> None:

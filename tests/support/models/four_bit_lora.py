@@ -1,4 +1,4 @@
-"""A 4-bit layer with an adapter, its passes, exact ones, and the operations that it takes."""
+"""A layer, in 4 bit or not, with an adapter, its passes, exact ones, and the operations that it takes."""
 
 import weakref
 from collections import Counter
@@ -64,30 +64,19 @@ def one_layer(
     storage: torch.dtype = torch.uint8,
     **config: Any,
 ) -> Any:
-    """Return a 4-bit layer with an adapter whose matrices are not zero."""
+    """Return a 4-bit layer, or a plain one for `none`, with an adapter whose matrices are not zero."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(WIDTH_OUT, WIDTH_IN, generator=generator) / WIDTH_IN**0.5
-    layer = bnb.nn.Linear4bit(
-        WIDTH_IN,
-        WIDTH_OUT,
-        bias=has_bias,
-        compute_dtype=dtype,
-        compress_statistics=nested,
-        quant_type=quant_type,
-        quant_storage=storage,
-    )
-    layer.weight = bnb.nn.Params4bit(
-        weight.to(dtype),
-        requires_grad=False,
-        compress_statistics=nested,
-        quant_type=quant_type,
-        quant_storage=storage,
-        module=layer,
-    )
+    layer: nn.Linear
+    if quant_type == "none":
+        layer = nn.Linear(WIDTH_IN, WIDTH_OUT, bias=has_bias, dtype=dtype)
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    else:
+        layer = _four_bit(weight.to(dtype), quant_type=quant_type, nested=nested, has_bias=has_bias, storage=storage)
     if has_bias:
         layer.bias = nn.Parameter(torch.randn(WIDTH_OUT, generator=generator), requires_grad=False)
     owner: Any = nn.ModuleDict({"layer": layer.to("cpu")})
-    owner.is_loaded_in_4bit = True
+    owner.is_loaded_in_4bit = quant_type != "none"
     settings = {"r": RANK, "lora_alpha": 24, "target_modules": ["layer"], **config}
     lora = LoraConfig(**settings)
     lora._register_custom_module(fused_types())
@@ -97,6 +86,29 @@ def one_layer(
         weight = parameters["default"].weight
         weight.data = torch.randn(weight.shape, generator=generator) / 10
     return adapted.train()
+
+
+def _four_bit(
+    weight: torch.Tensor, *, quant_type: str, nested: bool, has_bias: bool, storage: torch.dtype
+) -> nn.Linear:
+    layer = bnb.nn.Linear4bit(
+        WIDTH_IN,
+        WIDTH_OUT,
+        bias=has_bias,
+        compute_dtype=weight.dtype,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+        module=layer,
+    )
+    return layer  # type: ignore[no-any-return]
 
 
 def rows_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -123,7 +135,9 @@ def passes(layer: Any, rows: torch.Tensor, *, autocast: torch.dtype | None = Non
 def exact_passes(layer: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the same, computed in fp64 from the dequantized weight."""
     base = layer.base_layer
-    weight = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state).double()
+    is_plain = type(base) is nn.Linear
+    weight = base.weight if is_plain else bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
+    weight = weight.detach().double()
     x = rows.detach().double().requires_grad_()
     a, b = (part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
     bias = None if base.bias is None else base.bias.detach().double().requires_grad_()
