@@ -22,7 +22,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS,
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.quantization.methods import is_quantized_layer
 from qlora_cli.quantization.residuals import QuantizationResiduals
-from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
+from qlora_cli.settings.choices import METHODS, LoraInit, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 SETTING = "lora.init_lora_weights"
@@ -65,7 +65,7 @@ def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]
     """
     init = settings.init_lora_weights
     if init == LoraInit.LOFTQ and _residuals_of(model) is None:
-        measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
+        measurable = quant_flag(method for method in METHODS if method.traits.measures_error)
         raise ModelError(
             "loftq needs the weights as they were before quantization, which were not recorded",
             hint=f"Load the 16-bit model with {measurable}, or use another lora.init_lora_weights.",

@@ -13,7 +13,7 @@ from qlora_cli.adapters.targets import adapted_layers, rank_of, target_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
-from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
+from qlora_cli.settings.choices import METHODS, LoraInit, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
 SETTING = "lora.init_lora_weights"
@@ -40,7 +40,7 @@ def plan_residuals(
     modules, _ = target_modules(shapes, settings)
     layers = [name for name in adapted_layers(shapes, modules) if name not in layout.unquantized]
     if not layout.settings.method.traits.measures_error or not layers:
-        measurable = quant_flag(method for method in Quantization if method.traits.measures_error)
+        measurable = quant_flag(method for method in METHODS if method.traits.measures_error)
         raise ModelError(
             "loftq is initialized from the 4-bit quantization error, and no adapted layer is stored in 4 bit",
             hint=f"Use {measurable}, or another lora.init_lora_weights.",

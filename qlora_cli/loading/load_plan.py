@@ -1,7 +1,7 @@
 """Plan a load before a weight is read: files, config, tokenizer, storage layout, device, dtype."""
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -121,6 +121,21 @@ def plan_outlined(model: ModelOutline, settings: LoadSettings, reporter: Reporte
         num_rows=num_rows,
         notes=notes,
     )
+
+
+def with_storage(plan: LoadPlan, model: ModelOutline, settings: LoadSettings) -> LoadPlan:
+    """Return the plan of the same load with its weights stored as by other `settings`.
+
+    Raises:
+        HardwareError: weights can't be placed on the device so.
+        ModelError: the model can't be stored so.
+        OutOfMemoryError: it does not fit on the device.
+    """
+    check_placement(settings)
+    dtype = plan.dtype.torch_dtype
+    layout = plan_layout(plan.shapes, settings.quantization, dtype, model.prequantized, device=plan.device)
+    _check_fit(settings, plan.shapes, layout, plan.device, plan.free_bytes, plan.num_rows)
+    return replace(plan, settings=settings, layout=layout)
 
 
 def _dtype_on(device: torch.device, settings: LoadSettings, base: ModelConfig) -> ComputeDtype:

@@ -237,6 +237,14 @@ class Estimator:
         # An id suffices, since the cache keeps the events. The GPU's memory is left out: a replay has no limit.
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
+    def resident_bytes(self, settings: EstimateSettings, gpu: Gpu) -> int:
+        """Return what the weights of the base and the CUDA context take of the memory of `gpu`."""
+        dtype = self.dtype_on(settings, gpu)
+        on_host = set(self._on_host(settings, dtype))
+        entries = self.layout(settings, dtype).inventory.entries
+        stored = [entry.weight_bytes + entry.constant_bytes for entry in entries if entry.name not in on_host]
+        return gpu.context_bytes + sum(stored)
+
     def host_memory(self, settings: EstimateSettings, gpu: Gpu, *, num_rows: int) -> HostMemory:
         """Return what the run takes from the host's memory, with `num_rows` rows of data."""
         shapes, traced = self.shapes(settings, self.dtype_on(settings, gpu)), self.traced(settings, gpu)

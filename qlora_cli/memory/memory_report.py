@@ -14,7 +14,6 @@ from qlora_cli.memory.costs.run_files import has_weights
 from qlora_cli.memory.costs.run_time import with_run
 from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.alternatives import (
-    METHOD,
     largest_model,
     smallest_classes,
     smallest_gpu,
@@ -22,7 +21,8 @@ from qlora_cli.memory.fitting.alternatives import (
 )
 from qlora_cli.memory.fitting.card_ranking import PlannedOnCard, rank_cards
 from qlora_cli.memory.fitting.division import changes_results, is_given
-from qlora_cli.memory.fitting.plan import PlannedRun, is_open, plan_run, planning
+from qlora_cli.memory.fitting.method_choice import MethodChoice, choose_method
+from qlora_cli.memory.fitting.plan import PlannedRun, best_option, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
@@ -43,6 +43,8 @@ from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings, field_of
+from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
+from qlora_cli.settings.settle import with_settings
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -104,7 +106,11 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
 def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
-    asked = with_longest(estimator.settled(request.asked).settings, request.rows)
+    opened = estimator.settled(with_provisional_method(request.asked))
+    asked = with_longest(opened.settings, request.rows)
+    choice = _choose_method(asked, request, estimator) if is_method_open(opened) else None
+    if choice is not None:
+        asked = with_settings(asked, {METHOD: choice.method})
     plans = _plans(asked, request, estimator)
     settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
@@ -152,6 +158,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         pinned_host_bytes=estimate.pinned_host_bytes,
         host=host,
         plan=plans[0].plan if plans else None,
+        methods=None if choice is None else choice.options,
         unquantized=_unquantized(request, asked, estimate, num_parameters, estimator),
         fits=fits,
         smallest_gpu=smallest_gpu(asked, estimator.estimate),
@@ -201,6 +208,16 @@ def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimato
     if rows is None and not is_open(asked):
         return []
     return [plan_run(asked, gpu, estimator.estimate, estimator.recomputed_products, rows) for gpu in request.gpus]
+
+
+def _choose_method(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> MethodChoice:
+    """Return the least quantization that fits on the first GPU."""
+    rows = _divisible_rows(asked, request, estimator)
+
+    def plan(settings: EstimateSettings, gpu: Gpu) -> PlanOption:
+        return best_option(settings, gpu, estimator.estimate, estimator.recomputed_products, rows)
+
+    return choose_method(asked, request.gpus[0], plan, estimator.resident_bytes)
 
 
 def _divisible_rows(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> StepRows | None:

@@ -191,6 +191,21 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodOption:
+    """A run with its base stored by one method.
+
+    Attributes:
+        quantization: The method.
+        weights_bytes: What the weights take of the GPU's memory, and the CUDA context.
+        run: How it would run; None if the weights alone do not fit.
+    """
+
+    quantization: str
+    weights_bytes: int
+    run: PlanOption | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suggestion:
     """A change of flags that makes a run fit, or brings it nearer to that."""
 
@@ -377,6 +392,7 @@ class MemoryReport:
         data: None if no data set was read.
         fits: For the requested GPUs, or for every GPU of the catalogue.
         plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
+        methods: The methods that `--quant auto` looked at, the least quantization first; None if one was given.
         unquantized: The run with its base in 16 bit, if how it is stored was not asked for and that fits on the first
             requested GPU, too.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
@@ -406,6 +422,7 @@ class MemoryReport:
     pinned_host_bytes: int
     host: HostMemory
     plan: Plan | None
+    methods: tuple[MethodOption, ...] | None
     unquantized: PlanOption | None
     fits: tuple[GpuFit, ...]
     smallest_gpu: str | None

@@ -30,7 +30,7 @@ from qlora_cli.quantization.methods.skip_modules import (
     unquantized_layers,
 )
 from qlora_cli.quantization.prequantized import Prequantized
-from qlora_cli.settings.choices import UNQUANTIZED_METHOD, Quantization, quant_flag
+from qlora_cli.settings.choices import METHODS, UNQUANTIZED_METHOD, Quantization, quant_flag
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import format_bytes
 
@@ -225,7 +225,7 @@ def _check_counts(model: PreTrainedModel, experts: tuple[str, ...]) -> None:
 
 def _experts_not_supported(model: PreTrainedModel, method: Quantization, experts: tuple[str, ...]) -> ModelError:
     total = sum(parameter.numel() for parameter in model.parameters())
-    storing = quant_flag(other for other in Quantization if method_of(other).stores_experts)
+    storing = quant_flag(other for other in METHODS if method_of(other).stores_experts)
     num_weights = sum(shape.numel() for name, shape in fused_experts(model) if name in experts)
     return ModelError(
         f"{method.value} can't store fused experts: {format_bytes(2 * num_weights)} of "

@@ -93,23 +93,27 @@ class MethodTraits:
 
 
 class Quantization(Choice):
-    """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit."""
+    """How the frozen base is stored. `none` keeps its linear layers in 16 or 32 bit.
+
+    `auto` leaves it open until the memory of the run is known; the others are methods, and keys of `METHODS`.
+    """
 
     NF4 = "nf4"
     FP4 = "fp4"
     INT8 = "int8"
     NONE = "none"
+    AUTO = "auto"
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
         """Return the methods by names of their bit width, if no other method has the same."""
-        names = ((name, method) for method in cls for name in method.names_of_bits)
+        names = ((name, method) for method in METHODS for name in method.names_of_bits)
         return {name: method.value for name, method in names if name != method.value and cls.of_bits(name) == [method]}
 
     @classmethod
     def of_bits(cls, text: str) -> list["Quantization"]:
         """Return the methods with the bit width that `text` names, such as `4bit`, `4-bit` or `int4`."""
-        return [method for method in cls if text.lower() in method.names_of_bits]
+        return [method for method in METHODS if text.lower() in method.names_of_bits]
 
     @property
     def names_of_bits(self) -> tuple[str, ...]:
@@ -126,7 +130,7 @@ class Quantization(Choice):
 
     @property
     def traits(self) -> MethodTraits:
-        """The properties that settings and messages depend on."""
+        """The properties that settings and messages depend on; `auto` has none until it is settled."""
         return METHODS[self]
 
     @property
@@ -136,9 +140,7 @@ class Quantization(Choice):
 
     def smaller(self) -> list["Quantization"]:
         """Return the methods to suggest if this one takes too much memory, the most exact first."""
-        smaller = [
-            method for method in Quantization if method.traits.proposal and method.traits.bits < self.traits.bits
-        ]
+        smaller = [method for method in METHODS if method.traits.proposal and method.traits.bits < self.traits.bits]
         return sorted(smaller, key=lambda method: -method.traits.bits)
 
 
@@ -161,12 +163,13 @@ METHODS: Mapping[Quantization, MethodTraits] = {
     Quantization.NONE: MethodTraits(module="unquantized", label="not quantized", bits=UNQUANTIZED_BITS),
 }
 DEFAULT_METHOD, UNQUANTIZED_METHOD = Quantization.NF4, Quantization.NONE
-QUANTIZED = tuple(method for method in Quantization if method.is_quantized)
+LEAST_FIRST = (UNQUANTIZED_METHOD, *UNQUANTIZED_METHOD.smaller())  # the methods that `auto` chooses from
+QUANTIZED = tuple(method for method in METHODS if method.is_quantized)
 
 
 def methods_of(module: str) -> tuple[Quantization, ...]:
     """Return the methods that `module`, in `qlora_cli/quantization/methods`, implements."""
-    return tuple(method for method in Quantization if method.traits.module == module)
+    return tuple(method for method in METHODS if method.traits.module == module)
 
 
 def quant_flag(methods: Iterable[Quantization]) -> str:

@@ -8,7 +8,12 @@ from typing import Any
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import Mixing, Sampling
 from qlora_cli.settings.conflict import Conflict
-from qlora_cli.settings.conflicts_commands import generation_conflicts, prediction_conflicts, push_conflicts
+from qlora_cli.settings.conflicts_commands import (
+    generation_conflicts,
+    load_conflicts,
+    prediction_conflicts,
+    push_conflicts,
+)
 from qlora_cli.settings.conflicts_lora import lora_conflicts
 from qlora_cli.settings.conflicts_training import evaluation_conflicts, training_conflicts
 from qlora_cli.settings.models import (
@@ -28,6 +33,8 @@ def find_conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEnt
     conflicts = [*_run_conflicts(validated), *_command_conflicts(validated)]
     if (lora := validated.get("lora")) is not None:
         conflicts += lora_conflicts(lora, validated["quantization"].method)
+    elif (quantization := validated.get("quantization")) is not None and "inspect_data" not in validated:
+        conflicts += load_conflicts(quantization)
     for name, section in validated.items():
         conflicts += ineffective_settings(name, section, given=merged)
     changed = {

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from qlora_cli.settings.choices import LEAST_FIRST, Quantization, quant_flag
 from qlora_cli.settings.conflict import Conflict
-from qlora_cli.settings.models import AnswerSettings, PredictionSettings
+from qlora_cli.settings.models import AnswerSettings, PredictionSettings, QuantizationSettings
 from qlora_cli.settings.sections.pushing import Pushed
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."
@@ -15,6 +16,13 @@ def push_conflicts(section: str, pushed: Pushed) -> Iterator[Conflict]:
         path = f"{section}.hub_private"
         message = f"{path} has no effect without {section}.push_to_hub"
         yield path, message, "Leave it out, or give --push-to-hub OWNER/NAME."
+
+
+def load_conflicts(quantization: QuantizationSettings) -> Iterator[Conflict]:
+    """Yield a method that is left open, where nothing is trained that would decide it."""
+    if quantization.method == Quantization.AUTO:
+        message = "auto is decided by what a training takes, and nothing is trained here"
+        yield "quantization.method", message, f"Use {quant_flag(LEAST_FIRST)}."
 
 
 def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:

@@ -1,13 +1,20 @@
 """Settings of the adapter that can't work together, or with the others, whatever the model."""
 
-from qlora_cli.settings.choices import LoraInit, Quantization, quant_flag
+from qlora_cli.settings.choices import LEAST_FIRST, METHODS, LoraInit, Quantization, quant_flag
 from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import LoraSettings
 
 
 def lora_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:
     """Return the conflicts of the adapter's settings; `method` is how the base is stored."""
-    return [*_expert_conflicts(lora), *_init_conflicts(lora, method), *_module_conflicts(lora)]
+    # What is left open is chosen without a conflict, if there is such a method.
+    methods = [method] if method in METHODS else [*methods_for(lora), *LEAST_FIRST][:1]
+    return [*_expert_conflicts(lora), *_init_conflicts(lora, methods[0]), *_module_conflicts(lora)]
+
+
+def methods_for(lora: LoraSettings) -> list[Quantization]:
+    """Return the methods that can be chosen for a run with these settings, the one that quantizes least first."""
+    return [method for method in LEAST_FIRST if not _init_conflicts(lora, method)]
 
 
 def _expert_conflicts(lora: LoraSettings) -> list[Conflict]:
@@ -42,7 +49,7 @@ def _init_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:
         return [(path, message, "Use --quant none, or loftq, which is initialized from the quantization error.")]
     if init == LoraInit.LOFTQ and not method.traits.measures_error:
         message = f"loftq is initialized from the error of 4-bit quantization, and --quant {method.value} has none"
-        measurable = quant_flag(other for other in Quantization if other.traits.measures_error)
+        measurable = quant_flag(other for other in METHODS if other.traits.measures_error)
         return [(path, message, f"Use {measurable}, or another lora.init_lora_weights.")]
     odd = [rank for rank in (lora.rank, *(lora.rank_pattern or {}).values()) if rank % 2]
     if init == LoraInit.ORTHOGONAL and odd:

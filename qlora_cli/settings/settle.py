@@ -49,7 +49,7 @@ def settle(asked: Resolved[SettingsT], inferred: Iterable[InferredSettings]) -> 
 
     Later ones override earlier ones, and fixed ones override all others. Sections that the command does not use, and
     settings of other versions, are ignored. A setting that runs code from the model is never inferred: a file may be
-    somebody else's. A value that does not change keeps its origin.
+    somebody else's. A value that does not change keeps its origin, unless it was provisional.
 
     Raises:
         ModelError: an inferred value is invalid.
@@ -60,8 +60,10 @@ def settle(asked: Resolved[SettingsT], inferred: Iterable[InferredSettings]) -> 
             before: Section = getattr(settings, name)
             after = _with_inferred(before, values, source)
             for key in values:
-                if getattr(after, key) != getattr(before, key):
-                    origins[f"{name}.{key}"] = source.origin
+                path = f"{name}.{key}"
+                is_provisional = path in origins and origins[path].kind == "provisional"
+                if is_provisional or getattr(after, key) != getattr(before, key):
+                    origins[path] = source.origin
             settings = settings.model_copy(update={name: after})
     return Resolved(settings, origins)
 

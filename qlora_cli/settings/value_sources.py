@@ -18,7 +18,8 @@ from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 from qlora_cli.units import format_bytes
 
 # `code`: created in code, without a command line. `inferred`: not asked for, but read from a file or the machine.
-Kind = Literal["default", "file", "set", "flag", "code", "inferred"]
+# `provisional`: the user left it open, and what is inferred takes its place.
+Kind = Literal["default", "file", "set", "flag", "code", "inferred", "provisional"]
 GIVEN: frozenset[Kind] = frozenset({"file", "set", "flag", "code"})
 
 

@@ -17,9 +17,9 @@ from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import ModelError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hub.push import check_push
-from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
+from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined, with_storage
 from qlora_cli.loading.loader import LoadedModel, load_planned
-from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.loading.model_outline import ModelOutline, find, settle_load
 from qlora_cli.memory.fitting.division import MICRO_BATCH, MICRO_BATCH_TOKENS
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
@@ -27,6 +27,7 @@ from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.open_method import is_method_open, with_provisional_method
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
@@ -37,12 +38,13 @@ from qlora_cli.training.checks.memory_plan import (
     ACCUMULATION,
     FITS,
     PLANNED,
+    choose_storage,
     decided,
     inferred_from_resume,
     plan_memory,
 )
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
-from qlora_cli.training.checks.predicted_memory import Outlook
+from qlora_cli.training.checks.predicted_memory import Outlook, estimator_of
 from qlora_cli.training.checks.predicted_time import predict_time
 from qlora_cli.training.liger import use_liger_kernels
 from qlora_cli.training.resuming.loop_state import check_state
@@ -134,7 +136,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     started = time.monotonic()
     check_train_inputs(asked)
     try:
-        model = _settle_model(asked, reporter)
+        model = _settle_model(with_provisional_method(asked), reporter)
     except QloraError as error:
         combined = with_data_errors(error, asked)
         raise combined from (None if combined is error else error)
@@ -147,7 +149,12 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    resolved, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force)
+    estimator = estimator_of(settings, load_plan)
+    if is_method_open(resolved):
+        resolved = choose_storage(resolved, load_plan, rows, estimator, reporter)
+        load_plan = with_storage(load_plan, model.outline, resolved.settings)
+        check_hardware(resolved.settings.quantization, resolved.settings.training, load_plan.device)
+    resolved, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force, estimator=estimator)
     settled = SettledRun(
         asked=asked,
         resolved=resolved,
@@ -167,6 +174,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
 class _SettledModel:
     """The model of a run, the settings settled by its files, and the earlier run that is resumed."""
 
+    outline: ModelOutline
     resolved: Resolved[TrainSettings]
     load_plan: LoadPlan
     resume: Resume | None
@@ -194,7 +202,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
         if settings.training.max_steps is not None:  # else rows are counted first
             check_length(resume, settings, settings.training.max_steps)
     check_hardware(settings.quantization, settings.training, load_plan.device)
-    return _SettledModel(resolved=resolved, load_plan=load_plan, resume=resume)
+    return _SettledModel(outline=model, resolved=resolved, load_plan=load_plan, resume=resume)
 
 
 def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:

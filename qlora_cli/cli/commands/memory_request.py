@@ -21,7 +21,7 @@ from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.choices import Attention, CardOrder, SdpaBackend, Solvable
+from qlora_cli.settings.choices import Attention, CardOrder, Quantization, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
@@ -128,6 +128,10 @@ def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tup
 
 def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
     attention, asked = resolved.settings.model.attention, resolved.settings.inspect_memory
+    if resolved.settings.quantization.method == Quantization.AUTO and not asked.gpus:
+        hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
+        message = "auto chooses by the memory of a GPU, and none is named"
+        yield Problem(where=resolved.where_of("quantization.method"), message=message, hint=hint)
     if set(asked.solve) - {Solvable.GPU} and not asked.gpus:
         hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
         yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)

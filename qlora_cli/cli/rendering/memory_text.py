@@ -13,6 +13,7 @@ from rich.text import Text
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
 from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, significant, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
+from qlora_cli.memory.fitting.method_choice import MethodChoice, describe_choice
 from qlora_cli.memory.fitting.plan import describe
 from qlora_cli.memory.fitting.suggestions import NO
 from qlora_cli.memory.gpus import GPUS, Gpu
@@ -28,6 +29,7 @@ from qlora_cli.memory.prediction import (
     Solution,
     Suggestion,
 )
+from qlora_cli.settings.choices import Quantization
 from qlora_cli.timing.rates_file import DATA_SHEET
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.units import GIB, counted, format_count, format_duration
@@ -111,6 +113,9 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
     trained = f"{format_count(report.num_trainable_parameters)} of {format_count(report.num_parameters)} parameters"
     rows = [("model", f"{report.model}, {trained} trained")]
     rows += _wrapped("asked", ", ".join(f"{name} {value}" for name, value in report.settings.items()))
+    if report.methods is not None:
+        choice = MethodChoice(method=Quantization(report.settings["quant"]), options=report.methods)
+        rows += _wrapped("chosen", describe_choice(choice))
     if details:
         rows.append(("on", f"{report.gpu} in {report.dtype}; attention: {attention or '-'}"))
         rows += _wrapped("planned", describe(report.plan)) if report.plan is not None else []

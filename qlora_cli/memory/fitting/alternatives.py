@@ -14,9 +14,9 @@ from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFi
 from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.open_method import METHOD
 from qlora_cli.settings.settle import with_settings
 
-METHOD = "quantization.method"
 ROOMY_SHARE = 0.75  # of the usable memory, at most, by a run that fits with ease
 MAX_PREDICTIONS = 3  # each takes a second or more
 SLOW_TO_PREDICT = "linear_conv_kernel_dim"  # linear attention goes through rows in small steps: a minute and more

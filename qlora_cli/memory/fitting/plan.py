@@ -156,6 +156,16 @@ def option_of(estimate: Estimate, fits: str) -> PlanOption:
     )
 
 
+def best_option(
+    settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts, rows: StepRows | None = None
+) -> PlanOption:
+    """Return how the run with `settings`, open or not, would run on `gpu`. Arguments and errors are `plan_run`'s."""
+    if is_open(settings) or rows is not None:
+        return plan_run(settings, gpu, predict, find_products, rows).plan.chosen
+    estimate = predict(settings, gpu)
+    return option_of(estimate, judge_fit(estimate, gpu).fits)
+
+
 def planning(predict: Predict, find_products: FindProducts) -> Predict:
     """Return `predict` for settings that may be open: what it predicts is the run as it would be planned."""
 
@@ -276,7 +286,7 @@ class _Trials:
 
 def describe(plan: Plan) -> str:
     """Return the plan in one line: what was chosen, and the alternatives with their memory and time."""
-    options = "; ".join(_describe(option) for option in (plan.chosen, *plan.alternatives))
+    options = "; ".join(describe_option(option) for option in (plan.chosen, *plan.alternatives))
     return f"gradient checkpointing {options}"
 
 
@@ -292,7 +302,8 @@ def full_name_of(option: PlanOption) -> str:
     return name_of(option) + ("" if tokens is None else f" in micro-batches of {tokens:,} tokens")
 
 
-def _describe(option: PlanOption) -> str:
+def describe_option(option: PlanOption) -> str:
+    """Return a way to run with its memory and time, and that it does not fit if so."""
     time = "" if option.step_seconds is None else f", {option.step_seconds:.2f} s a step"
     fits = {YES: "", NO: ", does not fit"}.get(option.fits, ", fits tightly")
     return f"{full_name_of(option)} {format_bytes(option.process_bytes)}{time}{fits}"

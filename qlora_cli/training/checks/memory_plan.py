@@ -3,19 +3,30 @@
 from collections.abc import Mapping
 
 from qlora_cli.data.feeding.prepare import TrainingData
-from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.events import Reporter
+from qlora_cli.errors import OutOfMemoryError, QloraError
+from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.fitting.division import MICRO_BATCH, MICRO_BATCH_TOKENS, changes_results, is_given
-from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT
+from qlora_cli.memory.fitting.method_choice import choose_method, describe_choice
+from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT, best_option
 from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.model_files.model_config import balances_experts
+from qlora_cli.settings.choices import quant_flag
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.open_method import LEFT_OPEN, METHOD, is_method_open
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.settings.value_sources import Origin
 from qlora_cli.training.batches import average_step
-from qlora_cli.training.checks.predicted_memory import EarlierPlan, Outlook, check_memory, current_gpu
+from qlora_cli.training.checks.predicted_memory import (
+    EarlierPlan,
+    Outlook,
+    as_asked,
+    check_memory,
+    contained,
+    current_gpu,
+)
 from qlora_cli.training.resuming.resume import Resume
 
 ACCUMULATION = "training.gradient_accumulation_steps"
@@ -31,10 +42,18 @@ def decided(
 
 
 def inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) -> list[InferredSettings]:
-    """Return the micro-batch of the earlier run, if it was planned, or determined by what fitted there."""
-    training = asked.settings.training
+    """Return what was planned of the earlier run, or fitted there: how its base is stored, and its micro-batch."""
     if resume is None:
         return []
+    method = resume.record.setting(METHOD)
+    if is_method_open(asked) and isinstance(method, str):
+        stored = InferredSettings(values={METHOD: method}, origin=PLANNED)
+        return [stored, *_inferred_micro_batch(asked, resume)]
+    return _inferred_micro_batch(asked, resume)
+
+
+def _inferred_micro_batch(asked: Resolved[TrainSettings], resume: Resume) -> list[InferredSettings]:
+    training = asked.settings.training
     if (planned := _planned_tokens(asked, resume)) is not None:
         return [InferredSettings(values={MICRO_BATCH_TOKENS: planned}, origin=PLANNED)]
     if not training.auto_micro_batch:
@@ -52,6 +71,39 @@ def inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) 
         return []
     values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     return [InferredSettings(values=values, origin=FITS, is_fixed=True)]
+
+
+def choose_storage(
+    resolved: Resolved[TrainSettings],
+    load_plan: LoadPlan,
+    rows: TrainingData,
+    estimator: Estimator,
+    reporter: Reporter,
+) -> Resolved[TrainSettings]:
+    """Return the settings of a run whose method is open with the least quantization that fits on its GPU.
+
+    The provisional method stays without a GPU, and where no memory can be predicted.
+    """
+    gpu, settings = current_gpu(load_plan), resolved.settings
+    provisional = quant_flag([settings.quantization.method])
+    if gpu is None:
+        reporter.report(Noted(message=f"{LEFT_OPEN.where} is {provisional}: without a GPU, nothing says what fits"))
+        return resolved
+    predict, find_products = contained(estimator.estimate), contained(estimator.recomputed_products)
+    step_rows = _open_rows(resolved, load_plan, rows, None)
+    try:
+        choice = choose_method(
+            as_asked(settings, load_plan, _longest_row(settings, rows)),
+            gpu,
+            lambda run, gpu: best_option(run, gpu, predict, find_products, step_rows),
+            contained(estimator.resident_bytes),
+        )
+    except QloraError as error:
+        message = f"{LEFT_OPEN.where} is {provisional}, since memory can't be predicted: {error}"
+        reporter.report(Noted(level="warning", message=message))
+        return resolved
+    reporter.report(Noted(message=f"planned: {describe_choice(choice)}"))
+    return decided(resolved, {METHOD: choice.method}, PLANNED)
 
 
 def _planned_tokens(asked: Resolved[TrainSettings], resume: Resume) -> int | None:
@@ -81,6 +133,7 @@ def plan_memory(
     resume: Resume | None,
     *,
     force: bool,
+    estimator: Estimator | None = None,
     may_fill: bool = True,
 ) -> tuple[Resolved[TrainSettings], Outlook | None]:
     """Return the settings with what is planned by memory, and the outlook with them; without a GPU, neither.
@@ -97,6 +150,7 @@ def plan_memory(
         reporter,
         longest_row_tokens=_longest_row(resolved.settings, rows),
         force=force,
+        estimator=estimator,
         earlier=_earlier_plan(resume),
         step_rows=_open_rows(resolved, load_plan, rows, resume) if may_fill else None,
     )

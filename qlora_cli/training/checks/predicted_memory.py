@@ -104,19 +104,20 @@ def check_memory(
     *,
     longest_row_tokens: int,
     force: bool,
+    estimator: Estimator | None = None,
     earlier: EarlierPlan | None = None,
     step_rows: StepRows | None = None,
 ) -> Outlook | None:
     """Predict the memory on `gpu` of a run whose longest row has `longest_row_tokens`; None if that is impossible.
 
     What the settings leave open is planned, and how `step_rows` are divided into micro-batches; a run that is resumed
-    stays with its `earlier` plan, if it still fits.
+    stays with its `earlier` plan, if it still fits. `estimator` is one that has predicted runs of the model already.
 
     Raises:
         OutOfMemoryError: it does not fit, without `force`; names changes that would.
     """
     asked = as_asked(settings, load_plan, longest_row_tokens)
-    estimator = estimator_of(settings, load_plan)
+    estimator = estimator or estimator_of(settings, load_plan)
     predict, find_products = contained(estimator.estimate), contained(estimator.recomputed_products)
     planned = None
     try:

@@ -147,6 +147,7 @@ REPORT = MemoryReport(
         paged_bytes=0,
     ),
     plan=None,
+    methods=None,
     unquantized=None,
     fits=(fit(RTX_4090, FIGURES.process_bytes, FIGURES.process_high_bytes),),
     smallest_gpu="RTX 3080 10GB",
