@@ -29,7 +29,11 @@ class QuantizationSettings(Section):
     method: Annotated[
         Quantization,
         Metadata(flag="--quant", commands=LOADERS, affects_memory=True, is_inherited=True),
-    ] = Field(default=DEFAULT_METHOD, description="Data type of the frozen linear layers; none keeps 16 or 32 bit.")
+    ] = Field(
+        default=DEFAULT_METHOD,
+        description="Data type of the frozen linear layers; none keeps 16 or 32 bit. auto: the least quantization with "
+        "which a training fits on the GPU.",
+    )
     double_quant: Annotated[
         bool,
         Metadata(

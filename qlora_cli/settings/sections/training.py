@@ -126,7 +126,7 @@ class TrainingSettings(Section):
     )
     fused_lora: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=True,
-        description="Compute a 4-bit layer and its adapter in one step; PEFT's own layers are slower.",
+        description="Compute a layer, unless in 8 bit, and its adapter in one step; PEFT's own layers are slower.",
     )
     torch_compile: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Compile the decoder layers with torch.compile."
