@@ -31,8 +31,8 @@ class QuantizationSettings(Section):
         Metadata(flag="--quant", commands=LOADERS, affects_memory=True, is_inherited=True),
     ] = Field(
         default=DEFAULT_METHOD,
-        description="Data type of the frozen linear layers; none keeps 16 or 32 bit. auto: the least quantization with "
-        "which a training fits on the GPU.",
+        description="Data type of the frozen linear layers; none keeps 16 or 32 bit. auto: the least quantization "
+        "with which a training fits on the GPU.",
     )
     double_quant: Annotated[
         bool,
