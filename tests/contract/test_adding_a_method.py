@@ -178,7 +178,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tmp_path_factory.mktemp("copy"),
         edits={
             "settings/choices.py": {
-                '    NONE = "none"\n\n    @': '    FIXED8 = "fixed8"\n',
+                '    AUTO = "auto"\n\n    @': '    FIXED8 = "fixed8"\n',
                 "    Quantization.NONE: ": ENTRY,
             }
         },

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.choices import Quantization, Schedule
+from qlora_cli.settings.choices import METHODS, Schedule
 from qlora_cli.settings.models import KINDS, Section, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 
@@ -22,7 +22,7 @@ NEEDED = {
 # In combination with these, some settings have no effect, or are unavailable.
 CONTEXTS: tuple[dict[str, Any], ...] = (
     {},
-    *({"quantization.method": method} for method in Quantization),
+    *({"quantization.method": method} for method in METHODS),
     *({"training.schedule": schedule} for schedule in Schedule),
     {"training.optimizer": "sgd"},
     {"training.optimizer": "lion_8bit"},

@@ -31,7 +31,9 @@ from qlora_cli.memory.prediction import (
     FittingModel,
     GpuFit,
     MemoryReport,
+    MethodOption,
     Phase,
+    PlanOption,
     Solution,
     Suggestion,
     SweepPoint,
@@ -170,7 +172,10 @@ DATA = (DataReport, DataInspection, BatchSummary, Trouble, Bar, RowPreview, Toke
 RUN = (RunDetail, Sample, SampleAnswer, EvalDone, StepSkipped, Noted)
 MERGE = (MergeResult, Verification, ModuleCheck, Rounding, Divergence, BaseChoice, AppliedAdapter)
 MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
-MEMORY = (MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint, CardClass, FittingModel)
+MEMORY = (
+    *(MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint, CardClass, FittingModel),
+    *(PlanOption, MethodOption),
+)
 
 
 @pytest.mark.parametrize(

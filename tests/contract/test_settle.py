@@ -34,6 +34,8 @@ VARIES = {
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
+    "memory/fitting/method_choice.py": 1,  # other ways to store the base
+    "memory/memory_report.py": 1,  # the one that was chosen
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too
     "memory/fitting/card_ranking.py": 1,  # what takes the least on a card

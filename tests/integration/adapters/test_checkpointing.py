@@ -1,7 +1,8 @@
 """Checkpointing changes what is kept for the backward pass and what is computed twice, and no gradient by a bit."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import PeftModel
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.checkpointing import enable_checkpointing
+from qlora_cli.adapters.fused_lora import switch_fused
 from qlora_cli.errors import ModelError
 from qlora_cli.settings.choices import Checkpointing
 from tests.support.models.adapters import load_for, settings_of, train_steps
@@ -21,7 +23,7 @@ from tests.support.models.loading import save_model
 from tests.support.models.reference_models import IDS, ROWS
 
 Gradients = dict[str, torch.Tensor]
-PRODUCT = "qlora::four_bit_product"  # of a layer and its adapter
+PRODUCT, PLAIN_PRODUCT = "qlora::four_bit_product", "qlora::linear_product"  # of a layer and its adapter
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 # Families with grouped keys and values, Conv1D, biases, soft caps, experts, and attention of another kind.
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma2", "qwen3_moe", "qwen3_next")
@@ -42,6 +44,16 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pe
         return model
 
     return make
+
+
+@contextmanager
+def computed_by_peft(model: PeftModel) -> Iterator[None]:
+    """Have layers and adapters computed apart."""
+    switch_fused(model, enabled=False)
+    try:
+        yield
+    finally:
+        switch_fused(model, enabled=True)
 
 
 def run_backward(
@@ -96,8 +108,12 @@ def test_of_a_base_in_16_bit_only_the_products_of_the_adapter_are_recomputed(
     adapted: Callable[[str, str], PeftModel],
 ) -> None:
     model = adapted("llama", "none")
-    on, selective = (run_backward(model, each)[1]["aten::mm"] for each in CHECKPOINTED)
     num_layers = sum(1 for name, _ in model.named_modules() if name.endswith(".base_layer"))
+    num_last = model.config.num_hidden_layers  # which nothing in the block needs
+    on, selective = (run_backward(model, each)[1][PLAIN_PRODUCT] for each in CHECKPOINTED)
+    assert (on, selective) == (2 * num_layers - num_last, num_layers)
+    with computed_by_peft(model):
+        on, selective = (run_backward(model, each)[1]["aten::mm"] for each in CHECKPOINTED)
     assert on - selective == num_layers
 
 
@@ -105,7 +121,7 @@ def test_of_a_base_in_16_bit_only_the_products_of_the_adapter_are_recomputed(
 def test_only_the_named_products_are_kept(adapted: Callable[[str, str], PeftModel], family: str, method: str) -> None:
     model = adapted(family, method)
     name = {"llama": "gate_proj", "gpt2": "c_attn"}[family]
-    product = {"nf4": PRODUCT, "none": "aten::mm" if family == "llama" else "aten::addmm"}[method]
+    product = {"nf4": PRODUCT, "none": PLAIN_PRODUCT}[method]
     expected, _ = run_backward(model, Checkpointing.OFF)
     counts = {}
     for kept in ([], [name], None):
@@ -137,7 +153,14 @@ def test_a_handle_removes_all_traces(adapted: Callable[[str, str], PeftModel]) -
 
 def test_an_error_in_a_layer_leaves_the_policy_as_it_was(adapted: Callable[[str, str], PeftModel]) -> None:
     model = adapted("llama", "none")
-    expected = run_backward(model, Checkpointing.SELECTIVE)[1]
+    with computed_by_peft(model):  # so that the layer inside, which fails, is called
+        expected = run_backward(model, Checkpointing.SELECTIVE)[1]
+        operations = fail_and_run_backward(model)
+    assert operations == expected
+
+
+def fail_and_run_backward(model: PeftModel) -> Counter[str]:
+    """Fail in the first layer of a pass; return the operations of the next pass."""
     handle = enable_checkpointing(model, Checkpointing.SELECTIVE)
     assert handle is not None
     layer = next(module for name, module in model.named_modules() if name.endswith(".base_layer"))
@@ -154,7 +177,8 @@ def test_an_error_in_a_layer_leaves_the_policy_as_it_was(adapted: Callable[[str,
     with CountOperations() as operations:
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     handle.remove()
-    assert operations.counts == expected
+    counts: Counter[str] = operations.counts
+    return counts
 
 
 def test_selective_checkpointing_keeps_dropout_as_it_was_drawn(tmp_path: Path) -> None:

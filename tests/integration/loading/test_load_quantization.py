@@ -18,7 +18,7 @@ from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.model_facts import find_model_facts
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import METHODS, Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, QuantizationSettings, TrainingSettings
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.training.arguments import check_hardware
@@ -53,7 +53,7 @@ def reference(base_model: Path) -> torch.nn.Module:
 def test_each_method_stores_linear_layers_in_its_own_way_and_none_leaves_them_unchanged(
     base_model: Path, reference: torch.nn.Module
 ) -> None:
-    loaded = {method: load(base_model, quantization__method=method.value).base for method in Quantization}
+    loaded = {method: load(base_model, quantization__method=method.value).base for method in METHODS}
     logits_of = {method: logits(model) for method, model in loaded.items()}
     kinds = {
         m: {(type(weight_of(x)), weight_of(x).dtype) for n, x in loaded[m].named_modules() if n.endswith("_proj")}
@@ -65,7 +65,7 @@ def test_each_method_stores_linear_layers_in_its_own_way_and_none_leaves_them_un
         Quantization.INT8: {(Int8Params, torch.int8)},
         Quantization.NONE: {(torch.nn.Parameter, torch.float32)},
     }
-    for one, other in combinations(Quantization, 2):
+    for one, other in combinations(METHODS, 2):
         assert (logits_of[one] - logits_of[other]).abs().max() > 1e-3, (one, other)
     assert torch.equal(logits_of[Quantization.NONE], logits(reference))
     errors = {method: (values - logits(reference)).norm() for method, values in logits_of.items()}
@@ -232,7 +232,7 @@ def test_offload_to_the_cpu_is_refused_if_nothing_is_offloaded_and_in_training(b
     [
         (f"quantization.{key}", method)
         for key in QuantizationSettings.model_fields
-        for method in Quantization
+        for method in METHODS
         # Off requests nothing, and on is the default.
         if not QuantizationSettings(method=method).has_effect(key) and key != "double_quant"
     ],

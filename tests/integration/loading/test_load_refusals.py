@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.hub.repository import Repository, fetch_files
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import METHODS, Quantization
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, describe, resolve
 from qlora_cli.writing import MARK, write_directory
@@ -47,7 +47,7 @@ def test_a_quantized_weight_that_is_not_finite_is_named(tmp_path: Path, value: f
     assert "values that are not finite" in message
 
 
-@pytest.mark.parametrize("method", Quantization)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_value_that_is_not_finite_is_named_even_if_transformers_is_silent(
     tmp_path: Path, method: Quantization
 ) -> None:

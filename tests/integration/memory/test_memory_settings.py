@@ -75,9 +75,10 @@ def test_the_key_of_a_cached_prediction_has_only_what_it_depends_on(
     def key(**values: str) -> str:
         return key_of(MemoryRequest(asked=asked_of(base_model, **values)), {"model_type": "llama"})
 
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "one"))  # in that of the session another run may have measured
     assert key() == key(training__learning_rate="1e-5", lora__alpha="8", data__on_long="drop")
     unmeasured = key()
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other"))
     assert key() == unmeasured
     rates = rates_of("RTX 4090", 128)
     assert rates is not None

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import METHODS, Quantization
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
 from qlora_cli.units import GIB, MIB
 from tests.support.models.tiny_models import tiny_config
@@ -360,7 +360,7 @@ def test_bytes_are_counted_under_the_dtype_that_stores_codes(
     assert set(plan(llama, **settings).inventory.bytes_by_dtype()) == dtypes
 
 
-@pytest.mark.parametrize("method", list(Quantization))
+@pytest.mark.parametrize("method", METHODS)
 def test_at_most_one_unquantized_weight_is_in_memory_with_the_model(
     llama: PreTrainedModel, method: Quantization
 ) -> None:

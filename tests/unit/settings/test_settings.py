@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.errors import SettingsError
-from qlora_cli.settings.choices import Checkpointing, Quantization
+from qlora_cli.settings.choices import METHODS, Checkpointing, Quantization
 from qlora_cli.settings.models import SECTIONS, EstimateSettings, LoadSettings, TrainSettings, json_schema
 from qlora_cli.settings.resolve import Sources, describe, resolve
 from qlora_cli.settings.value_sources import read_assignments
@@ -246,7 +246,7 @@ def test_a_setting_that_can_have_no_effect_is_an_error() -> None:
     assert "no effect with --quant none" in problems_of(Sources(flags=unquantized))[0]
 
 
-@pytest.mark.parametrize("method", list(Quantization))
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("key", "off"),
     [
