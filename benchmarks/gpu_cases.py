@@ -138,6 +138,10 @@ MORE_STEP_CASES = (
     _step("1b", "2048-compiled", data__max_length=2048, training__torch_compile=True, timeout_seconds=120),
     _step("2b-moe", "2048", data__max_length=2048, is_profiled=True),
     _step("8b", "2048-16-bit", data__max_length=2048, quantization__method="none"),
+    _step(
+        "8b", "2048-16-bit-peft-layers", data__max_length=2048, quantization__method="none", training__fused_lora=False
+    ),
+    _step("8b", "2048-int8", data__max_length=2048, quantization__method="int8"),
     _step("8b", "2048-paged-8-bit-adam", data__max_length=2048, training__optimizer="paged_adamw_8bit"),
 )
 # Mixtures of experts: int8 can't store them.

@@ -22,7 +22,7 @@ from qlora_cli.memory.fitting.alternatives import (
 from qlora_cli.memory.fitting.card_ranking import PlannedOnCard, rank_cards
 from qlora_cli.memory.fitting.division import changes_results, is_given
 from qlora_cli.memory.fitting.method_choice import MethodChoice, choose_method
-from qlora_cli.memory.fitting.plan import PlannedRun, best_option, is_open, plan_run, planning
+from qlora_cli.memory.fitting.plan import PlannedRun, PlanOn, best_option, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
@@ -198,8 +198,8 @@ def _unquantized(
     """Return the run with its base in 16 bit, if that fits on the first GPU, and nothing else was asked for."""
     if not request.gpus or request.asked.is_given(METHOD):
         return None
-    gpu = request.gpus[0]
-    return unquantized_run(asked, gpu, estimate, num_parameters, estimator.estimate)
+    plan = _planning_on(asked, request, estimator)
+    return unquantized_run(asked, request.gpus[0], estimate, num_parameters, plan)
 
 
 def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> list[PlannedRun]:
@@ -212,12 +212,18 @@ def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimato
 
 def _choose_method(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> MethodChoice:
     """Return the least quantization that fits on the first GPU."""
+    plan = _planning_on(asked, request, estimator)
+    return choose_method(asked, request.gpus[0], plan, estimator.resident_bytes)
+
+
+def _planning_on(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> PlanOn:
+    """Return what plans a run as `asked` but for how its base is stored."""
     rows = _divisible_rows(asked, request, estimator)
 
     def plan(settings: EstimateSettings, gpu: Gpu) -> PlanOption:
         return best_option(settings, gpu, estimator.estimate, estimator.recomputed_products, rows)
 
-    return choose_method(asked, request.gpus[0], plan, estimator.resident_bytes)
+    return plan
 
 
 def _divisible_rows(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> StepRows | None:

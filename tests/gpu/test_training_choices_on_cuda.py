@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.events import Event, StepDone
+from qlora_cli.runs.record import read_record
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
 
@@ -62,3 +63,20 @@ def test_deterministic_runs_are_equal_to_the_bit(base_model: Path, rows: Path, t
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_layers_fused_with_their_adapters_learn_the_same_as_pefts(
+    base_model: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    flags = {"quantization__method": method}
+    by_peft = losses_of(base_model, rows, tmp_path / "peft", **flags, training__fused_lora=False)
+    assert losses_of(base_model, rows, tmp_path / "fused", **flags) == pytest.approx(by_peft, rel=0.02)
+
+
+def test_the_least_quantization_that_fits_is_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    chosen = losses_of(base_model, rows, tmp_path / "auto", quantization__method="auto")
+    assert losses_of(base_model, rows, tmp_path / "none", quantization__method="none") == pytest.approx(
+        chosen, rel=0.02
+    )
+    assert read_record(tmp_path / "auto").setting("quantization.method") == "none"

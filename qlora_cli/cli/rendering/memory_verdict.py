@@ -27,10 +27,11 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
     lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
     if (unquantized := report.unquantized) is not None:
         takes, at_most = _gib(unquantized.process_bytes), _gib(unquantized.process_high_bytes)
-        recomputed = RECOMPUTED[Checkpointing(unquantized.gradient_checkpointing)]
+        recomputed, seconds = RECOMPUTED[Checkpointing(unquantized.gradient_checkpointing)], unquantized.step_seconds
+        time = "" if seconds is None else f", about {_rounded(seconds)} s a step"
         lines.append(
             f"In 16 bit it fits, too, without the error of quantization: with --quant none it takes {takes} GiB, at "
-            f"most {at_most}; {recomputed}."
+            f"most {at_most}; {recomputed}{time}."
         )
     if report.fitting_model is not None:
         model = report.fitting_model

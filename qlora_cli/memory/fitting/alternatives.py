@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from qlora_cli.errors import HardwareError, QloraError
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue
-from qlora_cli.memory.fitting.plan import option_of
+from qlora_cli.memory.fitting.plan import PlanOn
 from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
 from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, PlanOption
@@ -76,9 +76,9 @@ def _class_that_fits(gpu: Gpu, fit: GpuFit) -> CardClass:
 
 
 def unquantized_run(
-    settings: EstimateSettings, gpu: Gpu, quantized: Estimate, num_parameters: int, predict: Predict
+    settings: EstimateSettings, gpu: Gpu, quantized: Estimate, num_parameters: int, plan: PlanOn
 ) -> PlanOption | None:
-    """Return the run with its base in 16 bit, if that fits on `gpu`, too.
+    """Return the run with its base in 16 bit as it would be planned, if that fits on `gpu`, too.
 
     `quantized` is the estimate for a base of `num_parameters` that is quantized. None if its weights alone do not fit,
     which takes no prediction, or the model can't be run so.
@@ -88,11 +88,10 @@ def unquantized_run(
         return None
     changed = with_settings(settings, {METHOD: UNQUANTIZED_METHOD})
     try:
-        estimate = predict(changed, gpu)
+        option = plan(changed, gpu)
     except QloraError:  # a checkpoint that is quantized itself
         return None
-    fits = judge_fit(estimate, gpu).fits
-    return option_of(estimate, fits) if fits == YES else None
+    return option if option.fits == YES else None
 
 
 def largest_model(

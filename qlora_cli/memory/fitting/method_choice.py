@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qlora_cli.errors import QloraError
-from qlora_cli.memory.fitting.plan import describe_option
+from qlora_cli.memory.fitting.plan import PlanOn, describe_option
 from qlora_cli.memory.fitting.suggestions import YES
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import MethodOption, PlanOption
+from qlora_cli.memory.prediction import MethodOption
 from qlora_cli.settings.choices import Quantization, quant_flag
 from qlora_cli.settings.conflicts_lora import methods_for
 from qlora_cli.settings.models import EstimateSettings
@@ -16,8 +16,6 @@ from qlora_cli.settings.settle import with_settings
 from qlora_cli.units import format_bytes
 
 WORTH_WAITING = 1.5  # times as long as with the fastest method that fits, for the smaller error of another
-
-PlanOn = Callable[[EstimateSettings, Gpu], PlanOption]
 
 
 @dataclass(frozen=True, kw_only=True)

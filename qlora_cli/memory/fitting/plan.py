@@ -23,6 +23,8 @@ MAX_SUBSETS = 3  # of products that are predicted, until one fits
 
 # Returns the products of the base that a run computes twice if whole layers are recomputed.
 FindProducts = Callable[[EstimateSettings, Gpu], Sequence[Product]]
+# Returns how a run would run on a GPU, with what its settings leave open chosen.
+PlanOn = Callable[[EstimateSettings, Gpu], PlanOption]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,10 @@ import pytest
 
 from qlora_cli.errors import ModelError
 from qlora_cli.memory.fitting.alternatives import unquantized_run
+from qlora_cli.memory.fitting.plan import option_of
+from qlora_cli.memory.fitting.suggestions import judge_fit
 from qlora_cli.memory.gpus import Gpu
-from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.prediction import PlanOption
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
@@ -21,12 +23,13 @@ class Predictor:
     def __init__(self, gib: float | None) -> None:
         self.gib, self.asked = gib, 0
 
-    def __call__(self, settings: EstimateSettings, gpu: Gpu) -> Estimate:
+    def __call__(self, settings: EstimateSettings, gpu: Gpu) -> PlanOption:
         assert settings.quantization.method == Quantization.NONE
         self.asked += 1
         if self.gib is None:
             raise ModelError("the checkpoint is quantized itself")
-        return estimate(round(self.gib * GIB), gpu=gpu.name)
+        predicted = estimate(round(self.gib * GIB), gpu=gpu.name)
+        return option_of(predicted, judge_fit(predicted, gpu).fits)
 
 
 def found(memory: float, predict: Predictor, settings: EstimateSettings = QUANTIZED) -> int | None:
