@@ -16,11 +16,14 @@ SMALL_SEGMENT_BYTES = 2 << 20  # kSmallBuffer
 LARGE_SEGMENT_BYTES = 20 << 20  # kLargeBuffer: a segment for blocks of 1 to 10 MiB
 MIN_LARGE_BYTES = 10 << 20  # kMinLargeAlloc: from here on, a block has a segment of its own
 ROUND_LARGE_BYTES = 2 << 20  # kRoundLarge
+# A free block is known by its size, shifted by more bits than an address has, plus its address: such keys are in the
+# order of the best fit, and compare faster than pairs.
+ADDRESS_BITS = 64
 
 
 def round_size(num_bytes: int) -> int:
     """Return the bytes of the block for a request of `num_bytes`."""
-    return max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+    return -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES or MIN_BLOCK_BYTES
 
 
 def segment_size(block_bytes: int) -> int:
@@ -53,38 +56,45 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
         self._lowest_address = 0
-        # By pool, small or large: (size, address, block) in order, so that the first large enough is the best fit.
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        # The keys of free blocks in order, by pool, so that the first that is large enough is the best fit.
+        self._small: list[int] = []
+        self._large: list[int] = []
+        self._blocks: dict[int, Block] = {}  # the free ones, by their keys
 
     def allocate(self, num_bytes: int) -> Block:
         """Return a block of at least `num_bytes`. The whole block counts as allocated, as it does in PyTorch."""
         size = round_size(num_bytes)
         is_small = size <= SMALL_BYTES
-        free = self._free[is_small]
-        index = bisect_left(free, (size, self._lowest_address))
-        block = free.pop(index)[2] if index < len(free) else self._new_segment(size, is_small)
-        self._split(block, size)
+        free = self._small if is_small else self._large
+        index = bisect_left(free, (size << ADDRESS_BITS) + self._lowest_address)
+        block = self._blocks.pop(free.pop(index)) if index < len(free) else self._new_segment(size, is_small)
+        rest = block.num_bytes - size
+        if rest >= MIN_BLOCK_BYTES and (is_small or rest > SMALL_BYTES):
+            self._split(block, size, rest)
         block.is_free = False
         self.allocated_bytes += block.num_bytes
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def free(self, block: Block) -> None:
         """Return a block to its pool, joined with free neighbours."""
         self.allocated_bytes -= block.num_bytes
-        for neighbour in (block.before, block.after):
-            if neighbour is not None and neighbour.is_free:
-                self._take(neighbour)
-                block = self._joined(neighbour, block) if neighbour is block.before else self._joined(block, neighbour)
-        block.is_free = True
-        insort(self._free[block.is_small], (block.num_bytes, block.address, block))
+        before, after = block.before, block.after
+        if before is not None and before.is_free:
+            self._take(before)
+            block = _joined(before, block)
+        if after is not None and after.is_free:
+            self._take(after)
+            _joined(block, after)
+        self._put(block)
 
     def empty_cache(self) -> None:
         """Return entirely free segments to the driver, as `torch.cuda.empty_cache` does."""
-        for is_small, free in self._free.items():
-            whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
-            self.reserved_bytes -= sum(size for size, _, _ in whole)
-            self._free[is_small] = [entry for entry in free if entry not in whole]
+        for block in list(self._blocks.values()):
+            if block.before is None and block.after is None:
+                self._take(block)
+                self.reserved_bytes -= block.num_bytes
 
     def reset_peaks(self) -> None:
         """Restart the peaks from what is allocated and reserved now."""
@@ -94,39 +104,33 @@ class CachingAllocator:
     def _new_segment(self, size: int, is_small: bool) -> Block:
         num_bytes = segment_size(size)
         self._lowest_address -= num_bytes
-        block = Block(num_bytes=num_bytes, address=self._lowest_address, is_small=is_small)
         self.reserved_bytes += num_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return block
+        return Block(num_bytes, self._lowest_address, is_small)
 
-    def _split(self, block: Block, size: int) -> None:
-        """Split off the rest of a block; for a large block, only if the rest is more than 1 MiB."""
-        rest = block.num_bytes - size
-        if rest < MIN_BLOCK_BYTES or (not block.is_small and rest <= SMALL_BYTES):
-            return
-        after = Block(
-            num_bytes=rest,
-            address=block.address + size,
-            is_small=block.is_small,
-            is_free=True,
-            before=block,
-            after=block.after,
-        )
+    def _split(self, block: Block, size: int, rest: int) -> None:
+        """Split off the `rest` of a block; of a large block, it is more than 1 MiB."""
+        after = Block(rest, block.address + size, block.is_small, False, block, block.after)
         if block.after is not None:
             block.after.before = after
         block.num_bytes, block.after = size, after
-        insort(self._free[block.is_small], (rest, after.address, after))
+        self._put(after)
+
+    def _put(self, block: Block) -> None:
+        block.is_free = True
+        key = (block.num_bytes << ADDRESS_BITS) + block.address
+        self._blocks[key] = block
+        insort(self._small if block.is_small else self._large, key)
 
     def _take(self, block: Block) -> None:
-        free = self._free[block.is_small]
-        index = bisect_left(free, (block.num_bytes, block.address))
-        assert free[index][2] is block, "a free block is in its pool"
-        del free[index]
+        free, key = self._small if block.is_small else self._large, (block.num_bytes << ADDRESS_BITS) + block.address
+        del free[bisect_left(free, key)]
+        assert self._blocks.pop(key) is block, "a free block is in its pool"
 
-    @staticmethod
-    def _joined(first: Block, second: Block) -> Block:
-        first.num_bytes += second.num_bytes
-        first.after = second.after
-        if second.after is not None:
-            second.after.before = first
-        return first
+
+def _joined(first: Block, second: Block) -> Block:
+    first.num_bytes += second.num_bytes
+    first.after = second.after
+    if second.after is not None:
+        second.after.before = first
+    return first

@@ -52,7 +52,7 @@ class Replay:
         self.peak_bytes = 0
         self.ruling_phase = PHASES[0]
         self.phases: dict[str, Phase] = {}
-        self._live: dict[tuple[int, int], Block] = {}
+        self._live: dict[int, dict[int, Block]] = {}  # by the identity of their passes, by storage
 
     def peaks(self, run: RunEvents) -> Peaks:
         """Return the peaks of `run`, from loading to evaluation."""
@@ -83,33 +83,44 @@ class Replay:
 
     def run(self, phase: str, passes: Passes, names: Iterable[str], *, again: bool = False) -> None:
         """Replay passes as a part of `phase`; `again`: they ran before, so permanent storages exist already."""
-        allocator, live, labels = self.allocator, self._live, self.labels
+        allocator, labels, storages = self.allocator, self.labels, passes.storages
+        live = self._live.setdefault(id(passes), {})  # each counts its storages from 0
+        known = passes.permanent if again else ()
         allocator.reset_peaks()
-        owner = id(passes)  # each counts its storages from 0
-        for name in names:
-            for event in passes.events.get(name, ()):
-                if event >= 0:
-                    if again and event in passes.permanent:
-                        continue
-                    storage = passes.storages[event]
-                    label = storage.label
-                    # A trace is of every GPU with the same kernels, and so knows no size of this workspace.
-                    num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
-                    leftover = live.get((owner, event))
-                    live[owner, event] = allocator.allocate(num_bytes)
-                    if leftover is not None:  # still allocated from the previous pass: replaced by the new one
-                        allocator.free(leftover)
-                    else:
-                        labels[label] = labels.get(label, 0) + num_bytes
-                    if allocator.allocated_bytes > self.peak_bytes:
-                        self.peak_bytes = allocator.allocated_bytes
-                        self.peak_labels = dict(labels)
-                        self.ruling_phase = phase
-                else:
-                    storage = passes.storages[~event]
-                    allocator.free(live.pop((owner, ~event)))
-                    labels[storage.label] -= storage.num_bytes
+        is_at_peak = False  # since the last allocation, so that the labels are copied once for all that lead to a peak
+        for event in (event for name in names for event in passes.events.get(name, ())):
+            if event >= 0:
+                if event in known:
+                    continue
+                storage = storages[event]
+                label = storage.label
+                # A trace is of every GPU with the same kernels, and so knows no size of this workspace.
+                num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
+                leftover = live.get(event)
+                live[event] = allocator.allocate(num_bytes)
+                if leftover is not None:  # still allocated from the previous pass: replaced by the new one
+                    allocator.free(leftover)
+                if allocator.allocated_bytes > self.peak_bytes:
+                    self.peak_bytes = allocator.allocated_bytes
+                    is_at_peak = True
+                elif is_at_peak:
+                    self._note_peak(phase)
+                    is_at_peak = False
+                if leftover is None:
+                    labels[label] = labels.get(label, 0) + num_bytes
+            else:
+                if is_at_peak:
+                    self._note_peak(phase)
+                    is_at_peak = False
+                storage = storages[~event]
+                allocator.free(live.pop(~event))
+                labels[storage.label] -= storage.num_bytes
+        if is_at_peak:
+            self._note_peak(phase)
         self._update_phase(phase)
+
+    def _note_peak(self, phase: str) -> None:
+        self.peak_labels, self.ruling_phase = dict(self.labels), phase
 
     def _update_phase(self, phase: str) -> None:
         before = self.phases.get(phase)

@@ -5,13 +5,14 @@ the allocations of products with their weights.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qlora_cli.memory.tracing.meta_results import MetaResults
+from qlora_cli.memory.tracing.meta_results import Asked, shared_results
 from qlora_cli.quantization.methods import all_methods
-from qlora_cli.quantization.methods.method import Operator, Temporaries
+from qlora_cli.quantization.methods.method import Temporaries
 
 aten = torch.ops.aten
 KIB, MIB = 1024, 1024**2
@@ -19,7 +20,16 @@ WORKSPACES = "workspaces"
 CUBLAS = "cublas"  # the label of its workspaces, whose size depends on the GPU: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
 
-Rule = Callable[[tuple[Any, ...], dict[str, Any]], Temporaries]
+Rule = Callable[[tuple[Any, ...], dict[str, Any]], Temporaries | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """What is known of `operator`: what it allocates in addition to its results, and its results on meta; or None."""
+
+    operator: Any
+    rule: Rule | None
+    on_meta: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None
 
 
 def _ceil(value: int, step: int) -> int:
@@ -55,28 +65,38 @@ class Kernels:
                 _gemm,
             ),
         }
-        self._results = MetaResults()
+        self._results = shared_results(torch.get_default_dtype())
+        self._known: dict[int, _Kernel] = {}
         self._operators = {name: rule for method in all_methods() for name, rule in method.operators.items()}
 
     def temporaries(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temporaries | None:
         """Return what `func` allocates in addition to its results; None for nothing."""
-        rule = self._rules.get(func)
-        if rule is not None:
-            return rule(args, kwargs)
-        operator = self._operator(func)
-        return None if operator is None else operator.temporaries(args, kwargs)
+        rule = self._kernel(func).rule
+        return None if rule is None else rule(args, kwargs)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of `func`, even if its size depends on values, which meta tensors do not have."""
-        operator = self._operator(func)
-        if operator is None or operator.on_meta is None or args[0].device.type != "meta":
+        on_meta = self._kernel(func).on_meta
+        if on_meta is None or args[0].device.type != "meta":
             return self._results.run(func, args, kwargs)
-        return operator.on_meta(func, args, kwargs)
+        self._results.asked = None
+        return on_meta(func, args, kwargs)
 
-    def _operator(self, func: Any) -> Operator | None:
-        """Return what a quantization method declares about an operator that is not one of PyTorch's own."""
-        # Every operator of a trace comes here: the name is put together only for the few that are not PyTorch's.
-        return None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
+    @property
+    def asked(self) -> Asked | None:
+        """What the last result follows from, equal for equal operators and arguments; None if it is not known."""
+        return self._results.asked
+
+    def _kernel(self, func: Any) -> _Kernel:
+        """Return what is known of an operator, for those that are not PyTorch's own by a quantization method."""
+        # Every operator of a trace comes here, and its own hash is computed in Python.
+        known = self._known.get(id(func))
+        if known is None:
+            declared = None if func.namespace == "aten" else self._operators.get(f"{func.namespace}::{func._opname}")
+            rule = self._rules.get(func, None if declared is None else declared.temporaries)
+            known = _Kernel(func, rule, None if declared is None else declared.on_meta)
+            self._known[id(func)] = known
+        return known
 
     def _efficient_backward(self, args: tuple[Any, ...], _: dict[str, Any]) -> Temporaries:
         """Return what the backward pass of the memory-efficient kernel allocates.

@@ -1,17 +1,23 @@
 """Results of operators on the meta device, each derived once for arguments of the same shapes, strides and dtypes.
 
 PyTorch derives most of them in Python, by decompositions that take a hundred times as long as to make the tensor.
-Layers of a kind, and the passes of a step, ask for the same ones again.
+Layers of a kind, the passes of a step and the steps of a model ask for the same ones again.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 
+META = torch.device("meta")
 # What a result may depend on besides tensors; values that are equal and of one type give the same result.
-CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+CONSTANTS = frozenset(
+    (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+)
+MAX_KNOWN = 20_000  # a few hundred belong to one model
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,44 +29,93 @@ class _NewTensor:
     dtype: torch.dtype
 
     def make(self) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=META)
+
+
+class _Given(Enum):
+    """A result that is an argument, changed in place."""
+
+    FIRST = "the first one"
+    OUT = "the one that is named `out`"
+
+
+Asked = tuple[Any, ...]
+Known = dict[Asked, tuple[_NewTensor, ...] | _NewTensor | _Given]
+
+
+@cache
+def shared_results(_default_dtype: torch.dtype) -> "MetaResults":
+    """Return the results that all traces of this process share, for a default dtype, which is that of some results."""
+    return MetaResults()
 
 
 class MetaResults:
-    """The results of the operators of one trace.
+    """The results of operators.
 
-    Remembered are new tensors, and that an operator returns its first argument, changed in place. For all else the
-    operator is called: for views, on other devices, and on complex numbers, which may be stored as their conjugates.
+    Remembered are new tensors, and that an operator returns its first argument or `out`, changed in place. For all
+    else the operator is called: for views, on other devices, and on complex numbers, which may be stored as their
+    conjugates.
+
+    Attributes:
+        asked: What the last result follows from, equal for equal operators and arguments; None if that is not known.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[_NewTensor, ...] | _NewTensor | None] = {}
-        self._not_remembered: set[Any] = set()
+        # By the identity of the operator, which is kept for that: its own hash takes as long as all that follows.
+        self._of_operators: dict[int, tuple[Any, Known | None]] = {}
+        self._num_known = 0
+        self.asked: Asked | None = None
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `func`, an operator, returns."""
-        key: list[Any] = [func, *kwargs]
-        if func in self._not_remembered or not (_describe(args, key) and _describe(kwargs.values(), key)):
-            return func(*args, **kwargs)
-        asked = tuple(key)
-        if asked not in self._known:
-            return self._remember(asked, func, args, kwargs)
-        known = self._known[asked]
-        if known is None:
-            return args[0]
-        return known.make() if isinstance(known, _NewTensor) else tuple(part.make() for part in known)
-
-    def _remember(self, asked: tuple[Any, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        taken = {storage_address(tensor) for tensor in _tensors((*args, *kwargs.values()))}
-        if args and result is args[0] and torch.Tag.inplace_view not in func.tags:
-            self._known[asked] = None
-        elif isinstance(result, torch.Tensor) and _is_new(result, taken):
-            self._known[asked] = _form(result)
-        elif type(result) is tuple and all(isinstance(part, torch.Tensor) and _is_new(part, taken) for part in result):
-            self._known[asked] = tuple(map(_form, result))
+        self.asked = None
+        of_operator = self._of_operators.get(id(func))
+        known: Known | None
+        if of_operator is None:
+            known = {}
+            self._of_operators[id(func)] = (func, known)
         else:
-            self._not_remembered.add(func)
+            known = of_operator[1]
+        if known is None:
+            return func(*args, **kwargs)
+        key: list[Any] = [id(func)]
+        if not _describe(args, key):
+            return func(*args, **kwargs)
+        if kwargs:
+            key += kwargs
+            if not _describe(kwargs.values(), key):
+                return func(*args, **kwargs)
+        asked = tuple(key)
+        form = known.get(asked)
+        if form is None:
+            return self._remember(known, asked, func, args, kwargs)
+        self.asked = asked
+        if isinstance(form, _NewTensor):
+            return form.make()
+        if isinstance(form, _Given):
+            return args[0] if form is _Given.FIRST else kwargs["out"]
+        return tuple([part.make() for part in form])
+
+    def _remember(self, known: Known, asked: Asked, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        taken = {storage_address(tensor) for tensor in _tensors((*args, *kwargs.values()))}
+        out: Any = kwargs.get("out")
+        form_of_out = _form(out) if isinstance(out, torch.Tensor) else None
+        result = func(*args, **kwargs)
+        self._num_known += 1
+        if args and result is args[0] and torch.Tag.inplace_view not in func.tags:
+            known[asked] = _Given.FIRST
+        elif form_of_out is not None and result is out:
+            if form_of_out == _form(out):  # otherwise it was resized
+                known[asked] = _Given.OUT
+        elif isinstance(result, torch.Tensor) and _is_new(result, taken):
+            known[asked] = _form(result)
+        elif type(result) is tuple and all(isinstance(part, torch.Tensor) and _is_new(part, taken) for part in result):
+            known[asked] = tuple(map(_form, result))
+        else:
+            self._of_operators[id(func)] = (func, None)
+        if self._num_known > MAX_KNOWN:
+            self._of_operators.clear()
+            self._num_known = 0
         return result
 
 
@@ -74,15 +129,16 @@ def _describe(values: Iterable[Any], key: list[Any]) -> bool:
     """Append to `key` what results depend on; return whether that is all."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            if not value.is_meta or value.is_complex():
+            dtype = value.dtype
+            if not value.is_meta or dtype.is_complex:
                 return False
-            key += (value.shape, value.stride(), value.storage_offset(), value.dtype)
+            key += (value.shape, value.stride(), value.storage_offset(), dtype)
+        elif (kind := type(value)) in CONSTANTS:
+            key += (kind, value)
         elif isinstance(value, list | tuple):
             key += (list, len(value))
             if not _describe(value, key):
                 return False
-        elif isinstance(value, CONSTANTS):
-            key += (type(value), value)
         else:
             return False
     return True

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from qlora_cli.memory.tracing.layers import LayerStack, represented_by
+from qlora_cli.memory.tracing.meta_results import Asked
 from qlora_cli.memory.tracing.operations import operations_of
 from qlora_cli.memory.tracing.owners import Owners
 from qlora_cli.memory.tracing.trace import MemoryTrace
@@ -16,19 +18,34 @@ from qlora_cli.timing.operation import Counted, Operation, Pass
 OfParts = Counter[tuple[int | str, Operation]]
 
 
-class OperationCount:
-    """The operations of one micro-batch.
+@dataclass(slots=True)
+class _Repeated:
+    """Operations that are the same wherever they run, and how often they do, by part."""
 
-    Attributes:
-        of_parts: How often each runs.
-    """
+    operations: tuple[Operation, ...]
+    times: dict[int | str, int] = field(default_factory=dict)
+
+
+class OperationCount:
+    """The operations of one micro-batch."""
 
     def __init__(self, trace: MemoryTrace, num_tokens: int) -> None:
         """Count what `trace` sees; `num_tokens` are those of a micro-batch."""
-        self.of_parts: OfParts = Counter()
         self._trace = trace
         self._owners = Owners(trace)
         self._num_tokens = num_tokens
+        # By what they follow from: most of a pass repeats what another layer, or a chunk of the loss, has run.
+        self._known: dict[tuple[Any, ...], _Repeated] = {}
+        self._in_order: list[tuple[int | str, _Repeated]] = []  # in which they first ran
+
+    @property
+    def of_parts(self) -> OfParts:
+        """How often each operation runs, by its part."""
+        counted: OfParts = Counter()
+        for part, repeated in self._in_order:
+            for operation in repeated.operations:
+                counted[part, operation] += repeated.times[part]
+        return counted
 
     def watch(self, model: nn.Module, base: Any) -> list[Any]:
         """Register the hooks that tell what an operation belongs to, and return them."""
@@ -42,15 +59,25 @@ class OperationCount:
         """Count no more."""
         self._trace.observer = None
 
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _count(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, asked: Asked | None
+    ) -> None:
         owners, trace = self._owners, self._trace
         if owners.is_recomputing:
             run_in = Pass.RECOMPUTE
         else:
             run_in = Pass.BACKWARD if trace.in_autograd_thread else Pass.FORWARD
+        owner = owners.current
+        repeated = None if asked is None else self._known.get((asked, run_in, owner))
+        if repeated is None:
+            operations = operations_of(func, args, kwargs, result, owner, run_in, self._num_tokens)
+            repeated = _Repeated(tuple(operations))
+            if asked is not None:
+                self._known[asked, run_in, owner] = repeated
         part = trace.segments[-1].mark[1]
-        for operation in operations_of(func, args, kwargs, result, owners.current, run_in, self._num_tokens):
-            self.of_parts[part, operation] += 1
+        if part not in repeated.times:
+            self._in_order.append((part, repeated))
+        repeated.times[part] = repeated.times.get(part, 0) + 1
 
 
 def extended(of_parts: OfParts, stack: LayerStack | None, chosen: Sequence[int]) -> Counted:

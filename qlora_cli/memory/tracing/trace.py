@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES, Kernels
-from qlora_cli.memory.tracing.meta_results import storage_address
+from qlora_cli.memory.tracing.meta_results import Asked, storage_address
 from qlora_cli.memory.tracing.passes import TracedStorage
 
-aten = torch.ops.aten
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
 ACTIVATIONS = "activations"
 # Functions of transformers that branch on a tensor's value: whether no sequence is packed, or no row is padded.
 NOT_PACKED = ("find_packed_sequence_indices",)
 NOT_PADDED = ("_ignore_causal_mask_sdpa", "flash_attention_mask")
-Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, Asked | None], None]
 MAX_FRAMES = 12  # from the operator up to one of those functions
 
 
@@ -41,7 +41,8 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         storages: Every storage seen, by number.
         segments: Their allocations and releases, in order.
-        observer: What is called with each operation, its arguments and its result; None for nothing.
+        observer: What is called with each operation, its arguments, its result and what that follows from, as in
+            `MetaResults`; None for nothing.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def record(self, tensor: torch.Tensor) -> int:
         """Record the storage of `tensor` as allocated now, if it is new; return its number."""
-        storage, key = tensor.untyped_storage(), storage_address(tensor)
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
         known = self._live.get(key)
         if known is not None:
             return known[0]
-        number = len(self.storages)
-        self.storages.append(TracedStorage(storage.nbytes(), self.label))
-        if storage.nbytes():
+        number, num_bytes = len(self.storages), storage.nbytes()
+        self.storages.append(TracedStorage(num_bytes, self.label))
+        if num_bytes:
             self.segments[-1].events.append(number)
         self._live[key] = (number, weakref.ref(storage, self._on_release(key, number)))
         return number
@@ -122,14 +124,13 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         # Function modes act above autograd: what is computed here is not autocast again.
         with torch._C.DisableTorchFunction():
-            result = self._run(func, args, kwargs)
+            reads_value = func is READ_VALUE
+            result = self._scalar_of(args[0]) if reads_value else self._run(func, args, kwargs)
             if self.observer is not None:
-                self.observer(func, args, kwargs, result)
+                self.observer(func, args, kwargs, result, None if reads_value else self._kernels.asked)
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is aten._local_scalar_dense.default:
-            return self._scalar_of(args[0])
         temporaries = self._kernels.temporaries(func, args, kwargs)
         if temporaries is None:
             result = self._kernels.run(func, args, kwargs)
@@ -163,7 +164,7 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         if tensor.dtype != torch.bool:
             return 1.0 if tensor.is_floating_point() else 1
-        frame = sys._getframe(3)
+        frame = sys._getframe(2)
         for _ in range(MAX_FRAMES):
             if frame.f_code.co_name in self._branches:
                 return self._branches[frame.f_code.co_name]

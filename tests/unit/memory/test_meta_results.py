@@ -134,6 +134,31 @@ def test_what_is_changed_in_place_is_returned_itself() -> None:
         results.run(counted, (empty(3, 4), empty(5)), {})
 
 
+def test_what_is_written_into_is_returned_itself_and_resized_each_time() -> None:
+    counted, results = Counted(aten.exp.out), MetaResults()
+    for _ in range(3):
+        written = empty(3, 4)
+        assert results.run(counted, (empty(3, 4),), {"out": written}) is written
+    assert counted.num_calls == 1
+    for _ in range(2):
+        resized = empty(0)
+        assert results.run(counted, (empty(3, 4),), {"out": resized}) is resized
+        assert resized.shape == (3, 4)
+    assert counted.num_calls == 3
+
+
+def test_what_a_result_follows_from_is_known_where_it_is_remembered() -> None:
+    results = MetaResults()
+    asked = []
+    for shape in ((3, 4), (3, 4), (4, 3), (4, 3)):
+        results.run(aten.mul.Tensor, (empty(*shape), 2.0), {})
+        asked.append(results.asked)
+    assert asked[0] is asked[2] is None  # derived the first time
+    assert None is not asked[1] != asked[3]
+    results.run(aten.view.default, (empty(3, 4), [12]), {})
+    assert results.asked is None
+
+
 @pytest.mark.parametrize(
     ("func", "make"),
     [
@@ -142,7 +167,7 @@ def test_what_is_changed_in_place_is_returned_itself() -> None:
         pytest.param(aten.detach.default, lambda: arguments(empty(3, 4)), id="detach"),
         pytest.param(aten.t_.default, lambda: arguments(empty(3, 4)), id="transposed in place"),
         pytest.param(aten.split.Tensor, lambda: arguments(empty(4, 4), 2), id="split"),
-        pytest.param(aten.mm.out, lambda: arguments(empty(3, 4), empty(4, 3), out=empty(3, 3)), id="out"),
+        pytest.param(aten.mm.out, lambda: arguments(empty(3, 4), empty(4, 3), out=empty(0)), id="resized"),
         pytest.param(
             aten.mul.Tensor, lambda: arguments(empty(3, 4, dtype=torch.complex64), empty(3, 4)), id="complex"
         ),
