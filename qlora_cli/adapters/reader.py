@@ -8,7 +8,7 @@ predicting use the result; nothing else reads adapters.
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from qlora_cli.adapters.decoder import (
     WHOLE_PREFIXES,
@@ -272,7 +273,8 @@ def fit(stored: StoredAdapter, model: PreTrainedModel, base: ModelConfig) -> Fit
     is_converted = _lora_keys(state) != _lora_keys(expected)
     if is_converted:
         state = dict(convert_peft_adapter_state_dict_for_transformers(adapted, config, state))
-    state = {key: value for key, value in state.items() if not key.startswith(_tied_heads(adapted))}
+    tied_heads = _tied_heads(adapted)
+    state = {key: value for key, value in state.items() if not key.startswith(tied_heads)}
     of_base = _parameters_in(state, expected, adapted, parameters)
     _check(stored, state, expected, of_base, parameters)
     held = {name: state[key] for key, name in of_base.items()}
@@ -308,8 +310,10 @@ def attach(model: PreTrainedModel, config: LoraConfig, directory: Path) -> PeftM
     """
     file = directory / ADAPTER_CONFIG
     _check_in_range(model, config, file)
+    # On the meta device there is nothing to initialize, and PyTorch takes long to do it.
+    initializing = no_init_weights() if model.device.type == "meta" else nullcontext()
     try:
-        with without_warnings():
+        with without_warnings(), initializing:
             return get_peft_model(model, config)
     except ImportError as error:
         raise ModelError(

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from qlora_cli.adapters.targets import BASE
 from qlora_cli.errors import OutOfMemoryError
@@ -214,7 +215,7 @@ def _attach(
     model: PeftModel | None = None
     replaced: dict[str, torch.Tensor] = {}
     labels = [f"adapter_{number}" for number in range(len(adapters))]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), no_init_weights():
         warnings.simplefilter("ignore")
         for label, one in zip(labels, adapters, strict=True):
             config = deepcopy(one.adapter.config)
