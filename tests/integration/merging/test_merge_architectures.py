@@ -4,6 +4,7 @@ Models are tiny and random, saved in bf16 as users' are. Adapters are on every l
 """
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +12,24 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.merging.merge_result import Action
 from qlora_cli.quantization.methods.skip_modules import fused_experts
+from qlora_cli.settings.choices import MergeDtype
 from tests.support.models.loading import save_model
 from tests.support.models.reference_models import ROWS, load_plain
 from tests.support.models.tiny_models import FAMILIES
 from tests.support.runs.merging import (
     Merged,
+    adapted,
     assert_same,
-    change_adapter,
     loaded_plain,
     merge,
+    merge_again,
     merged_by_hand,
     merged_by_peft,
-    on_plain,
     plain_logits,
     save,
     stored,
@@ -44,10 +47,9 @@ WITHOUT_EXPERTS = {"dbrx"}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A family: its base, an adapter on it, what a merge wrote, and what it should have written."""
+    """A family: its base, what a merge wrote, and what it should have written."""
 
     base: Path
-    adapter: Path
     merged: Merged
     by_hand: dict[str, torch.Tensor]
     by_peft: dict[str, torch.Tensor]
@@ -55,9 +57,8 @@ class Case:
     adapted_logits: torch.Tensor
 
 
-def every_target(base: Path, family: str) -> LoraConfig:
-    """Return the config of an adapter on every module that can have one, by full names."""
-    model = load_plain(base)
+def every_target(model: PreTrainedModel, family: str) -> LoraConfig:
+    """Return the config of an adapter on every module of the base that can have one, by full names."""
     head = model.get_output_embeddings()
     names = [
         name
@@ -75,16 +76,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family: str = request.param
     place = tmp_path_factory.mktemp(family)
     base = save_model(place / "base", family, vocab_size=ROWS)
-    model = on_plain(base, every_target(base, family))
+    plain = load_plain(base)
+    base_logits = plain_logits(plain)
+    model = adapted(deepcopy(plain), every_target(plain, family))
     adapter = save(model, place / "adapter")
     adapted_logits = plain_logits(model)
     return Case(
         base=base,
-        adapter=adapter,
         merged=merge(adapter, output=place / "merged"),
-        by_hand=merged_by_hand(model, base, torch.bfloat16, place / "by-hand"),
+        by_hand=merged_by_hand(model, plain, torch.bfloat16, place / "by-hand"),
         by_peft=merged_by_peft(model, torch.bfloat16, place / "by-peft"),
-        base_logits=plain_logits(load_plain(base)),
+        base_logits=base_logits,
         adapted_logits=adapted_logits,
     )
 
@@ -105,9 +107,12 @@ def test_it_is_what_peft_merges_in_memory_to_the_bit(case: Case) -> None:
 
 @pytest.mark.fast
 def test_plain_transformers_finds_every_weight_and_computes_what_was_trained(case: Case, tmp_path: Path) -> None:
-    loaded_plain(case.merged.directory)
-    exact = merge(case.adapter, output=tmp_path / "exact", dtype="fp32")
-    assert {value.dtype for value in exact.tensors.values() if value.is_floating_point()} == {torch.float32}
+    exact = merge_again(case.merged, tmp_path / "exact", dtype=MergeDtype.FP32)
+    tensors = exact.tensors
+    assert {value.dtype for value in tensors.values() if value.is_floating_point()} == {torch.float32}
+    assert {name: value.shape for name, value in tensors.items()} == {
+        name: value.shape for name, value in case.merged.tensors.items()
+    }
     merged_logits = plain_logits(loaded_plain(exact.directory, "auto"))
     assert (case.adapted_logits - case.base_logits).abs().max() > 1e-3
     torch.testing.assert_close(merged_logits, case.adapted_logits, rtol=1e-4, atol=1e-4)
@@ -128,11 +133,6 @@ def test_each_adapted_module_is_verified_to_compute_the_same(case: Case) -> None
     assert verification.modules.difference < verification.modules.max_difference / 10
 
 
-def test_an_adapter_of_zeros_gives_the_weight_files_of_the_base(case: Case, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for file in case.adapter.iterdir():
-        (adapter / file.name).write_bytes(file.read_bytes())
-    change_adapter(adapter, lambda state: {k: v * ("lora_A" in k) for k, v in state.items()})
-    merged = merge(adapter, output=tmp_path / "merged").directory
+def test_an_adapter_of_weight_zero_gives_the_weight_files_of_the_base(case: Case, tmp_path: Path) -> None:
+    merged = merge_again(case.merged, tmp_path / "merged", weight=0).directory
     assert (merged / "model.safetensors").read_bytes() == (case.base / "model.safetensors").read_bytes()

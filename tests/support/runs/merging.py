@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,20 @@ def request_of(*adapters: Path, **values: Any) -> MergeCommandSettings:
 
 def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
     """Merge, and write the result to `output`, as `qlora merge` does without comparison and card."""
-    inputs, plan = planned(request_of(*adapters, **values))
+    return write(*planned(request_of(*adapters, **values)), output)
+
+
+def merge_again(merged: Merged, output: Path, *, dtype: MergeDtype = MergeDtype.KEEP, weight: float = 1) -> Merged:
+    """Merge what was read for `merged` in another dtype, or with another weight."""
+    inputs = merged.inputs
+    asked = inputs.request.merge.model_copy(update={"dtype": dtype, "weights": (weight,)})
+    changes = {name: [replace(one, weight=weight) for one in several] for name, several in inputs.changes.items()}
+    inputs = replace(inputs, request=inputs.request.model_copy(update={"merge": asked}), changes=changes)
+    return write(inputs, plan_merge(inputs.base, inputs.config, changes, merged.plan.base, dtype), output)
+
+
+def write(inputs: Inputs, plan: MergePlan, output: Path) -> Merged:
+    """Write what is planned to `output`."""
     output.mkdir(parents=True)
     merger = Merger(inputs.base, Base(inputs.base, plan.base))
     write_weights(plan, inputs.source.path, output, merger.value, SilentReporter())
@@ -164,9 +177,13 @@ def merged_by_peft(model: PeftModel, dtype: torch.dtype, directory: Path) -> dic
     return stored(directory)
 
 
-def merged_by_hand(model: PeftModel, checkpoint: Path, dtype: torch.dtype, directory: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of the base with W + s * (B @ A) for each LoRA layer, in fp32 and cast once to `dtype`."""
-    whole = load_plain(checkpoint)
+def merged_by_hand(
+    model: PeftModel, whole: PreTrainedModel, dtype: torch.dtype, directory: Path
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the base with W + s * (B @ A) for each LoRA layer, in fp32 and cast once to `dtype`.
+
+    `whole` is the plain base in fp32, which is changed.
+    """
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             module = whole.get_submodule(path.removeprefix(PREFIX).replace(".base_layer", ""))
