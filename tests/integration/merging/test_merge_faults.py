@@ -25,7 +25,15 @@ from qlora_cli.runs.checkpoints import list_checkpoints, step_of
 from tests.conftest import Recorder
 from tests.support.models.loading import load, save_model
 from tests.support.processes.merge_process import start_merge
-from tests.support.runs.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
+from tests.support.runs.merge_command import (
+    UNCOMPARED,
+    adapter_alone,
+    copy_run,
+    merged,
+    qlora_merge,
+    refused,
+    trained_run,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS, ADAPTER, INDEX = "model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"
@@ -33,9 +41,9 @@ SOON_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(shallow_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that tests merge but never change."""
-    return trained_run(tmp_path_factory.mktemp("merge"))
+    return trained_run(tmp_path_factory.mktemp("merge"), shallow_base)
 
 
 @pytest.fixture
@@ -119,10 +127,10 @@ def test_another_base_may_be_named_at_the_users_own_risk(own: Path) -> None:
     moved = base.rename(base.with_name("moved"))
     message = refused(own)
     assert f"is {base}, which does not exist" in message
-    assert merged(own, "--base-model", moved)["base_model"] == str(moved)
+    assert merged(own, "--base-model", moved, *UNCOMPARED)["base_model"] == str(moved)
     shutil.rmtree(own / "merged")
     change(moved / WEIGHTS, lambda tensors: tensors["model.norm.weight"].add_(1))
-    assert "is not the base that" in "\n".join(merged(own, "--base-model", moved)["notes"])
+    assert "is not the base that" in "\n".join(merged(own, "--base-model", moved, *UNCOMPARED)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -130,12 +138,12 @@ def test_another_base_may_be_named_at_the_users_own_risk(own: Path) -> None:
     [("llama", "weights that don't fit the base"), ("gpt_neox", "can't be attached to its base")],
 )
 def test_a_base_of_other_shapes_or_names_is_refused(other: Path, tmp_path: Path, family: str, expected: str) -> None:
-    base = save_model(tmp_path / family, family)
+    base = save_model(tmp_path / family, family, num_hidden_layers=1)
     assert expected in refused(other, "--base-model", base, "--output", tmp_path / "out")
 
 
 def test_a_base_of_other_widths_is_refused_by_its_shapes(other: Path, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "wide", num_hidden_layers=4, intermediate_size=256)
+    base = save_model(tmp_path / "wide", intermediate_size=256)
     message = refused(other, "--base-model", base, "--output", tmp_path / "out")
     assert "and the base needs" in message
 
@@ -181,8 +189,8 @@ def test_a_run_that_has_not_ended_is_merged_from_its_checkpoint(own: Path) -> No
     (own / "run.json").write_text(json.dumps({**record, "status": "failed"}))
     checkpoint = list_checkpoints(own / "checkpoints")[-1]
     for name in (own, checkpoint):
-        report = merged(name, "--output", own.parent / "out")
-        assert report["num_merged_tensors"] == 28
+        report = merged(name, "--output", own.parent / "out", "--base", "original")
+        assert report["num_merged_tensors"] == 14
         assert report["verification"]["num_rows"] > 0  # of the run's data
         (adapter,) = report["adapters"]
         assert (adapter["path"], adapter["step"], adapter["run_is_done"]) == (
@@ -236,7 +244,7 @@ def test_an_empty_output_is_filled_also_through_a_link(run: Path, tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     inode = (tmp_path / "out").stat().st_ino
-    merged(run, "--output", tmp_path / "link")
+    merged(run, "--output", tmp_path / "link", *UNCOMPARED)
     assert (tmp_path / "out" / "config.json").is_file()
     assert (tmp_path / "out").stat().st_ino == inode
     assert not list((tmp_path / "out").glob(".*"))
@@ -253,18 +261,19 @@ def test_a_model_that_fails_verification_is_kept_under_a_name_that_says_so(own: 
     assert not (own / "merged").exists()
     assert json.loads((failed / "merge.json").read_text())["verification"]["passed"] is False
     assert "**failed**" in (failed / "README.md").read_text()
-    again = qlora_merge(own, "--max-divergence", "0")
+    again = qlora_merge(own, "--max-divergence", "0", "--base", "original")
     assert again.exit_code == 1
     assert (own / "merged-failed-verification-2" / WEIGHTS).is_file()
     (own.parent / "empty").mkdir()
-    assert qlora_merge(own, "--max-divergence", "0", "--output", own.parent / "empty").exit_code == 1
+    third = qlora_merge(own, "--max-divergence", "0", "--base", "original", "--output", own.parent / "empty")
+    assert third.exit_code == 1
     assert list((own.parent / "empty").iterdir()) == []  # so that the same command can be given again
     assert (own.parent / "empty-failed-verification" / WEIGHTS).is_file()
 
 
 def test_nan_is_not_a_small_divergence(other: Path) -> None:
     change(other / ADAPTER, lambda tensors: [one.fill_(1e30) for key, one in tensors.items() if "lora_B" in key])
-    done = qlora_merge(other, "--output", other.parent / "out")
+    done = qlora_merge(other, "--output", other.parent / "out", "--base", "original")
     assert done.exit_code == 1
     assert "computes NaN" in done.stderr
     assert not (other.parent / "out").exists()
@@ -335,19 +344,20 @@ def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
 
 
 # While weights are written, by us, and the tokenizer, by a library that raises an error of its own.
-@pytest.mark.parametrize("leave_bytes", [1 << 20, 7_130_000])
+@pytest.mark.parametrize("is_left_for_weights", [False, True])
 def test_a_disk_that_fills_up_is_reported_and_nothing_is_left(
-    run: Path, small_disk: Path, leave_bytes: int, monkeypatch: pytest.MonkeyPatch
+    run: Path, small_disk: Path, is_left_for_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    size = (run.parent / "base" / WEIGHTS).stat().st_size
     with monkeypatch.context() as patch:
-        report_to(patch, Filler(small_disk, leave_bytes))
-        done = qlora_merge(run, "--output", small_disk / "out")
+        report_to(patch, Filler(small_disk, size + 43_000 if is_left_for_weights else 1 << 20))
+        done = qlora_merge(run, "--output", small_disk / "out", *UNCOMPARED)
     assert done.exit_code == 1
     assert f"the disk of {small_disk / 'out'} is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
     (small_disk / "filler").unlink()
-    merged(run, "--output", small_disk / "out")
+    merged(run, "--output", small_disk / "out", *UNCOMPARED)
 
 
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(run: Path, small_disk: Path) -> None:
@@ -381,7 +391,7 @@ def test_a_file_put_into_the_output_meanwhile_is_not_replaced(
                 (tmp_path / "out" / "thesis.txt").write_text("years")
 
     report_to(monkeypatch, Other())
-    assert "contains other files (thesis.txt)" in refused(run, "--output", tmp_path / "out")
+    assert "contains other files (thesis.txt)" in refused(run, "--output", tmp_path / "out", *UNCOMPARED)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/thesis.txt"]
 
 

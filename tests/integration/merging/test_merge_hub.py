@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import RunQlora
 from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo
-from tests.support.runs.merge_command import adapter_alone, merged, qlora_merge, refused, trained_run
+from tests.support.runs.merge_command import UNCOMPARED, adapter_alone, merged, qlora_merge, refused, trained_run
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -77,7 +77,7 @@ def test_a_merged_model_is_pushed_and_names_no_path_of_this_machine(writable: Hu
 
 def test_a_push_that_fails_ends_with_1_and_keeps_the_model(writable: Hub, run: Path, tmp_path: Path) -> None:
     writable.statuses["/commit/"] = [403] * 20
-    done = qlora_merge(run, "--output", tmp_path / "out", "--push-to-hub", "me/merged", "--public")
+    done = qlora_merge(run, "--output", tmp_path / "out", *UNCOMPARED, "--push-to-hub", "me/merged", "--public")
     assert done.exit_code == 1
     assert f"hint: Push it later: hf upload me/merged {tmp_path / 'out'}\n" in done.stderr
     assert TOKEN not in done.output

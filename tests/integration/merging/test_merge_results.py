@@ -17,9 +17,9 @@ from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.merging.verifying import comparison
 from qlora_cli.merging.verifying.streamed import StreamedModel
 from qlora_cli.settings.choices import ExportFormat
-from tests.conftest import ASSETS
 from tests.support.models.loading import copy_tokenizer, logits
 from tests.support.runs.merge_command import (
+    UNCOMPARED,
     adapter_alone,
     copy_run,
     merge_settings,
@@ -46,8 +46,8 @@ print(model.dtype, answer.shape[1] > inputs["input_ids"].shape[1], sorted(set(sy
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory.mktemp("merge"))
+def run(shallow_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("merge"), shallow_base)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_it_ends_as_trained_and_pads_with_a_token_that_is_no_end(run: Path, tmp_
     base = own.parent / "base"
     generation = read(base / "generation_config.json") | {"eos_token_id": 2, "temperature": 0.7, "do_sample": True}
     (base / "generation_config.json").write_text(json.dumps({**generation, "pad_token_id": 2}))
-    merged(own)
+    merged(own, *UNCOMPARED)
     tokenizer = AutoTokenizer.from_pretrained(own / "merged")
     generated = GenerationConfig.from_pretrained(own / "merged")
     assert generated.eos_token_id == [tokenizer.eos_token_id, 2]
@@ -109,7 +109,7 @@ def test_it_ends_as_trained_and_pads_with_a_token_that_is_no_end(run: Path, tmp_
 def test_a_base_without_a_generation_config_gets_one_that_ends(run: Path, tmp_path: Path) -> None:
     own = copy_run(run, tmp_path / "own")
     (own.parent / "base" / "generation_config.json").unlink()
-    merged(own)
+    merged(own, *UNCOMPARED)
     made = read(own / "merged" / "generation_config.json")
     assert (made["eos_token_id"], made["pad_token_id"]) == (4, 0)
 
@@ -118,16 +118,17 @@ def test_licences_are_copied(run: Path, tmp_path: Path) -> None:
     own = copy_run(run, tmp_path / "own")
     (own.parent / "base" / "LICENSE.txt").write_text("terms")
     (own.parent / "base" / "notes.txt").write_text("not ours to spread")
-    merged(own)
+    merged(own, *UNCOMPARED)
     assert (own / "merged" / "LICENSE.txt").read_text() == "terms"
     assert not (own / "merged" / "notes.txt").exists()
 
 
 def test_shards_keep_their_names_and_the_index_its_exact_size(run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(ASSETS / "base", dtype="auto").save_pretrained(base, max_shard_size="2MB")
+    AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype="auto").save_pretrained(base, max_shard_size="2MB")
     copy_tokenizer(base)
-    report = merged(adapter_alone(run, tmp_path / "alone"), "--base-model", base, "--output", tmp_path / "out")
+    adapter = adapter_alone(run, tmp_path / "alone")
+    report = merged(adapter, "--base-model", base, "--output", tmp_path / "out", *UNCOMPARED)
     index = read(tmp_path / "out" / "model.safetensors.index.json")
     assert index["weight_map"] == read(base / "model.safetensors.index.json")["weight_map"]
     sizes = 0
@@ -234,9 +235,7 @@ def test_all_files_of_the_first_format_are_pushed(
 
 
 def test_a_format_that_is_quantized_again_and_not_compared_says_so(run: Path, tmp_path: Path) -> None:
-    report = merged(
-        run, "--output", tmp_path / "out", *GGUF, "--gguf-type", "q8_0", "--no-verify", "--base", "original"
-    )
+    report = merged(run, "--output", tmp_path / "out", *GGUF, "--gguf-type", "q8_0", *UNCOMPARED)
     assert report["requantized"] == {"gguf": {"to": "Q8_0", "divergence": None}}
     assert "| requantized | to Q8_0: not compared |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -273,7 +272,7 @@ def test_a_single_format_is_the_output_itself(
 
 def test_the_gguf_of_a_run_is_named_after_the_run(run: Path, tmp_path: Path) -> None:
     own = copy_run(run, tmp_path / "own")
-    merged(own, *GGUF, "--no-verify", "--base", "original")
+    merged(own, *GGUF, *UNCOMPARED)
     assert (own / "merged" / "run-merged.gguf").is_file()
 
 
@@ -281,14 +280,14 @@ def test_a_converter_that_fails_ends_with_1_and_leaves_the_model_under_a_name_th
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WRONG", "width")
-    done = qlora_merge(run, "--output", tmp_path / "out", *GGUF, "--json")
+    done = qlora_merge(run, "--output", tmp_path / "out", *GGUF, *UNCOMPARED, "--json")
     assert done.exit_code == 1
     error = json.loads(done.stdout)["error"]
     assert error["type"] == "ExportError"
     model = tmp_path / "out-failed-export" / "model"
     assert error["hint"].endswith(f"The merged 16-bit model is done, and in {model}.")
     assert list(tmp_path.iterdir()) == [model.parent]
-    assert AutoModelForCausalLM.from_pretrained(model).num_parameters() > 3_000_000
+    assert AutoModelForCausalLM.from_pretrained(model).num_parameters() > 2_000_000
 
 
 def test_missing_dependencies_of_a_format_are_reported_before_anything_is_merged(
@@ -306,7 +305,7 @@ def test_the_tokenizer_class_has_the_name_that_the_base_gives_it(run: Path, tmp_
         path = directory / "tokenizer_config.json"
         name = "PreTrainedTokenizerFast" if directory.name == "base" else "TokenizersBackend"
         path.write_text(json.dumps({**read(path), "tokenizer_class": name}), encoding="utf-8")
-    report = merged(other, "--no-verify", "--base", "original", "--base-model", other.parent / "base")
+    report = merged(other, *UNCOMPARED, "--base-model", other.parent / "base")
     assert read(Path(report["output"]) / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert AutoTokenizer.from_pretrained(report["output"]).eos_token_id == 4
 
@@ -342,5 +341,5 @@ def test_too_little_memory_for_one_layer_is_reported_before_anything_is_written(
 def test_the_sentencepiece_model_of_the_base_is_copied(run: Path, tmp_path: Path) -> None:
     other = copy_run(run, tmp_path / "copy")
     (other.parent / "base" / "tokenizer.model").write_bytes(b"pieces")
-    report = merged(other, "--no-verify", "--base", "original")
+    report = merged(other, *UNCOMPARED)
     assert (Path(report["output"]) / "tokenizer.model").read_bytes() == b"pieces"

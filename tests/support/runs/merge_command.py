@@ -33,6 +33,10 @@ def merged(*arguments: str | Path) -> dict[str, Any]:
     return report
 
 
+# Flags for a merge of which neither the comparisons nor the choice of the base are tested: most of its time.
+UNCOMPARED = ("--base", "original", "--no-verify")
+
+
 def refused(*arguments: str | Path) -> str:
     """Run the command, which must end with 2, and return its messages and hints."""
     done = qlora_merge(*arguments, "--device", "cpu", "--json")
@@ -43,10 +47,10 @@ def refused(*arguments: str | Path) -> str:
     return "\n".join(f"{problem['message']} | {problem['hint']}" for problem in problems)
 
 
-def trained_run(directory: Path, **flags: object) -> Path:
-    """Train a copy of the bundled model for two steps, and return the run, which is next to its base."""
+def trained_run(directory: Path, model: Path = ASSETS / "base", **flags: object) -> Path:
+    """Train a copy of `model`, the bundled one, for two steps, and return the run, which is next to its base."""
     base = directory / "base"
-    shutil.copytree(ASSETS / "base", base)
+    shutil.copytree(model, base)
     rows = directory / "rows.jsonl"
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
