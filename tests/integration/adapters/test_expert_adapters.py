@@ -1,5 +1,6 @@
 """LoRA on quantized experts: it trains, leaves no parametrizations, and works in plain PEFT on the 16-bit base."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,6 @@ PREFIX = "base_model.model."
 @pytest.fixture(scope="module", params=[family for family in MOE if family != "dbrx"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture
-def base(checkpoint: Path) -> LoadedModel:
-    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +68,44 @@ def train(model: PeftModel, num_steps: int, learning_rate: float = 5e-3) -> list
     return [*losses, loss_of(model).item()]
 
 
-def test_every_stacked_weight_gets_an_adapter_that_trains_and_is_removed_after_each_step(base: LoadedModel) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A quantized base with an adapter that was trained for three steps, and its adapter as it was saved."""
+
+    base: LoadedModel
+    untrained_logits: torch.Tensor
+    digests: tuple[str, str]
+    losses: list[float]
+    model: PeftModel
+    logits: torch.Tensor
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model that tests of a family share; those that switch something switch it back."""
+    base = load(checkpoint)
+    untrained_logits = logits(base.base, IDS)
     model, _ = attach_adapter(base.base, ON_EXPERTS)
-    wrappers = expert_wrappers(model)
-    assert wrappers.keys() == set(base.layout.experts)
-    digest = base_digest(model)
-    losses = train(model, 3)
-    assert losses[3] < losses[2] < losses[1] < losses[0]
-    assert base_digest(model) == digest
+    digest, losses = base_digest(model), train(model, 3)
+    adapter = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, adapter)
+    return Trained(
+        base=base,
+        untrained_logits=untrained_logits,
+        digests=(digest, base_digest(model)),
+        losses=losses,
+        model=model,
+        logits=logits(model, IDS),
+        adapter=adapter,
+    )
+
+
+def test_every_stacked_weight_gets_an_adapter_that_trains_and_is_removed_after_each_step(trained: Trained) -> None:
+    wrappers = expert_wrappers(trained.model)
+    assert wrappers.keys() == set(trained.base.layout.experts)
+    assert trained.losses[3] < trained.losses[2] < trained.losses[1] < trained.losses[0]
+    assert trained.digests[0] == trained.digests[1]
     for name, wrapper in wrappers.items():
         assert wrapper.lora_B["default"].weight.dtype == torch.float32
         assert wrapper.lora_B["default"].weight.abs().max() > 0, name
@@ -136,15 +162,17 @@ def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# transformers 5.2x renames it; 5.17 knows only this name.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradients_with_and_without_checkpointing_are_equal(base: LoadedModel) -> None:
-    model, _ = attach_adapter(base.base, ON_EXPERTS)
-    train(model, 1)  # so that B is not zero, and A has gradients too
+# transformers 5.2x renames them; 5.17 knows only these names.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning")
+def test_gradients_with_and_without_checkpointing_are_equal(trained: Trained) -> None:
+    model = trained.model
+    model.train()
     without, num_forwards = counted_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     with_checkpointing, num_forwards_again = counted_gradients(model)
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
     assert num_forwards_again == 2 * num_forwards > 0  # it did recompute
     assert without.keys() == with_checkpointing.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(torch.equal(without[name], with_checkpointing[name]) for name in without)
@@ -179,34 +207,31 @@ def saved_adapter(base: LoadedModel, directory: Path) -> tuple[PeftModel, Path]:
 
 
 def test_logits_and_gradients_are_the_same_in_plain_peft_on_the_dequantized_weights(
-    base: LoadedModel, checkpoint: Path, tmp_path: Path
+    trained: Trained, checkpoint: Path
 ) -> None:
-    model, adapter = saved_adapter(base, tmp_path)
-    switch_fused(model, enabled=False)  # linear layers are added up in another order, experts are not
-    other = PeftModel.from_pretrained(dequantized(checkpoint, base), adapter, is_trainable=True)
+    model = trained.model
+    other = PeftModel.from_pretrained(dequantized(checkpoint, trained.base), trained.adapter, is_trainable=True)
     assert type(next(iter(expert_wrappers(other).values()))) is ParamWrapper  # PEFT's own
-    assert torch.equal(logits(other, IDS), logits(model, IDS))
-    expected, actual = gradients(other), gradients(model)
+    switch_fused(model, enabled=False)  # linear layers are added up in another order, experts are not
+    try:
+        assert torch.equal(logits(other, IDS), logits(model, IDS))
+        expected, actual = gradients(other), gradients(model)
+    finally:
+        switch_fused(model, enabled=True)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_the_adapter_does_the_same_in_plain_peft_on_the_unquantized_base_but_for_the_quantization(
-    base: LoadedModel, checkpoint: Path, tmp_path: Path
+    trained: Trained, checkpoint: Path
 ) -> None:
-    untrained = logits(base.base, IDS)
-    model, adapter = saved_adapter(base, tmp_path)
-    trained = logits(model, IDS)
-    other = logits(PeftModel.from_pretrained(load_plain(checkpoint), adapter), IDS)
-    assert (other - trained).std() < 0.4 * (trained - untrained).std()
+    other = logits(PeftModel.from_pretrained(load_plain(checkpoint), trained.adapter), IDS)
+    assert (other - trained.logits).std() < 0.4 * (trained.logits - trained.untrained_logits).std()
 
 
-def test_the_adapter_loads_again_on_a_fresh_quantized_base(
-    base: LoadedModel, checkpoint: Path, tmp_path: Path
-) -> None:
-    model, adapter = saved_adapter(base, tmp_path)
-    again = put_back(load(checkpoint).base, adapter)
-    assert torch.equal(logits(again, IDS), logits(model, IDS))
+def test_the_adapter_loads_again_on_a_fresh_quantized_base(trained: Trained, checkpoint: Path) -> None:
+    again = put_back(load(checkpoint).base, trained.adapter)
+    assert torch.equal(logits(again, IDS), trained.logits)
 
 
 def test_an_adapter_trained_by_plain_peft_loads_on_a_quantized_base(qwen3_moe: Path, tmp_path: Path) -> None:
