@@ -3,6 +3,7 @@
 Models are tiny and random, saved in bf16 as users' are, and computed in fp32, so that results compare to the bit.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,9 +20,9 @@ from qlora_cli.errors import ModelError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.settings.models import LoraSettings
 from tests.integration.training.test_training import base_digest
-from tests.support.models.adapters import put_back
+from tests.support.models.adapters import lora_layers, put_back, settings_of, train_steps
 from tests.support.models.loading import load, logits, refused, save_model
-from tests.support.models.reference_models import IDS, ROWS, dequantized, load_plain
+from tests.support.models.reference_models import IDS, ROWS, dequantize, load_plain
 from tests.support.models.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,27 +62,12 @@ def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    """The model in nf4 with double quantization, which no test changes."""
+    """The model in nf4 with double quantization, which only the last test of a family changes: it trains it."""
     return load(checkpoint)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def losses_of_two_steps(model: PeftModel) -> list[float]:
-    """Return the losses before, between and after two steps."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-        losses.append(loss.item())
-        if len(losses) < 3:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return losses
 
 
 def test_there_are_many_families_including_the_common_ones() -> None:
@@ -146,30 +130,36 @@ def test_logits_are_those_of_plain_transformers_with_the_same_weights_dequantize
     unquantized = load_plain(checkpoint)
     assert loaded.inventory.num_parameters == unquantized.num_parameters()
     quantized, exact = logits(loaded.base, IDS), logits(unquantized, IDS)
-    assert torch.equal(quantized, logits(dequantized(checkpoint, loaded), IDS))
+    assert torch.equal(quantized, logits(dequantize(unquantized, loaded), IDS))
     assert quantized.isfinite().all()
     assert not torch.equal(quantized, exact)  # quantizing did change something
     assert (quantized - exact).std() < 0.5 * exact.std()
 
 
 def test_an_adapter_on_all_linear_layers_trains_and_loads_again_and_leaves_the_base_unchanged(
-    family: str, checkpoint: Path, tmp_path: Path
+    family: str, checkpoint: Path, loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    base = load(checkpoint).base
+    """By rsLoRA, with other ranks and scales in some layers."""
+    base = loaded.base
     head = base.get_output_embeddings()
-    wanted = {name for name, module in linears(base).items() if module is not head and not ROUTER.search(name)}
+    wanted = [name for name, module in linears(base).items() if module is not head and not ROUTER.search(name)]
     left_out = {name for name in wanted if re.search(WITHOUT_ADAPTER.get(family, "$^"), name)}
+    adapted = [name for name in wanted if name not in left_out]
     before = logits(base, IDS)
-    model, notes = attach_adapter(base, LoraSettings(rank=8))
+    leaf, full = adapted[-1].rpartition(".")[2], adapted[0]
+    lora = settings_of(alpha=8, use_rslora=True, rank_pattern={leaf: 4, full: 2}, alpha_pattern={full: 6})
+    model, notes = attach_adapter(base, lora)
     assert bool(left_out) == bool(notes) == (family in WITHOUT_ADAPTER)
-    prefix = "base_model.model."
-    assert {
-        name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    } == wanted - left_out
+    layers = lora_layers(model)
+    assert sorted(layers) == sorted(adapted)
+    for name, layer in layers.items():
+        rank = 2 if name == full else 4 if f".{name}".endswith(f".{leaf}") else 8
+        assert layer.lora_A["default"].weight.shape[0] == rank, name
+        assert layer.scaling["default"] == pytest.approx((6 if name == full else 8) / math.sqrt(rank))
     assert torch.equal(logits(model, IDS), before)  # B is zero
 
     digest = base_digest(model)
-    losses = losses_of_two_steps(model)
+    losses = train_steps(model)
     assert losses[0] > losses[1] > losses[2]
     assert base_digest(model) == digest
     trained = logits(model, IDS)
@@ -199,5 +189,5 @@ def test_falcon_loads_unquantized(falcon: Path) -> None:
     assert torch.equal(logits(loaded.base, IDS), logits(load_plain(falcon), IDS))
     assert loaded.layout.inventory == loaded.inventory
     model, _ = attach_adapter(loaded.base, LoraSettings(rank=8))
-    losses = losses_of_two_steps(model)
+    losses = train_steps(model)
     assert losses[0] > losses[1] > losses[2]

@@ -42,11 +42,15 @@ def round_trip_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def dequantized(checkpoint: Path, loaded: LoadedModel) -> PreTrainedModel:
-    """Return the plain model, in which the weights that `loaded` has quantized are quantized and dequantized.
+    """Return the plain model, in which the weights that `loaded` has quantized are quantized and dequantized."""
+    return dequantize(load_plain(checkpoint), loaded)
+
+
+def dequantize(model: PreTrainedModel, loaded: LoadedModel) -> PreTrainedModel:
+    """Quantize and dequantize those weights of a plain `model` that `loaded` has quantized, and return it.
 
     It computes attention as `loaded` does, so that results may be compared to the bit.
     """
-    model = load_plain(checkpoint)
     model.set_attn_implementation(str(loaded.base.config._attn_implementation))
     round_trip_weights(model, [entry.name for entry in loaded.inventory.entries if entry.is_quantized])
     return model
