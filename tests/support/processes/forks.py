@@ -28,7 +28,8 @@ FORKS.set_forkserver_preload(["tests.support.processes.imported_early"])
 READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
 MOST_SECONDS = 300.0
 GPU_DRIVER = Path("/proc/driver/nvidia")
-READ_WHEN_USED = frozenset({"HF_TOKEN"})
+ENCODING = "PYTHONIOENCODING"  # of the streams, which are opened again in a fork
+READ_WHEN_USED = frozenset({"HF_TOKEN", ENCODING})
 # Read by the client of the hub when it is imported; a command that is to see others reads them again.
 READ_AGAIN = frozenset({"HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_OFFLINE"})
 _environment: dict[str, str] = {}
@@ -172,7 +173,7 @@ def _command(
         os.close(0)
         sys.stdin = None
     redirect(streams / "stdout", streams / "stderr")
-    _open_streams_again()
+    _open_streams_again(environment.get(ENCODING, "utf-8"))
     os.chdir(directory)
     _run_module(module, arguments, environment)
 
@@ -189,7 +190,7 @@ def _command_on_terminal(
         os.dup2(opened, descriptor)
     os.close(opened)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
-    _open_streams_again()
+    _open_streams_again(environment.get(ENCODING, "utf-8"))
     _run_module("qlora_cli", arguments, environment)
 
 
@@ -202,10 +203,10 @@ def _run_module(module: str, arguments: list[str], environment: dict[str, str]) 
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _open_streams_again() -> None:
+def _open_streams_again(encoding: str) -> None:
     # Python's own remember whether they are a terminal, and whether they can be positioned.
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
-    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - open until the end
+    sys.stderr = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _read_environment_again() -> None:
