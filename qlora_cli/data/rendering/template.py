@@ -6,6 +6,7 @@ texts must be prefixes of the whole.
 """
 
 import json
+import marshal
 import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
@@ -27,6 +28,8 @@ TAG = re.compile(r"</?[a-z_:]{1,30}>|\[/?[A-Z_]{1,30}\]|<\|[^|<>\s]{1,30}\|>|/(?
 REASONING_TAGS = ("<think>", "</think>")
 # Variables that switch reasoning off or on in a template.
 REASONING_SWITCHES = tuple({name: value} for value in (False, True) for name in ("enable_thinking", "thinking"))
+# One row has the same prefixes rendered several times. So many texts are kept, if text and conversation are so short.
+MAX_KEPT_TEXTS, MAX_KEPT_SIZE = 64, 2**16
 OTHER_ROWS = "Give a template that takes such rows (--chat-template FILE), or leave them out (--on-bad-row skip)."
 
 
@@ -54,6 +57,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._trains_last = trains_last
         self.timer = RenderTimer(reporter or SilentReporter())
+        self._texts: dict[bytes, str | TemplateRefusalError] = {}
         self.end_tokens = tuple(
             str(tokenizer.added_tokens_decoder[token]) for token in end_ids & tokenizer.added_tokens_decoder.keys()
         )
@@ -84,6 +88,17 @@ class ChatTemplate:
             RowError: the template refuses it.
             ModelError: the template does not end.
         """
+        key = _key_of(conversation, add_generation_prompt)
+        text = None if key is None else self._texts.get(key)
+        if text is None:
+            text = self._render(conversation, add_generation_prompt)
+            if key is not None and len(str(text)) <= MAX_KEPT_SIZE:
+                self._keep(key, text)
+        if isinstance(text, TemplateRefusalError):
+            raise RowError(f"the chat template refuses it: {text}", hint=OTHER_ROWS) from text
+        return text
+
+    def _render(self, conversation: Conversation, add_generation_prompt: bool) -> str | TemplateRefusalError:
         try:
             with self.timer.measured():
                 return render(
@@ -94,7 +109,12 @@ class ChatTemplate:
                     add_generation_prompt=add_generation_prompt,
                 )
         except TemplateRefusalError as error:
-            raise RowError(f"the chat template refuses it: {error}", hint=OTHER_ROWS) from error
+            return TemplateRefusalError(*error.args)  # without the frames that it was raised in
+
+    def _keep(self, key: bytes, text: str | TemplateRefusalError) -> None:
+        if len(self._texts) >= MAX_KEPT_TEXTS:
+            del self._texts[next(iter(self._texts))]
+        self._texts[key] = text
 
     def span(self, conversation: Conversation, index: int, text: str) -> Span:
         """Return the span of the answer `index` in `text`, the rendering of all messages.
@@ -187,6 +207,16 @@ class ChatTemplate:
 def first_messages(conversation: Conversation, num_messages: int) -> Conversation:
     """Return the first messages of a conversation."""
     return replace(conversation, messages=conversation.messages[:num_messages])
+
+
+def _key_of(conversation: Conversation, add_generation_prompt: bool) -> bytes | None:
+    """Return what the text depends on, as bytes; None if it is long, nested deeply, or not of plain values."""
+    content = (conversation.messages, conversation.tools, dict(conversation.template_kwargs), add_generation_prompt)
+    try:
+        key = marshal.dumps(content, 2)  # from version 3 on, equal values may differ
+    except ValueError:
+        return None
+    return key if len(key) <= MAX_KEPT_SIZE else None
 
 
 def _not_as_served_error(index: int, before: str, text: str, switch: str | None, *, trains_last: bool) -> RowError:
