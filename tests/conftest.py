@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,15 @@ def run_qlora() -> RunQlora:
     """
 
     def run(
-        *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, is_forked: bool = True
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        is_forked: bool = True,
+        descriptors: Mapping[int, int] | None = None,
     ) -> Finished:
         environment = {**os.environ, **(env or {})}
-        return Finished(*output_of([*map(str, arguments)], environment, cwd, is_forked=is_forked))
+        command = [*map(str, arguments)]
+        return Finished(*output_of(command, environment, cwd, is_forked=is_forked, descriptors=descriptors))
 
     return run
 

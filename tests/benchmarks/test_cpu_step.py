@@ -1,24 +1,39 @@
 """`benchmarks/cpu_step.py`: a plain loop, TRL's trainer and `qlora train` compute the same steps."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import cpu_step
 from benchmarks.cpu_step import VARIANTS, check_losses, measure, prepare, summary_of
 from benchmarks.cpu_step_case import Paths, Step
+from tests.support.processes.forks import FORKS, is_forkable, output_of
 
 pytestmark = pytest.mark.slow
 
 
+def write_forked(_python: str, size: str, output: Path, **_: Any) -> None:
+    """Make a model as `write_model_in_process` does, without importing everything again."""
+    arguments = ["--size", size, "--output", str(output)]
+    code, _, errors = output_of(arguments, os.environ, module="benchmarks.synthetic")
+    assert code == 0, errors
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return prepare(tmp_path_factory.mktemp("prepared"), "tiny")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paths]:
+    """A model, an adapter and rows; all processes fork from one that has imported everything, if they can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_step, "write_model_in_process", write_forked)
+        if is_forkable(os.environ):
+            patch.setattr(cpu_step, "get_context", lambda _: FORKS)
+        yield prepare(tmp_path_factory.mktemp("prepared"), "tiny")
 
 
-def test_all_programs_train_the_same_adapter_alike(prepared: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_all_programs_train_the_same_adapter_alike(prepared: Paths) -> None:
     chosen = [variant for variant in VARIANTS if variant.name in ("plain-fp32", "trl-fp32", "qlora-fp32")]
     steps = measure(chosen, prepared, warmup=1, rounds=2)
     check_losses(steps, chosen)

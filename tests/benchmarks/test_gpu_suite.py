@@ -2,18 +2,23 @@
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu_suite
 from benchmarks.gpu_cases import CASES, Case, rehearsed
+from benchmarks.gpu_processes import Ended, run_until
 from benchmarks.gpu_suite import Suite, batches, remaining, select_cases
 from benchmarks.records import append, read
 from benchmarks.synthetic import SHAPES
 from qlora_cli.settings.models import LoadSettings, TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
+from tests.support.processes.forks import output_of
 
 NAMED = {"model.name": "model", "data.dataset": "rows.jsonl", "output.directory": "run"}
 GOOD = Case(name="good", size="tiny", settings={"quantization.method": "none"}, num_steps=0)
@@ -82,10 +87,20 @@ def test_a_record_that_was_cut_off_hides_no_other(tmp_path: Path) -> None:
     assert [*read([path])] == [{"case": 1}]
 
 
+def run_forked(command: Sequence[str], *, seconds: float) -> Ended:
+    """Run a case in a fork, which need not import everything again; one that is to be stopped as the suite does."""
+    if seconds <= SLOW.timeout_seconds:
+        return run_until(command, seconds=seconds)
+    _python, _m, module, *arguments = command
+    code, _, errors = output_of(arguments, os.environ, module=module)
+    return Ended(exit_code=code, timed_out=False, seconds=0.0, errors=errors)
+
+
 @pytest.mark.slow
 def test_a_case_that_fails_or_takes_too_long_is_recorded_and_the_next_one_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gpu_suite, "run_until", run_forked)
     arguments = argparse.Namespace(device="cpu", time_limit=600.0)
     results = tmp_path / "results.jsonl"
     cases = [INVALID, SLOW, WITHOUT_PACKAGE, GOOD]

@@ -1,9 +1,6 @@
 """`qlora generate` as scripts and users see it: the answer, headings, keys of --json, stdin, mistakes, a pipe."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,10 @@ from typer.testing import CliRunner, Result
 from qlora_cli.answering.answers import Answer, GenerationReport, PromptAnswers
 from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering import answer_text
+from tests.conftest import RunQlora
 from tests.support.models.adapters import adapt, settings_of, train_steps
 from tests.support.models.loading import save_model
+from tests.support.processes.forks import pipe_without_reader
 from tests.support.processes.light_commands import LightQlora
 
 CPU = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8")
@@ -200,11 +199,8 @@ def test_help_and_wrong_input_are_answered_without_torch(light_qlora: LightQlora
     assert (done.code, done.heavy) == (0 if arguments == ["--help"] else 2, []), done.stderr
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly(base_model: Path) -> None:
-    command = [sys.executable, "-m", "qlora_cli", "generate", str(base_model), "--prompt", "hello", *CPU]
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
-    os.close(write)
-    assert done.returncode == 141
+def test_a_reader_that_leaves_ends_the_command_quietly(run_qlora: RunQlora, base_model: Path) -> None:
+    with pipe_without_reader() as pipe:
+        done = run_qlora("generate", base_model, "--prompt", "hello", *CPU, descriptors={1: pipe})
+    assert done.code == 141
     assert "Traceback" not in done.stderr

@@ -1,10 +1,8 @@
 """`qlora inspect-data` as a user runs it: what it shows, its JSON, its exit codes, and what it must not need."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +275,15 @@ def test_without_a_terminal_and_with_a_closed_pipe(run_qlora: RunQlora, file: Pa
     done = run_qlora(*command)
     assert done.code == 0
     assert "\x1b" not in done.stdout + done.stderr
-    pipe = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} -m qlora_cli {' '.join(command)} | head -n 1"],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-        timeout=120,
-        check=False,
-    )
-    assert pipe.stdout.count("\n") == 1
-    assert "Traceback" not in pipe.stderr
+    with subprocess.Popen(
+        ["/bin/sh", "-c", "head -n 1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as head:
+        assert head.stdin is not None
+        assert head.stdout is not None
+        piped = run_qlora(*command, descriptors={1: head.stdin.fileno()})
+        head.stdin.close()
+        assert head.stdout.read().count("\n") == 1
+    assert "Traceback" not in piped.stderr
 
 
 def test_the_page_is_written_where_it_was_asked_for(file: Path, tokenizer_only: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from qlora_cli.merging.merge_result import (
     Verification,
 )
 from tests.conftest import RunQlora
+from tests.support.processes.forks import pipe_without_reader
 from tests.support.processes.light_commands import LightQlora
 from tests.support.runs.merge_command import adapter_alone, copy_run, merged, qlora_merge, refused, trained_run
 
@@ -272,27 +271,23 @@ def test_an_error_with_json_is_one_object(run: Path) -> None:
 # ---- streams
 
 
-def test_the_reader_of_stdout_may_leave_and_the_model_exists(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qlora_cli", "merge", str(run), "--output", str(tmp_path / "out"), "--no-verify"]
-    process = subprocess.Popen([*command, "--base", "original"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 141
+def test_the_reader_of_stdout_and_stderr_may_leave_and_the_model_exists(
+    run_qlora: RunQlora, run: Path, tmp_path: Path
+) -> None:
+    command = ["merge", run, "--output", tmp_path / "out", "--no-verify", "--base", "original"]
+    with pipe_without_reader() as pipe:
+        assert run_qlora(*command, descriptors={1: pipe, 2: pipe}).code == 141
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_full_stdout_ends_with_1_and_the_model_exists(run: Path, tmp_path: Path) -> None:
+def test_a_full_stdout_ends_with_1_and_the_model_exists(run_qlora: RunQlora, run: Path, tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("there is no /dev/full here")
-    command = [sys.executable, "-m", "qlora_cli", "merge", str(run), "--output", str(tmp_path / "out"), "--no-verify"]
+    command = ["merge", run, "--output", tmp_path / "out", "--no-verify", "--base", "original", "--json"]
     with full.open("w") as stdout:
-        done = subprocess.run(
-            [*command, "--base", "original", "--json"], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120
-        )
-    assert done.returncode == 1
+        done = run_qlora(*command, descriptors={1: stdout.fileno()})
+    assert done.code == 1
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "config.json").is_file()

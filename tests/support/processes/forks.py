@@ -15,7 +15,9 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,12 +78,15 @@ def start_command(
     module: str = "qlora_cli",
     *,
     has_stdin: bool = True,
+    descriptors: Mapping[int, int] | None = None,
 ) -> BaseProcess:
     """Start `python -m MODULE`, `qlora` if none is named, in a directory.
 
     It writes to `stdout` and `stderr` in the folder `streams`, and reads from the null device if it `has_stdin`.
+    `descriptors`: those of this process that take the place of its own.
     """
-    return start_process(_command, module, arguments, dict(environment), directory, streams, has_stdin)
+    passed = {own: Connection(os.dup(ours)) for own, ours in (descriptors or {}).items()}
+    return start_process(_command, module, arguments, dict(environment), directory, streams, has_stdin, passed)
 
 
 def start_on_terminal(
@@ -98,12 +103,18 @@ def output_of(
     *,
     module: str = "qlora_cli",
     is_forked: bool = True,
+    descriptors: Mapping[int, int] | None = None,
 ) -> tuple[int, str, str]:
-    """Run `python -m MODULE` to its end, forked if it can be; return exit code, stdout and stderr."""
+    """Run `python -m MODULE` to its end, forked if it can be; return exit code, stdout and stderr.
+
+    `descriptors`: those of this process that take the place of its own; what it writes to them is not returned.
+    """
+    given = descriptors or {}
     if not (is_forked and is_forkable(environment)):
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            capture_output=True,
+            stdout=given.get(1, subprocess.PIPE),
+            stderr=given.get(2, subprocess.PIPE),
             text=True,
             stdin=subprocess.DEVNULL,
             env=environment,
@@ -111,13 +122,25 @@ def output_of(
             timeout=MOST_SECONDS,
             check=False,
         )
-        return done.returncode, done.stdout, done.stderr
+        return done.returncode, done.stdout or "", done.stderr or ""
     with TemporaryDirectory() as name:
         streams = Path(name)
-        process = start_command(arguments, environment, directory or Path.cwd(), streams, module)
+        folder = directory or Path.cwd()
+        process = start_command(arguments, environment, folder, streams, module, descriptors=given)
         code = end_of(process, MOST_SECONDS)
         stdout, stderr = ((streams / stream).read_text(encoding="utf-8") for stream in ("stdout", "stderr"))
         return code, stdout, stderr
+
+
+@contextmanager
+def pipe_without_reader() -> Iterator[int]:
+    """Yield the end to write to of a pipe whose reader left before the first byte."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        yield write_end
+    finally:
+        os.close(write_end)
 
 
 def cpu_seconds_of(process: BaseProcess) -> float:
@@ -168,14 +191,24 @@ def _command(
     directory: Path,
     streams: Path,
     has_stdin: bool,
+    descriptors: Mapping[int, Connection],
 ) -> None:
     if not has_stdin:  # as Python finds it where the descriptor is closed
         os.close(0)
         sys.stdin = None
     redirect(streams / "stdout", streams / "stderr")
+    for own, connection in descriptors.items():
+        os.dup2(connection.fileno(), own)
+        connection.close()
     _open_streams_again(environment.get(ENCODING, "utf-8"))
     os.chdir(directory)
-    _run_module(module, arguments, environment)
+    try:
+        _run_module(module, arguments, environment)
+    finally:
+        try:
+            sys.stderr.flush()
+        except BrokenPipeError:  # at the exit of a process Python ignores it; that of a fork would fail
+            sys.stderr = None
 
 
 def _command_on_terminal(
