@@ -26,7 +26,7 @@ def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = directory / "rows.jsonl"
     rows.write_text("".join(lines), encoding="utf-8")
     run = directory / "run"
-    train(train_settings(base_model, rows, run, **EXACT), Copier(run, *range(1, 7)))
+    train(train_settings(base_model, rows, run, **EXACT), Copier(run, *range(1, 7), 10, 11))
     return run
 
 

@@ -20,6 +20,7 @@ from qlora_cli.runs.directory import RunDirectory, RunLock
 from qlora_cli.runs.find_runs import read_run
 from qlora_cli.runs.history import read_history
 from qlora_cli.runs.report.run_page import write_report
+from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.run_plan import settle_run
@@ -98,7 +99,7 @@ def notes_of(recorder: Recorder) -> list[str]:
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit"])
 def test_8_bit_states_are_restored(base_model: Path, rows: Path, tmp_path: Path, optimizer: str) -> None:
-    changed = {**EXACT, "training__optimizer": optimizer, "training__max_steps": 6}
+    changed = {**EXACT, "training__optimizer": optimizer, "training__max_steps": 6, "training__save_steps": 3}
     train(train_settings(base_model, rows, tmp_path / "whole", **changed), Copier(tmp_path / "whole", 3))
     place_killed(tmp_path / "whole", 3, tmp_path / "run")
     train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
@@ -121,25 +122,25 @@ def test_every_way_to_feed_and_to_adapt_resumes_exactly(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, object]
 ) -> None:
     monkeypatch.setattr("qlora_cli.data.feeding.stream.WINDOW_ROWS", 4)  # the run is resumed in the second one
-    settings = {**EXACT, "training__max_steps": 5, **changed}
+    settings = {**EXACT, "training__max_steps": 5, "training__save_steps": 3, **changed}
     train(train_settings(base_model, rows, tmp_path / "whole", **settings), Copier(tmp_path / "whole", 3))
     place_killed(tmp_path / "whole", 3, tmp_path / "run")
     train(train_settings(base_model, rows, tmp_path / "run", **settings), Recorder())
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("is_resumed", [False, True])
-def test_the_speed_shown_later_is_that_of_the_result(
-    base_model: Path, rows: Path, tmp_path: Path, is_resumed: bool, kill_at: KillAt
+def assert_speed_is_shown(run: Path, result: TrainResult) -> None:
+    assert read_run(run).summary.tokens_per_second == pytest.approx(result.tokens_per_second)
+
+
+def test_the_speed_shown_later_is_that_of_the_result(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **{**EXACT, "training__max_steps": 5})
+    assert_speed_is_shown(tmp_path / "run", train(settings, Recorder()))
+
+
+def test_the_step_it_resumes_from_is_noted_and_its_speed_is_shown_later(
+    base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
-    settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    if is_resumed:
-        kill_at(5)
-    result = train(settings, Recorder())
-    assert read_run(tmp_path / "run").summary.tokens_per_second == pytest.approx(result.tokens_per_second)
-
-
-def test_the_step_it_resumes_from_is_noted(base_model: Path, rows: Path, tmp_path: Path, kill_at: KillAt) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
     kill_at(5)
     recorder = Recorder()
@@ -150,20 +151,21 @@ def test_the_step_it_resumes_from_is_noted(base_model: Path, rows: Path, tmp_pat
     assert result.resumed_from_step == 5
     (entry,) = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["resumed"]
     assert entry["step"] == 5
+    assert_speed_is_shown(tmp_path / "run", result)
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    kill_at(6)
-    weights = tmp_path / "run" / "checkpoints" / "step-6" / "adapter_model.safetensors"
+    kill_at(11)
+    weights = tmp_path / "run" / "checkpoints" / "step-11" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     recorder = Recorder()
-    assert train(settings, recorder).resumed_from_step == 5
-    assert any("step-6" in note and "adapter_model.safetensors" in note for note in notes_of(recorder))
+    assert train(settings, recorder).resumed_from_step == 10
+    assert any("step-11" in note and "adapter_model.safetensors" in note for note in notes_of(recorder))
     assert_same(tmp_path / "run", whole)
 
 
@@ -194,7 +196,7 @@ def test_settings_that_may_change_are_listed_and_take_effect(
 def test_the_micro_batch_may_change_if_the_batch_does_not(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
-    kill_at(5)
+    kill_at(11)
     changed = {**EXACT, "training__micro_batch_size": 2, "training__gradient_accumulation_steps": 1}
     train(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     steps = [row[0] for row in metrics_of(tmp_path / "run") if len(row) > 3]
@@ -234,18 +236,18 @@ def test_settings_that_would_falsify_the_result_are_refused(
 def test_other_rows_are_refused_but_not_the_same_rows_under_another_name(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
-    kill_at(4)
+    kill_at(11)
     moved = rows.rename(tmp_path / "moved.jsonl")
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join(moved.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SettingsError, match="the rows are not those that were trained until step 4"):
+    with pytest.raises(SettingsError, match="the rows are not those that were trained until step 11"):
         train(train_settings(base_model, shorter, tmp_path / "run", **EXACT), Recorder())
     train(train_settings(base_model, moved, tmp_path / "run", **EXACT), Recorder())
     assert_same(tmp_path / "run", whole)
 
 
 def test_a_constant_schedule_may_be_trained_longer(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    constant = {**EXACT, "training__schedule": "constant", "training__max_steps": 4}
+    constant = {**EXACT, "training__schedule": "constant", "training__max_steps": 4, "training__save_steps": 2}
     train(train_settings(base_model, rows, tmp_path / "whole", **constant), Recorder())
     train(train_settings(base_model, rows, tmp_path / "run", **{**constant, "training__max_steps": 2}), Recorder())
     result = train(train_settings(base_model, rows, tmp_path / "run", **constant), Recorder())
@@ -408,14 +410,14 @@ def test_a_run_of_an_older_version_resumes(
     base_model: Path, rows: Path, tmp_path: Path, whole: Path, kill_at: KillAt
 ) -> None:
     settings = train_settings(base_model, rows, tmp_path / "run", **EXACT)
-    kill_at(2)
+    kill_at(10)
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     for key in ("plan", "resumed", "base_model_digest", "versions"):
         del record[key]
     del record["settings"]["training"]["on_nan"]
     path.write_text(json.dumps(record), encoding="utf-8")
-    assert train(settings, Recorder()).resumed_from_step == 2
+    assert train(settings, Recorder()).resumed_from_step == 10
     assert_same(tmp_path / "run", whole)
 
 

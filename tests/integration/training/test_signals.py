@@ -133,17 +133,15 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     base_model: Path, rows: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """There is nothing to save yet, and a first step may take minutes: longer than a batch system waits."""
-    settings, recorder = train_settings(base_model, rows, tmp_path / "run", **LONG), SignalBeforeTheFirstStep(number)
+    settings = train_settings(base_model, rows, tmp_path / "run", **{**LONG, "training__max_steps": 3})
+    recorder = SignalBeforeTheFirstStep(number)
     with pytest.raises(SystemExit) as ended:
         train(settings, recorder)
     assert ended.value.code == 128 + number
     assert not [event for event in recorder.events if isinstance(event, StepDone)]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
     # The same command then trains, from the start and in the end as if nothing had happened.
-    changed = {**LONG, "training__max_steps": 3}
-    with pytest.raises(SystemExit):
-        train(train_settings(base_model, rows, tmp_path / "again", **changed), SignalBeforeTheFirstStep(number))
-    result = train(train_settings(base_model, rows, tmp_path / "again", **changed), Recorder())
+    result = train(settings, Recorder())
     assert (result.steps, result.resumed_from_step, result.interrupted_by) == (3, 0, None)
 
 
