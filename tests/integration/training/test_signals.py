@@ -97,9 +97,9 @@ def test_a_signal_ends_the_run_within_a_step_with_a_checkpoint_that_resumes_exac
 def test_a_second_signal_ends_it_at_once(base_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Steps that take long, of which the first is done: before that, one signal is enough.
-    changed = {**LONG, "training__gradient_accumulation_steps": 100, "training__max_steps": 2}
+    changed = {**LONG, "training__gradient_accumulation_steps": 50, "training__max_steps": 2}
     rows = tmp_path / "rows.jsonl"
-    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:203]  # three are held out
+    lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:103]  # three are held out
     rows.write_text("".join(lines), encoding="utf-8")
     settings = train_settings(base_model, rows, run, **changed)
     process = start_training(settings, tmp_path / "log")
