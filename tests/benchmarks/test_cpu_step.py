@@ -16,7 +16,7 @@ from tests.support.processes.forks import FORKS, is_forkable, output_of
 pytestmark = pytest.mark.slow
 
 
-def write_forked(_python: str, size: str, output: Path, **_: Any) -> None:
+def write_forked(_python: str, size: str, output: Path, **_more: Any) -> None:
     """Make a model as `write_model_in_process` does, without importing everything again."""
     arguments = ["--size", size, "--output", str(output)]
     code, _, errors = output_of(arguments, os.environ, module="benchmarks.synthetic")
