@@ -28,6 +28,7 @@ from tests.support.models.reference_models import ROWS
 from tests.support.runs.merging import (
     loaded_plain,
     merge,
+    merge_again,
     plain_logits,
     random_run,
     request_of,
@@ -154,7 +155,7 @@ def test_merging_into_the_dequantized_base_gives_the_model_that_was_trained(case
     adapted = plain_logits(case.model).float()
     merged = merge(case.run, output=tmp_path / "merged", base="dequantized", dtype="fp32")
     merged_logits = plain_logits(loaded_plain(merged.directory))
-    original = merge(case.run, output=tmp_path / "original", base="original", dtype="fp32")
+    original = merge_again(merged, tmp_path / "original", dtype=MergeDtype.FP32, kind=BaseWeights.ORIGINAL)
     original_logits = plain_logits(loaded_plain(original.directory))
     if not case.rounds_products:
         torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
@@ -218,7 +219,7 @@ def test_merging_gives_a_16_bit_model_that_plain_transformers_loads(prequantized
         torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
     streamed = streamed_logits(exact, with_adapters=True, kind=BaseWeights.DEQUANTIZED)
     torch.testing.assert_close(streamed, merged_logits, rtol=1e-4, atol=1e-4)
-    merged = merge(prequantized.run, output=tmp_path / "merged", dtype="bf16")
+    merged = merge_again(exact, tmp_path / "merged", dtype=MergeDtype.BF16)
     assert {value.dtype for value in merged.tensors.values()} == {torch.bfloat16}
     loaded = loaded_plain(merged.directory, "auto")
     assert not hasattr(loaded.config, "quantization_config")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from qlora_cli.settings.choices import MergeDtype
 from tests.support.models.loading import save_model
 from tests.support.models.reference_models import ROWS, load_plain
 from tests.support.runs.merging import (
@@ -14,6 +15,7 @@ from tests.support.runs.merging import (
     assert_same,
     loaded_plain,
     merge,
+    merge_again,
     merged_by_peft,
     on_plain,
     plain_logits,
@@ -105,10 +107,10 @@ def merged_exactly(base: Path, config: LoraConfig, place: Path) -> tuple[Merged,
     adapter = save(model, place / "adapter", save_embedding_layers=False)
     adapted = plain_logits(model)
     assert (adapted - plain_logits(load_plain(base))).abs().max() > 1e-3
-    exact = merge(adapter, output=place / "exact", dtype="fp32")
+    merged = merge(adapter, output=place / "merged")
+    exact = merge_again(merged, place / "exact", dtype=MergeDtype.FP32)
     torch.testing.assert_close(plain_logits(loaded_plain(exact.directory)), adapted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(streamed_logits(exact, with_adapters=True), adapted, rtol=1e-5, atol=1e-5)
-    merged = merge(adapter, output=place / "merged")
     verification = verified(merged)
     assert verification.is_exact, verification
     assert verification.modules is not None

@@ -77,13 +77,21 @@ def merge(*adapters: Path, output: Path, **values: Any) -> Merged:
     return write(*planned(request_of(*adapters, **values)), output)
 
 
-def merge_again(merged: Merged, output: Path, *, dtype: MergeDtype = MergeDtype.KEEP, weight: float = 1) -> Merged:
-    """Merge what was read for `merged` in another dtype, or with another weight."""
+def merge_again(
+    merged: Merged,
+    output: Path,
+    *,
+    dtype: MergeDtype = MergeDtype.KEEP,
+    weight: float = 1,
+    kind: BaseWeights | None = None,
+) -> Merged:
+    """Merge what was read for `merged` in another dtype, with another weight, or into another kind of base."""
     inputs = merged.inputs
     asked = inputs.request.merge.model_copy(update={"dtype": dtype, "weights": (weight,)})
     changes = {name: [replace(one, weight=weight) for one in several] for name, several in inputs.changes.items()}
     inputs = replace(inputs, request=inputs.request.model_copy(update={"merge": asked}), changes=changes)
-    return write(inputs, plan_merge(inputs.base, inputs.config, changes, merged.plan.base, dtype), output)
+    plan = plan_merge(inputs.base, inputs.config, changes, kind or merged.plan.base, dtype)
+    return write(inputs, plan, output)
 
 
 def write(inputs: Inputs, plan: MergePlan, output: Path) -> Merged:
