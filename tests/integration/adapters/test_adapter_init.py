@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.adapters.initialization import as_trained, initialize
+from qlora_cli.adapters.targets import adapted_layers, target_modules
 from qlora_cli.adapters.writer import save_adapter, save_trained_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
@@ -280,15 +281,21 @@ def test_pissa_with_more_components_than_a_layer_has_is_refused(llama: Path) -> 
 # ---- LoftQ
 
 
+@pytest.fixture(scope="module", params=[*CHOSEN, "mixtral", "phi3"])
+def unadapted(saved: Make, request: pytest.FixtureRequest) -> tuple[Path, torch.Tensor, torch.Tensor, str]:
+    """A base, its logits unquantized and in nf4, and the end of the name of one of its layers."""
+    base = saved(request.param)
+    loaded = load(base).base
+    leaf = next(iter(adapted_layers(loaded, target_modules(loaded, settings_of())[0]))).rpartition(".")[2]
+    return base, logits(load_plain(base), IDS), logits(loaded, IDS), leaf
+
+
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True, "rank_pattern": {"c_attn": 4}}, {"use_dora": True}])
-@pytest.mark.parametrize("family", [*CHOSEN, "mixtral", "phi3"])
 def test_loftq_begins_nearer_to_the_unquantized_model_than_nf4_alone(
-    saved: Make, family: str, lora: dict[str, object], tmp_path: Path
+    unadapted: tuple[Path, torch.Tensor, torch.Tensor, str], lora: dict[str, object], tmp_path: Path
 ) -> None:
-    base = saved(family)
-    exact, alone = logits(load_plain(base), IDS), logits(load(base).base, IDS)
+    base, exact, alone, leaf = unadapted
     if "rank_pattern" in lora:
-        leaf = next(iter(lora_layers(adapt(base, settings_of())))).rpartition(".")[2]
         lora = {**lora, "rank_pattern": {leaf: 4}}
     errors = [(alone - exact).norm()]
     for rank in (8, 32):

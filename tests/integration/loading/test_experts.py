@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_cli.errors import ModelError
 from qlora_cli.events import SilentReporter
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Saved by transformers as one tensor an expert and matrix, as their checkpoints have been from the beginning.
 ONE_TENSOR_AN_EXPERT = ("mixtral", "qwen3_moe", "glm4_moe")
-STORED = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+STORED = [("nf4", False), ("fp4", True), ("fp4", False)]  # besides the default, which is shared
 
 
 @pytest.fixture(scope="module", params=MOE)
@@ -71,10 +71,10 @@ def same_states_of_constants(actual: QuantState, expected: QuantState) -> bool:
     return torch.equal(actual.absmax, expected.absmax) and torch.equal(actual.code, expected.code)
 
 
-def assert_experts_are_those_of_bitsandbytes(loaded: LoadedModel, checkpoint: Path) -> None:
-    """Compare each expert with the whole fused weight of plain transformers, quantized at once."""
+def assert_experts_are_those_of_bitsandbytes(loaded: LoadedModel, plain: PreTrainedModel) -> None:
+    """Compare each expert with the whole fused weight of a plain model, quantized at once."""
     settings = loaded.settings.quantization
-    weights = dict(load_plain(checkpoint).named_parameters())
+    weights = dict(plain.named_parameters())
     chains = parametrized(loaded.base)
     assert chains.keys() == set(loaded.layout.experts)
     assert chains
@@ -124,12 +124,22 @@ def test_routers_norms_biases_and_heads_stay_in_16_bit(checkpoint: Path) -> None
 # ---- to the bit
 
 
+@pytest.fixture(scope="module")
+def plain(checkpoint: Path) -> PreTrainedModel:
+    """The model as plain transformers loads it, which no test changes."""
+    return load_plain(checkpoint)
+
+
 @pytest.mark.parametrize(("method", "double"), STORED)
 def test_experts_are_those_of_bitsandbytes_on_the_whole_weight_to_the_bit(
-    checkpoint: Path, method: str, double: bool
+    checkpoint: Path, plain: PreTrainedModel, method: str, double: bool
 ) -> None:
     loaded = load(checkpoint, quantization__method=method, quantization__double_quant=double)
-    assert_experts_are_those_of_bitsandbytes(loaded, checkpoint)
+    assert_experts_are_those_of_bitsandbytes(loaded, plain)
+
+
+def test_experts_are_those_of_bitsandbytes_by_default(loaded: LoadedModel, plain: PreTrainedModel) -> None:
+    assert_experts_are_those_of_bitsandbytes(loaded, plain)
 
 
 @pytest.mark.parametrize("name", ONE_TENSOR_AN_EXPERT)
@@ -143,7 +153,7 @@ def test_experts_are_the_same_from_one_tensor_each_in_many_shards(name: str, tmp
             assert not [key for key in tensors.keys() if key.endswith("gate_up_proj")]  # noqa: SIM118
     assert len(layers_of_files) > 8
     assert any(sum(layer in layers for layers in layers_of_files) > 1 for layer in set().union(*layers_of_files))
-    assert_experts_are_those_of_bitsandbytes(load(sharded), whole)
+    assert_experts_are_those_of_bitsandbytes(load(sharded), load_plain(whole))
 
 
 def save_sharded(checkpoint: Path, directory: Path) -> Path:
@@ -157,7 +167,7 @@ def test_experts_are_the_same_from_stacked_tensors(name: str, tmp_path: Path) ->
     stacked = copy_tokenizer(save_stacked(apart, tmp_path / "stacked"))
     with safe_open(stacked / "model.safetensors", "pt") as tensors:
         assert [key for key in tensors.keys() if key.endswith("experts.gate_up_proj")]  # noqa: SIM118
-    assert_experts_are_those_of_bitsandbytes(load(stacked), apart)
+    assert_experts_are_those_of_bitsandbytes(load(stacked), load_plain(apart))
 
 
 def save_stacked(checkpoint: Path, directory: Path) -> Path:
@@ -231,7 +241,7 @@ def test_no_more_than_one_expert_is_held_while_they_are_read(
     assert len(watches) == len(loaded.layout.experts)
     # A weight of gate and up is read from two tensors an expert, one of down from one.
     assert sorted({(watch.num_reads, watch.most_alive) for watch in watches}) == [(4, 1), (8, 2)]
-    assert_experts_are_those_of_bitsandbytes(loaded, checkpoint)
+    assert_experts_are_those_of_bitsandbytes(loaded, load_plain(checkpoint))
 
 
 # ---- computed with
