@@ -21,7 +21,7 @@ from tests.conftest import Recorder, train_settings
 from tests.integration.memory.test_memory_before_training import card
 from tests.support.models.adapters import adapt, settings_of
 from tests.support.models.loading import save_model
-from tests.support.models.tracing import deep_config
+from tests.support.models.tracing import UncountedStep, deep_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,7 @@ def _estimated(family: str, lora: str, whole: bool) -> tuple[Peaks, TracedRun]:
             "training": {"gradient_accumulation_steps": 4},
         }
     )
-    estimator = Estimator(facts, whole=whole)
+    estimator = Estimator(facts, whole=whole, loop=UncountedStep)
     return estimator.peaks(settings, A100), estimator.traced(settings, A100)
 
 

@@ -268,6 +268,8 @@ def test_quantizing_a_prequantized_checkpoint_differently_is_never_proposed(
         "paged_adamw_8bit",
         "--gpu",
         "300MiB",
+        "--max-length",
+        "256",
         "--json",
     )
 

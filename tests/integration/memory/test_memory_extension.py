@@ -26,7 +26,7 @@ from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.support.models.tiny_models import FAMILIES
-from tests.support.models.tracing import deep_config, meta_model_of, peaks, step_settings
+from tests.support.models.tracing import UncountedStep, deep_config, meta_model_of, peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,7 +96,8 @@ def estimate(family: str, *, whole: bool, gpu: Gpu = A100, **training: Any) -> P
         },
     }
     settings = EstimateSettings.model_validate(values)
-    return Estimator(facts, evaluates=family in WITH_STATES, whole=whole).peaks(settings, gpu)
+    estimator = Estimator(facts, evaluates=family in WITH_STATES, whole=whole, loop=UncountedStep)
+    return estimator.peaks(settings, gpu)
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -189,16 +190,16 @@ def test_few_layers_extend_in_every_kind_of_step(family: str, step: str) -> None
     few, whole = few_and_whole(family, step if adapter else None)
     assert few.stack is not None
     assert len(few.chosen) < len(few.stack.kinds) == 6
-    extended = extend(trace_step(few, settings).trace, few.stack, few.chosen)
-    assert peaks(extended) == peaks(passes_of(trace_step(whole, settings).trace))
+    extended = extend(trace_step(few, settings, UncountedStep).trace, few.stack, few.chosen)
+    assert peaks(extended) == peaks(passes_of(trace_step(whole, settings, UncountedStep).trace))
 
 
 def test_adapters_on_experts_extend_too() -> None:
     config = deep_config("qwen3_moe", 6)
     few, whole = (meta_model_of(config, whole=is_whole, target_parameters="all-experts") for is_whole in (False, True))
     assert few.stack is not None
-    extended = extend(trace_step(few, step_settings()).trace, few.stack, few.chosen)
-    assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings()).trace))
+    extended = extend(trace_step(few, step_settings(), UncountedStep).trace, few.stack, few.chosen)
+    assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings(), UncountedStep).trace))
 
 
 def test_experts_are_predicted_in_fp16_on_a_gpu_that_has_no_grouped_products() -> None:
@@ -233,8 +234,8 @@ def test_a_layer_in_16_bit_is_a_kind_of_its_own() -> None:
     few, whole = (meta_model_of(config, whole=is_whole, quantization=skip) for is_whole in (False, True))
     assert few.stack is not None
     assert few.stack.kinds == (0, 0, 1, 0, 0, 0, 0)
-    extended = extend(trace_step(few, step_settings()).trace, few.stack, few.chosen)
-    assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings()).trace))
+    extended = extend(trace_step(few, step_settings(), UncountedStep).trace, few.stack, few.chosen)
+    assert peaks(extended) == peaks(passes_of(trace_step(whole, step_settings(), UncountedStep).trace))
 
 
 def test_allocations_and_releases_that_do_not_match_are_an_error_not_a_guess() -> None:

@@ -24,15 +24,15 @@ def card(gib: int) -> Gpu:
 
 
 # Models, and the tokens of the rows of which several may fill a micro-batch.
-@pytest.fixture(scope="module", params=[("qwen2.5-0.5b", 256), ("llama-3.1-8b", 256), ("llama-3.1-70b", None)])
+@pytest.fixture(scope="module", params=[("qwen2.5-0.5b", 128), ("llama-3.1-8b", 128), ("llama-3.1-70b", None)])
 def plan_for(request: pytest.FixtureRequest) -> Callable[[int], PlannedRun]:
     """Return a function that plans a run of a model for a card of a size; each kind is traced once."""
     name, mean = request.param
     model = find_in_catalogue(name)
     assert model is not None
     estimator = Estimator(ModelFacts(name=model.name, content=dict(model.config)), evaluates=False)
-    settings = EstimateSettings.model_validate({"model": {"name": model.name}, "data": {"max_length": 2048}})
-    rows = None if mean is None else average_step(np.array([2048, *[mean] * 63]), settings.training)
+    settings = EstimateSettings.model_validate({"model": {"name": model.name}, "data": {"max_length": 1024}})
+    rows = None if mean is None else average_step(np.array([1024, *[mean] * 63]), settings.training)
     return lambda gib: plan_run(settings, card(gib), estimator.estimate, estimator.recomputed_products, rows)
 
 

@@ -7,17 +7,23 @@ import pytest
 from qlora_cli.memory.costs.run_time import MAX_PREDICTED, with_run
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate, RunFigures, StepTime, figures_of_run
 from qlora_cli.memory.run_batches import RunBatches, run_batches, with_tokens
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 from qlora_cli.settings.settle import with_settings
-from tests.integration.memory.test_step_time import RTX_4090, estimator, settings_of, time_of
-
-__all__ = ["estimator"]  # a fixture
+from tests.integration.memory.test_step_time import RTX_4090, WIDE, settings_of, time_of
+from tests.support.models.tracing import deep_config
 
 # Micro-batches by their tokens, as rows of very different lengths make them: short ones most often.
-SIZES = tuple((tokens, 1 + 40_000 // tokens) for tokens in range(40, 4096, 211))
+SIZES = tuple((tokens, 1 + 40_000 // tokens) for tokens in range(40, 4096, 311))
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    config = deep_config("llama", 2, **WIDE, head_dim=128)
+    return Estimator(ModelFacts(name="wide", content={**config.to_dict(), "max_position_embeddings": 65_536}))
 
 
 def run_of(estimator: Estimator, *, gpu: Gpu = RTX_4090, epochs: float = 1, **asked: object) -> RunFigures:
@@ -63,7 +69,7 @@ def test_a_run_has_no_cost_without_a_price_and_no_time_without_rows_or_rates(est
     "changed",
     [
         {},
-        {"training.micro_batch_tokens": 4096},
+        {"training.micro_batch_tokens": 4096, "training.gradient_accumulation_steps": 16},
         {"data.packing": True},
         {"training.gradient_checkpointing": Checkpointing.ON},
     ],
@@ -72,7 +78,7 @@ def test_a_run_has_no_cost_without_a_price_and_no_time_without_rows_or_rates(est
 def test_the_sizes_that_are_not_traced_lie_where_tracing_would_put_them(
     estimator: Estimator, changed: dict[str, object]
 ) -> None:
-    settings = with_settings(settings_of(gradient_accumulation_steps=16), changed)
+    settings = with_settings(settings_of(gradient_accumulation_steps=1), changed)
     assert len(SIZES) > 2 * MAX_PREDICTED
     run = predicted(estimator, settings, RunBatches(num_steps=90, by_tokens=SIZES))
 

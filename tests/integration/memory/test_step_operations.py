@@ -7,10 +7,8 @@ import torch
 
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.tracing.operation_count import OperationCount
 from qlora_cli.memory.tracing.operations import CAUSAL_AT, operations_of
 from qlora_cli.memory.tracing.owners import Owner
-from qlora_cli.memory.tracing.training_step import TrainingStep
 from qlora_cli.timing.operation import Operation, OperationKind, Pass
 from tests.support.models.counted_steps import (
     ATTENTION_FLOPS,
@@ -26,7 +24,7 @@ from tests.support.models.counted_steps import (
     flops_by_kind,
     settings_of,
 )
-from tests.support.models.tracing import deep_config
+from tests.support.models.tracing import UncountedStep, deep_config
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "selective", "off"])
@@ -52,25 +50,11 @@ def test_the_flops_of_one_layer_are_those_counted_by_hand(checkpointing: str) ->
     assert flops == {}
 
 
-class _Uncounted(OperationCount):
-    def watch(self, *_: Any) -> list[Any]:
-        return []
-
-    def start(self) -> None:
-        pass
-
-
-class _UncountedStep(TrainingStep):
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.operations = _Uncounted(self.trace, 1)
-
-
 @pytest.mark.parametrize("checkpointing", ["on", "selective", "off", "offload"])
 def test_counting_does_not_change_the_memory_of_a_step(checkpointing: str) -> None:
     facts = ModelFacts(name="tiny", content=deep_config("llama").to_dict())
     settings = settings_of(checkpointing, gradient_accumulation_steps=2)
-    without = Estimator(facts, loop=_UncountedStep).traced(settings, GPU)
+    without = Estimator(facts, loop=UncountedStep).traced(settings, GPU)
     assert without.micro_batch == ()
     assert Estimator(facts).traced(settings, GPU).events == without.events
 

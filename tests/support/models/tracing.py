@@ -7,8 +7,9 @@ import torch
 
 from qlora_cli.memory.replaying.allocator import CachingAllocator
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
+from qlora_cli.memory.tracing.operation_count import OperationCount
 from qlora_cli.memory.tracing.passes import Passes
-from qlora_cli.memory.tracing.training_step import StepSettings
+from qlora_cli.memory.tracing.training_step import StepSettings, TrainingStep
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
@@ -57,6 +58,22 @@ def step_settings(**changes: Any) -> StepSettings:
     }
     is_padded = values["batch_size"] > 1 and not values.get("is_packed")
     return StepSettings(**{"is_padded": is_padded, **values})
+
+
+class _Uncounted(OperationCount):
+    def watch(self, *_: Any) -> list[Any]:
+        return []
+
+    def start(self) -> None:
+        pass
+
+
+class UncountedStep(TrainingStep):
+    """A step whose operations are not counted, for tests of its memory, which counting does not change."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.operations = _Uncounted(self.trace, 1)
 
 
 def meta_model_of(
