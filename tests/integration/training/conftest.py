@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.training.train_run import train
-from tests.conftest import ASSETS, train_settings
+from tests.conftest import ASSETS, Recorder, train_settings
 from tests.support.processes.killed_runs import EXACT, Copier, place_killed
 
 KillAt = Callable[[int], None]
@@ -22,12 +22,25 @@ def base_model(shallow_base: Path) -> Path:
 def whole(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run, on the rows that every test has in a file of its own."""
     directory = tmp_path_factory.mktemp("whole")
+    rows, run = write_rows(directory), directory / "run"
+    train(train_settings(base_model, rows, run, **EXACT), Copier(run, *range(1, 7), 10, 11))
+    return run
+
+
+@pytest.fixture(scope="session")
+def default_run(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the settings of `train_settings`, on the rows that every test has: no test may change it."""
+    directory = tmp_path_factory.mktemp("default")
+    train(train_settings(base_model, write_rows(directory), directory / "run"), Recorder())
+    return directory / "run"
+
+
+def write_rows(directory: Path) -> Path:
+    """Write the rows that every test has in a file of its own."""
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:12]
     rows = directory / "rows.jsonl"
     rows.write_text("".join(lines), encoding="utf-8")
-    run = directory / "run"
-    train(train_settings(base_model, rows, run, **EXACT), Copier(run, *range(1, 7), 10, 11))
-    return run
+    return rows
 
 
 @pytest.fixture
