@@ -66,8 +66,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Take what is imported and collected out of every later search for cycles: each training asks for one."""
+    _freeze()
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_imports() -> None:
+    """Take what earlier modules have imported when they needed it out of that search, too."""
+    _freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
