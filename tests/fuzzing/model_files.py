@@ -92,4 +92,4 @@ def _adapters(directory: Path) -> Callable[[Generator], None]:
 
 
 HEADER = Target(name="header", prepare=_headers, num_rounds=6000)
-ADAPTER = Target(name="adapter", prepare=_adapters, num_rounds=2000)
+ADAPTER = Target(name="adapter", prepare=_adapters, num_rounds=600)

@@ -223,7 +223,8 @@ def test_compiled_layers_train_to_the_same_losses(base_model: Path, tmp_path: Pa
         "training__gradient_checkpointing": checkpointing,
         "training__sample_prompts": ["word word"],
         "training__sample_tokens": 4,
-        **({"data__eval_split": 2} if checkpointing == "on" else {}),
+        # Capturing takes longest where all layers are adapted: that is done once, with layers that are recomputed.
+        **({"data__eval_split": 2} if checkpointing == "on" else {"lora__target_modules": ["q_proj", "down_proj"]}),
     }
     plain = steps_of(base_model, rows, tmp_path / "plain", **flags)
     assert not counters["stats"]
