@@ -1,8 +1,8 @@
 """Processes forked from one that has imported everything: a command starts in milliseconds, not in seconds.
 
 Python forks such a process for `multiprocessing`; nothing has been computed in it, so that no thread of OpenMP is
-missing in what it forks. Tests whose subject is how a process starts (what it imports, closed pipes, a full disk
-below stdout) start Python themselves.
+missing in what it forks. Tests whose subject is how a process starts and exits (what it imports, what Python itself
+does about closed pipes and full disks) start Python themselves.
 """
 
 import fcntl
