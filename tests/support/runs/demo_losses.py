@@ -16,7 +16,7 @@ from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
 
-NUM_STEPS = 10
+NUM_STEPS = 20
 FOLDER = Path(__file__).parents[2] / "golden" / "losses"
 # The libraries whose releases may change a loss: those that multiply, build the model, train, adapt and quantize it.
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
