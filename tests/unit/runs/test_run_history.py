@@ -28,7 +28,7 @@ from qlora_cli.runs.metrics import EVENT_NAMES, GAPS
 from qlora_cli.units import MIB
 from tests.support.runs.run_directories import START, eval_done, lines_of, sample_done, step_done, write_run
 
-NUM_EVENTS = 10_000
+NUM_EVENTS = 20_000
 STARTED = TrainingStarted(num_steps=10, output=Path("run"))
 
 
@@ -231,9 +231,9 @@ def test_a_line_without_an_end_is_damage_and_takes_no_memory(tmp_path: Path) -> 
     assert peak_bytes < 100 * MIB
 
 
-def test_100_000_lines_are_read_in_linear_time(tmp_path: Path) -> None:
+def test_200_000_lines_are_read_in_linear_time(tmp_path: Path) -> None:
     seconds = []
-    for number in (10_000, 100_000):
+    for number in (20_000, 200_000):
         write_steps(tmp_path, number)
         start = time.process_time()
         history = read_history(tmp_path)
@@ -246,9 +246,9 @@ def test_100_000_lines_are_read_in_linear_time(tmp_path: Path) -> None:
 def test_many_events_and_one_step_repeated_as_often_are_read_in_linear_time(
     tmp_path: Path, kind: Callable[..., Event]
 ) -> None:
-    """10,000 events of each kind, and then a step repeated as often that undoes none, one or all of them.
+    """20,000 events of each kind, and then a step repeated as often that undoes none, one or all of them.
 
-    Where it was measured, reading them took 0.2 s of the CPU; a scan of the events for each step took 1.5.
+    Where it was measured, reading them took 0.4 s of the CPU; a scan of the events for each step took 6.
     """
     line = lines_of([step_done(1)])[0]
     events = lines_of([kind(step, **{"loss": 1.0} if kind is eval_done else {}) for step in range(NUM_EVENTS)])
@@ -258,7 +258,7 @@ def test_many_events_and_one_step_repeated_as_often_are_read_in_linear_time(
         (folder / "metrics.jsonl").write_text("\n".join([*events, *[again] * NUM_EVENTS]))
         begin = time.process_time()
         history = read_history(folder)
-        assert time.process_time() - begin < 0.75
+        assert time.process_time() - begin < 3
         assert list(history.steps.step) == [after + 1]
         assert history.num_damaged_lines == 0
 
