@@ -149,8 +149,9 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         evaluation = rows.evaluation.report.fingerprint if rows.evaluation is not None else None
         check_rows(resume, {"train": rows.train.report.fingerprint, "eval": evaluation})
         check_length(resume, settings, num_steps)
-    estimator = estimator_of(settings, load_plan)
+    estimator = None
     if is_method_open(resolved):
+        estimator = estimator_of(settings, load_plan)
         resolved = choose_storage(resolved, load_plan, rows, estimator, reporter)
         load_plan = with_storage(load_plan, model.outline, resolved.settings)
         check_hardware(resolved.settings.quantization, resolved.settings.training, load_plan.device)
