@@ -1,5 +1,6 @@
 """Measure what the device of a run sustains, and store it: the predicted time of a step on this machine is by it."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_cli.memory.gpus import Gpu
 
 SECONDS = 10.0
+BUSY_SHARE = 0.85  # of the time in which the measuring thread has a core, below which something else runs
 RATES = (
     *("flops", "fp32_flops", "attention_flops", "num_bytes", "dequantized_bytes", "narrow_bytes"),
     *("host_copy_bytes", "dispatch_seconds"),
@@ -32,7 +34,9 @@ def check_speed(device_name: str) -> Outcome:
 
     device = torch.device(device_name)
     compute, card = choose_compute_dtype(Dtype.AUTO, device), _device_of(device)
+    start, own_start = time.monotonic(), time.thread_time()
     rates = measure_rates(device, compute.torch_dtype, seconds=SECONDS)
+    core_share = (time.thread_time() - own_start) / max(time.monotonic() - start, 1e-9)
     of_card = rates_of(card.card, card.num_sms)
     finding = f"{card.name}: {format_rate(rates.flops, 'FLOP')} in {compute.name}, {format_rate(rates.num_bytes, 'B')}"
     details: dict[str, Json] = {
@@ -46,7 +50,9 @@ def check_speed(device_name: str) -> Outcome:
         store_rates(card.measured_as, compute.name, rates)
     except OSError as error:
         return warning(f"{finding}, which can't be stored: {error}", FREE_DISK, **details)
-    return ok(f"{finding}; predicted times are by these rates from now on", **details)
+    # Rates are not slowed down by other programs, but a run would be.
+    busy = f"; other programs had the core for {1 - core_share:.0%} of the time" if core_share < BUSY_SHARE else ""
+    return ok(f"{finding}; predicted times are by these rates from now on{busy if rates.is_host else ''}", **details)
 
 
 def _measured_part(rates: Rates) -> Mapping[str, float]:

@@ -22,7 +22,7 @@ from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.costs.host_memory import host_memory
 from qlora_cli.memory.costs.run_files import FileSizes, weights_bytes
-from qlora_cli.memory.costs.step_time import step_time
+from qlora_cli.memory.costs.step_time import kind_of_step, step_time
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
@@ -172,6 +172,7 @@ class Estimator:
             num_micro_batches=micro_batches["gradient_accumulation_steps"],
             num_tokens=micro_batches["batch_size"] * micro_batches["length"],
             pinned_host_bytes=traced.pinned_host_bytes,
+            kind=kind_of_step(settings, self.dtype_on(settings, gpu)),
         )
 
     def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from qlora_cli.timing.run_ratios import RunKey
+
 # The error bands, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the largest errors
 # were 0.25 % of allocated and 5.7 % of reserved memory; the band of allocated is wider, for other GPUs and kernels.
 ALLOCATED_ERROR = 0.01
@@ -89,7 +91,9 @@ class StepTime:
 
     `limited_by` is what takes most of it: `compute`, `memory` or `host`, the Python code that starts the kernels.
     `device_seconds` and `host_seconds` are the GPU's and those of one core of the host, which work at the same time.
-    `rates` says where the rates come from: a data sheet, or a measurement on this machine.
+    `rates` says where the rates come from: a data sheet, or a measurement on this machine. `learnt_ratio` is the
+    factor by which `learnt_runs` earlier runs on this machine correct the time; None without any. `key` is what a run
+    is stored under that is compared with it.
     """
 
     micro_batch_seconds: float
@@ -104,6 +108,9 @@ class StepTime:
     device_seconds: float
     host_seconds: float
     rates: str
+    key: RunKey
+    learnt_ratio: float | None = None
+    learnt_runs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,12 +308,12 @@ class SweepPoint:
 class RunFigures(Figures):
     """The peaks of a run, the time of its optimizer step and of all its steps, with the ends of the error bands.
 
-    What is about time is None for a GPU that is not in the catalogue and was not measured; `limited_by` and `rates`
-    are those of `StepTime`. From `num_steps` on, it is also None if neither rows nor a data set were given.
-    `run_limited_by` is what takes most of the run, which has shorter rows than the step. `cost` is in the currency of
-    the price that was given, and `energy_wh` the GPU's at its rated power, in watt-hours; None where that is unknown.
-    `disk_bytes` is the largest size of the run directory, and
-    `download_bytes` that of the base's weight files; 0 if they are on this disk.
+    What is about time is None for a GPU that is not in the catalogue and was not measured; `limited_by`, `rates`,
+    `learnt_ratio` and `learnt_runs` are those of `StepTime`. From `num_steps` on, it is also None if neither rows nor
+    a data set were given. `run_limited_by` is what takes most of the run, which has shorter rows than the step. `cost`
+    is in the currency of the price that was given, and `energy_wh` the GPU's at its rated power, in watt-hours; None
+    where that is unknown. `disk_bytes` is the largest size of the run directory, and `download_bytes` that of the
+    base's weight files; 0 if they are on this disk.
     """
 
     step_seconds: float | None = None
@@ -317,6 +324,8 @@ class RunFigures(Figures):
     tokens_per_second_high: float | None = None
     limited_by: str | None = None
     rates: str | None = None
+    learnt_ratio: float | None = None
+    learnt_runs: int = 0
     num_steps: int | None = None
     run_seconds: float | None = None
     run_seconds_low: float | None = None

@@ -32,13 +32,20 @@ class PredictedMemory:
 class PredictedTime:
     """The predicted seconds of an optimizer step with the run's own rows, on average, and their band.
 
-    `rates` says where the rates of the device come from.
+    `rates` says where the rates of the device come from. `learnt_ratio` is the factor by which `learnt_runs` earlier
+    runs on this machine correct the prediction; None without any.
     """
 
     step_seconds: float
     step_seconds_low: float
     step_seconds_high: float
     rates: str
+    learnt_ratio: float | None = None
+    learnt_runs: int = 0
+
+    def ratio_of(self, measured_seconds: float) -> float:
+        """Return the measured seconds of a step, as a multiple of those predicted without a correction."""
+        return measured_seconds / self.step_seconds * (self.learnt_ratio or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

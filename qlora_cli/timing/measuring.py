@@ -1,7 +1,8 @@
 """Measure what a device sustains, with the shapes of a decoder layer.
 
-Each rate is that of a few calls as a training step makes them, with new results: the median over repeated calls, after
-some that are not counted.
+Each rate is that of a few calls as a training step makes them, with new results, repeated after some that are not
+counted. Of a GPU the median counts. On a CPU other programs take turns with us, and only ever make a call slower: its
+clock is the time in which this thread has a core, and the lower quartile counts.
 """
 
 import statistics
@@ -55,10 +56,9 @@ def measure_rates(
     dtype: torch.dtype,
     *,
     seconds: float = 10.0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Rates:
-    """Return what `device` sustains with products in `dtype`, measured for about `seconds`; `clock` is a CPU's."""
-    one = DeviceMeasurement(device, dtype, seconds=seconds / 8, clock=clock)
+    """Return what `device` sustains with products in `dtype`, measured for about `seconds`."""
+    one = DeviceMeasurement(device, dtype, seconds=seconds / 8)
     is_host = device.type == "cpu"
     flops, element_wise = one.products(dtype), one.element_wise()
     return Rates(
@@ -80,18 +80,10 @@ def measure_rates(
 class DeviceMeasurement:
     """Measures one device: each rate for about `seconds`, with tensors in `dtype` where none is named."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        seconds: float,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, seconds: float) -> None:
         self._device = device
         self._dtype = dtype
         self._seconds = seconds
-        self._clock = clock
         self._sizes = OF_CPU if device.type == "cpu" else OF_GPU
 
     def products(self, dtype: torch.dtype) -> float:
@@ -160,27 +152,28 @@ class DeviceMeasurement:
             value.backward()  # type: ignore[no-untyped-call]
 
         num_operations = 3 * NUM_CHAINED  # two forward, one backward
-        return PYTHON_SHARE * self._median(chain, self._seconds, self._on_host) / num_operations
+        return PYTHON_SHARE * self._typical(chain, self._seconds, self._on_host) / num_operations
 
     def _time(self, runs: Sequence[Run]) -> float:
         """Return the seconds of all `runs`, one after the other."""
         sample = self._on_host if self._device.type == "cpu" else self._on_gpu
-        return sum(self._median(run, self._seconds / len(runs), sample) for run in runs)
+        return sum(self._typical(run, self._seconds / len(runs), sample) for run in runs)
 
-    def _median(self, run: Run, seconds: float, sample: Callable[[Run, int], float]) -> float:
-        """Return the median duration of `run` over samples that take about `seconds` together."""
+    def _typical(self, run: Run, seconds: float, sample: Callable[[Run, int], float]) -> float:
+        """Return the duration of `run`, over samples that take about `seconds` together."""
         sample(run, NUM_WARM_UP)
         repeats = max(1, ceil(SAMPLE_SECONDS / sample(run, 1)))
         end, samples = time.perf_counter() + seconds, list[float]()
         while len(samples) < LEAST_SAMPLES or time.perf_counter() < end:
             samples.append(sample(run, repeats) / repeats)
-        return statistics.median(samples)
+        quarters = statistics.quantiles(samples, n=4)
+        return quarters[0] if sample == self._on_host else quarters[1]
 
     def _on_host(self, run: Run, repeats: int) -> float:
-        start = self._clock()
+        start = time.thread_time()
         for _ in range(repeats):
             run()
-        return self._clock() - start
+        return time.thread_time() - start
 
     def _on_gpu(self, run: Run, repeats: int) -> float:
         with torch.cuda.device(self._device):

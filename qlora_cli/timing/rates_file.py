@@ -1,6 +1,6 @@
-"""The rates that were measured on this machine, a file for each device in the cache. Imports no torch.
+"""The rates that were measured on this machine, and the runs that correct them: files for each device in the cache.
 
-They hold for the versions that they were measured with: those of torch, bitsandbytes and the driver.
+Imports no torch. They hold for the versions that they were measured with: those of torch, bitsandbytes and the driver.
 """
 
 import json
@@ -11,15 +11,19 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from qlora_cli.cache import cache_folder, digest_of, versions_of
+from qlora_cli.cache import cache_folder, code_digests, digest_of, versions_of
 from qlora_cli.hardware.driver import dotted, driver_cuda_version
 from qlora_cli.timing.rates import Rates, rates_of
+from qlora_cli.timing.run_ratios import Correction, RunKey, RunRatio, read_ratios, store_ratio
 from qlora_cli.writing import PRIVATE_FILE, private_folder, unsafe_reason, write_file
 
 FOLDER = "rates"
 MEASURE = "qlora doctor --measure"
 DATA_SHEET = "data sheet"
 PACKAGES = ("torch", "bitsandbytes")
+# The code by which the seconds of a step are predicted: a ratio to those of other code says nothing.
+PREDICTING = ("timing/roofline.py", "memory/tracing", "memory/costs/step_time.py")
+RATES, RUNS = ".json", ".jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +44,30 @@ class KnownRates:
     Attributes:
         dtype: That of the products which were measured; empty for those of a data sheet.
         measured_on: The date; empty for those of a data sheet.
-        note: Why measured rates are ignored, in a sentence; else empty.
+        note: Why measured rates, or runs, are ignored, in a sentence; else empty.
+        runs: Those on the device that correct predictions, the latest last.
     """
 
     rates: Rates
     dtype: str = ""
     measured_on: str = ""
     note: str = ""
+    runs: tuple[RunRatio, ...] = ()
 
     @property
     def source(self) -> str:
         """Where the rates come from, in words."""
         return f"measured on this machine on {self.measured_on}" if self.measured_on else DATA_SHEET
+
+    def key_of(self, device: str, kind: str, limit: str) -> RunKey:
+        """Return what runs have in common whose steps are predicted by these rates."""
+        rates = json.dumps(asdict(self.rates), sort_keys=True)
+        return RunKey(device=device, kind=kind, limit=limit, basis=digest_of([rates, *code_digests(PREDICTING)]))
+
+    def correction(self, key: RunKey) -> Correction | None:
+        """Return the correction of a prediction by earlier runs; None if there were none of the kind."""
+        ratios = [run.ratio for run in self.runs if run.key == key]
+        return Correction.of(ratios) if ratios else None
 
 
 def known_rates(device: str, *, card: str = "", num_sms: int = 1) -> KnownRates | None:
@@ -63,10 +79,15 @@ def known_rates(device: str, *, card: str = "", num_sms: int = 1) -> KnownRates 
     """
     of_card = rates_of(card, num_sms)
     measured, note = _measured(device)
+    if measured is None and of_card is None:
+        return None
+    runs, note_on_runs = _runs(device)
+    notes = "; ".join(filter(None, (note, note_on_runs)))
     if measured is not None:
         rates = measured.rates if of_card is None else replace(measured.rates, watts=of_card.watts)
-        return KnownRates(rates=rates, dtype=measured.dtype, measured_on=measured.measured_on)
-    return None if of_card is None else KnownRates(rates=of_card, note=note)
+        return KnownRates(rates=rates, dtype=measured.dtype, measured_on=measured.measured_on, note=notes, runs=runs)
+    assert of_card is not None, "checked above"
+    return KnownRates(rates=of_card, note=notes, runs=runs)
 
 
 def store_rates(device: str, dtype: str, rates: Rates) -> Path:
@@ -82,10 +103,19 @@ def store_rates(device: str, dtype: str, rates: Rates) -> Path:
         versions=current_versions(),
         rates=rates,
     )
-    file = _file_of(device)
+    file = _file_of(device, RATES)
     private_folder(file.parent)
     write_file(file, json.dumps(asdict(measured), indent=2) + "\n", mode=PRIVATE_FILE)
     return file
+
+
+def store_run(key: RunKey, ratio: float) -> None:
+    """Store how long a step of a run took as a multiple of its prediction without corrections.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    store_ratio(_file_of(key.device, RUNS), key, ratio, current_versions())
 
 
 def current_versions() -> tuple[str, ...]:
@@ -95,14 +125,14 @@ def current_versions() -> tuple[str, ...]:
 
 
 def rates_digest() -> str:
-    """Return a digest of all measured rates, on which predicted times depend."""
-    files = sorted(cache_folder(FOLDER).glob("*.json"))
+    """Return a digest of all measured rates and of all runs, on which predicted times depend."""
+    files = sorted(file for file in cache_folder(FOLDER).glob("*.json*") if file.suffix in (RATES, RUNS))
     return digest_of([*current_versions(), *(_text_of(file) for file in files)])
 
 
 def _measured(device: str) -> tuple[MeasuredRates | None, str]:
     """Return the measured rates of a device; None and a note, empty if there is no file, if they can't be used."""
-    file = _file_of(device)
+    file = _file_of(device, RATES)
     if not file.exists():
         return None, ""
     try:
@@ -115,6 +145,12 @@ def _measured(device: str) -> tuple[MeasuredRates | None, str]:
         names = ", ".join(sorted({version.partition(" ")[0] for version in changed}))
         return None, f"the rates that were measured here are of another {names}: {MEASURE} measures them again"
     return measured, ""
+
+
+def _runs(device: str) -> tuple[tuple[RunRatio, ...], str]:
+    """Return the runs on a device that may correct predictions, and why others may not, in a sentence."""
+    file = _file_of(device, RUNS)
+    return read_ratios(_text_of(file), device, current_versions()) if file.exists() else ((), "")
 
 
 def _are_plausible(rates: Rates) -> bool:
@@ -130,5 +166,5 @@ def _text_of(file: Path) -> str:
         return ""
 
 
-def _file_of(device: str) -> Path:
-    return cache_folder(FOLDER) / f"{digest_of([device])}.json"
+def _file_of(device: str, suffix: str) -> Path:
+    return cache_folder(FOLDER) / f"{digest_of([device])}{suffix}"

@@ -1,7 +1,7 @@
 """A roofline: an operation takes as long as its arithmetic or its traffic, whichever is longer. Imports no torch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_cli.timing.operation import Operation, OperationKind
 from qlora_cli.timing.rates import Rates
@@ -41,6 +41,20 @@ class Cost:
         if self.host_seconds > self.device_seconds:
             return HOST
         return COMPUTE if self.compute_seconds >= self.memory_seconds else MEMORY
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a GPU waits for the host most of the time; a CPU is its own host."""
+        return self.limited_by == HOST and not self.is_host
+
+    def scaled(self, device: float, host: float) -> "Cost":
+        """Return the cost if the device takes `device` times as long, and the host `host` times as long."""
+        return replace(
+            self,
+            compute_seconds=device * self.compute_seconds,
+            memory_seconds=device * self.memory_seconds,
+            host_seconds=host * self.host_seconds,
+        )
 
 
 def cost_of(operations: Iterable[tuple[int, Operation]], rates: Rates, *, host_bytes: int = 0) -> Cost:

@@ -31,6 +31,7 @@ from qlora_cli.settings.open_method import is_method_open, with_provisional_meth
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
+from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
@@ -101,6 +102,7 @@ class PreparedRun:
     eval_data: PreparedData | None
     plan: TrainPlan
     outlook: Outlook | None
+    forecast: Forecast | None
     resume: Resume | None
     end_ids: frozenset[int]
     started: float
@@ -224,7 +226,8 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
         check_packing(loaded, model)
     settled = _joined(settled, loaded, model, reporter)
     resolved, settings = settled.resolved, settled.resolved.settings
-    plan = _plan(settled, loaded, model)
+    forecast = predict_time(settings, settled.load_plan, rows, settled.outlook, num_steps=settled.num_steps)
+    plan = _plan(settled, loaded, model, forecast)
     check_space(sizes_of(model, settings.training.optimizer), settings)  # again: the tokens may be on this disk
     reporter.report(Noted(message=batch_arithmetic(plan)))
     return PreparedRun(
@@ -236,6 +239,7 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
         eval_data=rows.evaluation,
         plan=plan,
         outlook=settled.outlook,
+        forecast=forecast,
         resume=settled.resume,
         end_ids=load_plan.tokenizer.end_ids,
         started=settled.started,
@@ -253,7 +257,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
         accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
         values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
     resolved = decided(prepared.resolved, values, FITS)
-    return replace(prepared, resolved=resolved, plan=_with_micro_batch_of(resolved.settings, prepared))
+    return replace(prepared, resolved=resolved, plan=_with_micro_batch_of(resolved.settings, prepared), forecast=None)
 
 
 def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
@@ -267,7 +271,7 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
         gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
         predicted_memory=outlook.predicted,
     )
-    return replace(prepared, resolved=resolved, outlook=outlook, plan=plan)
+    return replace(prepared, resolved=resolved, outlook=outlook, plan=plan, forecast=None)
 
 
 def _with_micro_batch_of(settings: TrainSettings, prepared: PreparedRun) -> TrainPlan:
@@ -372,7 +376,7 @@ def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
     return training.num_steps(num_rows or 0)
 
 
-def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPlan:
+def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel, forecast: Forecast | None) -> TrainPlan:
     settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
     training, report = settings.training, data.train.report
     num_rows = None if data.train.stream is not None else len(data.train.dataset)
@@ -415,6 +419,6 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel) -> TrainPl
         checkpoint_bytes=sizes.checkpoint_bytes,
         disk_bytes=disk_bytes(sizes, settings),
         predicted_memory=outlook.predicted if outlook is not None else None,
-        predicted_time=predict_time(settings, settled.load_plan, data, outlook, num_steps=num_steps),
+        predicted_time=forecast.predicted if forecast is not None else None,
         notes=loaded.notes,
     )

@@ -69,7 +69,7 @@ class Session:
         self._reporter = reporter
         self._stop = stop
         loading_seconds = time.monotonic() - prepared.started
-        self._timer = StepTimer(prepared.plan.predicted_time)
+        self._timer = StepTimer(prepared.forecast, computes_here=prepared.loaded.device.type == "cpu")
         self._reporting = ReportingCallback(
             reporter, prepared.loaded.device, self._timer, loading_seconds=loading_seconds
         )

@@ -32,6 +32,7 @@ from qlora_cli.memory.prediction import (
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.timing.rates_file import DATA_SHEET
 from qlora_cli.timing.roofline import HOST
+from qlora_cli.timing.run_ratios import described
 from qlora_cli.units import GIB, counted, format_count, format_duration
 
 WIDTH = 80
@@ -165,7 +166,8 @@ def time_lines(figures: RunFigures) -> list[str]:
     if low is None or middle is None or high is None:
         return []
     is_host = figures.limited_by == HOST
-    basis = "by arithmetic, not measured" if figures.rates == DATA_SHEET else f"by rates {figures.rates}"
+    rates = described(figures.rates or "", figures.learnt_ratio, figures.learnt_runs)
+    basis = "by arithmetic, not measured" if rates == DATA_SHEET else f"by rates {rates}"
     text = (
         f"{'at least' if is_host else 'about'} {significant(middle)} s a step ({significant(low)} to "
         f"{significant(high)}), {figures.tokens_per_second:,.0f} tokens/s, limited by "

@@ -10,6 +10,7 @@ from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.demo_result import DemoResult
 from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime, TrainPlan, TrainResult
 from qlora_cli.settings.value_sources import Origin
+from qlora_cli.timing.run_ratios import described
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 
@@ -70,8 +71,12 @@ def _time_rows(predicted: PredictedTime | None) -> list[Row]:
     if predicted is None:
         return []
     low, high = format_duration(predicted.step_seconds_low), format_duration(predicted.step_seconds_high)
-    step = f"{format_duration(predicted.step_seconds)} predicted ({low} to {high}; rates {predicted.rates})"
+    step = f"{format_duration(predicted.step_seconds)} predicted ({low} to {high}; rates {_rates(predicted)})"
     return [("a step", step)]
+
+
+def _rates(predicted: PredictedTime) -> str:
+    return described(predicted.rates, predicted.learnt_ratio, predicted.learnt_runs)
 
 
 def render_training(result: TrainResult) -> None:
@@ -106,7 +111,7 @@ def _step_rows(result: TrainResult) -> list[Row]:
         (
             "a step",
             f"{format_duration(measured)} ({format_duration(predicted.step_seconds)} predicted, {error:+.0f} %; rates "
-            f"{predicted.rates})",
+            f"{_rates(predicted)})",
         )
     ]
 

@@ -13,7 +13,7 @@ from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, 
 from qlora_cli.hardware.counters import current_memory
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
-from qlora_cli.training.callbacks.step_timer import StepTimer
+from qlora_cli.training.callbacks.step_timer import StepClock, StepTimer
 from qlora_cli.training.resuming.loop_state import Progress
 
 SECONDS_BEFORE_PAGES = 30.0  # a shorter run has one page, drawn at its end
@@ -23,14 +23,17 @@ MIN_PAUSE_FACTOR = 100  # the pause between two pages, in drawing times
 class ReportingCallback(TrainerCallback):
     """Reports each logged step and evaluation, and records what the result needs in `progress`.
 
-    `tokens_per_second` excludes evaluation time. `earlier` is the progress of earlier processes.
+    `tokens_per_second` excludes the time of evaluations and checkpoints. `earlier` is the progress of earlier
+    processes.
     """
 
     def __init__(self, reporter: Reporter, device: torch.device, timer: StepTimer, *, loading_seconds: float) -> None:
         self._reporter = reporter
         self._timer = timer
         self._device = device
-        self._start = self._last_time = 0.0
+        self._start = 0.0
+        self._clock = StepClock()
+        self._is_interrupted = False
         self._loading_seconds = loading_seconds
         self.earlier = Progress(eval_losses={})
         self.progress = replace(self.earlier, loading_seconds=loading_seconds)
@@ -49,7 +52,22 @@ class ReportingCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Start the clock."""
-        self._start = self._last_time = time.monotonic()
+        self._start = time.monotonic()
+        self._clock.restart()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Note that what follows until the next step is none of it."""
+        self._is_interrupted = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Note that what follows until the next step is none of it."""
+        self._is_interrupted = True
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock again after an evaluation or a checkpoint."""
+        if self._is_interrupted:
+            self._clock.restart()
+            self._is_interrupted = False
 
     def on_log(
         self,
@@ -72,22 +90,21 @@ class ReportingCallback(TrainerCallback):
         if not math.isfinite(loss):
             message = f"step {step}: the held-out loss is {loss}; it counts as none"
             self._reporter.report(Noted(level="warning", message=message))
-        self._last_time = time.monotonic()
-        self.progress = replace(self.progress, elapsed_seconds=self._last_time - self._start)
+        self.progress = replace(self.progress, elapsed_seconds=time.monotonic() - self._start)
         self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best))
 
     def _report_step(self, state: TrainerState, logs: dict[str, float]) -> None:
         before, now, loss = self.progress, time.monotonic(), float(logs["loss"])
-        num_tokens, seconds = int(logs["num_tokens"]), now - self._last_time
+        num_tokens = int(logs["num_tokens"])
         tokens = num_tokens - before.num_tokens
-        self._last_time = now
+        step = self._clock.lap(tokens)
         self.progress = replace(
             before,
             loss_sum=before.loss_sum + loss,
             num_losses=before.num_losses + 1,
             last_loss=loss,
             num_tokens=num_tokens,
-            stepping_seconds=before.stepping_seconds + seconds,
+            stepping_seconds=before.stepping_seconds + step.seconds,
             elapsed_seconds=now - self._start,
         )
         self._reporter.report(
@@ -99,12 +116,12 @@ class ReportingCallback(TrainerCallback):
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=float(logs["grad_norm"]),
                 num_tokens=num_tokens,
-                tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+                tokens_per_second=tokens / step.seconds if step.seconds > 0 else 0.0,
                 elapsed_seconds=now - self._start,
                 memory=current_memory(self._device),
             )
         )
-        if comparison := self._timer.add(seconds):
+        if comparison := self._timer.add(step):
             self._reporter.report(Noted(message=comparison))
 
 

@@ -19,6 +19,7 @@ from qlora_cli.settings.models import EstimateSettings, TrainSettings
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.training.arguments import resolve_checkpointing
 from qlora_cli.training.batches import MOST_AVERAGED
+from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.predicted_memory import Outlook, as_asked, contained, estimator_of
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 
 def predict_time(
     settings: TrainSettings, load_plan: LoadPlan, data: TrainingData, outlook: Outlook | None, *, num_steps: int
-) -> PredictedTime | None:
+) -> Forecast | None:
     """Return the predicted time of a step with the run's own micro-batches, by one of their mean length.
 
     None if the speed of the device is not known, for a stream, whose rows are not known, and if it can't be predicted.
@@ -59,14 +60,17 @@ def _predictor(
     return asked, lambda run: predict(run, this_cpu())
 
 
-def _of_step(time: StepTime, num_micro_batches: float) -> PredictedTime:
+def _of_step(time: StepTime, num_micro_batches: float) -> Forecast:
     seconds = num_micro_batches * time.micro_batch_seconds + time.update_seconds
-    return PredictedTime(
+    predicted = PredictedTime(
         step_seconds=seconds,
         step_seconds_low=seconds * time.step_seconds_low / time.step_seconds,
         step_seconds_high=seconds * time.step_seconds_high / time.step_seconds,
         rates=time.rates,
+        learnt_ratio=time.learnt_ratio,
+        learnt_runs=time.learnt_runs,
     )
+    return Forecast(predicted=predicted, key=time.key)
 
 
 def cpu_step_time(estimator: Estimator, settings: EstimateSettings) -> StepTime | None:

@@ -22,6 +22,8 @@ from qlora_cli.settings.models import EstimateSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.timing.measuring import measure_rates
 from qlora_cli.timing.rates_file import store_rates
+from qlora_cli.training.callbacks import step_timer
+from qlora_cli.training.callbacks.step_timer import NUM_LEARNT
 from qlora_cli.training.checks.predicted_time import cpu_step_time
 from qlora_cli.training.train_run import plan, train
 from tests.conftest import Recorder, train_settings
@@ -77,7 +79,7 @@ class Measured:
             assert predicted is not None
             self.ratios.append(predicted / seconds)
         if isinstance(event, StepDone | TrainingStarted):
-            rates = measure_rates(CPU, torch.float32, seconds=0.5, clock=time.process_time)
+            rates = measure_rates(CPU, torch.float32, seconds=0.5)
             store_rates(this_cpu().measured_as, "fp32", rates)
             self.start = time.process_time()
 
@@ -142,6 +144,34 @@ def test_a_run_compares_the_time_of_a_step_with_the_prediction(base_model: Path,
     assert record["result"]["step_seconds"] == result.step_seconds
     summary = read_run(result.output).summary
     assert (summary.step_seconds, summary.predicted_step_seconds) == (result.step_seconds, predicted.step_seconds)
+
+
+def test_what_rates_miss_is_learnt_from_runs_and_corrects_the_next(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps of a tiny model take milliseconds, next to other tests.
+    monkeypatch.setattr(step_timer, "MOST_SCATTER", 100.0)
+    monkeypatch.setattr(step_timer, "LEAST_CORE_SHARE", 0.0)
+    rates = measure_rates(CPU, torch.float32, seconds=0.0)
+    store_rates(this_cpu().measured_as, "fp32", replace(rates, dispatch_seconds=4 * rates.dispatch_seconds))
+
+    def run(name: str, steps: int = 12) -> TrainResult:
+        return train(train_settings(base_model, rows, tmp_path / name, training__max_steps=steps), Recorder())
+
+    short = run("short", NUM_LEARNT)  # without the first one, too few
+    first, second = run("first"), run("second")
+    assert short.predicted_time is not None
+    assert first.predicted_time is not None
+    assert second.predicted_time is not None
+    assert first.step_seconds is not None
+    assert first.predicted_time.learnt_runs == short.predicted_time.learnt_runs == 0
+    assert second.predicted_time.learnt_runs == 1
+    assert second.predicted_time.step_seconds == pytest.approx(first.step_seconds)
+    planned = plan(train_settings(base_model, rows, tmp_path / "third"), Recorder()).predicted_time
+    assert planned is not None
+    assert planned.learnt_runs == 2
+    (file,) = (tmp_path / "cache" / "rates").glob("*.jsonl")
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_more_rows_are_predicted_to_take_longer_and_a_stream_is_not_predicted(

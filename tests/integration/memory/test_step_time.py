@@ -16,7 +16,7 @@ from qlora_cli.memory.replaying.update_operations import update_operations
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.timing.rates import Rates
-from qlora_cli.timing.rates_file import store_rates
+from qlora_cli.timing.rates_file import store_rates, store_run
 from tests.support.models.tracing import deep_config
 
 RTX_4090 = find_gpu("RTX 4090")
@@ -98,6 +98,32 @@ def test_a_gpu_that_was_measured_has_the_time_of_its_own_rates_and_a_tighter_ban
         band, of_sheet = (each.step_seconds_high / each.step_seconds_low for each in (time, by_data_sheet))
         assert band < of_sheet
     assert by_data_sheet.rates == "data sheet"
+
+
+@pytest.mark.parametrize(("length", "limit"), [(64, "host"), (4096, "device")])
+def test_runs_here_correct_the_time_of_steps_that_the_same_limits_and_tighten_its_band(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int, limit: str
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    before, longer = time_of(estimator, length=length), time_of(estimator, length=2 * length)
+    other = time_of(estimator, length=64 if limit == "device" else 4096)
+    assert before.key.limit == limit
+    ratios = [1.30, 1.32, 1.28]
+    for ratio in ratios:
+        store_run(before.key, ratio)
+    after = time_of(estimator, length=length)
+    # What the other limit decides, such as the update, is as before.
+    assert after.step_seconds == pytest.approx(1.3 * before.step_seconds, rel=0.05)
+    assert after.micro_batch_seconds == pytest.approx(1.3 * before.micro_batch_seconds)
+    assert (after.learnt_ratio, after.learnt_runs) == (1.3, 3)
+    assert (before.learnt_ratio, before.learnt_runs) == (None, 0)
+    bands = [time.step_seconds_high / time.step_seconds_low for time in (after, before)]
+    assert max(ratios) / min(ratios) < bands[0] < bands[1]
+    assert time_of(estimator, length=2 * length).micro_batch_seconds >= 1.25 * longer.micro_batch_seconds
+    unchanged = time_of(estimator, length=64 if limit == "device" else 4096)
+    assert unchanged.micro_batch_seconds == other.micro_batch_seconds
+    assert unchanged.step_seconds_high == pytest.approx(1.3 * other.step_seconds, rel=0.1)
+    assert time_of(estimator, length=length, fused_lora=False).learnt_ratio is None
 
 
 def test_pinned_activations_cross_the_bus_twice() -> None:

@@ -14,6 +14,7 @@ from qlora_cli.memory.prediction import Estimate, Figures, RankedCard, StepTime
 from qlora_cli.memory.run_batches import RunBatches
 from qlora_cli.settings.choices import CardOrder
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.timing.run_ratios import RunKey
 from qlora_cli.units import GIB
 from tests.support.models.predictions import COMPONENTS, FIGURES
 
@@ -37,6 +38,7 @@ def estimate(gpu: Gpu, seconds: float, process_bytes: int) -> Estimate:
         device_seconds=seconds,
         host_seconds=0.0,
         rates="data sheet",
+        key=RunKey(device=gpu.name, kind="nf4", limit="device", basis=""),
     )
     peaks = {field.name: getattr(FIGURES, field.name) for field in fields(Figures)}
     peaks |= {name: process_bytes for name in peaks if name.startswith("process")}

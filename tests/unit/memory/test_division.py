@@ -12,6 +12,7 @@ from qlora_cli.memory.prediction import Estimate, StepTime
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.timing.run_ratios import RunKey
 from qlora_cli.units import GIB
 from tests.unit.memory.test_fitting import CONTEXT, card, estimate
 
@@ -22,15 +23,20 @@ KEPT_TOKENS = {"off": 128, "selective": 256, "on": 1024}  # in a GiB
 
 
 def time_of(seconds: float) -> StepTime:
-    bands = dict.fromkeys(("step_seconds_low", "step_seconds_high", "tokens_per_second", "device_seconds"), 0.0)
-    bands |= dict.fromkeys(("tokens_per_second_low", "tokens_per_second_high", "host_seconds"), 0.0)
     return StepTime(
         micro_batch_seconds=seconds,
         update_seconds=1,
         step_seconds=ROWS * seconds + 1,
+        step_seconds_low=0.0,
+        step_seconds_high=0.0,
+        tokens_per_second=0.0,
+        tokens_per_second_low=0.0,
+        tokens_per_second_high=0.0,
+        device_seconds=0.0,
+        host_seconds=0.0,
         limited_by="host",
         rates="data sheet",
-        **bands,
+        key=RunKey(device="a card", kind="nf4", limit="device", basis=""),
     )
 
 
