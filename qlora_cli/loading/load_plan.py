@@ -1,11 +1,13 @@
 """Plan a load before a weight is read: files, config, tokenizer, storage layout, device, dtype."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qlora_cli.adapters.initialization import quantized_base_problem
 from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabulary_rows, open_adapter
@@ -27,6 +29,24 @@ from qlora_cli.settings.models import LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A package with a kernel of attention: whether it is installed, and how to install it."""
+
+    is_installed: Callable[[], bool]
+    how: str
+
+
+# Without its package, transformers would download a kernel for flash attention from the hub, and run it.
+PACKAGES = {
+    Attention.FLEX_ATTENTION: _Package(lambda: find_spec("triton") is not None, "Run: pip install triton"),
+    Attention.FLASH_ATTENTION_2: _Package(is_flash_attn_2_available, "Run: pip install flash-attn"),
+    Attention.FLASH_ATTENTION_3: _Package(
+        is_flash_attn_3_available, "Install it from the folder hopper of github.com/Dao-AILab/flash-attention"
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +214,10 @@ def _attention_on(
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     chosen = choose_attention(asked, shapes, dtype=dtype, capability=capability)
-    if chosen.name == Attention.FLASH_ATTENTION_2 and not is_flash_attn_2_available():
+    if chosen.name in PACKAGES and not PACKAGES[chosen.name].is_installed():
         raise MissingDependencyError(
-            "flash_attention_2 needs the package flash-attn",
-            hint="Run: pip install flash-attn, or leave --attention out.",
+            f"{chosen.name.value} needs the package {chosen.name.package}",
+            hint=f"{PACKAGES[chosen.name].how}, or leave --attention out.",
         )
     return chosen
 

@@ -289,7 +289,7 @@ class Estimator:
         """Return the allocations and operations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
         capability = representative_capability(gpu.capability, self.shapes(settings, dtype))
-        step = self._step(settings, dtype, capability)
+        step = self._step(settings, dtype, capability, self._attention(settings, dtype, gpu.capability))
         training = settings.training
         # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
@@ -397,14 +397,16 @@ class Estimator:
             model.new_tokens,
         )
 
-    def _step(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> StepSettings:
+    def _step(
+        self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int], attention: str
+    ) -> StepSettings:
         self._check_length(settings)
         training = settings.training
         return StepSettings(
             **_micro_batches(settings),
             checkpointing=_checkpointing(settings),
             kept_products=training.kept_products,
-            attention=self._attention(settings, dtype, capability),
+            attention=attention,
             backend=self._backend,
             capability=capability,
             dtype=TORCH_DTYPES[dtype],

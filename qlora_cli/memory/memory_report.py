@@ -389,7 +389,7 @@ def _assumptions(
         sentences.append("new tokens have rows in the embedding already")
     if (known := rates_on(gpu)) is not None and known.note:
         sentences.append(known.note)
-    sentences += untraced(settings.training)
+    sentences += untraced(settings.training, settings.model.attention)
     sentences += [f"{gpu.name}: {gpu.note}" for gpu in request.gpus if gpu.note]
     sentences.append("one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)")
     return sentences

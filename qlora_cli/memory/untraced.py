@@ -1,11 +1,18 @@
 """Settings that change the memory of a run but are not traced; every prediction mentions them. Imports no torch."""
 
+from qlora_cli.settings.choices import Attention
 from qlora_cli.settings.models import TrainingSettings
 
+TRACED_AS_FLASH = (Attention.FLEX_ATTENTION, Attention.FLASH_ATTENTION_3)
 
-def untraced(training: TrainingSettings) -> list[str]:
+
+def untraced(training: TrainingSettings, attention: Attention) -> list[str]:
     """Return sentences about what a prediction for these settings leaves out."""
     sentences = []
+    if attention in TRACED_AS_FLASH:
+        sentences.append(
+            f"{attention.value} is not traced itself, but as flash attention, which saves the same activations"
+        )
     if training.torch_compile:
         sentences.append(
             "torch.compile is not traced: the figures are those of the run without it; compiled code saves other "

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its conventional name
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_cli.attention import blockwise
+from qlora_cli.attention import blockwise, flex
 from qlora_cli.attention.expanded_heads import expanded_sdpa
 from qlora_cli.attention.sdpa_rules import choose_backend
 from qlora_cli.hardware.cudnn import without_cudnn_attention
@@ -16,6 +18,7 @@ from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.training.determinism import determinism
 from tests.support.models.tiny_models import tiny_model
+from tests.unit.attention.test_blockwise import KINDS, batch, distance, flat, model_of, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,16 +90,20 @@ def test_expanded_heads_give_what_shared_ones_do(dtype: torch.dtype, length: int
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("attention", ["blockwise", flex.FLEX])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("autocasts", [False, True])
-def test_attention_by_blocks_gives_what_the_models_own_does_in_less_memory(family: str, autocasts: bool) -> None:
+def test_attention_without_scores_gives_what_the_models_own_does_in_less_memory(
+    family: str, autocasts: bool, attention: str
+) -> None:
     blockwise.register_blockwise()
+    flex.register_flex()
     model: Any = tiny_model(family, num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=8192)
     model.to(CUDA, FP32 if autocasts else BF16)
     ids = torch.randint(3, 128, (1, 4096), device=CUDA)
     peaks, results = [], []
-    for attention in ("eager", "blockwise"):
-        model.set_attn_implementation(attention)
+    for name in ("eager", attention):
+        model.set_attn_implementation(name)
         model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", BF16, enabled=autocasts):
@@ -110,6 +117,45 @@ def test_attention_by_blocks_gives_what_the_models_own_does_in_less_memory(famil
         distance = (gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
         assert float(distance) < 0.05, name
     assert peaks[1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
+def test_flex_attention_gives_what_the_models_own_does(family: str, kind: str, checkpoints: bool) -> None:
+    flex.register_flex()
+    model: Any = tiny_model(family, max_position_embeddings=512) if family == "llama" else model_of(family)
+    model.to(CUDA)
+    model.train()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs, counts = batch(kind)
+    inputs = {name: tensor.to(CUDA) for name, tensor in inputs.items()}
+    expected, expected_gradients = run(model, "eager", inputs, counts.to(CUDA))
+    logits, gradients = run(model, flex.FLEX, inputs, counts.to(CUDA))
+    model.gradient_checkpointing_disable()
+    assert distance(logits, expected) < 1e-3  # its products may round to TF32
+    assert distance(flat(gradients), flat(expected_gradients)) < 5e-3
+
+
+def test_flex_attention_has_few_kernels_for_rows_of_all_lengths() -> None:
+    flex.register_flex()
+    torch.compiler.reset()
+    counts = CompileCounterWithBackend("inductor")
+    model: Any = tiny_model("gemma2", num_attention_heads=4, max_position_embeddings=4096)
+    model.to(CUDA, BF16)
+    model.set_attn_implementation(flex.FLEX)
+    with pytest.MonkeyPatch.context() as patch:
+        limit: Any = {"recompile_limit": flex.MAX_KERNELS}
+        compiled: Any = torch.compile(flex_attention, fullgraph=True, backend=counts, **limit)
+        patch.setattr(flex, "kernel", lambda: compiled)
+        for length in range(100, 2000, 90):
+            for num_rows in (1, 2):
+                ids = torch.randint(3, 128, (num_rows, length), device=CUDA)
+                torch.autograd.backward(model(input_ids=ids, use_cache=False).logits.float().square().mean())
+                with torch.no_grad():
+                    model(input_ids=ids, use_cache=False)
+    assert counts.frame_count <= 32
 
 
 def test_after_a_deterministic_run_cublas_has_workspaces_of_the_usual_size_again() -> None:

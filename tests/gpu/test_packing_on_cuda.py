@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from qlora_cli.attention.choice import HOPPER
+from qlora_cli.attention.flex import FLEX, register_flex
 from qlora_cli.training.checks.packing_check import packing_fault
 from tests.support.models.tiny_models import VOCABULARY_SIZE, tiny_model
 
@@ -12,7 +14,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-KERNELS = ["eager", "sdpa", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+register_flex()
+KERNELS = [
+    *("eager", "sdpa", FLEX),
+    *(["flash_attention_2"] if is_flash_attn_2_available() else []),
+    *(["flash_attention_3"] if is_flash_attn_3_available() and torch.cuda.get_device_capability() == HOPPER else []),
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

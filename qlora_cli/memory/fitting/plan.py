@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, Division, worthwhile_divisions
-from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit
+from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, keeps_products
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Plan, PlanOption, Product
 from qlora_cli.memory.request import Predict
@@ -221,17 +221,17 @@ class _Trials:
 
     def add_all(self) -> None:
         """Try what the settings leave open, the fastest first."""
-        combines = not self._settings.training.torch_compile  # compiled layers can only be recomputed whole
+        settings = self._settings
         if not is_open(self._settings):
             self._try({})
         elif self._asked == Checkpointing.SELECTIVE:
             self._add_selective()
         else:
             self._add(Checkpointing.OFF)
-            if combines:
+            if keeps_products(settings):
                 self._add_selective()
             self._add(Checkpointing.ON)
-            if combines and not _fits_any(self.candidates):
+            if not settings.training.torch_compile and not _fits_any(self.candidates):
                 self._add(Checkpointing.OFFLOAD)
 
     def _add(self, checkpointing: Checkpointing) -> None:

@@ -80,6 +80,11 @@ def judge_fit(estimate: Estimate, gpu: Gpu) -> GpuFit:
     )
 
 
+def keeps_products(settings: EstimateSettings) -> bool:
+    """Return whether single products can be kept: not those of compiled layers, nor with compiled attention."""
+    return not settings.training.torch_compile and not settings.model.attention.is_compiled
+
+
 def suggest(settings: EstimateSettings, gpu: Gpu, predict: Predict, base: Estimate) -> tuple[Suggestion, ...]:
     """Return the changes that make a run fit on `gpu`, the mildest first; none if it fits by `base` already.
 
@@ -218,11 +223,11 @@ def _values(combination: Sequence[ChosenStep]) -> dict[str, object]:
 def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]:
     """Yield the possible changes, least effect on result and speed first."""
     gentle = (
-        _checkpointing(base),
+        _checkpointing(settings, base),
         _smaller_micro_batch(settings),
         _denser_storage(settings),
         _smaller_optimizer(settings),
-        _offload(base),
+        _offload(settings, base),
         _attention(settings),
     )
     other = (_fewer_bits(settings), _lower_rank(settings), _shorter_rows(settings), _fewer_targets(settings))
@@ -235,7 +240,7 @@ def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]
 # Each generator yields the steps of one change, the one that saves most first.
 
 
-def _checkpointing(base: Estimate) -> Iterator[ChangeStep]:
+def _checkpointing(settings: EstimateSettings, base: Estimate) -> Iterator[ChangeStep]:
     slowdowns = {Checkpointing.OFF: "half", Checkpointing.SELECTIVE: "a third"}
     slowdown = slowdowns.get(Checkpointing(base.gradient_checkpointing))
     if slowdown is not None:
@@ -243,7 +248,7 @@ def _checkpointing(base: Estimate) -> Iterator[ChangeStep]:
             values={"training.gradient_checkpointing": Checkpointing.ON},
             effect=f"same result, a step takes up to {slowdown} as long again",
         )
-    if base.gradient_checkpointing == Checkpointing.OFF:
+    if base.gradient_checkpointing == Checkpointing.OFF and keeps_products(settings):
         yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.SELECTIVE},
             effect="same result, a step takes somewhat longer",
@@ -293,8 +298,8 @@ def _smaller_optimizer(settings: EstimateSettings) -> Iterator[ChangeStep]:
         yield ChangeStep(values={"training.optimizer": unpaged}, effect="optimizer state in 8 bit")
 
 
-def _offload(base: Estimate) -> Iterator[ChangeStep]:
-    if base.gradient_checkpointing != Checkpointing.OFFLOAD:
+def _offload(settings: EstimateSettings, base: Estimate) -> Iterator[ChangeStep]:
+    if base.gradient_checkpointing != Checkpointing.OFFLOAD and not settings.training.torch_compile:
         yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.OFFLOAD},
             effect="same result, slower: activations wait in host memory",

@@ -27,7 +27,7 @@ def attend(
 ) -> torch.Tensor:
     """Return the result of attention, `(batch, heads, seq, head_dim)`, by the kernel of `backend`."""
     if backend == SdpaBackend.FLASH:
-        return _flash(query, key, value, dropout, is_causal, scale)
+        return flash(query, key, value, dropout=dropout, is_causal=is_causal, scale=scale)[0]
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -36,17 +36,24 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, is_causal: bool, scale: float | None
-) -> torch.Tensor:
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result of flash attention, and the logarithms of sums of exponentials, `(batch, heads, seq)`."""
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     if pad := -head_dim % 8:  # pad_last_dim<8> in aten/src/ATen/native/transformers/attention.cpp
         query, key, value = (F.pad(tensor, (0, pad)) for tensor in (query, key, value))
-    result: torch.Tensor = aten._scaled_dot_product_flash_attention(
+    result, sums, *_ = aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal, False, scale=scale
-    )[0]
-    return result[..., :head_dim] if pad else result
+    )
+    return (result[..., :head_dim] if pad else result), sums
 
 
 def _efficient(

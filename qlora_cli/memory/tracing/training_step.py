@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
-from transformers.masking_utils import flash_attention_mask
 
 from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpointing
 from qlora_cli.adapters.fused_lora import switch_fused
@@ -23,11 +22,11 @@ from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.loss.chunked_loss import token_losses
 from qlora_cli.loss.output_head import backbone_of, output_head
+from qlora_cli.memory.tracing.attention_packages import attention_on_meta, shown_name
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.operation_count import OfParts, OperationCount
-from qlora_cli.memory.tracing.sdpa import attend
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META
@@ -35,7 +34,6 @@ from qlora_cli.settings.choices import Checkpointing, SdpaBackend
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
-FLASH_ON_META = "qlora_flash_on_meta"
 HEAD, TAIL = "head", "tail"
 RECURRENT_MASK = "create_recurrent_attention_mask"  # of transformers: no mask where no row is padded
 
@@ -114,7 +112,7 @@ def trace_step(meta_model: MetaModel, settings: StepSettings, loop: "Loop | None
     return TracedStep(
         trace=trace,
         operations=step.operations.of_parts,
-        backends=tuple(sorted(backend.value for backend in functions.backends)) or (settings.attention,),
+        backends=tuple(sorted(backend.value for backend in functions.backends)) or (shown_name(settings.attention),),
         pinned_host_bytes=step.pinned_host_bytes,
     )
 
@@ -275,11 +273,7 @@ class TrainingStep:
         }
 
     def _set_attention(self) -> None:
-        name = self.settings.attention
-        if name == "flash_attention_2":
-            AttentionInterface.register(FLASH_ON_META, _flash_attention)
-            AttentionMaskInterface.register(FLASH_ON_META, flash_attention_mask)
-            name = FLASH_ON_META
+        name = attention_on_meta(self.settings.attention)
         for module in self.base.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._attn_implementation = name
@@ -372,33 +366,3 @@ class TrainingStep:
 
 
 Loop = Callable[[MetaModel, StepSettings, MemoryTrace, GpuFunctions], TrainingStep]
-
-
-def _flash_attention(
-    _module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Return attention by flash-attn, `(batch, seq, heads, head_dim)`.
-
-    Padded rows are packed before the kernel and unpacked after it, each a copy.
-    """
-    if attention_mask is not None:
-        query, key, value = (tensor.clone() for tensor in (query, key, value))
-    result = attend(
-        SdpaBackend.FLASH,
-        query,
-        key,
-        value,
-        mask=None,
-        dropout=dropout,
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=True,
-    ).transpose(1, 2)
-    return (result if attention_mask is None else result.clone()), None

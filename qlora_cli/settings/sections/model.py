@@ -50,7 +50,10 @@ class ModelSettings(Section):
         Attention, Metadata(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
     ] = Field(
         default=Attention.AUTO,
-        description="Attention kernel. auto: sdpa, PyTorch's own; for models that it can't compute, blockwise.",
+        description=(
+            "Attention kernel. auto: sdpa, PyTorch's own; for models that it can't compute, blockwise. flex_attention "
+            "and flash_attention_2 and 3 need a GPU and a package."
+        ),
     )
     offload_embedding: Annotated[
         bool, Metadata(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)

@@ -131,7 +131,7 @@ def check_memory(
     except QloraError as error:
         reporter.report(Noted(level="warning", message=f"its memory can't be predicted: {error}"))
         return None
-    for sentence in untraced(settings.training):
+    for sentence in untraced(settings.training, settings.model.attention):
         reporter.report(Noted(message=f"predicted memory: {sentence}"))
     if planned is not None:
         reason = ", since the run ran out of memory" if earlier is not None and earlier.ran_out else ""

@@ -7,11 +7,13 @@ import torch
 
 from qlora_cli.attention.choice import choose_attention
 from qlora_cli.attention.expanded_heads import EXPANDED_SDPA, register_expanded_sdpa
+from qlora_cli.attention.flex import FLEX, finished
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.meta_model import MetaModel
+from qlora_cli.memory.tracing.sdpa import flash
 from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.settings.models import EstimateSettings
 from tests.support.models.tracing import deep_config, meta_model_of, peaks, step_settings
@@ -95,6 +97,39 @@ def test_the_estimator_names_the_kernels_of_each_gpu(
     )
     facts = ModelFacts(name=family, content=deep_config(family, 2, **changes).to_dict())
     assert Estimator(facts, evaluates=True).traced(settings, find_gpu(gpu)).backends == expected
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
+def test_flex_attention_takes_memory_that_grows_with_the_length(family: str) -> None:
+    model = meta_model_of(deep_config(family, 2, max_position_embeddings=8192), whole=True)
+    growth = {}
+    for name in (FLEX, "eager"):
+        steps = [traced(model, name, length, AMPERE, "one row") for length in LENGTHS]
+        assert {step.backends for step in steps} == {("flex_attention" if name == FLEX else name,)}
+        first, second, third = map(peak_bytes, steps)
+        growth[name] = (third - second) / (second - first)
+    assert growth[FLEX] == pytest.approx(2, rel=0.02)
+    assert growth["eager"] > 3
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_flex_attention_takes_what_flash_attention_does(model: MetaModel, batch: str) -> None:
+    """Padded rows are not packed for it, so it makes no copies."""
+    for length in LENGTHS:
+        ours, theirs = (peak_bytes(traced(model, name, length, AMPERE, batch)) for name in (FLEX, "flash_attention_2"))
+        assert ours < theirs if batch == "padded" else ours == theirs
+
+
+def test_sinks_add_a_product_to_flex_attention_and_gradients_reach_them() -> None:
+    sink = torch.zeros(4, device="meta", requires_grad=True)
+    query = torch.empty(1, 4, 64, 16, device="meta", dtype=BF16, requires_grad=True)
+    result, lse = flash(query, query, query)
+    with_sink = finished(result, lse, sink)
+    assert with_sink.shape == (1, 64, 4, 16)
+    assert with_sink.dtype == BF16
+    torch.autograd.backward(with_sink.float().sum())
+    assert sink.grad is not None
+    assert query.grad is not None
 
 
 def test_what_is_chosen_for_a_run_is_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

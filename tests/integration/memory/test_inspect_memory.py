@@ -340,6 +340,12 @@ def test_every_flag_changes_the_prediction(
         assert changed["components"][less] < base["components"][less]
 
 
+def test_the_report_notes_which_kernels_are_traced_as_another(config: Path, alone: dict[str, str]) -> None:
+    for attention in ("flex_attention", "flash_attention_3"):
+        lines = asked(config, alone, "--attention", attention, "--gpu", "H100 80GB", "--dtype", "bf16")["assumptions"]
+        assert sum(f"{attention} is not traced itself, but as flash attention" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

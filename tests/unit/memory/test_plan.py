@@ -8,6 +8,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run, planning
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Product
+from qlora_cli.settings.choices import Attention
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 from tests.unit.memory.test_fitting import CONTEXT, card, estimate
@@ -174,6 +175,14 @@ def test_compiled_layers_take_two_kinds_only() -> None:
     planned = planned_run(settings(torch_compile=True), 4, predictor(SIZES, asked))
     assert asked == ["off", "on"]
     assert planned.chosen.values == {CHECKPOINTING: "on", KEPT: None}
+
+
+def test_with_compiled_attention_no_products_are_kept() -> None:
+    asked: list[str] = []
+    flex = settings()
+    flex = flex.model_copy(update={"model": flex.model.model_copy(update={"attention": Attention.FLEX_ATTENTION})})
+    planned_run(flex, 4, predictor(SIZES, asked))
+    assert asked == ["off", "on", "offload"]
 
 
 def test_a_kind_that_the_model_does_not_support_is_left_out() -> None:

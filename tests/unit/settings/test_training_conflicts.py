@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.choices import Optimizer
+from qlora_cli.settings.choices import Attention, Optimizer
 from qlora_cli.settings.models import (
     EstimateSettings,
     LoadSettings,
@@ -57,6 +57,15 @@ def test_a_setting_that_another_makes_ineffective_or_impossible_is_refused(
     assert message in problem.message
     assert f"training.{where}" in problem.message or "more than a run has" in problem.message
     assert problem.hint is not None
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, EstimateSettings])
+def test_compiled_attention_keeps_no_products(kind: type[LoadSettings]) -> None:
+    for attention in Attention:
+        flags = {"model.attention": attention.value, "training.gradient_checkpointing": "selective"}
+        found = problems(flags, kind)
+        assert len(found) == (attention == Attention.FLEX_ATTENTION)
+        assert all("store all scores" in problem.message and problem.hint for problem in found)
 
 
 @pytest.mark.parametrize(
