@@ -199,19 +199,23 @@ class LastStep(Steps):
 
 @pytest.fixture
 def captured_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture and differentiate layers as usual, but do not compile them to C++, which would take minutes."""
+    """Capture layers as usual, but do not compile them to C++, which would take minutes."""
     # Commands that compile nothing disable the compiler for their process, which may be that of the tests.
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr("qlora_cli.training.compiled_layers.BACKEND", "aot_eager")
     torch.compiler.reset()
     counters.clear()
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
 @pytest.mark.usefixtures("captured_only")
-@pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_compiled_layers_train_to_the_same_losses(base_model: Path, tmp_path: Path, checkpointing: str) -> None:
+# What is captured is differentiated as usual where layers are recomputed, which is where it may fail. Without, that
+# is done for one step in `test_compiled_lora.py`.
+@pytest.mark.parametrize(("checkpointing", "backend"), [("off", "eager"), ("on", "aot_eager")])
+def test_compiled_layers_train_to_the_same_losses(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, backend: str
+) -> None:
     """Rows have all lengths, and layers are compiled once for all: with padding, without, and for an evaluation."""
+    monkeypatch.setattr("qlora_cli.training.compiled_layers.BACKEND", backend)
     lengths = [3 * (index * 7 % 23) + 5 for index in range(26)]
     lines = [json.dumps({"text": " ".join(["word"] * length)}) for length in lengths]
     rows = tmp_path / "rows.jsonl"
@@ -223,8 +227,9 @@ def test_compiled_layers_train_to_the_same_losses(base_model: Path, tmp_path: Pa
         "training__gradient_checkpointing": checkpointing,
         "training__sample_prompts": ["word word"],
         "training__sample_tokens": 4,
-        # Capturing takes longest where all layers are adapted: that is done once, with layers that are recomputed.
-        **({"data__eval_split": 2} if checkpointing == "on" else {"lora__target_modules": ["q_proj", "down_proj"]}),
+        # Capturing takes longest where all layers are adapted: `test_compiled_lora.py` does that once.
+        "lora__target_modules": ["q_proj", "down_proj"],
+        **({"data__eval_split": 2} if checkpointing == "on" else {}),
     }
     plain = steps_of(base_model, rows, tmp_path / "plain", **flags)
     assert not counters["stats"]
