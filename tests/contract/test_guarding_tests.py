@@ -3,26 +3,20 @@
 import re
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
-ROOT = TESTS.parent
-ROW = re.compile(r"^\| (?:`(\w+)`|the ground floor|all of them) \| ((?:`[\w/.]+`(?:, )?)+) \|$", re.MULTILINE)
+import pytest
 
-
-def rows() -> list[tuple[str, list[str]]]:
-    """Return each package with its tests; the name is empty in a row that is not about one package."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    return [(package, re.findall(r"`([\w/.]+)`", tests)) for package, tests in ROW.findall(text)]
+from tests.support.source.guarding_tests import ALL, GROUND_FLOOR, ROOT, TESTS, guarding_tests, guards_of
 
 
 def test_each_package_has_tests_that_exist() -> None:
     packages = sorted(path.parent.name for path in (ROOT / "qlora_cli").glob("*/__init__.py"))
-    assert sorted(package for package, _ in rows() if package) == packages
-    missing = [test for _, tests in rows() for test in tests if not (TESTS / test).exists()]
+    assert sorted(guarding_tests()) == sorted([*packages, GROUND_FLOOR, ALL])
+    missing = [test for tests in guarding_tests().values() for test in tests if not (TESTS / test).exists()]
     assert missing == []
 
 
 def test_each_folder_of_tests_guards_a_package() -> None:
-    named = {Path(*Path(test).parts[:2]) for _, tests in rows() for test in tests}
+    named = {Path(*Path(test).parts[:2]) for tests in guarding_tests().values() for test in tests}
     folders = [
         path.parent.relative_to(TESTS)
         for kind in ("unit", "integration")
@@ -40,3 +34,31 @@ def test_the_fast_tests_exist_and_cover_most_packages() -> None:
         path for path in (TESTS / "integration").rglob("test_*.py") if "pytest.mark.fast" in path.read_text("utf-8")
     ]
     assert {"adapters", "data", "hub", "memory", "merging", "training"} <= {path.parent.name for path in files}
+
+
+def test_a_changed_package_is_guarded_by_its_tests_and_those_of_all() -> None:
+    """None is named twice, also where a folder is named and a file in it."""
+    table = guarding_tests()
+    for package in table.keys() - {GROUND_FLOOR, ALL}:
+        expected = {*table[package], *table[ALL]}
+        assert set(guards_of([f"qlora_cli/{package}/a.py", f"qlora_cli/{package}/b/c.jinja"])) == expected
+    assert set(guards_of(["qlora_cli/errors.py"])) == {*table[GROUND_FLOOR], *table[ALL]}
+    assert set(guards_of(["README.md"])) == set(table[ALL])
+    both = guards_of(["qlora_cli/loading/a.py", "qlora_cli/quantization/a.py", "qlora_cli/model_files/a.py"])
+    assert "integration/loading" in both
+    assert not [test for test in both if test.startswith("integration/loading/")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("tests/unit/loss/test_output_head.py", "unit/loss/test_output_head.py"),
+        ("tests/integration/training/conftest.py", "integration/training"),
+        ("tests/support/source/source_imports.py", "contract/test_imports.py"),
+        ("tests/support/source/source_imports.py", "contract/test_guarding_tests.py"),  # by way of another
+        ("tests/support/processes/forks.py", "integration"),  # by way of its conftest.py
+        ("benchmarks/charts.py", "benchmarks"),
+    ],
+)
+def test_what_tests_share_is_guarded_by_those_that_import_it(changed: str, expected: str) -> None:
+    assert {expected, *map(str, Path(expected).parents)} & set(guards_of([changed]))
