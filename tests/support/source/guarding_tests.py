@@ -22,8 +22,8 @@ def guarding_tests() -> dict[str, list[str]]:
 def guards_of(changed: Iterable[str]) -> list[str]:
     """Return the tests that guard changed files, which are paths in the repository.
 
-    Those that guard all packages are always among them. A changed test is run itself, a `conftest.py` with the tests of its folder,
-    and what tests share with those that import it.
+    Those that guard all packages are always among them. A changed test is run itself, a `conftest.py` with the tests
+    of its folder, and what tests share with those that import it.
     """
     guarding = guarding_tests()
     found = {test for path in changed for test in _tests_of(PurePosixPath(path), guarding)}
