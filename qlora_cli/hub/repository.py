@@ -29,6 +29,7 @@ from qlora_cli.hub.http_failures import (
 from qlora_cli.units import format_bytes
 
 ETAG = re.compile(r"[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 DEFAULT_RETRY = Retry()
 
 
@@ -265,11 +266,21 @@ def _describe_file(repository: Repository, name: str, reporter: Reporter, retry:
     return RemoteFile(name=name, num_bytes=metadata.size, blob=blob)
 
 
-def _cache_folder(name: str) -> Path:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+def cached_snapshot(name: str) -> Path | None:
+    """Return the folder of the newest commit of a repository in the cache, which may lack files; None without one."""
+    folder = _cache_folder(name)
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and snapshot.is_dir() else None
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+
+def _cache_folder(name: str) -> Path:
+    from huggingface_hub import constants  # its function for the name takes a third of a second to import
+
+    return Path(constants.HF_HUB_CACHE) / "--".join(["models", *name.split("/")])
 
 
 def _check_disk(name: str, files: Collection[RemoteFile]) -> None:

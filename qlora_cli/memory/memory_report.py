@@ -42,14 +42,14 @@ from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
 from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.display import display_flags
-from qlora_cli.settings.models import EstimateSettings, field_of
+from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
 from qlora_cli.settings.settle import with_settings
+from qlora_cli.units import counted
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
-DEFAULT_CHECKPOINTS: int = field_of("output.max_checkpoints").default
 REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
@@ -79,7 +79,7 @@ def inspect_memory(request: MemoryRequest, reporter: Reporter) -> MemoryReport:
 
 def _here(report: MemoryReport, facts: ModelFacts) -> MemoryReport:
     """Return the report with nothing to download if the weights are on this disk, which no cached one knows."""
-    if not has_weights(facts.path):
+    if not any(map(has_weights, facts.weight_directories)):
         return report
     return replace(report, predicted=replace(report.predicted, download_bytes=0))
 
@@ -107,6 +107,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     estimator = estimator_for(request, facts)
     gpu = request.gpus[0] if request.gpus else find_gpu(REFERENCE)
     opened = estimator.settled(with_provisional_method(request.asked))
+    max_checkpoints = opened.settings.output.max_checkpoints
     asked = with_longest(opened.settings, request.rows)
     choice = _choose_method(asked, request, estimator) if is_method_open(opened) else None
     if choice is not None:
@@ -146,7 +147,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         predicted=replace(
             with_host(_figures(request, settings, gpu, estimator, fed), host),
             disk_bytes=traced.files.disk_bytes(
-                max_checkpoints=DEFAULT_CHECKPOINTS, keeps_best=settings.training.eval_steps is not None
+                max_checkpoints=max_checkpoints, keeps_best=settings.training.eval_steps is not None
             ),
             download_bytes=estimator.weights_bytes(settings, dtype),
         ),
@@ -169,7 +170,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         solutions=_solutions(request, asked, estimator),
         cards=_cards(request, asked, estimator),
         sweep=sweep(request.swept(asked), asked, gpu, estimator.estimate) if request.sweep else (),
-        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable)),
+        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable, max_checkpoints)),
         estimate_seconds=0.0,
     )
 
@@ -366,7 +367,7 @@ def _assumed_rows(settings: EstimateSettings, *, is_read: bool) -> str:
 
 
 def _assumptions(
-    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, incapable: tuple[str, ...]
+    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, incapable: tuple[str, ...], max_checkpoints: int
 ) -> list[str]:
     """Return sentences on what the prediction takes for granted."""
     sentences = []
@@ -382,7 +383,7 @@ def _assumptions(
     sentences.append(_assumed_rows(settings, is_read=request.rows is not None))
     if request.prediction.rows is not None or request.rows is not None:
         sentences += _assumptions_of_run(request, settings, gpu)
-    sentences.append(f"the disk holds {DEFAULT_CHECKPOINTS} checkpoints, the default, and the one being written")
+    sentences.append(f"the disk holds {counted(max_checkpoints, 'checkpoint')} and the one being written")
     sentences.append("what Python, libraries and the driver take from the host is a guess: 2 GiB, 1 to 4")
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:

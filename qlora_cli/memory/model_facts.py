@@ -31,10 +31,14 @@ from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, inferred_from_run, inferred_origin
 
 # The sections of a run's record that give the defaults of a prediction for it.
-RUN_SECTIONS = ("model", "quantization", "lora", "data", "training")
+RUN_SECTIONS = ("model", "quantization", "lora", "data", "training", "output")
 # Those for an adapter, whose own config has the settings of LoRA.
 RUN_SECTIONS_WITHOUT_LORA = tuple(section for section in RUN_SECTIONS if section != "lora")
-NAME_SETTINGS = {"model": {"name", "revision", "base_model"}}
+# Those that a prediction does not take over.
+OWN_SETTINGS = {
+    "model": {"name", "revision", "base_model"},
+    "output": SECTIONS["output"].model_fields.keys() - {"max_checkpoints"},
+}
 HOW_TRAINED = "how the run was trained"
 # Storage of repositories whose models are predicted as 16-bit copies.
 PREDICTED_IN_16_BIT = ("mxfp4", "fp8")
@@ -48,6 +52,7 @@ class ModelFacts:
         name: As the user gave it, or as the catalogue spells it.
         content: Of its config.json.
         path: Its directory, if the model is local.
+        repository: Its name on the hub, if it is of the catalogue.
         adapter: The adapter that was named, to train further.
         settings: Defaults from the adapter or the run.
         notes: Sentences for the report.
@@ -56,9 +61,19 @@ class ModelFacts:
     name: str
     content: Mapping[str, Any]
     path: Path | None = None
+    repository: str | None = None
     adapter: AdapterOutline | None = None
     settings: tuple[InferredSettings, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def weight_directories(self) -> tuple[Path | None, ...]:
+        """Where its weights may lie on this disk."""
+        if self.repository is None:
+            return (self.path,)
+        from qlora_cli.hub.repository import cached_snapshot
+
+        return (self.path, cached_snapshot(self.repository))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -100,7 +115,9 @@ def _facts_by_name(name: str, revision: str | None, reporter: Reporter) -> Model
     known = find_in_catalogue(name) if revision is None else None
     if known is None:
         return _facts_in_directory(name, _fetch_config(name, revision, reporter))
-    return facts_of_catalogue(known)
+    # Weights are those of the repository that was named; a short name stands for the catalogue's own.
+    repository = name.strip() if "/" in name else known.hub_id
+    return replace(facts_of_catalogue(known), repository=repository)
 
 
 def facts_of_catalogue(model: CatalogueModel) -> ModelFacts:
@@ -192,9 +209,7 @@ def _facts_of_run(path: Path, asked: Resolved[EstimateSettings], reporter: Repor
 
 def _settings_of_run(record: RunRecord, path: Path, sections: Sequence[str]) -> InferredSettings:
     """Return the settings of a run that a prediction has as well; another version may have recorded more."""
-    known = {
-        section: SECTIONS[section].model_fields.keys() - NAME_SETTINGS.get(section, set()) for section in sections
-    }
+    known = {section: SECTIONS[section].model_fields.keys() - OWN_SETTINGS.get(section, set()) for section in sections}
     values = {
         f"{section}.{key}": value
         for section, keys in known.items()

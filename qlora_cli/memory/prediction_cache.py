@@ -36,7 +36,7 @@ PARTS = (
     "hardware",
 )
 UNKEYED = ("gpus", "sweep", "prices", "plot")  # their parsed values are in the key; the file of a plot changes nothing
-OF_TIME = ("training.epochs", "training.max_steps")  # on which memory does not depend
+OF_RUN = ("training.epochs", "training.max_steps", "output.max_checkpoints")  # on which memory does not depend
 MAX_PREDICTIONS = 500
 
 
@@ -48,7 +48,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
     asked["prices"] = dict(request.prices)
     asked["rows of the data"] = None if request.rows is None else request.rows.digest
-    for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_TIME):
+    for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_RUN):
         section, key = path.split(".")
         asked[path] = values[section][key]
         # The default of a setting that is not given may depend on the model.

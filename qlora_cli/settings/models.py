@@ -5,6 +5,7 @@ once, in the module of its section. Names are the field's own: rank, alpha, micr
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter, create_model
@@ -160,9 +161,16 @@ class EstimateSettings(LoadSettings):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
 
+class EstimateOutputSettings(OutputSettings):
+    """The output of a predicted run, of which only the number of checkpoints matters."""
+
+    directory: Path | None = Field(default=None, description="Not written: nothing is trained.")  # type: ignore[assignment]
+
+
 class InspectMemorySettings(EstimateSettings):
     """The settings of `qlora inspect-memory`: those of the run and of its prediction."""
 
+    output: EstimateOutputSettings = Field(default_factory=EstimateOutputSettings)
     inspect_memory: PredictionSettings = Field(default_factory=PredictionSettings)
 
 

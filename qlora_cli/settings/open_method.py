@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from qlora_cli.settings.choices import Quantization
 from qlora_cli.settings.conflicts_lora import methods_for
-from qlora_cli.settings.models import EstimateSettings, TrainSettings
+from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, settle
 from qlora_cli.settings.value_sources import Origin
@@ -12,7 +12,7 @@ from qlora_cli.settings.value_sources import Origin
 METHOD = "quantization.method"
 LEFT_OPEN = Origin(kind="provisional", where=f"--quant {Quantization.AUTO.value}")
 
-RunT = TypeVar("RunT", TrainSettings, EstimateSettings)
+RunT = TypeVar("RunT", TrainSettings, EstimateSettings, InspectMemorySettings)
 
 
 def with_provisional_method(asked: Resolved[RunT]) -> Resolved[RunT]:

@@ -14,6 +14,7 @@ from qlora_cli.settings.models import InspectMemoryOfDataSettings, TrainingSetti
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.conftest import ASSETS, Recorder, RunQlora, write_jsonl
 
+CHECKPOINTS = ["--set", "output.max_checkpoints=5"]
 AS_IN_THE_PLAN = (
     *("num_train_rows", "num_packed_rows", "num_eval_rows", "num_train_tokens", "longest_row_tokens"),
     *("num_truncated_rows", "padding_share"),
@@ -33,7 +34,7 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ["--micro-batch-size", "3", "--eval-split", "7", "--sampling", "group_by_length", "--epochs", "1.5"],
         ["--packing", "--max-length", "128", "--loss-on", "all"],
-        ["--micro-batch-tokens", "300", "--drop-duplicates", "--max-length", "48", "--accept-lost"],
+        ["--micro-batch-tokens", "300", "--drop-duplicates", "--max-length", "48", "--accept-lost", *CHECKPOINTS],
     ],
     ids=["padded", "packed", "filled"],
 )
@@ -52,6 +53,8 @@ def test_what_is_read_is_what_train_would_feed(
     assert (figures["disk_bytes"], figures["download_bytes"]) == (plan["disk_bytes"], 0)
     assert 0 < figures["run_seconds_low"] < figures["run_seconds"] < figures["run_seconds_high"]
     assert figures["cost"] == pytest.approx(2 * figures["run_seconds"] / 3600)
+    num_checkpoints = 5 if CHECKPOINTS[-1] in flags else 2
+    assert f"the disk holds {num_checkpoints} checkpoints and the one being written" in predicted.json["assumptions"]
     if plan["num_packed_rows"] is None:
         assert predicted.json["settings"]["max-length"] == str(plan["longest_row_tokens"])
 

@@ -5,13 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_cli.memory.costs.host_memory import PROCESS_LOW_BYTES, host_memory, with_host
 from qlora_cli.memory.costs.run_files import FileSizes, has_weights, weights_bytes
+from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.memory.prediction import HostMemory
+from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.units import GIB
+from tests.conftest import Recorder
 from tests.support.models.predictions import FIGURES
 
 SIZES = st.integers(0, 64 * GIB)
@@ -94,3 +100,34 @@ def test_weights_are_here_if_all_their_files_are(tmp_path: Path) -> None:
     assert not has_weights(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert has_weights(tmp_path)
+
+
+def is_here(name: str) -> bool:
+    """Return whether the weights of a model lie on this disk, as `inspect-memory` finds it by its name."""
+    asked = resolved_in_code(EstimateSettings.model_validate({"model": {"name": name}}))
+    return any(map(has_weights, find_model_facts(asked, Recorder()).weight_directories))
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_a_model_of_the_catalogue_is_here_if_the_cache_of_the_hub_has_its_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert not is_here(name)
+    repository = name if "/" in name else "meta-llama/Llama-3.1-8B"
+    folder, commit = tmp_path / repo_folder_name(repo_id=repository, repo_type="model"), 40 * "a"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    assert not is_here(name)
+    (folder / "refs" / "main").write_text(commit)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-1.safetensors").touch()
+    assert not is_here(name)
+    (snapshot / "model-2.safetensors").touch()
+    assert is_here(name)
+    assert not is_here("mistralai/Mistral-7B-v0.1")
+    for damaged in ("../../../..", "b" * 40, ""):
+        (folder / "refs" / "main").write_text(damaged)
+        assert not is_here(name)
