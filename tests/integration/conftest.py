@@ -12,7 +12,7 @@ import torch
 
 from qlora_cli.runs.report import run_page
 from tests.support.models.shallow_model import save_shallow
-from tests.support.processes.forks import output_of
+from tests.support.processes.forks import WITHOUT_CHARTS, output_of
 from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
 
 
@@ -40,10 +40,11 @@ Find = Callable[..., FindResult]
 def _pages_without_charts() -> Iterator[None]:
     """Leave the charts out of `report.html`: they take two fifths of the time of a run of three steps.
 
-    Commands in processes of their own draw them.
+    Forked processes leave them out as well. Those of `tests/contract` draw them, and so does Python started anew.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_page, "drawn_charts", lambda _: [])
+        patch.setenv(WITHOUT_CHARTS, "1")
         yield
 
 

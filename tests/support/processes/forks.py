@@ -23,6 +23,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+from markupsafe import Markup
+
+from qlora_cli.runs.report import run_page
+from qlora_cli.runs.report.step_chart import Labels
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.support.processes.imported_early"])
@@ -31,6 +35,7 @@ READ_BY_IMPORTS = ("HF_", "HOME", "HUGGING_FACE_", "LANG", "LC_", "OMP_", "PYTHO
 MOST_SECONDS = 300.0
 GPU_DRIVER = Path("/proc/driver/nvidia")
 ENCODING = "PYTHONIOENCODING"  # of the streams, which are opened again in a fork
+WITHOUT_CHARTS = "QLORA_TESTS_WITHOUT_CHARTS"  # set where the pages of runs are not looked at
 READ_WHEN_USED = frozenset({"HF_TOKEN", ENCODING})
 # Read by the client of the hub when it is imported; a command that is to see others reads them again.
 READ_AGAIN = frozenset({"HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_OFFLINE"})
@@ -48,7 +53,7 @@ def start_process(target: Callable[..., None], *arguments: object) -> BaseProces
     The process to fork from is started by the first, in the environment of the session and not that of a test.
     Hangups end it as they end a command in a terminal, also where `nohup` runs the tests.
     """
-    process = FORKS.Process(target=_heeding_hangups, args=(target, *arguments))
+    process = FORKS.Process(target=_as_started, args=(WITHOUT_CHARTS in os.environ, target, *arguments))
     of_test = dict(os.environ)
     _set_environment(_environment)
     try:
@@ -179,9 +184,16 @@ def end_of(process: BaseProcess, seconds: float) -> int:
     return process.exitcode
 
 
-def _heeding_hangups(target: Callable[..., None], *arguments: object) -> None:
+def _as_started(leaves_out_charts: bool, target: Callable[..., None], *arguments: object) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if leaves_out_charts:
+        run_page.drawn_charts = _no_charts
     target(*arguments)
+
+
+def _no_charts(charts: object) -> list[tuple[Labels, Markup]]:
+    del charts  # named as in what it replaces
+    return []
 
 
 def _command(
