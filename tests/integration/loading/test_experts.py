@@ -3,8 +3,6 @@
 Hidden and expert widths are 256, so that code tables of a kilobyte a weight do not dominate the count of bytes.
 """
 
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from tests.support.models.experts import MOE, parametrized, save_moe
 from tests.support.models.loading import copy_tokenizer, load, logits, refused
 from tests.support.models.reference_models import IDS, dequantized, load_plain, quantized_whole
 from tests.support.models.tiny_models import tiny_model
+from tests.support.processes.plain_python import PlainPython
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -324,10 +323,11 @@ for path in sys.argv[1:]:  # the last of them ends it with the error
 """
 
 
-def test_plain_transformers_refuses_a_saved_model_rather_than_load_half_of_it(qwen3_moe: Path, tmp_path: Path) -> None:
+def test_plain_transformers_refuses_a_saved_model_rather_than_load_half_of_it(
+    plain_python: PlainPython, qwen3_moe: Path, tmp_path: Path
+) -> None:
     save_quantized(load(qwen3_moe), tmp_path / "saved", SilentReporter())
-    command = [sys.executable, "-c", LOAD_BY_TRANSFORMERS, str(qwen3_moe), str(tmp_path / "saved")]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    outcome = plain_python(LOAD_BY_TRANSFORMERS, qwen3_moe, tmp_path / "saved")
     assert outcome.stdout == "loaded Qwen3MoeForCausalLM\n"
     assert outcome.returncode != 0
     assert "got qlora" in outcome.stderr

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from tests.conftest import Recorder, RunQlora
 from tests.integration.training.test_training import base_digest
 from tests.support.models.loading import IDS, load, logits, save_model
 from tests.support.processes.hanging_save import start_hanging_save
+from tests.support.processes.plain_python import PlainPython
 
 BY_PLAIN_TRANSFORMERS = """
 import sys, warnings, torch
@@ -54,18 +54,11 @@ torch.save(logits, sys.argv[2])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plain_logits(checkpoints: Sequence[Path], directory: Path) -> list[torch.Tensor]:
-    """Return the logits, in fp32, that a fresh process computes without this package."""
+def plain_logits(plain_python: PlainPython, checkpoints: Sequence[Path], directory: Path) -> list[torch.Tensor]:
+    """Return the logits, in fp32, that a process of its own computes without this package."""
     ids, output = directory / "ids.pt", directory / "logits.pt"
     torch.save(IDS, ids)
-    done = subprocess.run(
-        [sys.executable, "-c", BY_PLAIN_TRANSFORMERS, *map(str, (ids, output, *checkpoints))],
-        capture_output=True,
-        text=True,
-        cwd=directory,
-        timeout=300,
-        check=False,
-    )
+    done = plain_python(BY_PLAIN_TRANSFORMERS, ids, output, *checkpoints, directory=directory)
     assert done.returncode == 0, done.stderr
     logits_of: dict[str, torch.Tensor] = torch.load(output)
     return [logits_of[str(checkpoint)] for checkpoint in checkpoints]
@@ -112,7 +105,7 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+def all_saved(plain_python: PlainPython, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     """Every case, saved by the command line; one process loads them all."""
     root = tmp_path_factory.mktemp("saved")
     sources, targets, reports = [], [], []
@@ -126,7 +119,7 @@ def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         sources.append(source)
         targets.append(target)
         reports.append(json.loads(done.stdout))
-    cases = zip(CASES, sources, targets, reports, plain_logits(targets, root), strict=True)
+    cases = zip(CASES, sources, targets, reports, plain_logits(plain_python, targets, root), strict=True)
     return {
         name: Saved(source=source, directory=target, report=report, logits=computed)
         for name, source, target, report, computed in cases

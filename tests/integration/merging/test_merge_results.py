@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from qlora_cli.merging.verifying import comparison
 from qlora_cli.merging.verifying.streamed import StreamedModel
 from qlora_cli.settings.choices import ExportFormat
 from tests.support.models.loading import copy_tokenizer, logits
+from tests.support.processes.plain_python import PlainPython
 from tests.support.runs.merge_command import (
     UNCOMPARED,
     adapter_alone,
@@ -78,8 +77,10 @@ def read(path: Path) -> dict[str, Any]:
 # ---- files next to the weights
 
 
-def test_plain_transformers_loads_and_prompts_it_in_a_fresh_process(model: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", ANSWER, str(model)], capture_output=True, text=True, timeout=120)
+def test_plain_transformers_loads_and_prompts_it_in_a_process_of_its_own(
+    plain_python: PlainPython, model: Path
+) -> None:
+    done = plain_python(ANSWER, model)
     assert done.stdout == "torch.bfloat16 True []\n", done.stderr
 
 

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from qlora_cli.training.session import Session
 from qlora_cli.training.train_run import run, train
 from tests.conftest import Recorder, train_settings, write_jsonl
 from tests.support.models.shallow_model import NUM_LAYERS
+from tests.support.processes.plain_python import PlainPython
 
 
 def base_digest(model: torch.nn.Module) -> str:
@@ -93,18 +92,18 @@ text = tokenizer.apply_chat_template([{"role": "user", "content": "What does os.
 model.train()  # bitsandbytes repacks for bf16 inference on some CPUs in eval mode; dropout is 0 here
 with torch.no_grad():
     logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits
+assert not any(name.startswith("qlora_cli") for name in sys.modules)
 torch.save({"logits": logits, "text": text}, out)
 """
 
 
-def test_adapter_gives_the_same_logits_with_plain_peft_in_a_fresh_process(
-    base_model: Path, rows: Path, tmp_path: Path
+def test_adapter_gives_the_same_logits_with_plain_peft_in_a_process_of_its_own(
+    plain_python: PlainPython, base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
     result = run(prepared, Recorder())
     out = tmp_path / "logits.pt"
-    command = [sys.executable, "-c", LOGITS_BY_PLAIN_PEFT, str(result.adapter), str(base_model), str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    plain_python(LOGITS_BY_PLAIN_PEFT, result.adapter, base_model, out).check_returncode()
     by_peft = torch.load(out, weights_only=True)
     tokenizer = prepared.loaded.tokenizer
     prepared.model.eval()
