@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_cli.attention.known_values import host_copies
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batches_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
@@ -17,7 +18,7 @@ from qlora_cli.training.data_order import RowOrder
 
 MOST_NAMED = 16
 MOST_AVERAGED = 1000  # steps, which tell of all
-MICRO_BATCHES = "micro_batches"
+MICRO_BATCHES, HOST_COPIES = "micro_batches", "host_copies"
 Row = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -26,18 +27,27 @@ class BatchCollator:
     """Makes a micro-batch of rows: TRL's, and what the loss would otherwise have to read from the device.
 
     Besides the tensors of `make_collator`, it has `trained_positions` and `trained_targets`, see `trained_tokens`, and
-    `num_tokens`, the number of its tokens without padding.
+    `num_tokens`, the number of its tokens without padding. If it `keeps_copies`, `host_copies` are those of masks and
+    positions.
     """
 
-    def __init__(self, pad_token_id: int | None, *, packing: bool) -> None:
+    def __init__(self, pad_token_id: int | None, *, packing: bool, keeps_copies: bool = False) -> None:
         self._collate = make_collator(pad_token_id, packing=packing)
+        self._keeps_copies = keeps_copies
 
     def __call__(self, rows: list[Row]) -> Batch:
         """Return the micro-batch."""
         batch: Batch = self._collate(rows)
         positions, targets = trained_tokens(batch["labels"])
         num_tokens = sum(len(row["input_ids"]) for row in rows)
-        return {**batch, "trained_positions": positions, "trained_targets": targets, "num_tokens": num_tokens}
+        copies = {HOST_COPIES: host_copies(batch)} if self._keeps_copies else {}
+        return {
+            **batch,
+            **copies,
+            "trained_positions": positions,
+            "trained_targets": targets,
+            "num_tokens": num_tokens,
+        }
 
 
 class StepCollator:

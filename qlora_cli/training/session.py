@@ -30,7 +30,7 @@ from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
-from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.settings.choices import Attention, Checkpointing
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import BatchCollator, Batches, StepCollator, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
@@ -82,7 +82,11 @@ class Session:
         self._samples: SampleCallback | None = None
         settings, tokens = prepared.settings, prepared.settings.training.micro_batch_tokens
         joins_rows = settings.data.packing or tokens is not None
-        self._collate = BatchCollator(prepared.loaded.tokenizer.pad_token_id, packing=joins_rows)
+        # The compiler reads no values, and would have to be taught the type of the copies.
+        is_compiled = settings.training.torch_compile or Attention(prepared.loaded.attention).is_compiled
+        self._collate = BatchCollator(
+            prepared.loaded.tokenizer.pad_token_id, packing=joins_rows, keeps_copies=not is_compiled
+        )
         self._collate_step = self._collate if tokens is None else StepCollator(self._collate, tokens)
         self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
         self.trainer = self._make_trainer()

@@ -15,11 +15,12 @@ from qlora_cli.adapters.calls import watch_calls
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
+from qlora_cli.attention.known_values import with_known_values
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.settings.choices import Checkpointing
-from qlora_cli.training.batches import MICRO_BATCHES, Batch, StepCollator, micro_batches_of
+from qlora_cli.training.batches import HOST_COPIES, MICRO_BATCHES, Batch, StepCollator, micro_batches_of
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
@@ -132,6 +133,8 @@ class QloraTrainer(TrainerSeam):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         num_tokens_fed = inputs.pop("num_tokens")
         positions, targets = inputs.pop("trained_positions"), inputs.pop("trained_targets")
+        if (copies := inputs.pop(HOST_COPIES, None)) is not None:
+            inputs = with_known_values(inputs, copies)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
