@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_cli.attention.known_values import host_copies
 from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.known_values import host_copies
 from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batches_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData

@@ -15,7 +15,7 @@ from qlora_cli.adapters.calls import watch_calls
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
-from qlora_cli.attention.known_values import with_known_values
+from qlora_cli.data.feeding.known_values import with_known_values
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint

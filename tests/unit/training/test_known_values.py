@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 )
 
 from qlora_cli.attention.blockwise import register_blockwise
-from qlora_cli.attention.known_values import KnownValues, host_copies, with_known_values
+from qlora_cli.data.feeding.known_values import KnownValues, host_copies, with_known_values
 from tests.support.models.tiny_models import tiny_model
 from tests.support.runs.host_reads import HostReads
 from tests.unit.attention.test_blockwise import KINDS, batch, distance, flat, model_of, run
