@@ -83,7 +83,7 @@ class _KeepsProducts:
         methods = all_methods()
         self._products = UNQUANTIZED_PRODUCTS.union(*(method.products for method in methods))
         # Those of a layer with its adapter, which the adapter's own product is part of.
-        self._sums = {method.fused_product.operator for method in methods if method.fused_product is not None}
+        self._sums = {product.operator for method in methods for product in method.fused_products}
 
     def watch(self, base: PreTrainedModel, names: Collection[str] | None) -> Iterator[RemovableHandle]:
         """Note while a linear layer with one of the `names` computes, to keep its products and not the adapter's.

@@ -233,11 +233,7 @@ def _dtype_of_adapter(x: torch.Tensor, layer: LoraLayer) -> torch.dtype | None:
 
 def fused_types() -> dict[type[nn.Module], type[nn.Module]]:
     """Return a fused layer for each type of frozen layer that allows it, as custom modules of PEFT."""
-    return {
-        method.fused_product.layer_type: _fused_type(method.fused_product)
-        for method in all_methods()
-        if method.fused_product is not None
-    }
+    return {product.layer_type: _fused_type(product) for method in all_methods() for product in method.fused_products}
 
 
 @cache

@@ -62,11 +62,7 @@ def operations_of(
 
 PRODUCTS = frozenset().union(*(method.products for method in all_methods()))
 # Products to which that of an adapter is added in place, and whether their weights are dequantized first.
-SUMS = {
-    method.fused_product.operator: method.fused_product.dequantizes
-    for method in all_methods()
-    if method.fused_product is not None
-}
+SUMS = {product.operator: product.dequantizes for method in all_methods() for product in method.fused_products}
 GEMMS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 TILE = 128  # rows and columns of the results that one multiprocessor computes at a time
 FREE = (

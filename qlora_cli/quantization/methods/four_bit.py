@@ -70,7 +70,7 @@ class FourBitMethod(Method):
         {GEMM: Operator(temporaries=gemm_temporaries), FUSED: Operator(temporaries=sum_temporaries)}
     )
     products = frozenset((GEMM,))
-    fused_product = FourBitProduct()
+    fused_products = (FourBitProduct(),)
 
     def describe(self, settings: QuantizationSettings) -> str:
         """Describe the kind of codes, and whether their constants are quantized, too."""

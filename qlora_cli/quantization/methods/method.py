@@ -111,7 +111,7 @@ class Method(ABC):
         parametrization_types: The parametrizations that dequantize its weights elsewhere, whenever they are read.
         operators: Its operators that allocate temporaries, as `namespace::name`.
         products: Its operators that multiply by a weight, whose results selective checkpointing keeps.
-        fused_product: How its layers multiply together with an adapter; None if they can't.
+        fused_products: How its layers multiply together with an adapter, by type of layer; empty if they can't.
     """
 
     loader: str | None = None
@@ -122,7 +122,7 @@ class Method(ABC):
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
     products: frozenset[str] = frozenset()
-    fused_product: FusedProduct | None = None
+    fused_products: Sequence[FusedProduct] = ()
 
     # How its settings are described.
 

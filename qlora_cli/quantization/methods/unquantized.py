@@ -9,7 +9,12 @@ from transformers import PreTrainedModel
 
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
 from qlora_cli.quantization.methods.method import Allocation, Method, Operator, WeightPart
-from qlora_cli.quantization.methods.unquantized_product import OPERATOR, UnquantizedProduct, sum_temporaries
+from qlora_cli.quantization.methods.unquantized_product import (
+    OPERATOR,
+    Conv1DProduct,
+    LinearProduct,
+    sum_temporaries,
+)
 from qlora_cli.settings.models import QuantizationSettings
 
 
@@ -17,7 +22,7 @@ class Unquantized(Method):
     """Weights without quantization."""
 
     operators = MappingProxyType({OPERATOR: Operator(temporaries=sum_temporaries)})
-    fused_product = UnquantizedProduct()
+    fused_products = (LinearProduct(), Conv1DProduct())
 
     def entry(
         self, name: str, kind: str, shape: torch.Size, dtype: torch.dtype, settings: QuantizationSettings

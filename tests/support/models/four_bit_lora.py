@@ -11,11 +11,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.adapters.fused_lora import fused_types
 
 FUSED, GEMM, DEQUANTIZE = "qlora::four_bit_product", "bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"
 WIDTH_IN, WIDTH_OUT, RANK = 128, 192, 8
+UNQUANTIZED = ("none", "conv1d")
 
 
 class CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -64,11 +66,15 @@ def one_layer(
     storage: torch.dtype = torch.uint8,
     **config: Any,
 ) -> Any:
-    """Return a 4-bit layer, or a plain one for `none`, with an adapter whose matrices are not zero."""
+    """Return a 4-bit layer, or a plain one for `none` and `conv1d`, with an adapter whose matrices are not zero."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(WIDTH_OUT, WIDTH_IN, generator=generator) / WIDTH_IN**0.5
-    layer: nn.Linear
-    if quant_type == "none":
+    layer: nn.Module
+    if quant_type == "conv1d":
+        layer = Conv1D(WIDTH_OUT, WIDTH_IN).to(dtype)
+        layer.weight = nn.Parameter(weight.t().contiguous().to(dtype), requires_grad=False)
+        has_bias = True
+    elif quant_type == "none":
         layer = nn.Linear(WIDTH_IN, WIDTH_OUT, bias=has_bias, dtype=dtype)
         layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     else:
@@ -76,7 +82,7 @@ def one_layer(
     if has_bias:
         layer.bias = nn.Parameter(torch.randn(WIDTH_OUT, generator=generator), requires_grad=False)
     owner: Any = nn.ModuleDict({"layer": layer.to("cpu")})
-    owner.is_loaded_in_4bit = quant_type != "none"
+    owner.is_loaded_in_4bit = quant_type not in UNQUANTIZED
     settings = {"r": RANK, "lora_alpha": 24, "target_modules": ["layer"], **config}
     lora = LoraConfig(**settings)
     lora._register_custom_module(fused_types())
@@ -135,9 +141,7 @@ def passes(layer: Any, rows: torch.Tensor, *, autocast: torch.dtype | None = Non
 def exact_passes(layer: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the same, computed in fp64 from the dequantized weight."""
     base = layer.base_layer
-    is_plain = type(base) is nn.Linear
-    weight = base.weight if is_plain else bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
-    weight = weight.detach().double()
+    weight = _weight_of(base).detach().double()
     x = rows.detach().double().requires_grad_()
     a, b = (part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_A, layer.lora_B))
     bias = None if base.bias is None else base.bias.detach().double().requires_grad_()
@@ -146,6 +150,15 @@ def exact_passes(layer: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     (result * weights).sum().backward()
     gradients = {"x": x.grad, "A": a.grad, "B": b.grad, **({} if bias is None else {"bias": bias.grad})}
     return {"result": result.detach(), **gradients}
+
+
+def _weight_of(base: Any) -> torch.Tensor:
+    """Return the weight that a layer multiplies by, `(out, in)`."""
+    if type(base) is Conv1D:
+        return base.weight.t()
+    if type(base) is nn.Linear:
+        return base.weight
+    return bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)  # type: ignore[no-any-return]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
