@@ -100,11 +100,15 @@ class TrainPlan:
     def batch(self) -> str:
         """The rows of a step and their division, in words."""
         examples = f"{counted(self.examples_per_step, 'example')} a step"
+        shared = "" if self.num_devices == 1 else f", shared by {self.num_devices} devices"
         if self.micro_batch_tokens is not None:
-            return f"{examples} in micro-batches of up to {counted(self.micro_batch_tokens, 'token')}"
+            return f"{examples} in micro-batches of up to {counted(self.micro_batch_tokens, 'token')}{shared}"
+        if shared:
+            size = counted(self.micro_batch_size, "row")
+            return f"{examples} in {self.gradient_accumulation_steps} micro-batches of {size}{shared}"
         return (
-            f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation x "
-            f"{self.num_devices} device = {examples}"
+            f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation x 1 device = "
+            f"{examples}"
         )
 
 

@@ -6,6 +6,7 @@ from qlora_cli.settings.choices import Attention, Checkpointing, Optimizer, Sche
 from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.values import either
+from qlora_cli.units import counted
 
 
 def training_conflicts(training: TrainingSettings) -> list[Conflict]:
@@ -15,6 +16,7 @@ def training_conflicts(training: TrainingSettings) -> list[Conflict]:
         *_optimizer_conflicts(training),
         *_compile_conflicts(training),
         *_noise_conflicts(training),
+        *_process_conflicts(training),
         *_sample_conflicts(training),
     ]
 
@@ -93,6 +95,15 @@ def _noise_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
             "length of a micro-batch, not by that of a row"
         )
         yield "training.micro_batch_tokens", message, "Leave one of them out."
+
+
+def _process_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
+    if training.num_gpus > training.rows_per_step:
+        message = (
+            f"{training.num_gpus} processes would share the {counted(training.rows_per_step, 'row')} of a step "
+            f"(micro_batch_size x gradient_accumulation_steps), so that some have none"
+        )
+        yield "training.num_gpus", message, "Use fewer, or more rows a step."
 
 
 def _sample_conflicts(training: TrainingSettings) -> Iterator[Conflict]:

@@ -93,9 +93,9 @@ def _schedule_arguments(training: TrainingSettings, num_steps: int) -> dict[str,
 
 
 def _batch_arguments(training: TrainingSettings) -> dict[str, int]:
-    """Return the rows of a batch; with filled micro-batches, a batch is a step, and `StepCollator` divides it."""
+    """Return the rows of a batch; if `StepCollator` divides the rows of a step, a batch is a step."""
     rows, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
-    if training.micro_batch_tokens is not None:
+    if training.divides_steps:
         rows, accumulation = rows * accumulation, 1
     return {
         "per_device_train_batch_size": rows,

@@ -7,10 +7,11 @@ import numpy as np
 
 from qlora_cli.data.feeding.collate import make_collator
 from qlora_cli.data.feeding.known_values import host_copies
-from qlora_cli.data.feeding.micro_batches import epoch_order, micro_batches_of_step
+from qlora_cli.data.feeding.micro_batches import balance, epoch_order, micro_batches_of_step, shares_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
+from qlora_cli.data.rows.examples import IGNORE_INDEX
 from qlora_cli.loss.chunked_loss import trained_tokens
 from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.settings.models import TrainingSettings
@@ -19,6 +20,7 @@ from qlora_cli.training.data_order import RowOrder
 MOST_NAMED = 16
 MOST_AVERAGED = 1000  # steps, which tell of all
 MICRO_BATCHES, HOST_COPIES = "micro_batches", "host_copies"
+NUM_MICRO_BATCHES, NUM_TRAINED = "num_micro_batches", "num_trained"
 Row = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -51,17 +53,29 @@ class BatchCollator:
 
 
 class StepCollator:
-    """Makes the micro-batches of a step of its rows, each of up to `most_tokens` tokens and without padding."""
+    """Divides the rows of a step into micro-batches, and makes those of one process, as the settings decide.
 
-    def __init__(self, collate: BatchCollator, most_tokens: int) -> None:
+    They are filled with rows, without padding, or have a number of rows each.
+    """
+
+    def __init__(self, collate: BatchCollator, settings: TrainingSettings, rank: int) -> None:
         self._collate = collate
-        self._most_tokens = most_tokens
+        self._settings = settings
+        self._rank = rank
 
     def __call__(self, rows: list[Row]) -> Batch:
-        """Return a batch whose only entry are the micro-batches."""
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        filled = fill_micro_batches(lengths, self._most_tokens)
-        return {MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in filled]}
+        """Return a batch of the micro-batches of this process, and how many there are, and trained tokens, in all."""
+        shares = shares_of_step(np.array([len(row["input_ids"]) for row in rows]), self._settings)
+        return {
+            MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in shares[self._rank]],
+            NUM_MICRO_BATCHES: sum(map(len, shares)),
+            NUM_TRAINED: sum(map(num_trained, rows)),
+        }
+
+
+def num_trained(row: Row) -> int:
+    """Return the trained tokens of a row."""
+    return int(np.count_nonzero(np.asarray(row["labels"]) != IGNORE_INDEX))
 
 
 def micro_batches_of(batch: Batch) -> list[Batch]:
@@ -156,9 +170,9 @@ def largest_held_out(data: PreparedData, settings: TrainingSettings) -> list[Row
 
 def _largest(lengths: Numbers, settings: TrainingSettings) -> list[list[int]]:
     """Return the places of rows in the micro-batches that may need most memory, of rows of these lengths in order."""
-    size, tokens = settings.micro_batch_size, settings.micro_batch_tokens
-    if tokens is not None:
-        return _largest_filled(lengths, size * settings.gradient_accumulation_steps, tokens)
+    size = settings.micro_batch_size
+    if settings.micro_batch_tokens is not None:
+        return _largest_filled(lengths, settings)
     starts = np.arange(0, len(lengths), size)
     longest = np.maximum.reduceat(lengths, starts)
     counts = np.minimum(size, len(lengths) - starts)
@@ -166,14 +180,14 @@ def _largest(lengths: Numbers, settings: TrainingSettings) -> list[list[int]]:
     return [list(range(start, min(start + size, len(lengths))))]
 
 
-def _largest_filled(lengths: Numbers, num_rows: int, most_tokens: int) -> list[list[int]]:
+def _largest_filled(lengths: Numbers, settings: TrainingSettings) -> list[list[int]]:
     """Return the longest row, and if there is one of several rows, the largest micro-batch of those."""
-    most, largest = 0, list[int]()
+    most, largest, num_rows = 0, list[int](), settings.rows_per_step
     for start in range(0, len(lengths), num_rows):
-        if most == most_tokens:
+        if most == settings.micro_batch_tokens:
             break
         of_step = lengths[start : start + num_rows]
-        for places in fill_micro_batches(of_step, most_tokens):
+        for places in (places for share in shares_of_step(of_step, settings) for places in share):
             num_tokens = int(of_step[places].sum())
             if len(places) > 1 and num_tokens > most:
                 most, largest = num_tokens, [start + place for place in places]
@@ -182,12 +196,18 @@ def _largest_filled(lengths: Numbers, num_rows: int, most_tokens: int) -> list[l
 
 
 def average_step(lengths: Numbers, settings: TrainingSettings) -> StepRows:
-    """Return the rows of a step on average, of rows of these lengths, by the first steps of the first epoch."""
+    """Return the rows of a step on average, of rows of these lengths, by the first steps of the first epoch.
+
+    With several processes, they are those of the one that has most to do.
+    """
     num_rows = settings.rows_per_step
     in_order = lengths[epoch_order(lengths, settings)]
     steps = [in_order[start : start + num_rows] for start in range(0, len(in_order), num_rows)[:MOST_AVERAGED]]
+    shares = [[step[own] for own in balance(step, settings.num_gpus)] for step in steps]
     return StepRows(
-        num_rows=float(np.mean([len(step) for step in steps])),
+        num_rows=float(np.mean([max(map(len, of_step)) for of_step in shares])),
         mean_tokens=float(np.mean(np.concatenate(steps))),
-        num_filled=lambda tokens: float(np.mean([len(fill_micro_batches(step, tokens)) for step in steps])),
+        num_filled=lambda tokens: float(
+            np.mean([max(len(fill_micro_batches(share, tokens)) for share in of_step) for of_step in shares])
+        ),
     )

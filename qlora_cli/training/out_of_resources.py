@@ -8,6 +8,7 @@ import torch
 
 from qlora_cli.errors import OutOfMemoryError, OutputDirectoryError, QloraError, TrainingError
 from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
+from qlora_cli.ranks.group import PeerError, PeerLostError
 from qlora_cli.runs.run_result import PeakMemory, TrainPlan
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.rehearsal import RehearsalError
@@ -29,6 +30,9 @@ def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *
     if is_out_of_memory(error) and not isinstance(error, QloraError):
         return _out_of_memory(error, prepared, phase, saved)
     if isinstance(error, OutputDirectoryError):  # about the checkpoint to resume from, before a step
+        return error
+    if isinstance(error, PeerError | PeerLostError):
+        error.hint = f"{error.hint or ''} {saved}".strip()
         return error
     if isinstance(error, QloraError):
         return _with_saved(error, saved)

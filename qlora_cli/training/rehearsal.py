@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.events import Noted, Rehearsed, Reporter
 from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
+from qlora_cli.ranks.group import Failure, PeerError, ProcessGroup
 from qlora_cli.training.batches import Row
 from qlora_cli.training.trainer import QloraTrainer
 
@@ -39,8 +40,9 @@ class Rehearsal:
 class RehearsalCallback(TrainerCallback):
     """Tries the largest micro-batches as soon as the loop begins."""
 
-    def __init__(self, trainer: QloraTrainer, rehearsal: Rehearsal, reporter: Reporter) -> None:
+    def __init__(self, trainer: QloraTrainer, rehearsal: Rehearsal, reporter: Reporter, group: ProcessGroup) -> None:
         self._trainer = trainer
+        self._group = group
         self._rehearsal = rehearsal
         self._reporter = reporter
 
@@ -54,15 +56,20 @@ class RehearsalCallback(TrainerCallback):
         """Try the micro-batches.
 
         Raises:
-            RehearsalError: they do not fit.
+            RehearsalError: they do not fit, here or in another process.
         """
         start = time.monotonic()
+        failure: Exception | None = None
         try:
             self._try_out(args.device)
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise RehearsalError from error
-            raise
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        own = [] if failure is None else [Failure.of(failure, self._group.rank)]
+        failures = [one for of_process in self._group.exchange(own) for one in of_process]
+        if failures:
+            raise RehearsalError from failure or PeerError(failures[0])
         if never_used := self._trainer.never_used:
             layers = f"{len(never_used)} of {self._trainer.num_adapted} layers with an adapter"
             message = f"the model does not call {layers} in its largest micro-batch, such as {never_used[0]}"

@@ -256,8 +256,7 @@ def with_micro_batch(prepared: PreparedRun, size: int) -> PreparedRun:
     if training.micro_batch_tokens is None:
         accumulation = training.micro_batch_size * training.gradient_accumulation_steps // size
         values = {MICRO_BATCH: size, ACCUMULATION: accumulation}
-    resolved = decided(prepared.resolved, values, FITS)
-    return replace(prepared, resolved=resolved, plan=_with_micro_batch_of(resolved.settings, prepared), forecast=None)
+    return with_memory_of(decided(prepared.resolved, values, FITS), prepared)
 
 
 def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
@@ -265,26 +264,24 @@ def with_leaner_plan(prepared: PreparedRun) -> PreparedRun | None:
     outlook = prepared.outlook.leaner() if prepared.outlook is not None else None
     if outlook is None or outlook.planned is None:
         return None
-    resolved = decided(prepared.resolved, outlook.planned.chosen.values, PLANNED)
+    leaner = with_memory_of(decided(prepared.resolved, outlook.planned.chosen.values, PLANNED), prepared)
+    return replace(leaner, outlook=outlook, plan=replace(leaner.plan, predicted_memory=outlook.predicted))
+
+
+def with_memory_of(resolved: Resolved[TrainSettings], prepared: PreparedRun) -> PreparedRun:
+    """Return a prepared run with other settings of the micro-batch and of checkpointing."""
+    settings, training = resolved.settings, resolved.settings.training
+    checkpointing = resolve_checkpointing(training.gradient_checkpointing, prepared.loaded.device)
     plan = replace(
-        _with_micro_batch_of(resolved.settings, prepared),
-        gradient_checkpointing=resolved.settings.training.gradient_checkpointing.value,
-        predicted_memory=outlook.predicted,
-    )
-    return replace(prepared, resolved=resolved, outlook=outlook, plan=plan, forecast=None)
-
-
-def _with_micro_batch_of(settings: TrainSettings, prepared: PreparedRun) -> TrainPlan:
-    """Return the plan of a prepared run with the micro-batch of other settings."""
-    training = settings.training
-    return replace(
         prepared.plan,
+        gradient_checkpointing=checkpointing.value,
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         padding_share=padding_of_epoch(prepared.train_data.lengths, training, is_packed=settings.data.packing),
         predicted_time=None,  # of another micro-batch
     )
+    return replace(prepared, resolved=resolved, plan=plan, forecast=None)
 
 
 def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:
@@ -409,7 +406,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel, forecast: 
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        num_devices=1,
+        num_devices=training.num_gpus,
         examples_per_step=training.rows_per_step,
         num_steps=num_steps,
         save_steps=save_interval(training, num_steps),

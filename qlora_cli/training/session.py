@@ -27,6 +27,7 @@ from qlora_cli.hardware.counters import (
     reset_device_peak,
 )
 from qlora_cli.model_files.construction import is_ours, reason_of
+from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
@@ -63,13 +64,17 @@ class Session:
         reporter: Reporter,
         stop: StopSignal,
         trackers: Sequence[TrainerCallback] = (),
+        group: ProcessGroup = ALONE,
     ) -> None:
         self._prepared = prepared
+        self._group = group
         self._directory = directory
         self._reporter = reporter
         self._stop = stop
         loading_seconds = time.monotonic() - prepared.started
-        self._timer = StepTimer(prepared.forecast, computes_here=prepared.loaded.device.type == "cpu")
+        self._timer = StepTimer(
+            prepared.forecast if group.is_first else None, computes_here=prepared.loaded.device.type == "cpu"
+        )
         self._reporting = ReportingCallback(
             reporter, prepared.loaded.device, self._timer, loading_seconds=loading_seconds
         )
@@ -80,14 +85,16 @@ class Session:
             directory.metrics_file,
         )
         self._samples: SampleCallback | None = None
-        settings, tokens = prepared.settings, prepared.settings.training.micro_batch_tokens
-        joins_rows = settings.data.packing or tokens is not None
+        settings, training = prepared.settings, prepared.settings.training
+        joins_rows = settings.data.packing or training.micro_batch_tokens is not None
         # The compiler reads no values, and would have to be taught the type of the copies.
-        is_compiled = settings.training.torch_compile or Attention(prepared.loaded.attention).is_compiled
+        is_compiled = training.torch_compile or Attention(prepared.loaded.attention).is_compiled
         self._collate = BatchCollator(
             prepared.loaded.tokenizer.pad_token_id, packing=joins_rows, keeps_copies=not is_compiled
         )
-        self._collate_step = self._collate if tokens is None else StepCollator(self._collate, tokens)
+        self._collate_step = (
+            StepCollator(self._collate, training, group.rank) if training.divides_steps else self._collate
+        )
         self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
         self.trainer = self._make_trainer()
         for callback in (*self._callbacks(), *trackers):
@@ -133,6 +140,7 @@ class Session:
                 if prepared.settings.training.torch_compile
                 else None
             ),
+            group=self._group,
             model=prepared.model,
             args=training_arguments(
                 prepared.settings,
@@ -167,14 +175,14 @@ class Session:
     def _callbacks(self) -> list[TrainerCallback]:
         training, loaded = self._prepared.settings.training, self._prepared.loaded
         callbacks: list[TrainerCallback] = [
-            RehearsalCallback(self.trainer, self._rehearsal(), self._reporter),
+            RehearsalCallback(self.trainer, self._rehearsal(), self._reporter, self._group),
             StopCallback(self._stop, self._directory.request_file),
         ]
         if loaded.device.type == "cpu":
             callbacks.append(HeapTrimming())
         if training.early_stopping_patience is not None:
             callbacks.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
-        if training.sample_prompts:
+        if training.sample_prompts and self._group.is_first:
             answerer = Answerer(
                 tokenizer=loaded.tokenizer,
                 end_ids=self._prepared.end_ids,
@@ -275,6 +283,8 @@ class Session:
 
     def _write_adapter(self, *, is_whole: bool) -> None:
         self.trainer.end_compiling()
+        if not self._group.is_first:
+            return
         if is_whole:
             self._restore_best()
             check_trained(self._prepared.model, self.trainer.never_used)

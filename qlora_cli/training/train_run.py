@@ -3,7 +3,7 @@
 import gc
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,6 +18,8 @@ from qlora_cli.hardware.environment import describe_hardware, package_versions
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.digest import base_digest
+from qlora_cli.ranks.group import ALONE, ProcessGroup
+from qlora_cli.ranks.place import without_launcher
 from qlora_cli.runs.checkpoints import (
     CheckpointStore,
     checkpoint_of,
@@ -47,7 +49,6 @@ from qlora_cli.training.callbacks.reporting import ReportWriter, draw_report
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.callbacks.trackers import tracking
 from qlora_cli.training.determinism import determinism
-from qlora_cli.training.launcher import single_process
 from qlora_cli.training.out_of_resources import explained, smaller_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.resuming.loop_state import LoopState
@@ -60,6 +61,7 @@ from qlora_cli.training.run_plan import (
     prepare_run,
     settle_run,
     with_leaner_plan,
+    with_memory_of,
     with_micro_batch,
 )
 from qlora_cli.training.session import Session
@@ -77,36 +79,61 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     Raises:
         QloraError: of the type of the problem.
     """
-    with single_process(), determinism(resolved.settings.training):
+    with without_launcher(), determinism(resolved.settings.training):
         return prepare_run(resolved, reporter, force=force).plan
 
 
 @without_cudnn_attention()
-def train(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> TrainResult:
+def train(
+    resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False, group: ProcessGroup = ALONE
+) -> TrainResult:
     """Train an adapter and return the result; resume the run in the output directory, if there is one.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the step in progress, with a checkpoint and the adapter as it is
     then; the result says so. Before the first step they end the process. `force` continues although the run is
-    predicted not to fit on the GPU.
+    predicted not to fit on the GPU. All processes of `group` call this; the first one writes and reports.
 
     Raises:
         QloraError: of the type of the problem. Before the first step, nothing is left on the disk.
     """
-    if (result := result_of_done(resolved)) is not None:
-        return _already_done(resolved.settings, result, reporter)
-    with single_process(), determinism(resolved.settings.training):
-        return _train_settled(settle_run(resolved, reporter, force=force), reporter)
+    assert group.size == resolved.settings.training.num_gpus, "as many processes as share a step"
+    result = result_of_done(resolved) if group.is_first else None
+    if (done := group.exchange(result)[0]) is not None:
+        return _already_done(resolved.settings, done, reporter, group)
+    with without_launcher(), determinism(resolved.settings.training):
+        return _train_settled(_settle_together(resolved, reporter, force=force, group=group), reporter, group)
 
 
-def _train_settled(settled: SettledRun, reporter: Reporter) -> TrainResult:
+def _settle_together(
+    resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool, group: ProcessGroup
+) -> SettledRun:
+    """Settle a run: in the first process, which decides, then in the first of other machines, then in all others.
+
+    So models are downloaded and data prepared once on a machine.
+    """
+    settled = settle_run(resolved, reporter, force=force) if group.is_first else None
+    (resolved, *_) = group.exchange(resolved if settled is None else settled.resolved)
+    if settled is None and group.is_first_on_host:
+        settled = settle_run(resolved, reporter, force=force)
+    group.exchange(None)
+    settled = settled or settle_run(resolved, reporter, force=force)
+    group.exchange(None)
+    return settled
+
+
+def _train_settled(settled: SettledRun, reporter: Reporter, group: ProcessGroup) -> TrainResult:
     if settled.is_done and settled.resume is not None:
         result = TrainResult.of_run(settled.resume.run, settled.resume.record)
         assert result is not None, "checked when the run was settled"
-        return _already_done(settled.resolved.settings, result, reporter)
-    return run(load_run(settled, reporter), reporter)
+        return _already_done(settled.resolved.settings, result, reporter, group)
+    return run(load_run(settled, reporter), reporter, group)
 
 
-def _already_done(settings: TrainSettings, result: TrainResult, reporter: Reporter) -> TrainResult:
+def _already_done(
+    settings: TrainSettings, result: TrainResult, reporter: Reporter, group: ProcessGroup
+) -> TrainResult:
+    if not group.is_first:
+        return result
     directory = RunDirectory(settings.output.directory)
     reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
     if not _has_current_report(directory):  # the process was killed after the record was written
@@ -119,29 +146,36 @@ def _has_current_report(directory: RunDirectory) -> bool:
     return report.exists() and report.stat().st_mtime_ns >= record.stat().st_mtime_ns
 
 
-def run(prepared: PreparedRun, reporter: Reporter) -> TrainResult:
+def run(prepared: PreparedRun, reporter: Reporter, group: ProcessGroup = ALONE) -> TrainResult:
     """Train a prepared run; see `train`."""
     directory = RunDirectory(prepared.plan.output)
+    group.exchange(None)  # all have read what the first one is about to change
+    if not group.is_first:
+        group.exchange(None)
+        return _train(prepared, directory, reporter, "", group)[1]
     made = [path for path in (directory.path, *directory.path.absolute().parents) if not path.exists()]
     held = {path.name for path in directory.path.iterdir()} if directory.path.is_dir() else set()
     with RunLock(directory):
         try:
-            return _run_locked(prepared, directory, reporter)
+            return _run_locked(prepared, directory, reporter, group)
         except BaseException:
             if not directory.is_run:
                 clear_startup_files(directory.path, held, made)
             raise
 
 
-def _run_locked(prepared: PreparedRun, directory: RunDirectory, reporter: Reporter) -> TrainResult:
+def _run_locked(
+    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, group: ProcessGroup
+) -> TrainResult:
     _check_unchanged(prepared, directory)
     _prepare_resume(prepared, directory, reporter)
+    group.exchange(None)  # the others may read the checkpoint
     writer = MetricsWriter(directory)
     writer.end_partial_line()
     reporter = Reporters([writer, ReportWriter(directory.path, reporter), reporter])
     started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        prepared, result = _train(prepared, directory, reporter, started)
+        prepared, result = _train(prepared, directory, reporter, started, group)
     except BaseException as error:
         with suppress(OSError):  # the disk may be full, which is what `error` says
             _record_failure(directory, error)
@@ -202,22 +236,26 @@ def _pushed(
 
 
 def _train(
-    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, started: str
+    prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, started: str, group: ProcessGroup
 ) -> tuple[PreparedRun, TrainResult]:
     """Train, with smaller micro-batches if allowed and needed; return the run as it was trained, and its result."""
     if prepared.loaded.device.type == "cuda" and torch.cuda.device_count() > 1:
-        reporter.report(
-            Noted(message=f"{torch.cuda.device_count()} GPUs are visible; this run uses {prepared.loaded.device}")
-        )
-    with tracking(prepared.settings.output, directory.path, reporter) as trackers, StopSignal(reporter) as stop:
+        visible = torch.cuda.device_count()
+        message = f"{visible} GPUs are visible; this run uses {prepared.loaded.device} (--num-gpus {visible} uses all)"
+        reporter.report(Noted(message=message))
+    with ExitStack() as stack:
+        output = prepared.settings.output
+        trackers = stack.enter_context(tracking(output, directory.path, reporter)) if group.is_first else ()
+        stop = stack.enter_context(StopSignal(reporter, group))
         while True:
-            session = Session(prepared, directory, reporter, stop, trackers)
-            _record_beginning(prepared, directory, started, reporter)  # only now, since TRL may refuse the run
+            session = Session(prepared, directory, reporter, stop, trackers, group)
+            if group.is_first:
+                _record_beginning(prepared, directory, started, reporter)  # only now, since TRL may refuse the run
             try:
                 return prepared, session.train()
             except RehearsalError as error:
                 session.trainer.abandon()
-                lowered = _lowered(prepared)
+                lowered = _lowered_together(prepared, group)
                 if lowered is None:
                     raise _explained(error, prepared, session) from error
             except Exception as error:  # noqa: BLE001 - whatever it is, the last step is saved first
@@ -230,6 +268,15 @@ def _train(
             torch.cuda.empty_cache()
             prepared, what = lowered
             reporter.report(Noted(level="warning", message=what))
+
+
+def _lowered_together(prepared: PreparedRun, group: ProcessGroup) -> tuple[PreparedRun, str] | None:
+    """Return what `_lowered` does in the first process."""
+    lowered = _lowered(prepared) if group.is_first else None
+    (decision, *_) = group.exchange(None if lowered is None else (lowered[0].resolved, lowered[1]))
+    if lowered is None and decision is not None:
+        return with_memory_of(decision[0], prepared), decision[1]
+    return lowered
 
 
 def _lowered(prepared: PreparedRun) -> tuple[PreparedRun, str] | None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerState
 from transformers.integrations.neftune import deactivate_neftune
 
 from qlora_cli.adapters.calls import watch_calls
@@ -18,9 +18,18 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.data.feeding.known_values import with_known_values
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
+from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.settings.choices import Checkpointing
-from qlora_cli.training.batches import HOST_COPIES, MICRO_BATCHES, Batch, StepCollator, micro_batches_of
+from qlora_cli.training.batches import (
+    HOST_COPIES,
+    NUM_MICRO_BATCHES,
+    NUM_TRAINED,
+    Batch,
+    StepCollator,
+    micro_batches_of,
+)
+from qlora_cli.training.callbacks.loop_callback import LoopCallback
 from qlora_cli.training.callbacks.reporting import ReportingCallback
 from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
@@ -36,6 +45,7 @@ from qlora_cli.training.resuming.loop_state import (
 )
 from qlora_cli.training.resuming.saved_state import (
     OPTIMIZER,
+    PEERS,
     RNG_STATE,
     SCALER,
     SCHEDULER,
@@ -44,6 +54,7 @@ from qlora_cli.training.resuming.saved_state import (
     check_schedule,
     groups_of,
 )
+from qlora_cli.training.shared_step import StepRecorder, draw_apart
 from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
 
 MOST_PENDING = 256  # batches of an evaluation; each has a tensor on the device until it is read
@@ -68,6 +79,7 @@ class QloraTrainer(TrainerSeam):
         checkpointing: Checkpointing,
         kept_products: Collection[str] | None,
         compiled: CompiledLayers | None,
+        group: ProcessGroup,
         model: Any,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +89,8 @@ class QloraTrainer(TrainerSeam):
             name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._group = group
+        self._of_peers: Sequence[Generators] = ()  # after the last step that is complete, by rank from 1
         self._order = order  # None for a stream, whose order is given
         super().__init__(model=model, **kwargs)
         for name, parameter in model.named_parameters():
@@ -86,9 +100,8 @@ class QloraTrainer(TrainerSeam):
         with self.uncompiled():
             self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing, kept_products)
-        # The metrics of batches, and the losses of the micro-batches of the step in progress, not read yet.
-        self._pending = {"train": PendingMetrics(), "eval": PendingMetrics()}
-        self._step_losses: list[torch.Tensor] = []
+        self._recorder = StepRecorder(group)
+        self._pending = {"train": self._recorder.metrics, "eval": PendingMetrics()}  # of batches, not read yet
         self._num_micro_batches = 1  # of the step in progress
         # The losses of batches of an evaluation, summed over their trained tokens, and the number of these.
         self._held_out: list[tuple[torch.Tensor, int]] = []
@@ -104,7 +117,7 @@ class QloraTrainer(TrainerSeam):
         self._is_updating = False
         self._reported: set[Path] = set()  # folders that were reported as not deleted
         self._resumed: tuple[LoopState, Path] | None = None
-        self.add_callback(_LoopCallback(self))
+        self.add_callback(LoopCallback(self))
 
     def train_sampler(self) -> RowOrder | None:
         """Return the order of rows; None for a stream."""
@@ -127,7 +140,9 @@ class QloraTrainer(TrainerSeam):
         """
         del model  # a wrapper of the layers that `LossModel` calls
         assert not return_outputs, "an evaluation needs the loss only"
-        assert self.accelerator.num_processes == 1, "gradients of several processes are reduced by the wrapper"
+        assert self.accelerator.num_processes == 1, (
+            "several processes share a step by `ProcessGroup`, not by a wrapper"
+        )
         self.phase = "the forward pass"
         mode = "train" if self.model.training else "eval"
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -154,18 +169,22 @@ class QloraTrainer(TrainerSeam):
     ) -> tuple[list[Any], Any]:
         """Return the batches of a step and the number of its trained tokens."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        micro_batches = [one for batch in batches for one in micro_batches_of(batch)]
-        self._num_micro_batches = len(micro_batches)
-        if any(MICRO_BATCHES in batch for batch in batches):  # whose labels the trainer does not see
-            num_tokens = torch.tensor(sum(len(one["trained_targets"]) for one in micro_batches))
+        self._num_micro_batches = sum(batch.get(NUM_MICRO_BATCHES, 1) for batch in batches)
+        if any(NUM_TRAINED in batch for batch in batches):  # whose labels the trainer does not see
+            num_tokens = torch.tensor(sum(batch[NUM_TRAINED] for batch in batches))
         return batches, num_tokens
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Go forward and backward with each micro-batch; losses are read, checked and added when the step ends."""
+        """Go forward and backward with each micro-batch; losses are read, checked and added when the step ends.
+
+        With several processes, a batch is a step, whose gradients are those of all from here on.
+        """
+        model.train()  # in a process without a micro-batch, too
         for index, micro_batch in enumerate(micro_batches_of(inputs)):
             if index:
                 self.end_micro_batch()
-            self._step_losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+            self._recorder.losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+        self._recorder.share(model)
         return torch.zeros(())
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -186,13 +205,12 @@ class QloraTrainer(TrainerSeam):
 
     def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
         """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""
-        num_tokens = self._pending["train"].num_tokens
-        metrics, (*losses, norm_value) = self._pending["train"].read(*self._step_losses, norm)
-        self._step_losses.clear()
-        self.add_metrics("train", metrics, num_tokens)
+        norm_value, step = self._recorder.read(norm)
+        self._of_peers = step.of_peers
+        self.add_metrics("train", step.metrics, step.num_tokens)
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
-        if self._guard.may_update(self.state.global_step, losses, norm_value, is_scaled=is_scaled):
-            self.add_losses(losses)
+        if self._guard.may_update(self.state.global_step, step.losses, norm_value, is_scaled=is_scaled):
+            self.add_losses(step.losses)
         else:
             model.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
             self.leave_step_out()
@@ -209,7 +227,8 @@ class QloraTrainer(TrainerSeam):
         if "eval_loss" in logs and self._held_out:
             # The trainer has averaged over rows of a batch, however many tokens they have.
             totals, numbers = zip(*self._held_out, strict=True)
-            logs["eval_loss"] = float(torch.stack(totals).sum()) / max(1, sum(numbers))
+            of_all = self._group.exchange((float(torch.stack(totals).sum()), sum(numbers)))
+            logs["eval_loss"] = sum(total for total, _ in of_all) / max(1, sum(number for _, number in of_all))
             self._held_out.clear()
         super().log(logs, start_time)
         self.state.log_history.clear()
@@ -257,7 +276,12 @@ class QloraTrainer(TrainerSeam):
         self.processing_class.save_pretrained(folder)
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit."""
+        """Write `checkpoints/step-N` aside, then move it there; delete the oldest beyond the limit.
+
+        Of several processes, the first writes for all.
+        """
+        if not self._group.is_first:
+            return
         self._store.clear_leftovers()
         self._store.check_free_space()
         step = self.state.global_step
@@ -286,7 +310,13 @@ class QloraTrainer(TrainerSeam):
         Return None if there is no such state: before the first step, or if the failure came during an update.
         """
         step = int(self.state.global_step)
-        if self._last_state is None or self._last_state[0].step != step or self._is_updating or step == 0:
+        if (
+            not self._group.is_first
+            or self._last_state is None
+            or self._last_state[0].step != step
+            or self._is_updating
+            or step == 0
+        ):
             return None
         if not self._store.path_of(step).exists():
             self._is_failing = True
@@ -297,14 +327,17 @@ class QloraTrainer(TrainerSeam):
         return step
 
     def _record_state(self) -> None:
-        self._last_state = (self._current_state(), generator_states())
+        self._last_state = (self._current_state(), self._current_generators())
 
     def _loop_state(self) -> LoopState:
         return self._last_state[0] if self._is_failing and self._last_state is not None else self._current_state()
 
     def _generators(self) -> Generators:
         assert self._last_state is not None or not self._is_failing
-        return self._last_state[1] if self._is_failing and self._last_state is not None else generator_states()
+        return self._last_state[1] if self._is_failing and self._last_state is not None else self._current_generators()
+
+    def _current_generators(self) -> Generators:
+        return generator_states() if self._group.size == 1 else {**generator_states(), PEERS: list(self._of_peers)}
 
     def _current_state(self) -> LoopState:
         return LoopState(
@@ -364,7 +397,7 @@ class QloraTrainer(TrainerSeam):
 
     def begin_loop(self) -> None:
         """Restore the counters that the loop resets when it begins."""
-        self.set_counters(self.counters() if self._resumed is None else _counters_of(self._resumed[0]))
+        self.set_counters(self.counters() if self._resumed is None else LoopCounters.of(self._resumed[0]))
         if self._resumed is not None:
             state, checkpoint = self._resumed
             self.never_used = tuple(state.never_used)
@@ -373,8 +406,15 @@ class QloraTrainer(TrainerSeam):
             # The saved state would override changed intervals, and lacks an evaluation after it.
             self.state.compute_steps(self.args, self.args.max_steps)
             self._note_best()
-            load_generators(checkpoint)
+            self.restore_generators(checkpoint)
+        else:
+            draw_apart(self._group, self.args.seed, 0, ())
         self._record_state()
+
+    def restore_generators(self, checkpoint: Path) -> None:
+        """Give the random generators of this process the states that it had at a checkpoint, or of its own."""
+        self._of_peers = load_generators(checkpoint)
+        draw_apart(self._group, self.args.seed, self.state.global_step, self._of_peers)
 
     def _is_evaluation_due(self) -> bool:
         """Return whether the evaluation of the step that training resumes after is missing, due to a signal."""
@@ -444,46 +484,3 @@ class QloraTrainer(TrainerSeam):
     def end_update(self) -> None:
         """Mark the update as complete."""
         self._is_updating = False
-
-
-def _counters_of(state: LoopState) -> LoopCounters:
-    return LoopCounters(**{field.name: getattr(state, field.name) for field in fields(LoopCounters)})
-
-
-class _LoopCallback(TrainerCallback):
-    """Notifies the trainer of the phases of its loop."""
-
-    def __init__(self, trainer: QloraTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002 - the signatures are those of transformers
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        """Before the first step."""
-        self._trainer.begin_loop()
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        """Gradients are clipped, weights are next."""
-        self._trainer.begin_update()
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
-        """The step is counted. The last one is evaluated whatever the interval, before it is saved."""
-        self._trainer.end_update()
-        if state.global_step >= state.max_steps and self._trainer.eval_dataset is not None:
-            control.should_evaluate = True

@@ -6,9 +6,9 @@ A version of theirs that renames one breaks this module and no other; `tests/con
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.data import Sampler
@@ -32,6 +32,11 @@ class LoopCounters:
     reported_step: int
     num_tokens: int
     means: Mapping[str, list[float]]
+
+    @classmethod
+    def of(cls, state: object) -> Self:
+        """Return the attributes of `state` by these names."""
+        return cls(**{field.name: getattr(state, field.name) for field in fields(cls)})
 
 
 class TrainerSeam(SFTTrainer, ABC):
@@ -68,6 +73,10 @@ class TrainerSeam(SFTTrainer, ABC):
     @abstractmethod
     def scaler_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
         """Return what surrounds the loading of the loss scaler's state."""
+
+    @abstractmethod
+    def restore_generators(self, checkpoint: Path) -> None:
+        """Give the random generators the states of a checkpoint, when the first step after it is next."""
 
     def write_checkpoint(self, folder: Path) -> Path:
         """Write weights, optimizer, schedule, scaler, generators and trainer state below `folder`; return where."""
@@ -157,3 +166,7 @@ class TrainerSeam(SFTTrainer, ABC):
         if checkpoint is not None:
             with self.scaler_loading(Path(checkpoint)):
                 super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.restore_generators(Path(checkpoint))

@@ -22,6 +22,7 @@ FILE = inferred_origin("run.json")
 # The modules that settle, and how often: each command once, and a value that is lowered when a machine demands it.
 SETTLES = {
     "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not needed
+    "cli/commands/train.py": 1,  # the number of processes, which a launcher has started
     "cli/commands/predicted_data.py": 1,  # those and the settings of a run, before its data is read
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps

@@ -1,7 +1,9 @@
 """`qlora train`: fine-tune a LoRA adapter on a quantized base."""
 
+import os
 import signal
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -9,9 +11,19 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.robust_stream import ignoring_lost_terminal
+from qlora_cli.errors import QloraError
+from qlora_cli.events import Reporters
+from qlora_cli.ranks.group import failing_together
+from qlora_cli.ranks.place import Place, place_in
+from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.settings.choices import Device
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
+from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.training.checks.input_checks import check_train_inputs
+
+NUM_GPUS = "training.num_gpus"
 
 
 @options.takes(Command.TRAIN)
@@ -29,20 +41,55 @@ def train(
     resolved = options.resolve_settings(context, TrainSettings)
     check_train_inputs(resolved)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
-    from qlora_cli.cli.rendering.training_text import render_plan, render_training
-
-    with reporting() as reporter:
-        from qlora_cli.training import train_run
-
-        if dry_run:
-            plan = train_run.plan(resolved, reporter, force=force)
-        else:
-            result = train_run.train(resolved, reporter, force=force)
     if dry_run:
+        from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+        from qlora_cli.cli.rendering.training_text import render_plan
+
+        with reporting() as reporter:
+            from qlora_cli.training import train_run
+
+            plan = train_run.plan(resolved, reporter, force=force)
         print_json(plan) if json else render_plan(plan)
         return
-    with ignoring_lost_terminal(sys.stdout):  # the run directory holds all of it
-        print_json(result) if json else render_training(result)
+    place = place_in(os.environ)
+    num_gpus, is_cpu = resolved.settings.training.num_gpus, resolved.settings.model.device == Device.CPU
+    if num_gpus > 1 and place.size == 1:
+        from qlora_cli.ranks.launch import check_gpus, launch
+
+        if not is_cpu:
+            check_gpus(num_gpus)
+        raise typer.Exit(launch(num_gpus, sys.argv[1:]))
+    try:
+        result = _train(_shared_by(place, resolved), place, force=force, as_json=json)
+    except QloraError as error:
+        if place.rank > 0:  # the first process tells what it was
+            raise typer.Exit(error.exit_code) from error
+        raise
     if result.interrupted_by is not None:
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])
+
+
+def _shared_by(place: Place, resolved: Resolved[TrainSettings]) -> Resolved[TrainSettings]:
+    """Return the settings with as many processes as a launcher has started, unless their number is given."""
+    if place.size == 1 or resolved.is_given(NUM_GPUS):
+        return resolved
+    launcher = InferredSettings(values={NUM_GPUS: place.size}, origin=inferred_origin("torchrun"), is_fixed=True)
+    return settle(resolved, [launcher])
+
+
+def _train(resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool) -> TrainResult:
+    """Train in this process, alone or as one of several, of which the first one reports."""
+    from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.rendering.training_text import render_training
+    from qlora_cli.ranks.distributed_group import joined
+
+    training, device = resolved.settings.training, resolved.settings.model.device
+    with joined(place, training.num_gpus, on_cpu=device == Device.CPU) as group, failing_together(group):
+        with reporting() if group.is_first else nullcontext(Reporters([])) as reporter:
+            from qlora_cli.training import train_run
+
+            result = train_run.train(resolved, reporter, force=force, group=group)
+        if group.is_first:
+            with ignoring_lost_terminal(sys.stdout):  # the run directory holds all of it
+                print_json(result) if as_json else render_training(result)
+        return result

@@ -90,6 +90,12 @@ class TrainingSettings(Section):
         description="Divide the rows of a step into micro-batches of up to this many tokens, without padding, instead "
         "of micro_batch_size rows each. If neither is given, what is predicted to be fastest on the GPU.",
     )
+    num_gpus: Annotated[int, Metadata(flag="--num-gpus", on_resume=OnResume.FREE)] = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Processes that share the micro-batches of each step, each with a GPU of its own.",
+    )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
         Metadata(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
@@ -187,6 +193,11 @@ class TrainingSettings(Section):
     sample_tokens: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=64, ge=1, description="Longest answer to a sample prompt, in tokens."
     )
+
+    @property
+    def divides_steps(self) -> bool:
+        """Whether the rows of a step are divided as a whole: into filled micro-batches, or among processes."""
+        return self.micro_batch_tokens is not None or self.num_gpus > 1
 
     @property
     def rows_per_step(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_cli.events import Noted, Reporter
+from qlora_cli.ranks.group import ALONE, ProcessGroup
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed, or the connection lost
 
@@ -24,15 +25,31 @@ class StopSignal:
     The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process,
     and so does the first one before training has begun, when there is nothing to save.
 
+    Several processes act on a signal once they have agreed on it, all at the same place.
+
     Attributes:
         has_begun: Whether a step of this process has begun.
+        received: The name of the first signal to this process.
     """
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.name: str | None = None
+    def __init__(self, reporter: Reporter, group: ProcessGroup = ALONE) -> None:
+        self.received: str | None = None
         self.has_begun = False
+        self._agreed: str | None = None
         self._reporter = reporter
+        self._group = group
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def name(self) -> str | None:
+        """The name of the signal to act on."""
+        return self.received if self._group.size == 1 else self._agreed
+
+    def agree(self) -> None:
+        """Take the signal to any process for one to all; called by all at the same place."""
+        if self._group.size > 1:
+            signals = [name for name in self._group.exchange(self.received) if name is not None]
+            self._agreed = next(iter(signals), None)
 
     def __enter__(self) -> "StopSignal":
         # Python delivers signals to the main thread only, and only there may handlers be set.
@@ -49,7 +66,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
-        if self.name is not None:
+        if self.received is not None:
             if number == signal.SIGHUP:  # for a closed terminal, shell and kernel send one each
                 return
             sys.exit(128 + number)  # a second request: exit at once
@@ -57,11 +74,9 @@ class StopSignal:
         if not self.has_begun:
             self._reporter.report(Noted(level="warning", message=f"{name}: ended before the first step"))
             sys.exit(128 + number)
-        self.name = name
+        self.received = name
         again = "SIGTERM" if number == signal.SIGHUP else "again"
-        message = (
-            f"{self.name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
-        )
+        message = f"{name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
         self._reporter.report(Noted(level="warning", message=message))
 
 
@@ -93,6 +108,7 @@ class StopCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Pass the requests on to the trainer."""
+        self._stop.agree()
         if self._stop.name is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -123,5 +139,6 @@ class StopCallback(TrainerCallback):
         Raises:
             StoppedError: a signal came.
         """
+        self._stop.agree()
         if self._stop.name is not None:
             raise StoppedError

@@ -5,7 +5,7 @@ import math
 import pickle
 import random
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from qlora_cli.files import read_small
 from qlora_cli.runs.checkpoints import TRAINER_STATE, step_of
 from qlora_cli.training.resuming.saved_state import (
     OPTIMIZER,
+    PEERS,
     RNG_STATE,
     SCALER,
     SCHEDULER,
@@ -61,11 +62,15 @@ def set_generators(states: Generators) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def load_generators(checkpoint: Path) -> None:
-    """Restore the random generators from a checkpoint."""
+def load_generators(checkpoint: Path) -> Sequence[Generators]:
+    """Restore the random generators from a checkpoint; return those of further processes, by rank."""
     file = checkpoint / RNG_STATE
-    if file.exists():
-        set_generators(_values_of(file))
+    if not file.exists():
+        return ()
+    states = _values_of(file)
+    set_generators(states)
+    of_peers: Sequence[Generators] = states.get(PEERS, ())
+    return of_peers
 
 
 @contextmanager

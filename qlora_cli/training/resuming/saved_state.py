@@ -19,6 +19,7 @@ from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.hardware.counters import is_out_of_memory
 
 OPTIMIZER, SCHEDULER, RNG_STATE, SCALER = "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"
+PEERS = "peers"  # in `RNG_STATE`: the generators of the processes after the first, by rank
 # What libraries raise for values of unexpected types and shapes.
 VALUE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError, AssertionError)
 SHAPED_LIKE_WEIGHT = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2"})
@@ -74,7 +75,10 @@ def generators_problem(content: Mapping[str, Any]) -> str | None:
         return "numpy: the position in the state is out of range"
     if "cuda" in content and not isinstance(content["cuda"], torch.Tensor):
         return "cuda: it is not a tensor"
-    return None
+    of_peers = content.get(PEERS, [])
+    if not isinstance(of_peers, list) or not all(isinstance(states, dict) for states in of_peers):
+        return f"{PEERS}: it is not a list of states"
+    return next((f"{PEERS}: {reason}" for states in of_peers if (reason := generators_problem(states))), None)
 
 
 def scaler_problem(content: Mapping[str, Any]) -> str | None:

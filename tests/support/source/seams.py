@@ -127,6 +127,7 @@ SEAMS = (
         TRAINER, "_load_optimizer_and_scheduler", "self, checkpoint", TRANSFORMERS, "check states and name their file"
     ),
     _function(TRAINER, "_load_scaler", "self, checkpoint", TRANSFORMERS, "name the file of a bad state"),
+    _function(TRAINER, "_load_rng_state", "self, checkpoint", TRANSFORMERS, "give each process its own generators"),
     _attribute(TRAINER, "_tr_loss", TRANSFORMERS, "resume in the middle of a logging interval, and skip steps"),
     _attribute(TRAINER, "_total_loss_scalar", TRANSFORMERS, "resume with the loss so far"),
     _attribute(TRAINER, "_globalstep_last_logged", TRANSFORMERS, "resume in the middle of a logging interval"),

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from qlora_cli.data.feeding.micro_batches import micro_batch_tokens
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.settings.models import TrainingSettings
-from qlora_cli.training.batches import BatchCollator, StepCollator, micro_batches_of
+from qlora_cli.training.batches import (
+    NUM_MICRO_BATCHES,
+    NUM_TRAINED,
+    BatchCollator,
+    StepCollator,
+    micro_batches_of,
+)
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=64), most_tokens=st.integers(1, 300))
@@ -85,7 +91,10 @@ def test_a_step_is_collated_into_joined_rows_whose_positions_restart() -> None:
         {"input_ids": list(range(10, 22)), "labels": [-100, *range(11, 22)]},
         {"input_ids": [8, 9], "labels": [8, 9]},
     ]
-    first, second = micro_batches_of(StepCollator(BatchCollator(0, packing=True), 6)(rows))
+    settings = TrainingSettings(micro_batch_tokens=8)
+    batch = StepCollator(BatchCollator(0, packing=True), settings, rank=0)(rows)
+    first, second = micro_batches_of(batch)
+    assert (batch[NUM_MICRO_BATCHES], batch[NUM_TRAINED]) == (2, 15)
     assert first["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert first["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     # Nothing predicts the first token of a row, nor the last of the one before it.

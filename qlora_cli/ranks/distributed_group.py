@@ -1,0 +1,133 @@
+"""A group of processes by `torch.distributed`: values over gloo, gradients over NCCL where there are GPUs."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+
+from qlora_cli.errors import HardwareError
+from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, Value
+from qlora_cli.ranks.place import Place, use_own_gpu
+from qlora_cli.units import MIB
+
+RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
+# Between two exchanges one process may tokenize a data set or download a model.
+PATIENCE = timedelta(days=7)
+BUCKET_BYTES = 25 * MIB  # of gradients that are summed at once, as many as PyTorch's DistributedDataParallel takes
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+class DistributedGroup(ProcessGroup):
+    """One of several processes; `values` and `gradients` are their groups in `torch.distributed`."""
+
+    def __init__(self, place: Place, values: dist.ProcessGroup, gradients: dist.ProcessGroup) -> None:
+        self._place = place
+        self._values = values
+        self._gradients = gradients
+        self.rank = place.rank
+        self.size = place.size
+
+    @property
+    def is_first_on_host(self) -> bool:
+        """Whether no process of this machine comes before this one."""
+        return self._place.local_rank == 0
+
+    def exchange(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank."""
+        values = self._gather(value)
+        for other in values:
+            if isinstance(other, Failure):
+                raise PeerError(other)
+        return values
+
+    def announce(self, failure: Failure) -> None:
+        """Let the next exchange of the other processes fail with `failure`."""
+        try:
+            self._gather(failure)
+        except PeerLostError:  # those that are left know of a failure, too
+            return
+
+    def _gather(self, value: Value) -> list[Value]:
+        values: list[Value] = [value] * self.size
+        try:
+            dist.all_gather_object(values, value, group=self._values)
+        except RuntimeError as error:
+            raise PeerLostError(error) from error
+        return values
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum tensors over all processes, in buckets."""
+        for bucket in _buckets(tensors):
+            joined = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            try:
+                dist.all_reduce(joined, group=self._gradients)
+            except RuntimeError as error:
+                raise PeerLostError(error) from error
+            for tensor, summed in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+    """Return the tensors, in order, in parts of one dtype and up to `BUCKET_BYTES`, or of one tensor."""
+    starts, size = [0], 0
+    for index, tensor in enumerate(tensors):
+        size += tensor.nbytes
+        if index > starts[-1] and (size > BUCKET_BYTES or tensor.dtype != tensors[index - 1].dtype):
+            starts.append(index)
+            size = tensor.nbytes
+    return [tensors[start:end] for start, end in pairwise([*starts, len(tensors)]) if end > start]
+
+
+@contextmanager
+def joined(place: Place, num_processes: int, *, on_cpu: bool) -> Iterator[ProcessGroup]:
+    """Join the other processes of a run of `num_processes`, and leave together; alone, if there are none.
+
+    On exit each waits for all, so that none is ended by a launcher while it writes or prints.
+
+    Raises:
+        HardwareError: a launcher started another number of processes, or they did not meet.
+    """
+    if place.size != num_processes:
+        raise HardwareError(
+            f"the launcher started {place.size} processes, and this is {num_processes}",
+            setting="training.num_gpus",
+            hint="Leave it out: the launcher decides.",
+        )
+    if place.size == 1:
+        yield ALONE
+        return
+    if not on_cpu:
+        use_own_gpu(place, os.environ, torch.cuda.device_count())
+    group = _meet(place, "gloo" if on_cpu or not torch.cuda.is_available() else "nccl")
+    try:
+        yield group
+        group.exchange(None)
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a log is not transformers' about a group of processes that it does not use: it is ours."""
+    return "parallel_mode != ParallelMode.DISTRIBUTED" not in record.getMessage()
+
+
+def _meet(place: Place, gradient_backend: str) -> DistributedGroup:
+    if place.local_size == place.size and sys.platform == "linux":  # a host whose name leads nowhere trains, too
+        os.environ.setdefault(GLOO_INTERFACE, "lo")
+    try:
+        dist.init_process_group("gloo", timeout=RENDEZVOUS)
+        values = dist.new_group(backend="gloo", timeout=PATIENCE)
+        gradients = dist.new_group(backend=gradient_backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise HardwareError(
+            f"process {place.rank} did not meet the other {place.size - 1}: {str(error).splitlines()[0]}",
+            hint="All must start within ten minutes, and reach MASTER_ADDR and MASTER_PORT.",
+        ) from error
+    logging.getLogger("transformers.training_args").addFilter(_is_news)
+    return DistributedGroup(place, values, gradients)

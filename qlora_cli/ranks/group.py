@@ -1,0 +1,100 @@
+"""What the processes of a run say to each other. Imports no torch."""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from qlora_cli.errors import QloraError
+
+Value = TypeVar("Value")
+NEXT = "The same command resumes from the last checkpoint, if there is one."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """How one process failed, in the words that it would have ended with."""
+
+    rank: int
+    host: str
+    message: str
+    hint: str | None
+    exit_code: int
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> Self:
+        """Return the failure of process `rank` by `error`."""
+        known = error if isinstance(error, QloraError) else QloraError(f"{type(error).__name__}: {error}")
+        return cls(
+            rank=rank, host=socket.gethostname(), message=str(known), hint=known.hint, exit_code=known.exit_code
+        )
+
+
+class PeerError(QloraError):
+    """Another process of the run failed, and told why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"process {failure.rank} on {failure.host} failed: {failure.message}", hint=failure.hint)
+        self.exit_code = failure.exit_code
+
+
+class PeerLostError(QloraError):
+    """Another process of the run ended without a word."""
+
+    def __init__(self, cause: Exception) -> None:
+        reason = str(cause).split("\n", maxsplit=1)[0]
+        super().__init__(f"another process of this run ended without a word; it may have been killed ({reason})")
+        self.hint = NEXT
+
+
+class ProcessGroup:
+    """The processes of a run, which all call the same methods in the same order. This one is alone.
+
+    Attributes:
+        rank: The number of this process, from 0. The first one reads settings, writes files and reports.
+        size: The number of processes.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    @property
+    def is_first_on_host(self) -> bool:
+        """Whether no process of this machine comes before this one."""
+        return True
+
+    def exchange(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank.
+
+        Raises:
+            PeerError: another process failed since the last exchange.
+            PeerLostError: another process ended.
+        """
+        return [value]
+
+    def add(self, tensors: Sequence[Any]) -> None:
+        """Replace each of these tensors, which all processes have in the same shapes, by its sum over all of them."""
+
+    def announce(self, failure: Failure) -> None:
+        """Let the next exchange of the other processes fail with `failure`."""
+
+
+ALONE = ProcessGroup()
+
+
+@contextmanager
+def failing_together(group: ProcessGroup) -> Iterator[None]:
+    """A context in which an exception of one process ends the others, too, which learn what it was."""
+    try:
+        yield
+    except (PeerError, PeerLostError):
+        raise
+    except Exception as error:
+        group.announce(Failure.of(error, group.rank))
+        raise

@@ -1,0 +1,144 @@
+"""`qlora train --num-gpus N` and torchrun start processes that report, end and exit as one. Python starts for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import RunQlora
+from tests.integration.training.test_signals import steps_of
+
+SECONDS = 300.0
+
+
+def arguments(model: Path, rows: Path, run: Path, *more: str) -> list[str]:
+    small = ["--micro-batch-size", "1", "--gradient-accumulation-steps", "4", "--save-steps", "1000"]
+    where = ["--model", str(model), "--dataset", str(rows), "--output", str(run), "--device", "cpu", "--dtype", "fp32"]
+    return ["train", *where, *small, "--set", "lora.dropout=0", *more]
+
+
+def start(command: Sequence[str]) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_qlora(*command: str) -> "subprocess.Popen[str]":
+    return start([sys.executable, "-m", "qlora_cli", *command])
+
+
+def ranks_below(launcher: int) -> dict[int, int]:
+    """Return the processes of a run below its launcher, by rank."""
+    found: dict[int, int] = {}
+    for process in psutil.Process(launcher).children(recursive=True):
+        if "RANK" in (environment := process.environ()):
+            found[int(environment["RANK"])] = process.pid
+    return found
+
+
+def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
+    until = time.monotonic() + SECONDS
+    while len(steps_of(run)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert isinstance(record, dict)
+    return record
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = arguments(base_model, rows, run, "--num-gpus", "2", "--max-steps", "60", "--schedule", "constant")
+    process = start_qlora(*command)
+    wait_for_step(process, run, 2)
+    ranks = ranks_below(process.pid)
+    assert sorted(ranks) == [0, 1]
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(psutil.pid_exists(pid) for pid in ranks.values())
+    assert stderr.count("SIGTERM: training stops after the step in progress") == 1
+    assert stdout.startswith("Trained ")
+    assert "the same command resumes there" in stderr
+    assert "torch" not in stderr
+    assert record_of(run)["status"] == "interrupted"
+    # torchrun is another way to start the same run.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    without = [one for one in command if one not in ("--num-gpus", "2")]
+    process = start([*torchrun, "-m", "qlora_cli", *without, "--json"])
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert result["steps"] == 60
+    assert result["resumed_from_step"] is not None
+    record = record_of(run)
+    assert record["origins"]["training.num_gpus"] == "torchrun"
+    assert record["settings"]["training"]["num_gpus"] == record["plan"]["num_devices"] == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_and_is_named(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_qlora(*arguments(base_model, rows, run, "--num-gpus", "2", "--max-steps", "200"))
+    wait_for_step(process, run, 2)
+    ranks = ranks_below(process.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert not any(psutil.pid_exists(pid) for pid in ranks.values())
+    assert "error: process 1 was killed by SIGKILL" in stderr
+    assert "another process of this run ended without a word" in stderr
+    assert record_of(run)["status"] == "failed"
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
+def test_too_few_gpus_are_refused_before_anything_starts(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [one for one in arguments(base_model, rows, run, "--num-gpus", "3") if one not in ("--device", "cpu")]
+    done = run_qlora(*command, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.code == 2
+    assert "--num-gpus: 3 processes need 3 GPUs, and no GPU is visible to PyTorch" in done.stderr
+    assert not run.exists()
+
+
+def test_a_run_of_several_processes_is_planned_by_one(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    done = run_qlora(*arguments(base_model, rows, tmp_path / "run", "--num-gpus", "2", "--dry-run", "--json"))
+    assert done.code == 0
+    assert done.json["num_devices"] == 2
+    assert done.json["examples_per_step"] == 4
+
+
+def test_more_processes_than_rows_of_a_step_are_refused(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    done = run_qlora(*arguments(base_model, rows, tmp_path / "run", "--num-gpus", "5"))
+    assert done.code == 2
+    assert "--num-gpus: 5 processes would share the 4 rows of a step" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
+def test_processes_that_torchrun_did_not_start_are_refused(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, variable: str
+) -> None:
+    done = run_qlora(*arguments(base_model, rows, tmp_path / "run"), env={variable: "2"})
+    assert done.code == 2
+    assert f"this is one of 2 processes ({variable} is 2)" in done.stderr
+    assert f"unset {variable}" in done.stderr

@@ -1,0 +1,288 @@
+"""A run of several processes is that of one: the same rows a step, losses, adapter and held-out loss, and one end.
+
+The processes are forked, compute on the CPU and speak over gloo.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_cli.data.feeding import micro_batches
+from qlora_cli.events import CheckpointSaved, Event
+from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.training.train_run import train
+from qlora_cli.training.trainer import QloraTrainer
+from tests.conftest import Recorder, train_settings
+from tests.integration.training.test_signals import steps_of, wait_for
+from tests.support.processes.killed_runs import EXACT, assert_same, metrics_of
+from tests.support.processes.rank_processes import Ended, end_of_ranks, run_ranks, start_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TWO: dict[str, object] = {"training__num_gpus": 2}
+# Twelve rows, of which two are held out: the second step of an epoch has four.
+UNEVEN: dict[str, object] = {
+    "data__eval_split": "2",
+    "training__micro_batch_size": 2,
+    "training__gradient_accumulation_steps": 3,
+    "training__max_steps": 5,
+    "training__eval_steps": 2,
+}
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def distance(run: Path, other: Path) -> float:
+    """Return the norm of the difference of two adapters, relative to the second."""
+    one, two = adapter_of(run), adapter_of(other)
+    assert one.keys() == two.keys()
+    squares = sum(float((one[name] - two[name]).square().sum()) for name in two)
+    return float((squares / sum(float(value.square().sum()) for value in two.values())) ** 0.5)
+
+
+def all_done(ended: Sequence[Ended], size: int) -> None:
+    """Check that all processes of `size` trained to the end with the same figures."""
+    assert [one.code for one in ended] == [0] * size, [one.told for one in ended]
+    assert [one.told["size"] for one in ended] == [size] * size
+    for key in ("steps", "losses", "eval_loss"):
+        assert len({json.dumps(one.told[key]) for one in ended}) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"training__sampling": "group_by_length", "training__micro_batch_size": 3, "training__weight_decay": 0.1},
+        {"training__micro_batch_tokens": 200},
+        {"data__packing": True, "data__max_length": 192, "training__gradient_accumulation_steps": 2},
+        {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 2, "training__num_gpus": 3},
+    ],
+    ids=["uneven rows", "rows grouped by length", "filled micro-batches", "packed rows", "a process without rows"],
+)
+def test_several_processes_train_the_adapter_of_one(
+    base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = {**UNEVEN, **changed, "training__num_gpus": 1}
+    train(train_settings(base_model, rows, one, **alone), Recorder())
+    settings = train_settings(base_model, rows, two, **{**UNEVEN, **TWO, **changed})
+    all_done(run_ranks(settings, tmp_path / "ranks"), settings.settings.training.num_gpus)
+    assert distance(two, one) < 1e-5
+    steps, others = metrics_of(two), metrics_of(one)
+    assert len(steps) == len(others) == 5 + 3
+    for mine, its in zip(steps, others, strict=True):
+        assert mine == pytest.approx(its, rel=1e-4)
+    assert json.loads((two / "run.json").read_text())["plan"]["num_devices"] == settings.settings.training.num_gpus
+
+
+def without_sum(group: ProcessGroup) -> Recorder:
+    setattr(group, "add", list)  # noqa: B010 - adds up nothing
+    return Recorder()
+
+
+def test_gradients_that_are_not_summed_would_give_another_adapter(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(train_settings(base_model, rows, one, **UNEVEN), Recorder())
+    settings = train_settings(base_model, rows, two, **UNEVEN, **TWO)
+    run_ranks(settings, tmp_path / "ranks", without_sum)
+    assert distance(two, one) > 1e-2
+
+
+class KillAt(Recorder):
+    """Kills its process at once when the checkpoint of `step` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def report(self, event: Event) -> None:
+        super().report(event)
+        if isinstance(event, CheckpointSaved) and event.step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_dies_after_step_4(group: ProcessGroup) -> Recorder:
+    return KillAt(4) if group.is_first else Recorder()
+
+
+DROPPING = {**EXACT, "training__gradient_accumulation_steps": 4, "training__max_steps": 6, **TWO}
+
+
+def test_two_processes_resume_exactly_with_dropout_and_noise(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    all_done(run_ranks(train_settings(base_model, rows, whole, **DROPPING), tmp_path / "whole-ranks"), 2)
+    settings = train_settings(base_model, rows, run, **DROPPING)
+    first, second = run_ranks(settings, tmp_path / "killed", first_dies_after_step_4)
+    assert first.code == -signal.SIGKILL
+    assert second.code == 1
+    assert "another process of this run ended without a word" in second.told["message"]
+    all_done(run_ranks(settings, tmp_path / "resumed"), 2)
+    assert_same(run, whole)
+
+
+def test_a_run_of_two_processes_resumes_in_one_and_back(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    one, run = tmp_path / "one", tmp_path / "run"
+    changed = {**UNEVEN, "training__save_steps": 1}
+    train(train_settings(base_model, rows, one, **changed), Recorder())
+    settings = train_settings(base_model, rows, run, **changed, **TWO)
+    run_ranks(settings, tmp_path / "killed", first_dies_after_step_2)
+    alone = train_settings(base_model, rows, run, **changed)
+    with pytest.raises(KeyboardInterrupt):
+        train(alone, InterruptAt(4))
+    ended = run_ranks(settings, tmp_path / "resumed")
+    all_done(ended, 2)
+    assert distance(run, one) < 1e-5
+
+
+def first_dies_after_step_2(group: ProcessGroup) -> Recorder:
+    return KillAt(2) if group.is_first else Recorder()
+
+
+class InterruptAt(Recorder):
+    """Leaves the run when the checkpoint of `step` is saved, as a second Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def report(self, event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.step == self._step:
+            raise KeyboardInterrupt
+
+
+LONG: dict[str, object] = {
+    "data__eval_split": "2",
+    "training__micro_batch_size": 1,
+    "training__gradient_accumulation_steps": 4,
+    "training__max_steps": 200,
+    "training__save_steps": 1000,
+    "training__schedule": "constant",
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint(
+    base_model: Path, rows: Path, tmp_path: Path, rank: int
+) -> None:
+    run, folder = tmp_path / "run", tmp_path / "ranks"
+    processes = start_ranks(train_settings(base_model, rows, run, **LONG, **TWO), folder)
+    wait_for(processes[0], lambda: len(steps_of(run)) >= 3)
+    os.kill(processes[rank].pid or 0, signal.SIGTERM)
+    ended = end_of_ranks(processes, folder)
+    assert [one.code for one in ended] == [128 + signal.SIGTERM] * 2
+    step = ended[0].told["steps"]
+    assert 3 <= step < 200
+    assert ended[1].told["steps"] == step
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step}"]
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+def second_fails_in_step_3(group: ProcessGroup) -> Recorder:
+    if group.rank == 1:
+        original = QloraTrainer.compute_loss
+
+        def fail(self: QloraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 2 and self.phase != "preparation":
+                raise RuntimeError("the card fell off the bus")
+            return original(self, *args, **kwargs)
+
+        QloraTrainer.compute_loss = fail  # type: ignore[method-assign]
+    return Recorder()
+
+
+def test_the_failure_of_one_process_ends_all_and_is_named(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = train_settings(base_model, rows, run, **UNEVEN, **TWO)
+    first, second = run_ranks(settings, tmp_path / "ranks", second_fails_in_step_3)
+    assert first.code == 1
+    assert first.told["error"] == "PeerError"
+    assert "process 1 on " in first.told["message"]
+    assert "RuntimeError: the card fell off the bus" in first.told["message"]
+    assert "until step 2 is saved" in first.told["hint"]
+    assert second.code not in (0, None)
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "the card fell off the bus" in record["error"]
+    assert (run / "checkpoints" / "step-2").is_dir()
+
+
+def second_has_no_finite_loss(group: ProcessGroup) -> Recorder:
+    if group.rank == 1:
+        original = QloraTrainer.compute_loss
+
+        def spoil(self: QloraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = original(self, *args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 2 and self.model.training else loss
+
+        QloraTrainer.compute_loss = spoil  # type: ignore[method-assign]
+    return Recorder()
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_in_one_process_is_one_of_the_step(
+    base_model: Path, rows: Path, tmp_path: Path, on_nan: str
+) -> None:
+    run = tmp_path / "run"
+    changed = {**UNEVEN, **TWO, "training__on_nan": on_nan}
+    ended = run_ranks(train_settings(base_model, rows, run, **changed), tmp_path / "ranks", second_has_no_finite_loss)
+    if on_nan == "skip":
+        all_done(ended, 2)
+        assert all(bool(value.isfinite().all()) for value in adapter_of(run).values())
+        assert json.loads((run / "run.json").read_text())["result"]["num_skipped_steps"] == 1
+        return
+    assert [one.code for one in ended] == [1, 1]
+    assert ended[0].told["message"].startswith("step 3: the loss is nan; nothing was updated. The rows: ")
+    named = ended[0].told["message"].partition("The rows: ")[2]
+    assert named.count(", row ") == UNEVEN["training__micro_batch_size"]  # those of one micro-batch of the second
+
+
+def second_does_not_fit(group: ProcessGroup) -> Recorder:
+    if group.rank == 1:
+        original = QloraTrainer.try_out
+
+        def exhaust(self: QloraTrainer, micro_batches: Any) -> None:
+            if micro_batches[0]["input_ids"].shape[0] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            original(self, micro_batches)
+
+        QloraTrainer.try_out = exhaust  # type: ignore[method-assign]
+    return Recorder()
+
+
+def test_a_micro_batch_that_does_not_fit_one_process_is_lowered_in_all(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(train_settings(base_model, rows, one, **UNEVEN), Recorder())
+    lowering = {**UNEVEN, **TWO, "training__auto_micro_batch": True}
+    all_done(run_ranks(train_settings(base_model, rows, two, **lowering), tmp_path / "ranks", second_does_not_fit), 2)
+    assert json.loads((two / "run.json").read_text())["settings"]["training"]["micro_batch_size"] == 1
+    assert distance(two, one) < 1e-5
+    fixed = train_settings(base_model, rows, tmp_path / "fixed", **UNEVEN, **TWO)
+    first, second = run_ranks(fixed, tmp_path / "fixed-ranks", second_does_not_fit)
+    assert [first.code, second.code] == [3, 3]
+    assert "process 1 on " in first.told["message"]
+    assert "out of memory" in first.told["message"].lower()
+
+
+def test_processes_drop_out_other_values(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    settings = train_settings(base_model, rows, tmp_path / "run", **{**DROPPING, "training__max_steps": 2})
+    all_done(run_ranks(settings, tmp_path / "ranks"), 2)
+    states = torch.load(tmp_path / "run" / "checkpoints" / "step-2" / "rng_state.pth", weights_only=False)
+    assert len(states["peers"]) == 1
+    assert not torch.equal(states["cpu"], states["peers"][0]["cpu"])
+
+
+def test_what_balances_a_step_leaves_no_row_out() -> None:
+    assert micro_batches.balance(torch.tensor([5, 3, 3, 2]).numpy(), 2) == [[0, 3], [1, 2]]
