@@ -18,11 +18,11 @@ from qlora_cli.adapters.reader import Adapter, fit_outline, num_vocabulary_rows,
 from qlora_cli.attention.choice import choose_attention
 from qlora_cli.attention.sdpa_rules import representative_capability
 from qlora_cli.errors import ModelError, QloraError
-from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, settle_compute_dtype
+from qlora_cli.hardware.device import AMPERE, TORCH_DTYPES, choose_compute_dtype, settle_compute_dtype
 from qlora_cli.loading.model_outline import check_effect, stored_facts
 from qlora_cli.memory.costs.host_memory import host_memory
 from qlora_cli.memory.costs.run_files import FileSizes, weights_bytes
-from qlora_cli.memory.costs.step_time import kind_of_step, step_time
+from qlora_cli.memory.costs.step_time import kind_of_step, rates_on, step_time
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.kept_products import recomputed_products
 from qlora_cli.memory.model_facts import ModelFacts
@@ -54,7 +54,7 @@ from qlora_cli.settings.settle import settle
 from qlora_cli.timing.operation import Counted
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, limit_length, num_positions
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 Value = TypeVar("Value")
 EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
 
@@ -97,17 +97,20 @@ class Estimator:
         evaluates: bool | None = None,
         whole: bool = False,
         loop: Loop | None = None,
+        on_host: bool = False,
     ) -> None:
         """Predict from the model's facts, for settings that are `settled`.
 
         `evaluates`: whether an evaluation batch is run as well; None if the settings decide. `whole` traces all layers
         instead of a few: slower, with the same result. `loop` makes the step that is traced, as for `trace_step`.
+        `on_host`: runs are on a CPU, whose kernels decide how some weights are stored.
         """
         self._facts = facts
         self._backend = backend
         self._evaluates = evaluates
         self._whole = whole
         self._loop = loop
+        self._device = CPU if on_host else CUDA
         self._cache: dict[Any, Any] = {}
 
     def settled(self, asked: Resolved[EstimateT]) -> Resolved[EstimateT]:
@@ -158,12 +161,15 @@ class Estimator:
         )
 
     def step_time(self, settings: EstimateSettings, gpu: Gpu) -> StepTime | None:
-        """Return the time of an optimizer step on `gpu`; None if its speed is not known.
+        """Return the time of an optimizer step on `gpu`; None if its speed, or that in the dtype, is not known.
 
         Raises:
             ModelError: the model can't be run with these settings.
             HardwareError: the GPU can't compute with them.
         """
+        dtype, known = self.dtype_on(settings, gpu), rates_on(gpu)
+        if gpu.is_host and known is not None and known.dtype != dtype:
+            return None
         traced, micro_batches = self.traced(settings, gpu), _micro_batches(settings)
         return step_time(
             traced.micro_batch,
@@ -172,11 +178,13 @@ class Estimator:
             num_micro_batches=micro_batches["gradient_accumulation_steps"],
             num_tokens=micro_batches["batch_size"] * micro_batches["length"],
             pinned_host_bytes=traced.pinned_host_bytes,
-            kind=kind_of_step(settings, self.dtype_on(settings, gpu)),
+            kind=kind_of_step(settings, dtype),
         )
 
     def dtype_on(self, settings: EstimateSettings, gpu: Gpu) -> Dtype:
         """Return the compute dtype on `gpu`."""
+        if gpu.is_host:
+            return choose_compute_dtype(settings.model.dtype, CPU, self.model_type).name
         native = gpu.capability >= AMPERE
         reason = f"{gpu.name} {'has' if native else 'has no'} bf16 tensor cores"
         return settle_compute_dtype(settings.model.dtype, "cuda", self.model_type, native, reason).name
@@ -223,10 +231,10 @@ class Estimator:
         key = ("layout", dtype, quantization.model_dump_json())
 
         def plan() -> StoragePlan:
-            stored = self._prequantized()
+            stored, shapes = self._prequantized(), self.shapes(settings, dtype)
             if stored is not None:  # suggestions ask for other settings than those of the run
                 check_settings(stored, dict(quantization), self._facts.name)
-            return plan_layout(self.shapes(settings, dtype), quantization, TORCH_DTYPES[dtype], stored, device=CUDA)
+            return plan_layout(shapes, quantization, TORCH_DTYPES[dtype], stored, device=self._device)
 
         return self._cached(key, plan)
 

@@ -28,6 +28,8 @@ CONSUMER, WORKSTATION, DATA_CENTRE = "consumer", "workstation", "data-centre"
 THIS_MACHINE, AS_ASKED = "this machine", "as asked"
 
 UNIT_BYTES = {"mb": 10**6, "mib": MIB, "gib": GIB}
+# Of the host, by a process on a CPU without tensors: Python, libraries, the trainer, buffers of threads.
+PROCESS_BYTES, PROCESS_HIGH_BYTES = 640 * MIB, 1024 * MIB
 SAME_MEMORY = 0.02  # cards of one name whose memory differs by less than this share count as one
 OLDEST_WITH_KERNELS = (7, 5)  # of PyPI's PyTorch, which is built for CUDA 13
 AMPERE = (8, 0)
@@ -52,6 +54,7 @@ class Gpu:
 
     Attributes:
         card: Its name in the catalogue; empty if it is not there.
+        is_host: Whether it is this machine's CPU, and its memory that of the host.
         size_gb: What it is sold with, in GB; 0 for a size and for this machine's GPU.
         cards: For a class, the names of its cards, the most common first.
         note: What else a prediction for it takes for granted, in a sentence without its subject.
@@ -69,6 +72,7 @@ class Gpu:
     cards: tuple[str, ...] = ()
     note: str = ""
     card: str = ""
+    is_host: bool = False
 
     @property
     def usable_bytes(self) -> int:
@@ -122,11 +126,11 @@ GPUS = _catalogue()
 
 
 def find_gpu(text: str) -> Gpu:
-    """Return the GPU that `text` names: a card, a class such as `24GB`, a size such as `24GiB`, or `auto`.
+    """Return the GPU that `text` names: a card, a class such as `24GB`, a size such as `24GiB`, `auto`, or `cpu`.
 
     In a name, case, spaces, dashes and the brand do not matter: `4090`, `rtx4090`, `NVIDIA A100-SXM4-80GB`. A name
     shared by several cards is refused if their memory differs; otherwise it means the first. `auto` is the GPU of this
-    machine. GiB are 1024³ bytes.
+    machine, `cpu` its CPU. GiB are 1024³ bytes.
 
     Raises:
         UsageError: no such GPU or class is known, several cards with different memory are, or a size has no unit.
@@ -135,6 +139,8 @@ def find_gpu(text: str) -> Gpu:
     asked = text.strip().lower()
     if asked == "auto":
         return _gpu_of_this_machine()
+    if asked == "cpu":
+        return this_cpu()
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?gb", asked):
         return _gpu_of_class(size[1])
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?(mi?b|gib)", asked):
@@ -334,7 +340,7 @@ def _nearest_card(name: str, capability: tuple[int, int], num_sms: int, total_by
 def this_cpu() -> Gpu:
     """Return this machine's CPU with the threads that PyTorch uses, as a device whose steps are predicted.
 
-    A step is traced with the kernels of a GPU, whose operations are those of a CPU; its memory is not predicted.
+    A step is traced with the kernels of a GPU, whose operations are those of a CPU.
     """
     import torch
 
@@ -344,6 +350,8 @@ def this_cpu() -> Gpu:
         total_bytes=psutil.virtual_memory().total,
         capability=AMPERE,
         num_sms=1,
-        context_bytes=0,
-        context_high_bytes=0,
+        context_bytes=PROCESS_BYTES,
+        context_high_bytes=PROCESS_HIGH_BYTES,
+        source="the memory of the host",
+        is_host=True,
     )

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import HardwareError, ModelError
@@ -26,6 +27,7 @@ from qlora_cli.memory.fitting.plan import PlannedRun, PlanOn, best_option, is_op
 from qlora_cli.memory.fitting.solver import solve, sweep
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
+from qlora_cli.memory.host_run import as_host_memory, host_assumptions, on_cpu
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
 from qlora_cli.memory.prediction import (
     Estimate,
@@ -100,6 +102,7 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
         facts,
         backend=request.prediction.sdpa_backend,
         evaluates=request.prediction.evaluate,
+        on_host=request.is_on_host,
     )
 
 
@@ -109,7 +112,9 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     opened = estimator.settled(with_provisional_method(request.asked))
     max_checkpoints = opened.settings.output.max_checkpoints
     asked = with_longest(opened.settings, request.rows)
-    choice = _choose_method(asked, request, estimator) if is_method_open(opened) else None
+    if request.is_on_host:
+        asked = on_cpu(asked)
+    choice = _choose_method(asked, request, estimator) if is_method_open(opened) and not request.is_on_host else None
     if choice is not None:
         asked = with_settings(asked, {METHOD: choice.method})
     plans = _plans(asked, request, estimator)
@@ -130,7 +135,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     predict_planned = planning(estimator.estimate, estimator.recomputed_products)
     suggestions = suggest(settings, gpu, predict_planned, estimate) if misses else ()
     is_hopeless = misses and fits[0].fits == NO and all(suggestion.fits == NO for suggestion in suggestions)
-    smallest, roomy = smallest_classes(asked, estimator.estimate)
+    smallest, roomy = (None, None) if request.is_on_host else smallest_classes(asked, estimator.estimate)
     num_parameters = estimator.layout(settings, dtype).inventory.num_parameters
     fed = request.rows.feed(settings.training) if request.rows else None
     host = estimator.host_memory(settings, gpu, num_rows=_num_rows(request))
@@ -145,7 +150,9 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
         predicted=replace(
-            with_host(_figures(request, settings, gpu, estimator, fed), host),
+            (as_host_memory if request.is_on_host else partial(with_host, host=host))(
+                _figures(request, settings, gpu, estimator, fed)
+            ),
             disk_bytes=traced.files.disk_bytes(
                 max_checkpoints=max_checkpoints, keeps_best=settings.training.eval_steps is not None
             ),
@@ -162,7 +169,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         methods=None if choice is None else choice.options,
         unquantized=_unquantized(request, asked, estimate, num_parameters, estimator),
         fits=fits,
-        smallest_gpu=smallest_gpu(asked, estimator.estimate),
+        smallest_gpu=None if request.is_on_host else smallest_gpu(asked, estimator.estimate),
         smallest_class=smallest,
         roomy_class=roomy,
         suggestions=suggestions,
@@ -170,7 +177,12 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         solutions=_solutions(request, asked, estimator),
         cards=_cards(request, asked, estimator),
         sweep=sweep(request.swept(asked), asked, gpu, estimator.estimate) if request.sweep else (),
-        assumptions=(*facts.notes, *traced.notes, *_assumptions(request, asked, gpu, incapable, max_checkpoints)),
+        assumptions=(
+            *facts.notes,
+            *traced.notes,
+            *_assumptions(request, asked, gpu, incapable, max_checkpoints),
+            *(host_assumptions(gpu, is_timed=estimate.time is not None) if request.is_on_host else ()),
+        ),
         estimate_seconds=0.0,
     )
 
@@ -197,7 +209,7 @@ def _unquantized(
     request: MemoryRequest, asked: EstimateSettings, estimate: Estimate, num_parameters: int, estimator: "Estimator"
 ) -> PlanOption | None:
     """Return the run with its base in 16 bit, if that fits on the first GPU, and nothing else was asked for."""
-    if not request.gpus or request.asked.is_given(METHOD):
+    if not request.gpus or request.is_on_host or request.asked.is_given(METHOD):
         return None
     plan = _planning_on(asked, request, estimator)
     return unquantized_run(asked, request.gpus[0], estimate, num_parameters, plan)
@@ -206,7 +218,7 @@ def _unquantized(
 def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> list[PlannedRun]:
     """Return the plan for each GPU; none if the settings leave nothing open."""
     rows = _divisible_rows(asked, request, estimator) if request.gpus else None
-    if rows is None and not is_open(asked):
+    if request.is_on_host or (rows is None and not is_open(asked)):
         return []
     return [plan_run(asked, gpu, estimator.estimate, estimator.recomputed_products, rows) for gpu in request.gpus]
 
@@ -256,7 +268,7 @@ def _largest_model(
     request: MemoryRequest, facts: ModelFacts, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator"
 ) -> FittingModel | None:
     """Return the largest model of the catalogue that fits instead; None for the adapter or the run of one model."""
-    if facts.adapter is not None or facts.settings:
+    if facts.adapter is not None or facts.settings or gpu.is_host:
         return None
 
     def predict(model: CatalogueModel, gpu: Gpu) -> Estimate:
@@ -340,6 +352,8 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
 
 def _assumptions_of_run(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu) -> list[str]:
     """Return sentences on what the prediction of a whole run takes for granted."""
+    if rates_on(gpu) is None and gpu.is_host:
+        return []
     if rates_on(gpu) is None:
         return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
     if request.rows is not None:
@@ -384,7 +398,8 @@ def _assumptions(
     if request.prediction.rows is not None or request.rows is not None:
         sentences += _assumptions_of_run(request, settings, gpu)
     sentences.append(f"the disk holds {counted(max_checkpoints, 'checkpoint')} and the one being written")
-    sentences.append("what Python, libraries and the driver take from the host is a guess: 2 GiB, 1 to 4")
+    if not request.is_on_host:
+        sentences.append("what Python, libraries and the driver take from the host is a guess: 2 GiB, 1 to 4")
     sentences.append("every token is trained; a loss on answers only takes a little less")
     if settings.model.new_tokens:
         sentences.append("new tokens have rows in the embedding already")
@@ -392,5 +407,8 @@ def _assumptions(
         sentences.append(known.note)
     sentences += untraced(settings.training, settings.model.attention)
     sentences += [f"{gpu.name}: {gpu.note}" for gpu in request.gpus if gpu.note]
-    sentences.append("one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)")
+    if not request.is_on_host:
+        sentences.append(
+            "one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)"
+        )
     return sentences

@@ -40,6 +40,11 @@ class MemoryRequest:
         return self.asked.settings.inspect_memory
 
     @property
+    def is_on_host(self) -> bool:
+        """Whether the run is on this machine's CPU, which is then the only device that was named."""
+        return any(gpu.is_host for gpu in self.gpus)
+
+    @property
     def solve(self) -> tuple[str, ...]:
         """The settings whose largest value is to be found, by the flag's name without dashes."""
         return tuple(setting.value for setting in self.prediction.solve if setting != Solvable.GPU)

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.hardware.device import ComputeDtype
+from qlora_cli.memory.host_run import AUTO_CHECKPOINTING
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.settings.choices import Checkpointing, Dtype, Schedule
 from qlora_cli.settings.models import QuantizationSettings, TrainingSettings, TrainSettings
@@ -25,7 +26,7 @@ def resolve_checkpointing(setting: Checkpointing, device: torch.device) -> Check
     """Resolve `auto`: off on a CPU, where memory is plentiful; on a GPU, on where memory can't be predicted."""
     if setting != Checkpointing.AUTO:
         return setting
-    return Checkpointing.ON if device.type == "cuda" else Checkpointing.OFF
+    return Checkpointing.ON if device.type == "cuda" else AUTO_CHECKPOINTING
 
 
 def check_hardware(quantization: QuantizationSettings, training: TrainingSettings, device: torch.device) -> None:

@@ -354,9 +354,27 @@ def test_all_problems_are_reported_at_once(core: Core) -> None:
     assert core.requests == []
 
 
-def test_the_gpu_of_a_machine_without_one_cannot_be_named(monkeypatch: pytest.MonkeyPatch, core: Core) -> None:
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_without_a_gpu_this_machine_is_its_cpu(monkeypatch: pytest.MonkeyPatch, asked: Ask, name: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--gpu: no NVIDIA GPU is visible to PyTorch" in refused("base", "--gpu", "auto")
+    request = asked("base", "--gpu", name)
+    assert [gpu.is_host for gpu in request.gpus] == [True]
+    assert request.is_on_host
+    assert not asked("base", "--gpu", "RTX 4090").is_on_host
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["--gpu", "RTX 4090"], "--gpu"),
+        (["--optimizer", "paged_adamw_8bit"], "--optimizer"),
+        (["--gradient-checkpointing", "offload"], "--gradient-checkpointing"),
+        (["--solve", "gpu", "--rows", "100"], "--solve"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_for_the_cpu(core: Core, arguments: list[str], where: str) -> None:
+    shown = refused("base", "--gpu", "cpu", *arguments)
+    assert f"{where}: " in shown
     assert core.requests == []
 
 

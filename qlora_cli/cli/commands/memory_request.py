@@ -21,7 +21,7 @@ from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.solver import SETTINGS
 from qlora_cli.memory.gpus import Gpu, find_gpu
 from qlora_cli.memory.request import MemoryRequest
-from qlora_cli.settings.choices import Attention, CardOrder, Quantization, SdpaBackend, Solvable
+from qlora_cli.settings.choices import Attention, CardOrder, Checkpointing, Quantization, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
@@ -53,6 +53,8 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
     asked = resolved.settings.inspect_memory
     read = _ReadFlags.of(asked.gpus, asked.sweep, words, resolved.where_of)
     problems = [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]
+    if any(gpu.is_host for gpu in read.gpus):
+        problems += _not_on_host(resolved)
     if problems := [*problems, *_about_run(resolved)]:
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
@@ -118,12 +120,23 @@ def _find_gpus(texts: Sequence[str], where: str, problems: list[Problem]) -> tup
     by_name: dict[str, Gpu] = {}
     for text in texts:
         try:
-            gpu = find_gpu(text)
+            gpu = _find_device(text)
         except (UsageError, HardwareError) as error:
             problems.append(Problem(where=where, message=error.message, hint=error.hint))
         else:
             by_name[gpu.name] = gpu
+    if len(by_name) > 1 and any(gpu.is_host for gpu in by_name.values()):
+        hint = "Ask for the CPU alone: --gpu cpu."
+        problems.append(Problem(where=where, message="a CPU is not compared with GPUs", hint=hint))
     return tuple(by_name.values())
+
+
+def _find_device(text: str) -> Gpu:
+    """Return the GPU that `text` names; for `auto` on a machine without one, its CPU, on which `train` would run."""
+    try:
+        return find_gpu(text)
+    except HardwareError:
+        return find_gpu("cpu")
 
 
 def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
@@ -141,6 +154,23 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
             f"has no effect with --attention {attention}",
         )
         yield Problem(where=where, message=message, hint="Leave it out, or use --attention sdpa.")
+
+
+def _not_on_host(resolved: Resolved[InspectMemorySettings]) -> Iterator[Problem]:
+    """Yield the problems with settings that need a GPU, and with questions about GPUs, for a run on the CPU."""
+    training, where_of = resolved.settings.training, resolved.where_of
+    if training.optimizer.is_paged:
+        message = f"{training.optimizer.value} pages its state out of GPU memory and there is no GPU"
+        hint = "Use --optimizer adamw_torch or adamw_8bit."
+        yield Problem(where=where_of("training.optimizer"), message=message, hint=hint)
+    if training.gradient_checkpointing == Checkpointing.OFFLOAD:
+        message = "offload keeps activations in host memory, where they are without a GPU"
+        hint = "Use --gradient-checkpointing on."
+        yield Problem(where=where_of("training.gradient_checkpointing"), message=message, hint=hint)
+    if Solvable.GPU in resolved.settings.inspect_memory.solve:
+        message = "gpu ranks GPUs, and a CPU is named"
+        hint = "Leave --gpu out, or name cards."
+        yield Problem(where=where_of("inspect_memory.solve"), message=message, hint=hint)
 
 
 def _read_prices(resolved: Resolved[InspectMemorySettings]) -> tuple[dict[str, float], list[Problem]]:

@@ -46,7 +46,7 @@ NAMES = {
     "slack": "allocator slack",
     "context": "CUDA context",
 }
-PROCESS = "process"
+RESERVED, PROCESS = "reserved", "process"
 HOST_PARTS = {
     "process_bytes": "Python, libraries, driver (a guess)",
     "embedding_bytes": "the embedding",
@@ -69,9 +69,11 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bo
     console().print()
     print_rows(_rows(report, gpus, details=details))
     if details:
-        _section("Predicted peak", [*figure_lines(report), *time_lines(report.predicted)])
-        _section("What it is for", component_lines(report.components))
-        _section("Host memory, not all at the same time", host_lines(report.host))
+        _section("Predicted peak", [*figure_lines(report, gpus), *time_lines(report.predicted)])
+        is_host = any(gpu.is_host for gpu in gpus)
+        _section("What it is for", component_lines(report.components, is_host=is_host))
+        if not is_host:
+            _section("Host memory, not all at the same time", host_lines(report.host))
         _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
         _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
     if any(details or suggestion.fits != NO for suggestion in report.suggestions):
@@ -125,7 +127,8 @@ def _rows(report: MemoryReport, gpus: Sequence[Gpu], *, details: bool) -> list[R
     if gpus or report.cards is None:  # else each of the cards is listed with the time of the run as planned for it
         rows += _run_rows(report.predicted, "" if gpus else f" on {with_article(report.gpu)}")
     rows += _need_rows(report.predicted)
-    rows += _wrapped("smallest", _describe_smallest(report))
+    if not any(gpu.is_host for gpu in gpus):
+        rows += _wrapped("smallest", _describe_smallest(report))
     for gpu in gpus:
         rows += _wrapped("note", f"{gpu.name}: {gpu.note}") if gpu.note else []
     return rows
@@ -137,17 +140,19 @@ def _wrapped(name: str, value: str, name_width: int = len("answered in")) -> lis
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
-def figure_lines(report: MemoryReport) -> list[str]:
-    """Return the three peaks, each with its error band, and the paged and pinned memory."""
-    own = report.predicted
+def figure_lines(report: MemoryReport, gpus: Sequence[Gpu] = ()) -> list[str]:
+    """Return the peaks, each with its error band, and the paged and pinned memory; a CPU reserves nothing."""
+    own, is_host = report.predicted, any(gpu.is_host for gpu in gpus)
+    shown_by = "what the system shows" if is_host else "what nvidia-smi shows"
     figures = (
         ("allocated", own.allocated_bytes, own.allocated_low_bytes, own.allocated_high_bytes, "by tensors"),
-        ("reserved", own.reserved_bytes, own.reserved_low_bytes, own.reserved_high_bytes, "by PyTorch for them"),
-        (PROCESS, own.process_bytes, own.process_low_bytes, own.process_high_bytes, "what nvidia-smi shows"),
+        (RESERVED, own.reserved_bytes, own.reserved_low_bytes, own.reserved_high_bytes, "by PyTorch for them"),
+        (PROCESS, own.process_bytes, own.process_low_bytes, own.process_high_bytes, shown_by),
     )
     lines = [
         f"  {name:<10} {gib(middle):>11}   {_bare(low):>6} to {_bare(high):<6}   {meaning}"
         for name, middle, low, high, meaning in figures
+        if not (is_host and name == RESERVED)
     ]
     if report.paged_bytes:
         lines.append(f"  {'paged':<10} {gib(report.paged_bytes):>11}   optimizer state, which moves to the host")
@@ -234,8 +239,12 @@ def host_lines(host: HostMemory) -> list[str]:
     return [f"  {HOST_PARTS[name]:<36} {gib(size):>10}" for name, size in asdict(host).items() if size]
 
 
-def component_lines(components: Components) -> list[str]:
-    """Return the components of the memory, as a table with bars; the rounded sizes add up to that of the process."""
+def component_lines(components: Components, *, is_host: bool = False) -> list[str]:
+    """Return the components of the memory, as a table with bars; the rounded sizes add up to that of the process.
+
+    `is_host`: on a CPU, all is memory of the host.
+    """
+    names = NAMES | {"context": "Python and libraries"} if is_host else NAMES
     parts = {name.removesuffix("_bytes"): num_bytes for name, num_bytes in asdict(components).items() if num_bytes}
     total = sum(parts.values())
     shown = hundredths(list(parts.values()))
@@ -243,7 +252,7 @@ def component_lines(components: Components) -> list[str]:
     lines = []
     for (name, num_bytes), cents in zip(parts.items(), shown, strict=True):
         bar = "█" * round(MAX_BARS * num_bytes / most)
-        label = NAMES.get(name, name.replace("_", " "))
+        label = names.get(name, name.replace("_", " "))
         lines.append(f"  {label:<22} {cents / 100:>7.2f} GiB  {num_bytes / total:>6.1%}  {bar}".rstrip())
     return [*lines, f"  {PROCESS:<22} {sum(shown) / 100:>7.2f} GiB  100.0%"]
 

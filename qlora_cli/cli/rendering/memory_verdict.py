@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from qlora_cli.memory.fitting.suggestions import NO, YES
 from qlora_cli.memory.gpus import GPUS, Gpu, examples
+from qlora_cli.memory.host_run import HOW_TO_MEASURE
 from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.timing.roofline import HOST
@@ -25,6 +26,8 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         return [_over_catalogue(report)]
     first, *others = zip(report.fits, gpus, strict=True)
     lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
+    if gpus[0].is_host and report.predicted.step_seconds is None:
+        lines.append(f"How long it takes is not known: {HOW_TO_MEASURE}.")
     if (unquantized := report.unquantized) is not None:
         takes, at_most = _gib(unquantized.process_bytes), _gib(unquantized.process_high_bytes)
         recomputed, seconds = RECOMPUTED[Checkpointing(unquantized.gradient_checkpointing)], unquantized.step_seconds
@@ -143,6 +146,8 @@ def _on(fit: GpuFit, gpu: Gpu) -> str:
 
 
 def _named(gpu: Gpu) -> str:
+    if gpu.is_host:
+        return f"this machine's CPU ({gpu.name})"
     if gpu.name.endswith("GiB"):
         return f"a GPU of {gpu.name}"
     return with_article(gpu.name) + (f" ({examples(gpu.cards)})" if gpu.cards else "")

@@ -27,12 +27,12 @@ def with_run(
     *,
     price: float | None = None,
 ) -> RunFigures:
-    """Return `figures` with those of a run with these micro-batches; unchanged without any, or without rates of `gpu`.
+    """Return `figures` with those of a run with these micro-batches; unchanged without any, or without those of a step.
 
     `price` is that of an hour, in any currency.
     """
     known = rates_on(gpu)
-    if batches is None or known is None:
+    if batches is None or known is None or figures.step_seconds is None:
         return figures
 
     def time_of(tokens: int) -> StepTime:

@@ -96,7 +96,7 @@ def suggest(settings: EstimateSettings, gpu: Gpu, predict: Predict, base: Estima
     trials = Trials(settings, gpu, predict, base)
     if trials.base_headroom_bytes >= 0:
         return ()
-    useful, fitting = _single_changes(trials, _changes(settings, base))
+    useful, fitting = _single_changes(trials, _changes(settings, base, gpu))
     if not fitting:
         return _combined(trials, useful)
     suggested = [[trials.mildest([chosen], 0)] for chosen in fitting]
@@ -220,14 +220,14 @@ def _values(combination: Sequence[ChosenStep]) -> dict[str, object]:
     return {path: value for chosen in combination for path, value in chosen.step.values.items()}
 
 
-def _changes(settings: EstimateSettings, base: Estimate) -> Iterator[FlagChange]:
+def _changes(settings: EstimateSettings, base: Estimate, gpu: Gpu) -> Iterator[FlagChange]:
     """Yield the possible changes, least effect on result and speed first."""
     gentle = (
         _checkpointing(settings, base),
         _smaller_micro_batch(settings),
         _denser_storage(settings),
-        _smaller_optimizer(settings),
-        _offload(settings, base),
+        _smaller_optimizer(settings, pages=not gpu.is_host),
+        () if gpu.is_host else _offload(settings, base),
         _attention(settings),
     )
     other = (_fewer_bits(settings), _lower_rank(settings), _shorter_rows(settings), _fewer_targets(settings))
@@ -280,7 +280,7 @@ def _denser_storage(settings: EstimateSettings) -> Iterator[ChangeStep]:
         yield ChangeStep(values={f"quantization.{saving.key}": saving.value}, effect=saving.effect)
 
 
-def _smaller_optimizer(settings: EstimateSettings) -> Iterator[ChangeStep]:
+def _smaller_optimizer(settings: EstimateSettings, *, pages: bool) -> Iterator[ChangeStep]:
     optimizer = settings.training.optimizer
     if optimizer.is_paged:
         return
@@ -290,10 +290,11 @@ def _smaller_optimizer(settings: EstimateSettings) -> Iterator[ChangeStep]:
         if optimizer.is_lion
         else (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
     )
-    yield ChangeStep(
-        values={"training.optimizer": paged},
-        effect="optimizer state in 8 bit, and in host memory when the GPU is full",
-    )
+    if pages:
+        yield ChangeStep(
+            values={"training.optimizer": paged},
+            effect="optimizer state in 8 bit, and in host memory when the GPU is full",
+        )
     if optimizer != unpaged:
         yield ChangeStep(values={"training.optimizer": unpaged}, effect="optimizer state in 8 bit")
 

@@ -1,6 +1,7 @@
 """Turn replayed peaks into the estimate for a GPU: with CUDA context, error bands, components and a reason."""
 
 from qlora_cli.memory.gpus import Gpu
+from qlora_cli.memory.host_run import figures_on_host
 from qlora_cli.memory.prediction import (
     ALLOCATED_ERROR,
     COMPONENTS,
@@ -46,14 +47,15 @@ def estimate_of(
 ) -> Estimate:
     """Return the estimate for a run with these peaks on `gpu`."""
     by_label = {name: peaks.by_label.get(name, 0) for name in COMPONENTS}
-    by_label["slack"] = peaks.reserved_bytes - sum(by_label.values())
+    held_bytes = peaks.allocated_bytes if gpu.is_host else peaks.reserved_bytes
+    by_label["slack"] = held_bytes - sum(by_label.values())
     by_label["context"] = gpu.context_bytes
     return Estimate(
         gpu=gpu.name,
         dtype=dtype,
         attention_backends=backends,
         gradient_checkpointing=checkpointing,
-        predicted=_figures(peaks, gpu),
+        predicted=figures_on_host(peaks.allocated_bytes, gpu) if gpu.is_host else _figures(peaks, gpu),
         components=Components(**{f"{name}_bytes": size for name, size in by_label.items()}),
         phases=peaks.phases,
         paged_bytes=paged_bytes,

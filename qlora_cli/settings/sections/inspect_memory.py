@@ -23,11 +23,12 @@ class PredictionSettings(Section):
         "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
     } | dict.fromkeys(("gpus", "num_gpus"), ONE_GPU)
 
-    gpus: Annotated[Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto", is_repeatable=True)] = (
-        Field(
-            default=(),
-            description="GPU to fit on: 'RTX 4090', 24GB (any card of that size), 24GiB, auto; may be repeated.",
-        )
+    gpus: Annotated[
+        Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto|cpu", is_repeatable=True)
+    ] = Field(
+        default=(),
+        description="GPU to fit on: 'RTX 4090', 24GB (any card of that size), 24GiB, auto for this machine's; may be "
+        "repeated. cpu: this machine's CPU, as auto is without a GPU.",
     )
     sdpa_backend: Annotated[SdpaBackend, Metadata(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,

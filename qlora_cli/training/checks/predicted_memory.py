@@ -158,7 +158,7 @@ def estimator_of(settings: TrainSettings, load_plan: LoadPlan) -> Estimator:
         adapter=None if source.adapter is None else read_outline(source.adapter),
     )
     evaluates = settings.data.eval_dataset is not None or settings.data.eval_split is not None
-    return Estimator(facts, evaluates=evaluates)
+    return Estimator(facts, evaluates=evaluates, on_host=load_plan.device.type == "cpu")
 
 
 def _judge(outlook: Outlook, settings: TrainSettings, reporter: Reporter, *, force: bool) -> None:

@@ -2,27 +2,21 @@
 
 from collections.abc import Callable
 
-import torch
-
 from qlora_cli.data.feeding.micro_batches import micro_batch_tokens
 from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import QloraError
-from qlora_cli.hardware.device import choose_compute_dtype
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import this_cpu
+from qlora_cli.memory.host_run import on_cpu
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.memory.run_batches import with_tokens
 from qlora_cli.runs.run_result import PredictedTime
 from qlora_cli.settings.models import EstimateSettings, TrainSettings
-from qlora_cli.settings.settle import with_settings
-from qlora_cli.training.arguments import resolve_checkpointing
 from qlora_cli.training.batches import MOST_AVERAGED
 from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.predicted_memory import Outlook, as_asked, contained, estimator_of
-
-CPU = torch.device("cpu")
 
 
 def predict_time(
@@ -80,13 +74,4 @@ def cpu_step_time(estimator: Estimator, settings: EstimateSettings) -> StepTime 
         ModelError: the model can't be run with these settings.
         HardwareError: the CPU can't compute with them.
     """
-    cpu = this_cpu()
-    known = rates_on(cpu)
-    dtype = choose_compute_dtype(settings.model.dtype, CPU, estimator.model_type).name
-    if known is None or known.dtype != dtype:
-        return None
-    values = {
-        "model.dtype": dtype,
-        "training.gradient_checkpointing": resolve_checkpointing(settings.training.gradient_checkpointing, CPU),
-    }
-    return estimator.step_time(with_settings(settings, values), cpu)
+    return estimator.step_time(on_cpu(settings), this_cpu())
