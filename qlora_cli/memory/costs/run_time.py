@@ -27,7 +27,7 @@ def with_run(
     *,
     price: float | None = None,
 ) -> RunFigures:
-    """Return `figures` with those of a run with these micro-batches; unchanged without any, or without those of a step.
+    """Return `figures` with those of a run with these micro-batches; unchanged without any, or if no step is timed.
 
     `price` is that of an hour, in any currency.
     """
