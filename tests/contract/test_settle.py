@@ -37,6 +37,7 @@ VARIES = {
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
     "memory/fitting/method_choice.py": 1,  # other ways to store the base
     "memory/memory_report.py": 1,  # the one that was chosen
+    "memory/host_run.py": 1,  # what a CPU keeps
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too
     "memory/fitting/card_ranking.py": 1,  # what takes the least on a card
@@ -47,7 +48,6 @@ VARIES = {
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
     "quantization/memory_check.py": 1,  # loads that would fit instead
-    "training/checks/predicted_time.py": 1,  # what a CPU computes in and keeps
     "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
 }
 
