@@ -4,6 +4,7 @@ The rest of a model is not compiled. It is little, and a compiled model as a who
 batch, for minutes.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.errors import ModelError
+from qlora_cli.events import Noted, Reporter
+from qlora_cli.hardware.counters import is_out_of_memory
 
 BACKEND = "inductor"
+MOST_CHARACTERS = 300  # of an error
 
 
 class CompiledLayers:
@@ -41,6 +45,24 @@ class CompiledLayers:
         self._hook = self._base.get_input_embeddings().register_forward_hook(_require_gradient)
         for layer in self._layers:
             layer.compile(backend=BACKEND, dynamic=None if has_one_length else True)
+
+    def can_run(self, run: Callable[[], object], reporter: Reporter) -> bool:
+        """Call `run`, which is known to work uncompiled or is called again then; False if compiling it has failed.
+
+        A failure is reported, and nothing is compiled from then on. Too little memory is no such failure.
+        """
+        try:
+            run()
+        except RuntimeError as error:  # what the compiler and its backends raise
+            if is_out_of_memory(error):
+                raise
+            self.remove()
+            # What to set to debug follows after an empty line.
+            reason = " ".join(str(error).split("\n\n")[0].split())[:MOST_CHARACTERS]
+            message = f"the decoder layers can't be compiled, and the run goes on without that: {reason}"
+            reporter.report(Noted(level="warning", message=message))
+            return False
+        return True
 
     def paused(self) -> AbstractContextManager[None]:
         """Return a context in which nothing compiled is called, and nothing is compiled."""

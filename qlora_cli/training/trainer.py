@@ -1,8 +1,9 @@
 """TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -432,9 +433,17 @@ class QloraTrainer(TrainerSeam):
                     super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
                 # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.
                 if self._has_several or self._compiled is not None:
-                    super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
+                    again = partial(super().training_step, self.model_wrapped, num_items_in_batch=num_tokens)
+                    self._try_compiled(partial(again, dict(micro_batch)))
             if not index:
                 self.never_used = tuple(sorted(never_used))
+
+    def _try_compiled(self, run: Callable[[], object]) -> None:
+        """Call `run`; once more, and compile nothing any more, if compiling has failed."""
+        if self._compiled is not None and self._compiled.can_run(run, self._reporter):
+            return
+        self._compiled = None
+        run()
 
     @property
     def _has_several(self) -> bool:
@@ -463,7 +472,7 @@ class QloraTrainer(TrainerSeam):
         with self._without_effect():
             self.model.eval()
             self.phase = "the evaluation"
-            self.prediction_step(self.model_wrapped, batch, prediction_loss_only=True)
+            self._try_compiled(lambda: self.prediction_step(self.model_wrapped, batch, prediction_loss_only=True))
 
     @contextmanager
     def _without_effect(self) -> Iterator[None]:

@@ -16,14 +16,16 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 
 from qlora_cli.adapters.adapter import attach_adapter
 from qlora_cli.errors import HardwareError, SettingsError
-from qlora_cli.events import Event, StepDone
+from qlora_cli.events import Event, Noted, StepDone
 from qlora_cli.quantization.embedding import embedding_of, keep_on_host
 from qlora_cli.settings.choices import Optimizer
 from qlora_cli.settings.models import LoraSettings
+from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.determinism import VARIABLES
 from qlora_cli.training.lora_plus import scale_b_learning_rate
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, train_settings
+from tests.support.models.adapters import adapt, settings_of
 from tests.support.models.loading import load, save_model
 
 RATIO = 8.0
@@ -122,6 +124,7 @@ class Steps(Recorder):
         self.were_deterministic: list[bool] = []
 
     def report(self, event: Event) -> None:
+        super().report(event)
         if isinstance(event, StepDone):
             self.losses.append(event.loss)
             self.were_deterministic.append(torch.are_deterministic_algorithms_enabled())
@@ -245,6 +248,46 @@ def test_compiled_layers_train_to_the_same_losses(
     num_layers = sum("lora_A" in name for name in names[1])
     calls = Counter(event.name for event in compiled.profiled.events())
     assert calls["qlora::four_bit_gradient"] >= num_layers * 2 > 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("captured_only")
+def test_layers_that_cannot_be_compiled_are_trained_uncompiled_and_it_is_said_once(
+    base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tries = 0
+
+    def failing(*_: Any) -> Any:
+        nonlocal num_tries
+        num_tries += 1
+        raise RuntimeError("no compiler was found\nwith much more about it")
+
+    flags: dict[str, Any] = {"training__max_steps": 3, "data__eval_split": 2, "lora__target_modules": ["q_proj"]}
+    plain = steps_of(base_model, rows, tmp_path / "plain", **flags)
+    monkeypatch.setattr("qlora_cli.training.compiled_layers.BACKEND", failing)
+    settings = train_settings(base_model, rows, tmp_path / "compiled", **flags, training__torch_compile=True)
+    compiled = LastStep(3)
+    train(settings, compiled)
+    assert num_tries == 1
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
+    said = [event.message for event in compiled.events if isinstance(event, Noted) and "compiled" in event.message]
+    (message,) = [message for message in said if "can't be compiled" in message]
+    assert "no compiler was found" in message
+    assert "\n" not in message
+
+
+@pytest.mark.filterwarnings("default")
+def test_too_little_memory_is_no_failure_of_the_compiler(base_model: Path) -> None:
+    model = adapt(base_model, settings_of(), quantization__method="none", model__dtype="fp32")
+    layers, recorder = CompiledLayers(model, has_one_length=False), Recorder()
+
+    def run() -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layers.can_run(run, recorder)
+    assert not recorder.events
+    assert layers.can_run(lambda: None, recorder)
 
 
 def test_liger_needs_to_be_installed_or_a_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
