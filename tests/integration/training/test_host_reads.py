@@ -122,7 +122,7 @@ def test_a_read_of_a_micro_batch_would_be_counted(
 
     def reading(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step_of_trainer(*args, **kwargs)
-        assert bool(trainer._step_losses[-1].isfinite())
+        assert bool(trainer._recorder.losses[-1].isfinite())
         return loss
 
     monkeypatch.setattr(trainer, "training_step", reading)
