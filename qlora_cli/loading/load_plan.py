@@ -116,7 +116,7 @@ def plan_outlined(model: ModelOutline, settings: LoadSettings, reporter: Reporte
     if settings.model.offload_embedding:
         check_offload(shapes, device)
     adapter, num_rows = _adapter_for(model, shapes, tokenizer, dtype, settings.model)
-    attention = _attention_on(device, settings.model.attention, shapes, dtype.torch_dtype)
+    attention = attention_on(device, settings.model.attention, shapes, dtype.torch_dtype)
     layout = plan_layout(shapes, settings.quantization, dtype.torch_dtype, model.prequantized, device=device)
     if adapter is not None and layout.is_quantized and (refusal := quantized_base_problem(adapter.lora)):
         raise refusal
@@ -202,7 +202,7 @@ def _check_fit(
     )
 
 
-def _attention_on(
+def attention_on(
     device: torch.device, asked: Attention, shapes: PreTrainedModel, dtype: torch.dtype
 ) -> ChosenAttention:
     """Return the attention on this machine.

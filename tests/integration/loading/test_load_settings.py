@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_cli.attention.expanded_heads import EXPANDED_SDPA, register_expanded_sdpa
-from qlora_cli.errors import HardwareError, ModelError, SettingsError
+from qlora_cli.errors import HardwareError, MissingDependencyError, ModelError, SettingsError
+from qlora_cli.loading.load_plan import PACKAGES, attention_on
 from qlora_cli.quantization.embedding import check_offload, keep_on_host
+from qlora_cli.settings.choices import Attention
 from qlora_cli.settings.models import SECTIONS, LoadCommandSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import RunQlora
@@ -91,6 +93,21 @@ def test_attention_is_the_kernel_asked_for_and_one_that_the_model_lacks_is_refus
     for asked, kernel in (("auto", "blockwise"), ("blockwise", "blockwise"), ("eager", "eager")):
         loaded = load(model, model__attention=asked)
         assert loaded.attention == loaded.base.config._attn_implementation == kernel
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_a_kernel_without_its_package_is_refused_before_transformers_would_download_one(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Attention(attention)
+    monkeypatch.setattr("qlora_cli.loading.load_plan.find_spec", lambda _: None)
+    if PACKAGES[asked].is_installed():
+        pytest.skip("it is installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with pytest.raises(MissingDependencyError) as raised:
+        attention_on(torch.device("cuda"), asked, tiny_model("llama"), torch.bfloat16)
+    assert raised.value.message == f"{attention} needs the package {asked.package}"
+    assert "leave --attention out" in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama"])
