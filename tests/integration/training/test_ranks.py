@@ -64,7 +64,7 @@ def all_done(ended: Sequence[Ended], size: int) -> None:
         {"training__sampling": "group_by_length", "training__micro_batch_size": 3, "training__weight_decay": 0.1},
         {"training__micro_batch_tokens": 200},
         {"data__packing": True, "data__max_length": 192, "training__gradient_accumulation_steps": 2},
-        {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 2, "training__num_gpus": 3},
+        {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 3, "training__num_gpus": 3},
     ],
     ids=["uneven rows", "rows grouped by length", "filled micro-batches", "packed rows", "a process without rows"],
 )
