@@ -15,6 +15,7 @@ from qlora_cli.events import Event
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.support.processes.forks import output_of, prepare_environment
+from tests.support.processes.plain_python import PlainPython, plain_python
 
 ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
 
@@ -115,6 +116,13 @@ def run_qlora() -> RunQlora:
         return Finished(*output_of(command, environment, cwd, is_forked=is_forked, descriptors=descriptors))
 
     return run
+
+
+@pytest.fixture(scope="session", name="plain_python")
+def _plain_python() -> Iterator[PlainPython]:
+    """Run a script with plain PyTorch and transformers, in a process that does not know this package."""
+    with plain_python() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

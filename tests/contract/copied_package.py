@@ -1,21 +1,26 @@
 """A copy of the package, to which a recipe of CONTRIBUTING.md is applied, and the output of its commands."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import ASSETS
 from tests.support.models.shallow_model import save_shallow
+from tests.support.processes.plain_python import PlainPython
 
 PACKAGE = Path(__file__).parent.parent.parent / "qlora_cli"
 
 
-def ask_copy(directory: Path, *, edits: Mapping[str, Mapping[str, str]], files: Mapping[str, str], script: str) -> Any:
+def ask_copy(
+    plain_python: PlainPython,
+    directory: Path,
+    *,
+    edits: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, str],
+    script: str,
+) -> Any:
     """Return the JSON that `script` prints in its last line, run on a copy of the package in `directory`.
 
     `edits` are lines to insert before a text that occurs once in a file; `files` are new files. The script gets two
@@ -34,14 +39,9 @@ def ask_copy(directory: Path, *, edits: Mapping[str, Mapping[str, str]], files: 
     rows = directory / "rows.jsonl"
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", script, save_shallow(directory / "base"), rows, directory],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(directory)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    importing = (
+        f"import os, sys\nsys.path.insert(0, {str(directory)!r})\nos.environ['PYTHONPATH'] = {str(directory)!r}\n"
     )
+    done = plain_python(importing + script, save_shallow(directory / "base"), rows, directory, directory=directory)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

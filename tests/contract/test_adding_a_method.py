@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.contract.copied_package import PACKAGE, ask_copy
+from tests.support.processes.plain_python import PlainPython
 
 ROOT = Path(__file__).parent.parent.parent
 NAMED_BEFORE = '    NONE = "none"\n\n    @'
@@ -172,9 +173,10 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def asked(plain_python: PlainPython, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what the commands of a copy of the package print, in which two files are changed."""
     outcomes: dict[str, Any] = ask_copy(
+        plain_python,
         tmp_path_factory.mktemp("copy"),
         edits={
             "settings/choices.py": {

@@ -13,6 +13,7 @@ from qlora_cli.merging.exports.all_formats import FORMATS
 from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.settings.choices import ExportFormat
 from tests.contract.copied_package import PACKAGE, ask_copy
+from tests.support.processes.plain_python import PlainPython
 
 MODULE = '''"""Weights in steps of 1/64, for transformers, and a file that says so."""
 
@@ -112,10 +113,14 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def asked(plain_python: PlainPython, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what the commands of a copy of the package print, in which three files are new or changed."""
     outcomes: dict[str, Any] = ask_copy(
-        tmp_path_factory.mktemp("copy"), edits=EDITS, files={"merging/exports/steps.py": MODULE}, script=ASK
+        plain_python,
+        tmp_path_factory.mktemp("copy"),
+        edits=EDITS,
+        files={"merging/exports/steps.py": MODULE},
+        script=ASK,
     )
     return outcomes
 

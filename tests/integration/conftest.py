@@ -14,7 +14,6 @@ from qlora_cli.runs.report import run_page
 from tests.support.models.shallow_model import save_shallow
 from tests.support.processes.forks import WITHOUT_CHARTS, output_of
 from tests.support.processes.hub_server import COMMIT, OLD_COMMIT, Hub, Repo, serving
-from tests.support.processes.plain_python import PlainPython, plain_python
 
 
 @dataclass
@@ -62,13 +61,6 @@ def one_thread() -> Iterator[None]:
 def shallow_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled trained model, but for two of its four layers: no test may change it."""
     return save_shallow(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="session", name="plain_python")
-def _plain_python() -> Iterator[PlainPython]:
-    """Run a script with plain PyTorch and transformers, in a process that does not know this package."""
-    with plain_python() as run:
-        yield run
 
 
 @pytest.fixture
