@@ -1,11 +1,10 @@
 """A file larger than the allowed memory is prepared."""
 
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.processes.plain_python import PlainPython
 
 FILE_MIB, ALLOWED_MIB = 64, 60
 PREPARE = """
@@ -30,14 +29,9 @@ print(json.dumps({"rows": data.train.report.rows, "last": data.train.dataset[-1]
 """
 
 
-def run(file: Path, model: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PREPARE, str(file), str(model), str(ALLOWED_MIB)]
-    return subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_file_larger_than_the_allowed_memory_is_prepared(base_model: Path, tmp_path: Path) -> None:
+def test_a_file_larger_than_the_allowed_memory_is_prepared(
+    plain_python: PlainPython, base_model: Path, tmp_path: Path
+) -> None:
     assert hasattr(resource, "RLIMIT_DATA")
     file, num_rows = tmp_path / "large.jsonl", 0
     ids = [10 + number % 3000 for number in range(499)]
@@ -46,7 +40,7 @@ def test_a_file_larger_than_the_allowed_memory_is_prepared(base_model: Path, tmp
         while lines.tell() < FILE_MIB << 20:
             lines.write("".join(f'{{"input_ids": {beginning}, {(num_rows + i) % 3000}]}}\n' for i in range(1000)))
             num_rows += 1000
-    done = run(file, base_model)
+    done = plain_python(PREPARE, file, base_model, ALLOWED_MIB)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the file is larger than the limit" in done.stderr
     assert json.loads(done.stdout) == {"rows": num_rows, "last": (num_rows - 1) % 3000}

@@ -111,7 +111,7 @@ def test_outcomes_of_streamed_rows_are_counted(tmp_path: Path) -> None:
         {"prompt": "word " * 40, "completion": "c"},
         {"prompt": "a ", "completion": ""},
     ]
-    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    path = write_jsonl(tmp_path / "d.jsonl", rows * 25)  # to open it again takes longer than to read it
     for on_long, expected in (
         ("truncate", {"truncated": 1000, "without_supervision": 500}),
         ("drop", {"dropped": 1000}),

@@ -55,7 +55,7 @@ class PlainPython:
         self._server = server
 
     def __call__(
-        self, script: str, *arguments: str | Path, directory: Path | None = None
+        self, script: str, *arguments: str | int | Path, directory: Path | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """Run a script in a directory, the working directory if none is named; an exception is exit code 1."""
         with TemporaryDirectory() as streams:
