@@ -163,6 +163,14 @@ def train_settings(model: Path, dataset: Path, output: Path, **flags: object) ->
     return resolve(Sources(flags={path: (path, value) for path, value in values.items()}), TrainSettings)
 
 
+def short_settings(model: Path, dataset: Path, output: Path, **flags: object) -> Resolved[TrainSettings]:
+    """Return `train_settings` of an adapter on two projections a layer, where which ones it is on does not matter.
+
+    Making, checking and saving an adapter takes a third of a run of three steps.
+    """
+    return train_settings(model, dataset, output, **{"lora__target_modules": ["q_proj", "down_proj"], **flags})
+
+
 class Recorder:
     """A reporter that records events."""
 

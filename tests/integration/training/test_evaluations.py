@@ -9,7 +9,7 @@ import torch
 from qlora_cli.events import EvalDone, Noted, SampleDone
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import run, train
-from tests.conftest import Recorder, train_settings, write_jsonl
+from tests.conftest import Recorder, short_settings, write_jsonl
 from tests.integration.training.test_training_faults import messages
 
 
@@ -18,7 +18,7 @@ def test_a_held_out_loss_that_is_not_finite_is_reported_and_never_the_best(
 ) -> None:
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [messages(f"What is {n}?", "bad " * 80) for n in range(3)])
     changed = {**EVALUATED, "data__eval_split": None, "data__eval_dataset": str(held_out), "training__max_steps": 3}
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     evaluated = iter(range(100))
 
     def spoil(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_training_stops_early_and_the_best_adapter_is_kept(base_model: Path, row
         "output__max_checkpoints": 1,
     }
     recorder = Recorder()
-    result = train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
+    result = train(short_settings(base_model, rows, tmp_path / "run", **changed), recorder)
     losses = {event.step: event.loss for event in evaluations(recorder)}
     best = min(losses, key=lambda step: losses[step])
     assert result.stopped_early
@@ -77,7 +77,7 @@ def test_evaluating_does_not_change_what_is_trained(base_model: Path, rows: Path
     name = "adapter/adapter_model.safetensors"
     for run_name, steps in (("often", 1), ("once", None)):
         changed = {**EVALUATED, "training__max_steps": 4, "training__eval_steps": steps, "lora__dropout": 0.2}
-        train(train_settings(base_model, rows, tmp_path / run_name, **changed), Recorder())
+        train(short_settings(base_model, rows, tmp_path / run_name, **changed), Recorder())
     assert (tmp_path / "often" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
 
@@ -92,12 +92,12 @@ def test_prompts_are_answered_before_training_and_at_each_evaluation(
         "training__sample_tokens": 12,
     }
     recorder = Recorder()
-    train(train_settings(base_model, rows, tmp_path / "run", **changed), recorder)
+    train(short_settings(base_model, rows, tmp_path / "run", **changed), recorder)
     samples = [event for event in recorder.events if isinstance(event, SampleDone)]
     assert [event.step for event in samples] == [0, 0, 4, 4, 8, 8]
     assert {event.prompt for event in samples} == set(changed["training__sample_prompts"])  # type: ignore[call-overload]
     assert len({event.answer for event in samples if event.prompt == "What is a list?"}) > 1
     without = {key: value for key, value in changed.items() if "sample" not in key}
-    train(train_settings(base_model, rows, tmp_path / "without", **without), Recorder())
+    train(short_settings(base_model, rows, tmp_path / "without", **without), Recorder())
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()

@@ -9,7 +9,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import StepDone
 from qlora_cli.training import session
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, RunQlora, train_settings
+from tests.conftest import Recorder, RunQlora, short_settings
 from tests.support.processes.training_process import SignalAt
 
 
@@ -24,7 +24,7 @@ def test_a_refusal_of_trl_is_reported_in_one_message(
     with pytest.raises(
         ModelError, match=r"TRL can't create a trainer for .*: the pad token is none of the vocab"
     ) as caught:
-        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+        train(short_settings(base_model, rows, tmp_path / "run"), Recorder())
     assert "qlora config show" in str(caught.value.hint)
     assert not (tmp_path / "run").exists()  # so that no files are left
 
@@ -33,19 +33,19 @@ def test_a_run_to_resume_is_unchanged_when_trl_refuses(
     base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    train(train_settings(base_model, rows, run), SignalAt(StepDone, 1))
+    train(short_settings(base_model, rows, run), SignalAt(StepDone, 1))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with monkeypatch.context() as patched:
         patched.setattr(trl.SFTTrainer, "__init__", refuse)
         for settings in (
-            train_settings(base_model, rows, run),
-            train_settings(base_model, rows, tmp_path / "a" / "other", output__resume=str(run)),
+            short_settings(base_model, rows, run),
+            short_settings(base_model, rows, tmp_path / "a" / "other", output__resume=str(run)),
         ):
             with pytest.raises(ModelError, match="TRL can't create a trainer"):
                 train(settings, Recorder())
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "a").exists()
-    assert train(train_settings(base_model, rows, run), Recorder()).resumed_from_step == 2
+    assert train(short_settings(base_model, rows, run), Recorder()).resumed_from_step == 2
 
 
 def test_a_fault_of_our_own_is_not_mistaken_for_one_of_the_settings(
@@ -57,7 +57,7 @@ def test_a_fault_of_our_own_is_not_mistaken_for_one_of_the_settings(
     fails.__code__ = fails.__code__.replace(co_filename=str(Path(session.__file__)))
     monkeypatch.setattr(session, "RowOrder", fails)
     with pytest.raises(ValueError, match="ours") as caught:
-        train(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+        train(short_settings(base_model, rows, tmp_path / "run"), Recorder())
     assert not isinstance(caught.value, ModelError)
 
 

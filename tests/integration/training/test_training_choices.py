@@ -24,7 +24,7 @@ from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.determinism import VARIABLES
 from qlora_cli.training.lora_plus import scale_b_learning_rate
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, train_settings
+from tests.conftest import Recorder, short_settings, train_settings
 from tests.support.models.adapters import adapt, settings_of
 from tests.support.models.loading import load, save_model
 
@@ -35,7 +35,7 @@ ON_CPU = [optimizer for optimizer in Optimizer if not optimizer.is_paged]
 def trained(model: Path, rows: Path, output: Path, **flags: Any) -> dict[str, torch.Tensor]:
     """Train at a constant rate from the first step; return the adapter."""
     values = {"schedule": "constant", "max_steps": 1, **flags}
-    train(train_settings(model, rows, output, **{f"training__{name}": v for name, v in values.items()}), Recorder())
+    train(short_settings(model, rows, output, **{f"training__{name}": v for name, v in values.items()}), Recorder())
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
@@ -68,7 +68,7 @@ def test_a_run_with_lora_plus_resumes_from_its_checkpoint_to_the_same_bits(
     flags = {"optimizer": optimizer, "loraplus_lr_ratio": RATIO, "weight_decay": 0.1, "schedule": "linear"}
     whole = trained(base_model, rows, tmp_path / "whole", **flags, max_steps=4, save_steps=2)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-2"
-    settings = train_settings(
+    settings = short_settings(
         base_model,
         rows,
         tmp_path / "resumed",
@@ -132,7 +132,7 @@ class Steps(Recorder):
 
 def steps_of(model: Path, rows: Path, output: Path, **flags: Any) -> Steps:
     steps = Steps()
-    train(train_settings(model, rows, output, **flags), steps)
+    train(short_settings(model, rows, output, **flags), steps)
     return steps
 
 

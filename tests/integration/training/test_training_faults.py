@@ -26,7 +26,7 @@ from qlora_cli.training.rehearsal import RehearsalCallback
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import run, train
 from qlora_cli.units import format_bytes
-from tests.conftest import Recorder, train_settings, write_jsonl
+from tests.conftest import Recorder, short_settings, train_settings, write_jsonl
 from tests.support.models.shallow_model import NUM_LAYERS
 
 
@@ -69,7 +69,7 @@ ORDERED: dict[str, object] = {
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
     base_model: Path, bad_row: Path, tmp_path: Path
 ) -> None:
-    prepared = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **ORDERED), Recorder())
+    prepared = prepare_run(short_settings(base_model, bad_row, tmp_path / "run", **ORDERED), Recorder())
     break_long_rows(prepared)
     with pytest.raises(TrainingError) as caught:
         run(prepared, Recorder())
@@ -86,15 +86,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
 
 def test_the_state_that_is_kept_resumes_exactly(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
     changed = {**ORDERED, "lora__dropout": 0.1, "training__on_nan": "skip"}
-    whole = prepare_run(train_settings(base_model, bad_row, tmp_path / "whole", **changed), Recorder())
+    whole = prepare_run(short_settings(base_model, bad_row, tmp_path / "whole", **changed), Recorder())
     break_long_rows(whole)
     run(whole, Recorder())
     stopping = {**changed, "training__on_nan": "stop"}
-    failed = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **stopping), Recorder())
+    failed = prepare_run(short_settings(base_model, bad_row, tmp_path / "run", **stopping), Recorder())
     break_long_rows(failed)
     with pytest.raises(TrainingError):
         run(failed, Recorder())
-    again = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **changed), Recorder())
+    again = prepare_run(short_settings(base_model, bad_row, tmp_path / "run", **changed), Recorder())
     assert again.resume is not None
     assert again.resume.step == 1
     break_long_rows(again)
@@ -106,7 +106,7 @@ def test_the_state_that_is_kept_resumes_exactly(base_model: Path, bad_row: Path,
 def test_a_step_is_skipped_as_a_whole_and_reported(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     changed = {**ORDERED, "training__on_nan": "skip"}
-    prepared = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **changed), recorder)
+    prepared = prepare_run(short_settings(base_model, bad_row, tmp_path / "run", **changed), recorder)
     break_long_rows(prepared)
     states: list[tuple[int, dict[str, torch.Tensor]]] = []
 
@@ -130,7 +130,7 @@ def test_a_step_is_skipped_as_a_whole_and_reported(base_model: Path, bad_row: Pa
 
 
 def test_a_gradient_that_is_not_finite_is_found_too(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **ORDERED), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run", **ORDERED), Recorder())
     parameter = next(p for name, p in prepared.model.named_parameters() if "lora_B" in name)
     passes = iter(range(100))
     # The first two passes are before the first step; the fifth is in step 2.
@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_is_found_too(base_model: Path, rows: Path
 
 def test_skips_are_bounded(base_model: Path, rows: Path, tmp_path: Path) -> None:
     changed = {**ORDERED, "training__on_nan": "skip", "training__max_nan_skips": 2}
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     break_long_rows(prepared, longest=0)
     with pytest.raises(TrainingError, match=r"step 3: .* as in 2 steps that were skipped before it"):
         run(prepared, Recorder())
@@ -164,7 +164,7 @@ def test_a_micro_batch_that_does_not_fit_fails_before_the_first_step(
     base_model: Path, bad_row: Path, tmp_path: Path
 ) -> None:
     changed = {"training__micro_batch_size": 4, "training__sampling": "sequential"}
-    prepared = prepare_run(train_settings(base_model, bad_row, tmp_path / "run", **changed), Recorder())
+    prepared = prepare_run(short_settings(base_model, bad_row, tmp_path / "run", **changed), Recorder())
     fail_above(prepared, 2)
     recorder = Recorder()
     with pytest.raises(OutOfMemoryError) as caught:
@@ -177,9 +177,9 @@ def test_a_micro_batch_that_does_not_fit_fails_before_the_first_step(
 
 def test_the_largest_micro_batch_of_all_epochs_is_tried(base_model: Path, bad_row: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    train(train_settings(base_model, bad_row, tmp_path / "run", data__eval_split="2"), recorder)
+    train(short_settings(base_model, bad_row, tmp_path / "run", data__eval_split="2"), recorder)
     (tried,) = [event for event in recorder.events if isinstance(event, Rehearsed)]
-    longest = prepare_run(train_settings(base_model, bad_row, tmp_path / "other"), Recorder()).plan.longest_row_tokens
+    longest = prepare_run(short_settings(base_model, bad_row, tmp_path / "other"), Recorder()).plan.longest_row_tokens
     assert (tried.micro_batch_size, tried.longest_row_tokens) == (2, longest)
     assert longest > 150
     first = next(place for place, event in enumerate(recorder.events) if isinstance(event, StepDone))
@@ -191,7 +191,7 @@ def test_an_evaluation_that_does_not_fit_fails_before_the_first_step(
 ) -> None:
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [messages(f"What is {n}?", "bad " * 80) for n in range(3)])
     prepared = prepare_run(
-        train_settings(base_model, rows, tmp_path / "run", data__eval_dataset=str(held_out)), Recorder()
+        short_settings(base_model, rows, tmp_path / "run", data__eval_dataset=str(held_out)), Recorder()
     )
 
     def check(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -208,9 +208,9 @@ def test_the_rehearsal_changes_nothing(
 ) -> None:
     changed = {"lora__dropout": 0.1, "data__eval_split": "2", "training__eval_steps": 2}
     first, second = Recorder(), Recorder()
-    train(train_settings(base_model, rows, tmp_path / "a", **changed), first)
+    train(short_settings(base_model, rows, tmp_path / "a", **changed), first)
     skip_rehearsal(monkeypatch)
-    train(train_settings(base_model, rows, tmp_path / "b", **changed), second)
+    train(short_settings(base_model, rows, tmp_path / "b", **changed), second)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     losses = [
@@ -230,7 +230,7 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_kept(
         "training__gradient_accumulation_steps": 1,
         "training__auto_micro_batch": True,
     }
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     fail_above(prepared, 2)
     recorder = Recorder()
     result = run(prepared, recorder)
@@ -251,14 +251,14 @@ def test_the_micro_batch_is_halved_until_it_fits_and_the_batch_kept(
         "training__micro_batch_size": 2,
         "training__gradient_accumulation_steps": 4,
     }
-    train(train_settings(base_model, rows, tmp_path / "asked", **asked), Recorder())
+    train(short_settings(base_model, rows, tmp_path / "asked", **asked), Recorder())
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "asked" / name).read_bytes()
 
 
 def test_the_record_of_a_failed_run_has_the_micro_batch_that_ran(base_model: Path, rows: Path, tmp_path: Path) -> None:
     changed = {"training__micro_batch_size": 4, "training__auto_micro_batch": True}
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     fail_above(prepared, 2)
 
     class Fails(Recorder):
@@ -270,7 +270,7 @@ def test_the_record_of_a_failed_run_has_the_micro_batch_that_ran(base_model: Pat
         run(prepared, Fails())
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["settings"]["training"]["micro_batch_size"]) == ("failed", 2)
-    again = prepare_run(train_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
+    again = prepare_run(short_settings(base_model, rows, tmp_path / "run", **changed), Recorder())
     assert (again.plan.micro_batch_size, again.plan.gradient_accumulation_steps) == (2, 2)
 
 
@@ -290,7 +290,7 @@ def test_out_of_memory_errors_are_recognized(error: Exception, expected: bool) -
 
 
 def test_memory_that_runs_out_later_keeps_what_was_trained(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = train_settings(base_model, rows, tmp_path / "run", training__max_steps=5, lora__dropout=0.1)
+    settings = short_settings(base_model, rows, tmp_path / "run", training__max_steps=5, lora__dropout=0.1)
     prepared = prepare_run(settings, Recorder())
     fail_above(prepared, 1, after=5)  # a check of the head and one trial before the first step, then three steps
     with pytest.raises(OutOfMemoryError) as caught:
@@ -300,7 +300,7 @@ def test_memory_that_runs_out_later_keeps_what_was_trained(base_model: Path, row
     assert "--micro-batch-size 1 --gradient-accumulation-steps 2" in str(caught.value.hint)
     assert "until step 3 is saved in" in str(caught.value.hint)
     assert train(settings, Recorder()).resumed_from_step == 3
-    train(train_settings(base_model, rows, tmp_path / "whole", training__max_steps=5, lora__dropout=0.1), Recorder())
+    train(short_settings(base_model, rows, tmp_path / "whole", training__max_steps=5, lora__dropout=0.1), Recorder())
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -353,7 +353,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
         monkeypatch.setattr(CheckpointStore, "check_free_space", lambda _: None)
     output = small_disk / "run"
     changed = {"training__save_steps": 1, "training__max_steps": 6, "output__max_checkpoints": 1}
-    settings = train_settings(base_model, rows, output, **changed)
+    settings = short_settings(base_model, rows, output, **changed)
     filler = Filler(small_disk, leave_bytes, lambda event: isinstance(event, CheckpointSaved) and event.step == 2)
     with pytest.raises(TrainingError, match=message) as caught:
         train(settings, filler)
@@ -363,7 +363,7 @@ def test_a_full_disk_ends_the_run_with_the_last_good_checkpoint(
     assert [path.name for path in (output / "checkpoints").iterdir() if not path.name.startswith(".")] == ["step-2"]
     # Space was freed: the run resumes, and ends as if the disk had been large enough.
     assert train(settings, Recorder()).resumed_from_step == 2
-    train(train_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
+    train(short_settings(base_model, rows, tmp_path / "whole", **changed), Recorder())
     name = "adapter/adapter_model.safetensors"
     assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -395,7 +395,7 @@ def test_a_target_that_the_model_never_calls_is_reported_and_not_an_error(
 
 
 def test_norms_that_are_nan_are_a_failed_run(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run"), Recorder())
     run(prepared, Recorder())
     check_trained(prepared.model, ())
     next(p for p in prepared.model.parameters() if p.requires_grad).data[0, 0] = math.nan
@@ -404,7 +404,7 @@ def test_norms_that_are_nan_are_a_failed_run(base_model: Path, rows: Path, tmp_p
 
 
 def test_the_saved_adapter_is_compared_with_the_trained_one(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    prepared = prepare_run(train_settings(base_model, rows, tmp_path / "run"), Recorder())
+    prepared = prepare_run(short_settings(base_model, rows, tmp_path / "run"), Recorder())
     adapter = run(prepared, Recorder()).adapter
     before = {name: tensor.clone() for name, tensor in adapter_state(prepared.model).items()}
     check_saved(prepared.model, adapter, prepared.loaded)
@@ -419,7 +419,7 @@ def test_memory_that_differs_from_the_prediction_is_reported_with_its_consumers(
 ) -> None:
     # With nothing to plan, and so no leaner plan to fall back to.
     changed = {"training__micro_batch_size": 4, "training__gradient_checkpointing": "on"}
-    settings = train_settings(base_model, rows, tmp_path / "run", **changed)
+    settings = short_settings(base_model, rows, tmp_path / "run", **changed)
     card = replace(find_gpu("RTX 4090"), total_bytes=1 << 34)
     load_plan = plan_load(settings, Recorder())
     outlook = check_memory(settings.settings, load_plan, card, Recorder(), longest_row_tokens=64, force=False)

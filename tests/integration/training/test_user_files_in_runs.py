@@ -10,7 +10,7 @@ import pytest
 
 from qlora_cli.events import Noted, StepDone
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, train_settings
+from tests.conftest import Recorder, short_settings
 from tests.support.processes.killed_runs import kill_after
 
 FAST = {
@@ -26,7 +26,7 @@ def notes_of(recorder: Recorder) -> list[str]:
 @pytest.fixture
 def run(base_model: Path, rows: Path, tmp_path: Path) -> Path:
     """A run that was killed after its second step."""
-    kill_after(train_settings(base_model, rows, tmp_path / "run", **FAST), 2)
+    kill_after(short_settings(base_model, rows, tmp_path / "run", **FAST), 2)
     return tmp_path / "run"
 
 
@@ -44,7 +44,7 @@ def test_user_files_in_a_resumed_run_are_kept_and_reported(base_model: Path, row
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(path))
     recorder = Recorder()
-    assert train(train_settings(base_model, rows, run, **FAST), recorder).resumed_from_step == 2
+    assert train(short_settings(base_model, rows, run, **FAST), recorder).resumed_from_step == 2
     assert {path: place.read_text() for path, place in mine.items()} == {path: str(path) for path in mine}
     assert (run / "adapter-kept" / "adapter_model.safetensors").is_file()
     assert not (run / "adapter" / "thesis").exists()
@@ -65,7 +65,7 @@ def test_the_adapter_of_a_resumed_run_is_kept_only_if_it_was_edited(
             if isinstance(event, StepDone) and event.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    settings, adapter = train_settings(base_model, rows, tmp_path / "run", **FAST), tmp_path / "run" / "adapter"
+    settings, adapter = short_settings(base_model, rows, tmp_path / "run", **FAST), tmp_path / "run" / "adapter"
     assert train(settings, Stopper()).interrupted_by is not None
     if name is not None:
         assert (adapter / name).is_file()
@@ -89,7 +89,7 @@ def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: 
                     (place / "thesis").write_text("mine")
 
     recorder = Busy()
-    assert train(train_settings(base_model, rows, run, **FAST), recorder).steps == 5
+    assert train(short_settings(base_model, rows, run, **FAST), recorder).steps == 5
     kept_places = (run / "adapter-kept", run / "checkpoints" / ".kept-step-4", run / "checkpoint-now")
     assert [(place / "thesis").read_text() for place in kept_places] == ["mine"] * 3
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
@@ -108,7 +108,7 @@ def test_user_files_in_copied_checkpoints_are_kept_when_the_run_resumes_again(
     shutil.copytree(run / "checkpoints", other / "checkpoints")
     (other / "checkpoints" / "step-2" / "thesis").write_text("mine")
     recorder = Recorder()
-    settings = train_settings(base_model, rows, other, **FAST, output__resume=str(run))
+    settings = short_settings(base_model, rows, other, **FAST, output__resume=str(run))
     assert train(settings, recorder).resumed_from_step == 2
     kept_checkpoint = other / "checkpoints" / ".kept-step-2"
     assert (kept_checkpoint / "thesis").read_text() == "mine"

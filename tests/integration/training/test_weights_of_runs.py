@@ -20,7 +20,7 @@ from qlora_cli.settings.models import EstimateSettings, EvaluateSettings, LoadSe
 from qlora_cli.settings.resolve import Sources, resolve
 from qlora_cli.settings.settle import resolved_in_code
 from qlora_cli.training.train_run import train
-from tests.conftest import ASSETS, Recorder, train_settings
+from tests.conftest import ASSETS, Recorder, short_settings
 from tests.support.models.loading import load
 from tests.support.processes.killed_runs import kill_after
 from tests.support.processes.training_process import SignalAt
@@ -47,7 +47,7 @@ def test_a_run_stopped_resumed_and_killed_is_its_newest_checkpoint(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = train_settings(base_model, rows, run, **{**CHANGED, "data__eval_split": "3"})
+    settings = short_settings(base_model, rows, run, **{**CHANGED, "data__eval_split": "3"})
     first = train(settings, SignalAt(StepDone, 2))
     assert first.interrupted_by == "SIGTERM"
     assert first.steps < 5
@@ -84,7 +84,7 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = train_settings(base_model, rows, run, training__max_steps=2)
+    settings = short_settings(base_model, rows, run, training__max_steps=2)
     train(settings, Recorder())
     adapter = weights_in(run / "adapter")
     (run / "adapter" / WEIGHTS).unlink()  # the rest is not an adapter
@@ -104,11 +104,11 @@ def test_a_done_run_that_lost_its_adapter_writes_it_again_by_the_same_command(
 
 def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path, rows: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = train_settings(base_model, rows, run, **CHANGED)
+    settings = short_settings(base_model, rows, run, **CHANGED)
     train(settings, SignalAt(StepDone, 2))
     shutil.rmtree(run / "checkpoints")
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for again in (settings, train_settings(base_model, rows, run, **CHANGED, lora__rank=4)):
+    for again in (settings, short_settings(base_model, rows, run, **CHANGED, lora__rank=4)):
         with pytest.raises(
             OutputDirectoryError, match="no checkpoint to resume from, and its adapter/ would be lost"
         ) as no:
@@ -118,7 +118,7 @@ def test_an_adapter_without_a_checkpoint_is_never_trained_over(base_model: Path,
     assert {path: path.read_bytes() for path in files} == files
     on = {"training__max_steps": 1}
     # As the hint says.
-    assert train(train_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1
+    assert train(short_settings(run / "adapter", rows, tmp_path / "on", **on), Recorder()).steps == 1
 
 
 def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
@@ -126,18 +126,18 @@ def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
 ) -> None:
     run = tmp_path / "run"
     constant = {**CHANGED, "training__schedule": "constant", "training__warmup_ratio": 0.0}
-    settings = train_settings(base_model, rows, run, **{**constant, "training__max_steps": 2})
+    settings = short_settings(base_model, rows, run, **{**constant, "training__max_steps": 2})
     train(settings, Recorder())
     shutil.rmtree(run / "checkpoints")
     adapter = (run / "adapter" / WEIGHTS).read_bytes()
     with pytest.raises(OutputDirectoryError, match="no checkpoint to resume from, and its adapter/ would be lost"):
-        train(train_settings(base_model, rows, run, **{**constant, "training__max_steps": 3}), Recorder())
+        train(short_settings(base_model, rows, run, **{**constant, "training__max_steps": 3}), Recorder())
 
     record = json.loads((run / "run.json").read_text())
     older = {key: record["result"][key] for key in ("steps", "num_steps", "final_loss")}
     (run / "run.json").write_text(json.dumps({**record, "result": older}))
     same_rows = Path(shutil.copyfile(rows, tmp_path / "other-name.jsonl"))
-    for again in (settings, train_settings(base_model, same_rows, run, **{**constant, "training__max_steps": 2})):
+    for again in (settings, short_settings(base_model, same_rows, run, **{**constant, "training__max_steps": 2})):
         recorder = Recorder()
         result = train(again, recorder)
         assert not [event for event in recorder.events if isinstance(event, StepDone)]
@@ -147,7 +147,7 @@ def test_a_done_run_without_checkpoints_stays_done_and_is_not_trained_over(
 
 
 def test_figures_of_a_resumed_run_are_of_all_its_steps(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    settings = train_settings(base_model, rows, tmp_path / "run", **CHANGED)
+    settings = short_settings(base_model, rows, tmp_path / "run", **CHANGED)
     first = train(settings, SignalAt(StepDone, 3))
     second = train(settings, Recorder())
     assert second.num_tokens > first.num_tokens
@@ -167,7 +167,7 @@ def test_a_run_moved_with_all_its_files_loads_and_evaluates_as_before(
     (project / "rows.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
     (project / "held-out.jsonl").write_text("".join(lines[8:12]), encoding="utf-8")
     monkeypatch.chdir(project)
-    settings = train_settings(
+    settings = short_settings(
         Path("models/base"), Path("rows.jsonl"), Path("runs/a"), data__eval_dataset="held-out.jsonl"
     )
     result = train(settings, Recorder())
@@ -212,16 +212,16 @@ def test_a_run_moved_with_all_its_files_loads_and_evaluates_as_before(
 def test_a_run_resumes_with_its_base_under_another_name(tmp_path: Path, rows: Path) -> None:
     base = Path(shutil.copytree(ASSETS / "base", tmp_path / "base"))
     changed = {"training__max_steps": 4, "training__save_steps": 1}
-    first = train(train_settings(base, rows, tmp_path / "run", **changed), SignalAt(StepDone, 2))
+    first = train(short_settings(base, rows, tmp_path / "run", **changed), SignalAt(StepDone, 2))
     moved = base.rename(tmp_path / "moved")
-    result = train(train_settings(moved, rows, tmp_path / "run", **changed), Recorder())
+    result = train(short_settings(moved, rows, tmp_path / "run", **changed), Recorder())
     assert (result.steps, result.resumed_from_step) == (4, first.steps)
     with pytest.raises(SettingsError, match=r"model\.name"):
-        train(train_settings(tmp_path / "run" / "adapter", rows, tmp_path / "run", **changed), Recorder())
+        train(short_settings(tmp_path / "run" / "adapter", rows, tmp_path / "run", **changed), Recorder())
 
 
 def test_a_base_that_differs_from_that_of_the_run_is_reported(base_model: Path, rows: Path, tmp_path: Path) -> None:
-    train(train_settings(base_model, rows, tmp_path / "run", training__max_steps=1), Recorder())
+    train(short_settings(base_model, rows, tmp_path / "run", training__max_steps=1), Recorder())
     other = Path(shutil.copytree(base_model, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
