@@ -15,6 +15,7 @@ from qlora_cli.memory.costs.run_files import has_weights
 from qlora_cli.memory.costs.run_time import with_run
 from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.alternatives import (
+    SLOW_TO_PREDICT,
     largest_model,
     smallest_classes,
     smallest_gpu,
@@ -43,6 +44,7 @@ from qlora_cli.memory.prediction import (
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
 from qlora_cli.memory.untraced import untraced
+from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
@@ -52,6 +54,8 @@ from qlora_cli.units import counted
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
 
+MAX_LENGTH = Solvable.MAX_LENGTH.value
+MOST_TOKENS = 8192  # of rows that are looked for unasked: longer ones take seconds each to predict
 REFERENCE = "RTX 4090"  # gives kernels and CUDA context if no GPU is named
 
 
@@ -173,6 +177,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         smallest_class=smallest,
         roomy_class=roomy,
         suggestions=suggestions,
+        longer_rows=_longer_rows(request, facts, asked, estimator) if request.gpus and fits[0].fits == YES else None,
         fitting_model=_largest_model(request, facts, asked, gpu, estimator) if is_hopeless else None,
         solutions=_solutions(request, asked, estimator),
         cards=_cards(request, asked, estimator),
@@ -281,19 +286,40 @@ def _largest_model(
 
 
 def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:
-    from qlora_cli.tokenizing.positions import num_positions
-
     return tuple(
-        solve(
-            setting,
-            settings,
-            gpu,
-            estimator.estimate,
-            most=num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config),
-        )
+        solve(setting, settings, gpu, estimator.estimate, most=_num_positions(settings, gpu, estimator))
         for setting in request.solve
         for gpu in request.gpus
     )
+
+
+def _num_positions(settings: EstimateSettings, gpu: Gpu, estimator: "Estimator") -> int | None:
+    from qlora_cli.tokenizing.positions import num_positions
+
+    return num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config)
+
+
+def _longer_rows(
+    request: MemoryRequest, facts: ModelFacts, settings: EstimateSettings, estimator: "Estimator"
+) -> Solution | None:
+    """Return the longest rows with which the run fits, which fits as it is; None if they are no longer than its own.
+
+    They are not looked for where rows are known or joined, nor on a CPU, nor for a model that is slow to predict.
+    """
+    joins_rows = settings.data.packing or settings.training.micro_batch_tokens is not None
+    is_known = request.rows is not None or joins_rows or MAX_LENGTH in request.solve or MAX_LENGTH in request.sweep
+    if is_known or request.is_on_host or SLOW_TO_PREDICT in facts.content:
+        return None
+    gpu, length = request.gpus[0], settings.data.max_length
+    positions = _num_positions(settings, gpu, estimator)
+    most = MOST_TOKENS if positions is None else min(MOST_TOKENS, positions)
+    if length >= most:
+        return None
+    longest = solve(MAX_LENGTH, settings, gpu, estimator.estimate, most=most)
+    if longest.value is None or longest.value <= length:
+        return None
+    is_open = longest.value == most and most != positions
+    return replace(longest, limited_by=None) if is_open else longest
 
 
 def _cards(request: MemoryRequest, asked: EstimateSettings, estimator: "Estimator") -> tuple[RankedCard, ...] | None:

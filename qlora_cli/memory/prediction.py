@@ -408,6 +408,9 @@ class MemoryReport:
         smallest_class: The smallest class on each card of which the run fits.
         roomy_class: The smallest class on which a quarter of the memory is left.
         suggestions: Changes that make the run fit on the first requested GPU, if it does not.
+        longer_rows: The longest rows that fit on the first requested GPU, if the run fits there and they are longer
+            than those of the run; whole layers are recomputed for them where checkpointing is open. `limited_by` is
+            None if even longer ones were not tried.
         fitting_model: The largest model of the catalogue that fits on that GPU, if no change does it.
         cards: The best cards for the run, best first; None if they were not asked for.
         assumptions: What the prediction takes for granted, in sentences.
@@ -438,6 +441,7 @@ class MemoryReport:
     smallest_class: CardClass | None
     roomy_class: CardClass | None
     suggestions: tuple[Suggestion, ...]
+    longer_rows: Solution | None
     fitting_model: FittingModel | None
     solutions: tuple[Solution, ...]
     cards: tuple[RankedCard, ...] | None

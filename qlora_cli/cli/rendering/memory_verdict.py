@@ -7,7 +7,7 @@ from qlora_cli.memory.gpus import GPUS, Gpu, examples
 from qlora_cli.memory.host_run import HOW_TO_MEASURE
 from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures
 from qlora_cli.settings.choices import Checkpointing
-from qlora_cli.timing.roofline import HOST
+from qlora_cli.timing.roofline import HOST, MEMORY
 from qlora_cli.units import GIB, format_count
 
 RECOMPUTED = {
@@ -36,12 +36,22 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
             f"In 16 bit it fits, too, without the error of quantization: with --quant none it takes {takes} GiB, at "
             f"most {at_most}; {recomputed}{time}."
         )
+    if (longer := report.longer_rows) is not None and longer.value is not None:
+        at_most = "" if longer.limited_by in (MEMORY, None) else f", {longer.limited_by}"
+        more = "" if longer.limited_by is not None else "; --solve max-length finds the longest"
+        lines.append(f"Rows of up to {longer.value:,} tokens fit, too{at_most}{_recomputed_for(report)}{more}.")
     if report.fitting_model is not None:
         model = report.fitting_model
         takes, at_most = _gib(model.process_bytes), _gib(model.process_high_bytes)
         named = f"{model.model} ({format_count(model.num_parameters)} parameters)"
         lines.append(f"The largest model of the catalogue that fits there: {named}, {takes} GiB, at most {at_most}.")
     return lines
+
+
+def _recomputed_for(report: MemoryReport) -> str:
+    """Return what longer rows need that those of the run do not, with a comma before it."""
+    is_planned = report.plan is not None and report.plan.chosen.gradient_checkpointing != Checkpointing.ON
+    return f", if {RECOMPUTED[Checkpointing.ON]}" if is_planned else ""
 
 
 def described_class(cards: CardClass) -> str:

@@ -166,6 +166,7 @@ REPORT = MemoryReport(
         process_high_bytes=FIGURES.process_high_bytes,
     ),
     suggestions=(),
+    longer_rows=None,
     fitting_model=None,
     solutions=(),
     cards=None,

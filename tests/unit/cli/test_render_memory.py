@@ -13,6 +13,7 @@ from qlora_cli.cli.rendering.memory_text import (
     hundredths,
     phase_lines,
     render_memory,
+    time_lines,
 )
 from qlora_cli.cli.rendering.memory_verdict import RECOMPUTED, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
@@ -26,6 +27,7 @@ from qlora_cli.memory.prediction import (
     PlanOption,
     RankedCard,
     RunFigures,
+    Solution,
 )
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
@@ -193,6 +195,26 @@ def test_what_fits_in_16_bit_too_is_part_of_the_answer() -> None:
         "In 16 bit it fits, too, without the error of quantization: with --quant none it takes 18.0 GiB, at most "
         "19.0; each layer is recomputed, about 1.0 s a step."
     ]
+
+
+def test_longer_rows_that_fit_are_part_of_the_answer() -> None:
+    longer = Solution(setting="max-length", gpu="RTX 4090", value=12_288, process_bytes=23 * GIB, limited_by="memory")
+    assert verdict_lines(replace(REPORT, longer_rows=longer, plan=None), (RTX_4090,))[1:] == [
+        "Rows of up to 12,288 tokens fit, too."
+    ]
+    untried = verdict_lines(replace(REPORT, longer_rows=replace(longer, limited_by=None), plan=None), (RTX_4090,))
+    assert untried[1] == "Rows of up to 12,288 tokens fit, too; --solve max-length finds the longest."
+    bound = replace(longer, limited_by="the positions of the model")
+    assert verdict_lines(replace(REPORT, longer_rows=bound, plan=None), (RTX_4090,))[1:] == [
+        "Rows of up to 12,288 tokens fit, too, the positions of the model."
+    ]
+
+
+def test_times_that_runs_corrected_say_so() -> None:
+    corrected = replace(FIGURES, step_seconds=1.0, step_seconds_low=0.9, step_seconds_high=1.1, tokens_per_second=2e3)
+    corrected = replace(corrected, limited_by="compute", rates="data sheet", learnt_ratio=1.09, learnt_runs=3)
+    said = " ".join(line.strip() for line in time_lines(corrected))
+    assert said.endswith("(by rates data sheet, corrected by 3 runs here: times 1.09)")
 
 
 def test_a_change_that_is_not_enough_is_a_detail(capsys: pytest.CaptureFixture[str]) -> None:
