@@ -177,6 +177,8 @@ class Estimator:
             gpu,
             num_micro_batches=micro_batches["gradient_accumulation_steps"],
             num_tokens=micro_batches["batch_size"] * micro_batches["length"],
+            gradient_bytes=traced.files.adapter_bytes,
+            num_processes=settings.training.num_gpus,
             pinned_host_bytes=traced.pinned_host_bytes,
             kind=kind_of_step(settings, dtype),
         )
@@ -465,7 +467,7 @@ class Estimator:
 def _micro_batches(settings: EstimateSettings) -> dict[str, Any]:
     """Return the rows of the largest micro-batch, how they are joined, and the number of micro-batches of a step."""
     training, length = settings.training, settings.data.max_length
-    size, accumulation = training.micro_batch_size, training.gradient_accumulation_steps
+    size, accumulation = training.micro_batch_size, training.micro_batches_per_process
     if training.micro_batch_tokens is None:
         return {
             "batch_size": size,
@@ -475,7 +477,7 @@ def _micro_batches(settings: EstimateSettings) -> dict[str, Any]:
             # Rows of different lengths are the usual case, and their mask takes memory.
             "is_padded": size > 1 and not settings.data.packing,
         }
-    num_rows, tokens = size * accumulation, training.micro_batch_tokens
+    num_rows, tokens = training.rows_per_process, training.micro_batch_tokens
     return {
         "batch_size": 1,
         "length": max(length, min(tokens, num_rows * length)),

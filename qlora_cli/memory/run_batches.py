@@ -75,7 +75,8 @@ class ReadRows:
 def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBatches | None:
     """Return the micro-batches of a run over `asked.rows` rows of one length; None if their number was not given.
 
-    Packed rows have the full length; rows that fill micro-batches are divided evenly among those of a step.
+    Of several processes, they are those of the one that has most. Packed rows have the full length; rows that fill
+    micro-batches are divided evenly among those of a step.
 
     Raises:
         UsageError: rows are longer on average than the longest may be.
@@ -90,11 +91,12 @@ def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBat
     num_epochs = num_steps / training.steps_per_epoch(num_rows)
     if training.micro_batch_tokens is None:
         size = training.micro_batch_size
-        return _batches(num_steps, [(size * tokens, num_epochs * ceil(num_rows / size))])
+        of_process = training.micro_batches_per_process / training.gradient_accumulation_steps
+        return _batches(num_steps, [(size * tokens, num_epochs * ceil(num_rows / size) * of_process)])
     rows_per_step = min(training.rows_per_step, num_rows)
     num_joined = max(1, training.micro_batch_tokens // tokens)
     num_full_steps = num_epochs * num_rows / rows_per_step
-    num_whole, rest = divmod(rows_per_step, num_joined)
+    num_whole, rest = divmod(ceil(rows_per_step / training.num_gpus), num_joined)
     return _batches(
         num_steps, [(num_joined * tokens, num_full_steps * num_whole), (rest * tokens, num_full_steps * (rest > 0))]
     )
@@ -108,7 +110,8 @@ def average_step(settings: EstimateSettings, asked: PredictionSettings) -> StepR
     """
     if asked.rows is None:
         return None
-    num_rows, mean = min(settings.training.rows_per_step, asked.rows), _mean_tokens(settings, asked)
+    of_step, mean = min(settings.training.rows_per_step, asked.rows), _mean_tokens(settings, asked)
+    num_rows = ceil(of_step / settings.training.num_gpus)
     return StepRows(
         num_rows=num_rows, mean_tokens=mean, num_filled=lambda tokens: ceil(num_rows / max(1, tokens // mean))
     )

@@ -23,6 +23,12 @@ def untraced(training: TrainingSettings, attention: Attention) -> list[str]:
             "Liger's kernels are not traced: the figures are those of the run without them; with them it usually "
             "takes less"
         )
+    if training.num_gpus > 1:
+        sentences.append(
+            f"each of {training.num_gpus} GPUs holds all of the model: memory is that of one, tokens a second, cost "
+            "and energy those of all; they sum their gradients at 10 GB/s, a guess for PCIe 4.0; NCCL's buffers, some "
+            "hundred MiB, are not counted, and host memory is that of one process"
+        )
     if training.full_determinism:
         sentences.append("of full_determinism the smaller workspaces of cuBLAS are counted, other kernels are not")
     return sentences

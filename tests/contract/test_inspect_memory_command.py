@@ -242,10 +242,9 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         (["base", "--gpu", "RTX 9090"], "--gpu: no GPU 'RTX 9090' is known; the nearest known are"),
         (["base", "--gpu", "24"], "--gpu: '24' is a size without a unit"),
         (["base", "--gpu", "28GB"], "--gpu: no card is sold with 28 GB; there are 24 GB cards"),
-        (["base", "--gpu", "2x24GB"], "--gpu: '2x24GB' names several GPUs\n  hint: A run on one GPU is predicted"),
-        (["base", "--gpus", "2"], "no such option: --gpus\n  hint: A run on one GPU is predicted; name it with --gpu"),
-        (["base", "--num-gpus", "2"], "no such option: --num-gpus\n  hint: A run on one GPU is predicted"),
-        (["base", "--set", "inspect_memory.num_gpus=2"], "hint: A run on one GPU is predicted"),
+        (["base", "--gpu", "2x24GB"], "--gpu: '2x24GB' names several GPUs\n  hint: Each GPU holds all of the model"),
+        (["base", "--gpus", "2"], "no such option: --gpus\n  hint: Name the card with --gpu"),
+        (["base", "--set", "inspect_memory.num_gpus=2"], "hint: It is training.num_gpus."),
         (["base", "--gpu", "MI300X"], "--gpu: 'MI300X' is an AMD GPU\n  hint: AMD GPUs are not predicted"),
         (
             ["base", "--recipe", "peft"],

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +14,16 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
+import yaml
 
+from qlora_cli.cli.app import app
 from tests.conftest import RunQlora
+from tests.contract.test_docs import flags_of
 from tests.integration.training.test_signals import steps_of
 
 SECONDS = 300.0
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "more-gpus.md"
 
 
 def arguments(model: Path, rows: Path, run: Path, *more: str) -> list[str]:
@@ -142,3 +149,26 @@ def test_processes_that_torchrun_did_not_start_are_refused(
     assert done.code == 2
     assert f"this is one of 2 processes ({variable} is 2)" in done.stderr
     assert f"unset {variable}" in done.stderr
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Return the arguments of each `qlora_cli train` in the blocks of a page, also in a list of YAML."""
+    joined = page.replace("\\\n", " ")
+    shell = re.findall(r"-m qlora_cli (train [^\n]+)", joined)
+    lists = [json.loads(found) for found in re.findall(r"^ *args: (\[.+\])$", joined, re.MULTILINE)]
+    return [*map(shlex.split, shell), *(found[found.index("train") :] for found in lists)]
+
+
+def test_the_files_of_the_how_to_are_valid_and_give_settings_that_exist() -> None:
+    page = HOW_TO.read_text(encoding="utf-8")
+    sky, kubeflow = map(yaml.safe_load, re.findall(r"```yaml\n(.+?)```", page, re.DOTALL))
+    assert {"resources", "num_nodes", "run"} <= sky.keys()
+    assert kubeflow["kind"] == "TrainJob"
+    assert kubeflow["spec"]["trainer"]["numProcPerNode"] == 8
+    (slurm,) = re.findall(r"```bash\n(.+?)```", page, re.DOTALL)
+    checked = subprocess.run(["/bin/bash", "-n"], input=slurm, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    commands = commands_of(page)
+    assert len(commands) == 4
+    known = flags_of(typer.main.get_command(app).commands["train"])  # type: ignore[attr-defined]
+    assert {word for command in commands for word in command if word.startswith("--")} <= known

@@ -26,6 +26,8 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         return [_over_catalogue(report)]
     first, *others = zip(report.fits, gpus, strict=True)
     lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
+    if (number := report.settings.get("num-gpus")) is not None:
+        lines.append(f"That is the memory of each of {number} GPUs, and the time of all together.")
     if gpus[0].is_host and report.predicted.step_seconds is None:
         lines.append(f"How long it takes is not known: {HOW_TO_MEASURE}.")
     if (unquantized := report.unquantized) is not None:

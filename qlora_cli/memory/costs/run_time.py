@@ -29,7 +29,7 @@ def with_run(
 ) -> RunFigures:
     """Return `figures` with those of a run with these micro-batches; unchanged without any, or if no step is timed.
 
-    `price` is that of an hour, in any currency.
+    `price` is that of an hour of a GPU, in any currency. Cost and energy are those of all GPUs.
     """
     known = rates_on(gpu)
     if batches is None or known is None or figures.step_seconds is None:
@@ -41,8 +41,9 @@ def with_run(
         return time
 
     total = _total(batches, time_of)
-    per_second = None if price is None else price / HOUR_SECONDS
-    wh_per_second = known.rates.watts / HOUR_SECONDS or None
+    num_gpus = settings.training.num_gpus
+    per_second = None if price is None else num_gpus * price / HOUR_SECONDS
+    wh_per_second = num_gpus * known.rates.watts / HOUR_SECONDS or None
     return replace(
         figures,
         num_steps=batches.num_steps,

@@ -20,6 +20,8 @@ LOW, HIGH = 0.75, 1.30
 # Those with rates that were measured, whose error is no longer in it. Steps on a CPU were within (decision 38); a GPU
 # was not tried.
 MEASURED_LOW, MEASURED_HIGH = 0.80, 1.25
+# Bytes a second between the GPUs of a machine, a guess: PCIe 4.0 x16 through the host. NVLink is ten times faster.
+LINK_RATE = 10e9
 
 
 def step_time(
@@ -30,12 +32,15 @@ def step_time(
     num_micro_batches: int,
     num_tokens: int,
     pinned_host_bytes: int,
+    gradient_bytes: int = 0,
+    num_processes: int = 1,
     kind: str = "",
 ) -> StepTime | None:
     """Return the time of a step on `gpu`; None if its rates are not known.
 
-    `num_tokens` are those of a micro-batch, and `pinned_host_bytes` what it copies to the host and back. Earlier runs
-    of the same `kind` on this machine correct the time.
+    `num_tokens` are those of a micro-batch, and `pinned_host_bytes` what it copies to the host and back. Each of
+    several processes has so many micro-batches, and sums its gradients with the others', as part of the update.
+    Earlier runs of the same `kind` on this machine correct the time.
     """
     known = rates_on(gpu)
     if known is None:
@@ -45,11 +50,12 @@ def step_time(
     of_update = corrections.applied(cost_of(update, known.rates))
     correction = corrections.of_limit(of_micro_batch)
     low, high = _band(known, correction)
-    seconds = num_micro_batches * of_micro_batch.seconds + of_update.seconds
-    tokens_per_second = num_micro_batches * num_tokens / seconds
+    update_seconds = of_update.seconds + exchange_seconds(gradient_bytes, num_processes)
+    seconds = num_micro_batches * of_micro_batch.seconds + update_seconds
+    tokens_per_second = num_processes * num_micro_batches * num_tokens / seconds
     return StepTime(
         micro_batch_seconds=of_micro_batch.seconds,
-        update_seconds=of_update.seconds,
+        update_seconds=update_seconds,
         step_seconds=seconds,
         step_seconds_low=seconds * low,
         step_seconds_high=seconds * high,
@@ -66,12 +72,21 @@ def step_time(
     )
 
 
+def exchange_seconds(num_bytes: int, num_processes: int) -> float:
+    """Return the seconds in which each of several processes learns the sum of their gradients.
+
+    A ring passes each byte on twice, but for the share that a process has already.
+    """
+    return 2 * (num_processes - 1) / num_processes * num_bytes / LINK_RATE
+
+
 def kind_of_step(settings: EstimateSettings, dtype: Dtype) -> str:
     """Return in words how layers are computed: a run corrects the predicted time of others that compute them so."""
     training, method = settings.training, settings.quantization.method
     parts = {
         "fused adapters": training.fused_lora,
         "compiled": training.torch_compile,
+        "several processes": training.num_gpus > 1,
         "Liger kernels": training.use_liger_kernel,
         "offloaded activations": training.gradient_checkpointing == Checkpointing.OFFLOAD,
     }

@@ -13,7 +13,7 @@ from qlora_cli.settings.values import Solvables, Words
 
 MIN_TOKENS = 8  # of a row, as for data.max_length
 INSPECT = (Command.INSPECT_MEMORY,)
-ONE_GPU = "A run on one GPU is predicted; name it with --gpu, once for each card to compare."
+NUMBER = "Name the card with --gpu, once for each card to compare, and how many share a run with --num-gpus."
 
 
 class PredictionSettings(Section):
@@ -21,7 +21,7 @@ class PredictionSettings(Section):
 
     removed: ClassVar[Mapping[str, str]] = {
         "recipe": "Leave it out: the run of qlora train is predicted. benchmarks/ in the source has a plain PEFT loop."
-    } | dict.fromkeys(("gpus", "num_gpus"), ONE_GPU)
+    } | {"gpus": NUMBER, "num_gpus": "It is training.num_gpus."}
 
     gpus: Annotated[
         Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto|cpu", is_repeatable=True)

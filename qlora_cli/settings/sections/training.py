@@ -90,7 +90,7 @@ class TrainingSettings(Section):
         description="Divide the rows of a step into micro-batches of up to this many tokens, without padding, instead "
         "of micro_batch_size rows each. If neither is given, what is predicted to be fastest on the GPU.",
     )
-    num_gpus: Annotated[int, Metadata(flag="--num-gpus", on_resume=OnResume.FREE)] = Field(
+    num_gpus: Annotated[int, Metadata(flag="--num-gpus", affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=1,
         ge=1,
         le=1024,
@@ -198,6 +198,19 @@ class TrainingSettings(Section):
     def divides_steps(self) -> bool:
         """Whether the rows of a step are divided as a whole: into filled micro-batches, or among processes."""
         return self.micro_batch_tokens is not None or self.num_gpus > 1
+
+    @property
+    def rows_per_process(self) -> int:
+        """The rows of a full step that one process computes, of several the one with most."""
+        return ceil(self.rows_per_step / self.num_gpus)
+
+    @property
+    def micro_batches_per_process(self) -> int:
+        """The micro-batches of a full step that one process computes, of several the one with most.
+
+        They have `micro_batch_size` rows.
+        """
+        return ceil(self.gradient_accumulation_steps / self.num_gpus)
 
     @property
     def rows_per_step(self) -> int:

@@ -319,6 +319,7 @@ def without_flags(base_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (("--micro-batch-size", "2"), None),
         (("--packing", "--micro-batch-size", "2"), None),
         (("--micro-batch-tokens", "4096"), None),
+        (("--num-gpus", "2"), None),
         (("--dtype", "fp32"), None),
         (("--eval",), None),
         (("--optimizer", "lion_32bit"), "optimizer_bytes"),
@@ -339,6 +340,17 @@ def test_every_flag_changes_the_prediction(
     )
     if less is not None:
         assert changed["components"][less] < base["components"][less]
+
+
+def test_the_answer_for_several_gpus_says_what_is_of_each_and_what_of_all(config: Path, alone: dict[str, str]) -> None:
+    command = ["inspect-memory", str(config), *ONCE, "--num-gpus", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_catalogue(patch)
+        done = CliRunner().invoke(app, command, env=alone)
+    assert "That is the memory of each of 4 GPUs, and the time of all together." in done.stdout
+    result = asked(config, alone, "--num-gpus", "4")
+    assert result["settings"]["num-gpus"] == "4"
+    assert [line for line in result["assumptions"] if line.startswith("each of 4 GPUs holds all of the model")]
 
 
 def test_the_report_notes_which_kernels_are_traced_as_another(config: Path, alone: dict[str, str]) -> None:

@@ -117,3 +117,20 @@ def test_rows_that_fill_micro_batches_take_no_time_for_what_they_do_not_fill(est
 
 def _seconds(runs: Sequence[RunFigures]) -> float:
     return sum(run.run_seconds or 0.0 for run in runs)
+
+
+def test_four_gpus_take_about_a_quarter_of_the_time_and_no_less_money(estimator: Estimator) -> None:
+    def run_on(num_gpus: int) -> RunFigures:
+        settings = settings_of(gradient_accumulation_steps=16, num_gpus=num_gpus)
+        batches = run_batches(settings, PredictionSettings(rows=1600, mean_tokens=256))
+        return predicted(estimator, settings, batches, price=1.0)
+
+    one, four = run_on(1), run_on(4)
+    assert four.num_steps == one.num_steps
+    assert one.run_seconds is not None
+    assert four.run_seconds is not None
+    assert 1 / 4 < four.run_seconds / one.run_seconds < 1 / 3  # each makes the whole update
+    assert four.cost == pytest.approx(4 * four.run_seconds / 3600)
+    assert one.energy_wh is not None
+    assert four.energy_wh is not None
+    assert four.energy_wh > one.energy_wh

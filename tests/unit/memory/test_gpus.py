@@ -230,20 +230,20 @@ def test_all_cards_are_named_when_asked_for(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "one"),
+    ("text", "one", "number"),
     [
-        ("2x24GB", "24GB"),
-        ("2x RTX 4090", "RTX 4090"),
-        ("RTX 4090 x2", "RTX 4090"),
-        ("4090x2", "4090"),
-        ("8 * H100", "H100"),
-        ("2\u00d7T4", "T4"),
+        ("2x24GB", "24GB", 2),
+        ("2x RTX 4090", "RTX 4090", 2),
+        ("RTX 4090 x4", "RTX 4090", 4),
+        ("4090x2", "4090", 2),
+        ("8 * H100", "H100", 8),
+        ("2\u00d7T4", "T4", 2),
     ],
 )
-def test_several_gpus_are_refused_with_the_one_to_name(text: str, one: str) -> None:
+def test_several_gpus_are_refused_with_the_one_to_name(text: str, one: str, number: int) -> None:
     with pytest.raises(UsageError, match="names several GPUs") as caught:
         find_gpu(text)
-    assert f"--gpu '{one}'" in (caught.value.hint or "")
+    assert f"--gpu '{one}' --num-gpus {number}" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("text", ["MI300X", "AMD Instinct MI250", "RX 7900 XTX", "Radeon Pro W7900"])

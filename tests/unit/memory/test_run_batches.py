@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_cli.errors import UsageError
 from qlora_cli.memory.costs.run_time import MAX_PREDICTED, interpolated, predicted_sizes
-from qlora_cli.memory.run_batches import average_step, run_batches, with_tokens
+from qlora_cli.memory.run_batches import RunBatches, average_step, run_batches, with_tokens
 from qlora_cli.settings.models import EstimateSettings, PredictionSettings
 
 
@@ -37,6 +37,37 @@ def test_micro_batches_have_the_tokens_of_all_rows(
     assert fed * mean_tokens <= num_tokens * (1 + 1e-9)
     # At most a padded micro-batch an epoch, or one of each size, is counted in addition.
     assert num_tokens <= fed * mean_tokens + (epochs + 2) * max(own for own, _ in batches.by_tokens)
+
+
+@given(
+    rows=st.integers(1, 200),
+    size=st.integers(1, 4),
+    accumulation=st.integers(1, 16),
+    tokens=st.none() | st.integers(600, 4000),
+    num_gpus=st.integers(1, 8),
+)
+def test_of_several_processes_the_one_with_most_is_counted(
+    rows: int, size: int, accumulation: int, tokens: int | None, num_gpus: int
+) -> None:
+    asked = PredictionSettings(rows=rows, mean_tokens=256)
+
+    def batches_on(number: int) -> RunBatches | None:
+        settings = settings_of(
+            micro_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            micro_batch_tokens=tokens,
+            num_gpus=number,
+        )
+        return run_batches(settings, asked)
+
+    alone, one = batches_on(1), batches_on(num_gpus)
+    assert alone is not None
+    assert one is not None
+    assert one.num_steps == alone.num_steps
+    fed, all_fed = (sum(number * own for own, number in batches.by_tokens) for batches in (one, alone))
+    largest = max(own for own, _ in (*alone.by_tokens, *one.by_tokens))
+    assert all_fed / num_gpus <= fed + largest
+    assert fed <= all_fed + 2 * largest  # with more processes than micro-batches, one has all of them
 
 
 def test_packed_rows_are_fed_in_full_ones_and_max_steps_overrides_epochs() -> None:
