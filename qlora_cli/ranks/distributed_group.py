@@ -2,14 +2,17 @@
 
 import logging
 import os
-import sys
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, Value
@@ -21,6 +24,7 @@ RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
 PATIENCE = timedelta(days=7)
 BUCKET_BYTES = 25 * MIB  # of gradients that are summed at once, as many as PyTorch's DistributedDataParallel takes
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 class DistributedGroup(ProcessGroup):
@@ -117,14 +121,30 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "parallel_mode != ParallelMode.DISTRIBUTED" not in record.getMessage()
 
 
+def _interface_towards(address: str, port: int) -> str | None:
+    """Return the network interface by which this machine reaches an address; None if it has no name.
+
+    gloo would take the one of the host's name, which on many machines leads nowhere, or to the machine itself.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))  # sends nothing
+        own = probe.getsockname()[0]
+    found = (name for name, parts in psutil.net_if_addrs().items() if any(part.address == own for part in parts))
+    return next(found, None)
+
+
 def _meet(place: Place, gradient_backend: str) -> DistributedGroup:
-    if place.local_size == place.size and sys.platform == "linux":  # a host whose name leads nowhere trains, too
-        os.environ.setdefault(GLOO_INTERFACE, "lo")
     try:
-        dist.init_process_group("gloo", timeout=RENDEZVOUS)
+        interface = _interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if interface is not None:
+            os.environ.setdefault(GLOO_INTERFACE, interface)
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=RENDEZVOUS))
+        # torchrun keeps its store when it restarts the processes, and with it the addresses of those that ended.
+        store = PrefixStore(f"start {os.environ.get(RESTARTS, 0)}", store)
+        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=RENDEZVOUS)
         values = dist.new_group(backend="gloo", timeout=PATIENCE)
         gradients = dist.new_group(backend=gradient_backend, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise HardwareError(
             f"process {place.rank} did not meet the other {place.size - 1}: {str(error).splitlines()[0]}",
             hint="All must start within ten minutes, and reach MASTER_ADDR and MASTER_PORT.",

@@ -1,5 +1,6 @@
 """What the processes of a run say to each other. Imports no torch."""
 
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, Self, TypeVar
 from qlora_cli.errors import QloraError
 
 Value = TypeVar("Value")
+SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line where gloo noticed it
 NEXT = "The same command resumes from the last checkpoint, if there is one."
 
 
@@ -43,7 +45,7 @@ class PeerLostError(QloraError):
     """Another process of the run ended without a word."""
 
     def __init__(self, cause: Exception) -> None:
-        reason = str(cause).split("\n", maxsplit=1)[0]
+        reason = SOURCE.sub("", str(cause).split("\n", maxsplit=1)[0])
         super().__init__(f"another process of this run ended without a word; it may have been killed ({reason})")
         self.hint = NEXT
 

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import yaml
 from qlora_cli.cli.app import app
 from tests.conftest import RunQlora
 from tests.contract.test_docs import flags_of
+from tests.integration.training.test_ranks import distance
 from tests.integration.training.test_signals import steps_of
 
-SECONDS = 300.0
+SECONDS = 120.0
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "more-gpus.md"
 
 
@@ -35,6 +37,16 @@ def arguments(model: Path, rows: Path, run: Path, *more: str) -> list[str]:
 def start(command: Sequence[str]) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Wait for a process and return what it wrote to stdout and stderr; after a while, end it."""
+    try:
+        return process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        print(process.communicate())
+        raise
 
 
 def start_qlora(*command: str) -> "subprocess.Popen[str]":
@@ -75,7 +87,7 @@ def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
     ranks = ranks_below(process.pid)
     assert sorted(ranks) == [0, 1]
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=SECONDS)
+    stdout, stderr = end_of(process)
     assert process.returncode == 128 + signal.SIGTERM
     assert not any(psutil.pid_exists(pid) for pid in ranks.values())
     assert stderr.count("SIGTERM: training stops after the step in progress") == 1
@@ -87,7 +99,7 @@ def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     without = [one for one in command if one not in ("--num-gpus", "2")]
     process = start([*torchrun, "-m", "qlora_cli", *without, "--json"])
-    stdout, stderr = process.communicate(timeout=SECONDS)
+    stdout, stderr = end_of(process)
     assert process.returncode == 0, stderr
     result = json.loads(stdout)
     assert result["steps"] == 60
@@ -104,13 +116,79 @@ def test_a_process_that_is_killed_ends_all_and_is_named(base_model: Path, rows: 
     wait_for_step(process, run, 2)
     ranks = ranks_below(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=SECONDS)
+    _, stderr = end_of(process)
     assert process.returncode == 1
     assert not any(psutil.pid_exists(pid) for pid in ranks.values())
     assert "error: process 1 was killed by SIGKILL" in stderr
     assert "another process of this run ended without a word" in stderr
     assert record_of(run)["status"] == "failed"
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "qlora_cli"]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process_and_no_step_is_lost(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    restarting = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    process = start([*restarting, *arguments(base_model, rows, run, "--max-steps", "12")])
+    wait_for_step(process, run, 3)
+    os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
+    _, stderr = end_of(process)
+    assert process.returncode == 0, stderr
+    result = record_of(run)["result"]
+    assert result["steps"] == 12
+    assert result["resumed_from_step"] >= 3
+    assert len(steps_of(run)) == 12
+
+
+@pytest.fixture
+def machines() -> Iterator[list[list[str]]]:
+    """Two machines, each as the words before a command that runs there: network namespaces, joined by a cable."""
+    ip = shutil.which("ip")
+    if ip is None or os.geteuid() != 0:
+        pytest.skip("only root makes network namespaces")
+    names, links = ([f"qlora-{side}-{os.getpid()}" for side in "ab"], [f"ql{side}{os.getpid()}" for side in "ab"])
+
+    def run(*words: str) -> None:
+        subprocess.run([ip, *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            run("netns", "add", name)
+        run("link", "add", links[0], "netns", names[0], "type", "veth", "peer", links[1], "netns", names[1])
+        for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+            run("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+            for one in ("lo", link):
+                run("-n", name, "link", "set", one, "up")
+        yield [[ip, "netns", "exec", name] for name in names]
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr}")
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_run(base_model: Path, rows: Path, tmp_path: Path, machines: list[list[str]]) -> None:
+    command = [*arguments(base_model, rows, tmp_path / "run", "--max-steps", "3"), "--json"]
+    address = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1", "--master-port", "29400"]
+    processes = [
+        start([*machine, *torchrun(*address, "--node-rank", str(number)), *command])
+        for number, machine in enumerate(machines)
+    ]
+    (stdout, stderr), (silent, _) = (end_of(process) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], stderr
+    assert json.loads(stdout)["steps"] == 3
+    assert silent == ""
+    alone = tmp_path / "alone"
+    done = start_qlora(*[str(alone) if word == str(tmp_path / "run") else word for word in command])
+    end_of(done)
+    assert distance(tmp_path / "run", alone) < 1e-5
 
 
 def test_too_few_gpus_are_refused_before_anything_starts(
