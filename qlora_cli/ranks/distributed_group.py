@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, Value
-from qlora_cli.ranks.place import Place, use_own_gpu
+from qlora_cli.ranks.place import VISIBLE, Place, use_own_gpu
 from qlora_cli.units import MIB
 
 RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
@@ -108,12 +108,40 @@ def joined(place: Place, num_processes: int, *, on_cpu: bool) -> Iterator[Proces
         return
     if not on_cpu:
         use_own_gpu(place, os.environ, torch.cuda.device_count())
-    group = _meet(place, "gloo" if on_cpu or not torch.cuda.is_available() else "nccl")
-    try:
-        yield group
-        group.exchange(None)
-    finally:
-        dist.destroy_process_group()
+        _check_own_gpu(place)
+    group = _meet(place, has_gpu=not on_cpu and torch.cuda.is_available())
+    yield group
+    group.exchange(None)
+    dist.destroy_process_group()  # after a failure it might wait for others
+
+
+def _check_own_gpu(place: Place) -> None:
+    """Check that the processes of this machine do not share a GPU.
+
+    Raises:
+        HardwareError: they may.
+    """
+    if place.local_size > 1 and torch.cuda.device_count() > 1:
+        raise HardwareError(
+            f"process {place.rank} sees {torch.cuda.device_count()} GPUs, and can't choose its own",
+            hint=f"Start each process with {VISIBLE} set to its own.",
+        )
+
+
+def _check_all_have(place: Place, values: dist.ProcessGroup, *, has_gpu: bool) -> None:
+    """Check that either all processes have a GPU, or none.
+
+    Raises:
+        HardwareError: some have one.
+    """
+    found = [has_gpu] * place.size
+    dist.all_gather_object(found, has_gpu, group=values)
+    if len(set(found)) > 1:
+        without = ", ".join(str(rank) for rank, has in enumerate(found) if not has)
+        raise HardwareError(
+            f"{place.size} processes were started, and no GPU is visible to PyTorch in: {without}",
+            hint="Start as many on each machine as it has GPUs, and check nvidia-smi there.",
+        )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -133,7 +161,7 @@ def _interface_towards(address: str, port: int) -> str | None:
     return next(found, None)
 
 
-def _meet(place: Place, gradient_backend: str) -> DistributedGroup:
+def _meet(place: Place, *, has_gpu: bool) -> DistributedGroup:
     try:
         interface = _interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         if interface is not None:
@@ -143,7 +171,10 @@ def _meet(place: Place, gradient_backend: str) -> DistributedGroup:
         store = PrefixStore(f"start {os.environ.get(RESTARTS, 0)}", store)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=RENDEZVOUS)
         values = dist.new_group(backend="gloo", timeout=PATIENCE)
-        gradients = dist.new_group(backend=gradient_backend, timeout=PATIENCE)
+        _check_all_have(place, values, has_gpu=has_gpu)
+        gradients = dist.new_group(backend="nccl" if has_gpu else "gloo", timeout=PATIENCE)
+    except HardwareError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise HardwareError(
             f"process {place.rank} did not meet the other {place.size - 1}: {str(error).splitlines()[0]}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_cli.errors import OutputDirectoryError
+from qlora_cli.errors import OutputDirectoryError, TrainingError
 from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.hardware.environment import describe_hardware, package_versions
@@ -109,7 +109,8 @@ def _settle_together(
 ) -> SettledRun:
     """Settle a run: in the first process, which decides, then in the first of other machines, then in all others.
 
-    So models are downloaded and data prepared once on a machine.
+    So models are downloaded and data prepared once on a machine. What is planned for the first one's GPU holds for
+    all, which divide the rows of a step alike.
     """
     settled = settle_run(resolved, reporter, force=force) if group.is_first else None
     (resolved, *_) = group.exchange(resolved if settled is None else settled.resolved)
@@ -118,7 +119,7 @@ def _settle_together(
     group.exchange(None)
     settled = settled or settle_run(resolved, reporter, force=force)
     group.exchange(None)
-    return settled
+    return replace(settled, resolved=resolved)
 
 
 def _train_settled(settled: SettledRun, reporter: Reporter, group: ProcessGroup) -> TrainResult:
@@ -248,6 +249,7 @@ def _train(
         trackers = stack.enter_context(tracking(output, directory.path, reporter)) if group.is_first else ()
         stop = stack.enter_context(StopSignal(reporter, group))
         while True:
+            _check_alike(prepared, group)
             session = Session(prepared, directory, reporter, stop, trackers, group)
             if group.is_first:
                 _record_beginning(prepared, directory, started, reporter)  # only now, since TRL may refuse the run
@@ -268,6 +270,30 @@ def _train(
             torch.cuda.empty_cache()
             prepared, what = lowered
             reporter.report(Noted(level="warning", message=what))
+
+
+def _check_alike(prepared: PreparedRun, group: ProcessGroup) -> None:
+    """Check that all processes have the same rows, and divide those of a step alike.
+
+    Raises:
+        TrainingError: one does not, such as on a machine with other files.
+    """
+    training = prepared.settings.training
+    own = {
+        "rows": prepared.train_data.report.fingerprint,
+        "number of steps": prepared.plan.num_steps,
+        "micro-batches": (
+            training.micro_batch_size,
+            training.gradient_accumulation_steps,
+            training.micro_batch_tokens,
+        ),
+    }
+    for rank, other in enumerate(group.exchange(own)):
+        if differing := [name for name in own if other[name] != own[name]]:
+            raise TrainingError(
+                f"process {rank} and process {group.rank} differ in their {', '.join(differing)}",
+                hint="All machines need the same files, and the same versions of qlora and its libraries.",
+            )
 
 
 def _lowered_together(prepared: PreparedRun, group: ProcessGroup) -> tuple[PreparedRun, str] | None:

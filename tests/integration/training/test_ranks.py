@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from qlora_cli.data.feeding import micro_batches
 from qlora_cli.events import CheckpointSaved, Event
 from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.training import train_run
+from qlora_cli.training.run_plan import PreparedRun, with_micro_batch
 from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, train_settings
@@ -245,6 +247,29 @@ def test_a_loss_that_is_not_finite_in_one_process_is_one_of_the_step(
     assert ended[0].told["message"].startswith("step 3: the loss is nan; nothing was updated. The rows: ")
     named = ended[0].told["message"].partition("The rows: ")[2]
     assert named.count(", row ") == UNEVEN["training__micro_batch_size"]  # those of one micro-batch of the second
+
+
+def second_divides_otherwise(group: ProcessGroup) -> Recorder:
+    if group.rank == 1:
+        load = train_run.load_run
+
+        def loaded(*args: Any) -> PreparedRun:
+            return with_micro_batch(load(*args), 1)
+
+        setattr(train_run, "load_run", loaded)  # noqa: B010 - in a process of its own
+    return Recorder()
+
+
+def test_processes_that_would_divide_a_step_otherwise_do_not_train(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ended = run_ranks(
+        train_settings(base_model, rows, run, **UNEVEN, **TWO), tmp_path / "ranks", second_divides_otherwise
+    )
+    assert [one.code for one in ended] == [1, 1]
+    assert ended[0].told["message"] == "process 1 and process 0 differ in their micro-batches"
+    assert not run.exists()
 
 
 def second_does_not_fit(group: ProcessGroup) -> Recorder:
