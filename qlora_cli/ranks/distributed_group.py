@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from qlora_cli.errors import HardwareError
-from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, Value
+from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, SumError, Value
 from qlora_cli.ranks.place import VISIBLE, Place, use_own_gpu
 from qlora_cli.units import MIB
 
@@ -23,8 +23,13 @@ RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
 # Between two exchanges one process may tokenize a data set or download a model.
 PATIENCE = timedelta(days=7)
 BUCKET_BYTES = 25 * MIB  # of gradients that are summed at once, as many as PyTorch's DistributedDataParallel takes
+CONTAINERS = ("docker", "br-", "veth", "virbr")  # interfaces to the containers and virtual machines of this one
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+
+
+class RendezvousError(HardwareError):
+    """This process did not meet the others, so that each tells of it."""
 
 
 class DistributedGroup(ProcessGroup):
@@ -52,10 +57,8 @@ class DistributedGroup(ProcessGroup):
 
     def announce(self, failure: Failure) -> None:
         """Let the next exchange of the other processes fail with `failure`."""
-        try:
+        with suppress(PeerLostError):  # those that are left know of a failure, too
             self._gather(failure)
-        except PeerLostError:  # those that are left know of a failure, too
-            return
 
     def _gather(self, value: Value) -> list[Value]:
         values: list[Value] = [value] * self.size
@@ -67,14 +70,20 @@ class DistributedGroup(ProcessGroup):
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors over all processes, in buckets."""
-        for bucket in _buckets(tensors):
-            joined = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            try:
+        try:
+            for bucket in _buckets(tensors):
+                joined = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 dist.all_reduce(joined, group=self._gradients)
-            except RuntimeError as error:
-                raise PeerLostError(error) from error
-            for tensor, summed in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
-                tensor.copy_(summed.view_as(tensor))
+                for tensor, summed in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
+                    tensor.copy_(summed.view_as(tensor))
+        except RuntimeError as error:  # of the network, of NCCL, or of memory
+            raise SumError(error) from error
+
+    def wait_for_first(self) -> None:
+        """Wait until the connection to the first process is closed."""
+        if not self.is_first:
+            with suppress(PeerLostError):
+                self._gather(None)
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
@@ -95,7 +104,8 @@ def joined(place: Place, num_processes: int, *, on_cpu: bool) -> Iterator[Proces
     On exit each waits for all, so that none is ended by a launcher while it writes or prints.
 
     Raises:
-        HardwareError: a launcher started another number of processes, or they did not meet.
+        HardwareError: a launcher started another number of processes, or not all have a GPU.
+        RendezvousError: they did not meet.
     """
     if place.size != num_processes:
         raise HardwareError(
@@ -157,26 +167,50 @@ def _interface_towards(address: str, port: int) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))  # sends nothing
         own = probe.getsockname()[0]
-    found = (name for name, parts in psutil.net_if_addrs().items() if any(part.address == own for part in parts))
-    return next(found, None)
+    return next((name for name, part in _addresses() if part == own), None)
+
+
+def _outer_interface() -> str | None:
+    """Return an interface that leads to other machines: the first that is up, and not of containers; None without."""
+    states = psutil.net_if_stats()
+    return next(
+        (
+            name
+            for name, part in _addresses()
+            if states[name].isup and not part.startswith("127.") and not name.startswith(CONTAINERS)
+        ),
+        None,
+    )
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """Yield each interface with each of its IPv4 addresses."""
+    for name, parts in psutil.net_if_addrs().items():
+        yield from ((name, part.address) for part in parts if part.family == socket.AF_INET)
 
 
 def _meet(place: Place, *, has_gpu: bool) -> DistributedGroup:
     try:
         interface = _interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if interface is not None and interface.startswith("lo") and place.local_size < place.size:
+            interface = _outer_interface()  # of the first machine, whose name is often that of itself alone
         if interface is not None:
             os.environ.setdefault(GLOO_INTERFACE, interface)
         store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=RENDEZVOUS))
-        # torchrun keeps its store when it restarts the processes, and with it the addresses of those that ended.
-        store = PrefixStore(f"start {os.environ.get(RESTARTS, 0)}", store)
+        # On one machine torchrun keeps its store when it restarts the processes, with the addresses of those that
+        # ended. Several machines count restarts apart, and get a new store.
+        start = os.environ.get(RESTARTS, "0") if place.local_size == place.size else "0"
+        store = PrefixStore(f"start {start}", store)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=RENDEZVOUS)
         values = dist.new_group(backend="gloo", timeout=PATIENCE)
         _check_all_have(place, values, has_gpu=has_gpu)
         gradients = dist.new_group(backend="nccl" if has_gpu else "gloo", timeout=PATIENCE)
+        # Now, so that its buffers are taken before it is measured what fits.
+        dist.all_reduce(torch.ones(1, device="cuda" if has_gpu else "cpu"), group=gradients)
     except HardwareError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise HardwareError(
+        raise RendezvousError(
             f"process {place.rank} did not meet the other {place.size - 1}: {str(error).splitlines()[0]}",
             hint="All must start within ten minutes, and reach MASTER_ADDR and MASTER_PORT.",
         ) from error

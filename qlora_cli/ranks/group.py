@@ -50,6 +50,14 @@ class PeerLostError(QloraError):
         self.hint = NEXT
 
 
+class SumError(QloraError):
+    """The gradients of this process could not be summed with those of the others, which wait for it in vain."""
+
+    def __init__(self, cause: Exception) -> None:
+        reason = SOURCE.sub("", str(cause).split("\n", maxsplit=1)[0])
+        super().__init__(f"the gradients of all processes could not be summed: {reason}", hint=NEXT)
+
+
 class ProcessGroup:
     """The processes of a run, which all call the same methods in the same order. This one is alone.
 
@@ -81,10 +89,17 @@ class ProcessGroup:
         return [value]
 
     def add(self, tensors: Sequence[Any]) -> None:
-        """Replace each of these tensors, which all processes have in the same shapes, by its sum over all of them."""
+        """Replace each of these tensors, which all processes have in the same shapes, by its sum over all of them.
+
+        Raises:
+            SumError: that failed.
+        """
 
     def announce(self, failure: Failure) -> None:
         """Let the next exchange of the other processes fail with `failure`."""
+
+    def wait_for_first(self) -> None:
+        """After a failure, wait until the first process has ended: a launcher ends all others with one that ends."""
 
 
 ALONE = ProcessGroup()
@@ -95,8 +110,12 @@ def failing_together(group: ProcessGroup) -> Iterator[None]:
     """A context in which an exception of one process ends the others, too, which learn what it was."""
     try:
         yield
-    except (PeerError, PeerLostError):
+    except (PeerLostError, SumError):
+        raise
+    except PeerError:
+        group.wait_for_first()
         raise
     except Exception as error:
         group.announce(Failure.of(error, group.rank))
+        group.wait_for_first()
         raise

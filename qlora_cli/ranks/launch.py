@@ -16,7 +16,8 @@ from qlora_cli.errors import HardwareError, QloraError
 from qlora_cli.ranks.group import NEXT
 
 THREADS = "OMP_NUM_THREADS"
-# What a signal, or the failure of another process, leaves to each for its checkpoint.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # that go to all; under nohup, SIGHUP is ignored by all
+# What a signal leaves to each for its checkpoint.
 SHUTDOWN, SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
 
 
@@ -49,6 +50,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ.setdefault(SHUTDOWN, SHUTDOWN_SECONDS)
     logging.disable(logging.ERROR)  # the processes say how they ended
+    signals = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -58,9 +60,12 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        signals_to_handle=",".join(signals),
     )
+    # The program as it was started: `-m` alone would look for modules in the current directory first.
+    program = ("-m", "qlora_cli") if sys.argv[0].endswith("__main__.py") else (sys.argv[0],)
     try:
-        elastic_launch(config, sys.executable)("-m", "qlora_cli", *arguments)
+        elastic_launch(config, sys.executable)(*program, *arguments)
     except ChildFailedError as error:
         return _code_of(error)
     except SignalException as error:

@@ -55,7 +55,7 @@ REFUSALS = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError
 
 
 class Session:
-    """One attempt to train a prepared run; `trainer` is TRL's trainer."""
+    """One attempt to train a prepared run by the processes of `group`; `trainer` is TRL's trainer."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Session:
         group: ProcessGroup = ALONE,
     ) -> None:
         self._prepared = prepared
-        self._group = group
+        self.group = group
         self._directory = directory
         self._reporter = reporter
         self._stop = stop
@@ -140,7 +140,7 @@ class Session:
                 if prepared.settings.training.torch_compile
                 else None
             ),
-            group=self._group,
+            group=self.group,
             model=prepared.model,
             args=training_arguments(
                 prepared.settings,
@@ -175,14 +175,14 @@ class Session:
     def _callbacks(self) -> list[TrainerCallback]:
         training, loaded = self._prepared.settings.training, self._prepared.loaded
         callbacks: list[TrainerCallback] = [
-            RehearsalCallback(self.trainer, self._rehearsal(), self._reporter, self._group),
-            StopCallback(self._stop, self._directory.request_file),
+            RehearsalCallback(self.trainer, self._rehearsal(), self._reporter, self.group),
+            StopCallback(self._stop, self._directory.request_file if self.group.is_first else None),
         ]
         if loaded.device.type == "cpu":
             callbacks.append(HeapTrimming())
         if training.early_stopping_patience is not None:
             callbacks.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
-        if training.sample_prompts and self._group.is_first:
+        if training.sample_prompts and self.group.is_first:
             answerer = Answerer(
                 tokenizer=loaded.tokenizer,
                 end_ids=self._prepared.end_ids,
@@ -283,7 +283,7 @@ class Session:
 
     def _write_adapter(self, *, is_whole: bool) -> None:
         self.trainer.end_compiling()
-        if not self._group.is_first:
+        if not self.group.is_first:
             return
         if is_whole:
             self._restore_best()

@@ -127,7 +127,11 @@ def _train_settled(settled: SettledRun, reporter: Reporter, group: ProcessGroup)
         result = TrainResult.of_run(settled.resume.run, settled.resume.record)
         assert result is not None, "checked when the run was settled"
         return _already_done(settled.resolved.settings, result, reporter, group)
-    return run(load_run(settled, reporter), reporter, group)
+    prepared = load_run(settled, reporter)
+    (resolved, *_) = group.exchange(prepared.resolved)  # the model may have changed what was planned
+    if not group.is_first:
+        prepared = with_memory_of(resolved, prepared)
+    return run(prepared, reporter, group)
 
 
 def _already_done(
@@ -273,15 +277,18 @@ def _train(
 
 
 def _check_alike(prepared: PreparedRun, group: ProcessGroup) -> None:
-    """Check that all processes have the same rows, and divide those of a step alike.
+    """Check that all processes train the same run, and divide the rows of a step alike.
 
     Raises:
         TrainingError: one does not, such as on a machine with other files.
     """
-    training = prepared.settings.training
+    training, evaluation, resume = prepared.settings.training, prepared.eval_data, prepared.resume
     own = {
+        "base": base_digest(prepared.loaded.source.path) if group.size > 1 else None,
         "rows": prepared.train_data.report.fingerprint,
+        "held-out rows": evaluation.report.fingerprint if evaluation is not None else None,
         "number of steps": prepared.plan.num_steps,
+        "step to resume at": resume.step if resume is not None else 0,
         "micro-batches": (
             training.micro_batch_size,
             training.gradient_accumulation_steps,
@@ -292,7 +299,7 @@ def _check_alike(prepared: PreparedRun, group: ProcessGroup) -> None:
         if differing := [name for name in own if other[name] != own[name]]:
             raise TrainingError(
                 f"process {rank} and process {group.rank} differ in their {', '.join(differing)}",
-                hint="All machines need the same files, and the same versions of qlora and its libraries.",
+                hint="All machines need the same files, the same output directory and the same versions of qlora.",
             )
 
 
@@ -356,9 +363,9 @@ def _explained(error: Exception, prepared: PreparedRun, session: Session) -> Exc
 
 
 def _saved_training(session: Session) -> str:
-    """Return a sentence on where the last saved state is; empty if there is none."""
+    """Return a sentence on where the last saved state is; empty if there is none, or another process tells."""
     newest = session.store.all()[-1:]
-    if not newest:
+    if not newest or not session.group.is_first:
         return ""
     return f"The training until step {step_of(newest[0]):,} is saved in {newest[0]}."
 

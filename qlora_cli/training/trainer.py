@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ class QloraTrainer(TrainerSeam):
         self._num_micro_batches = 1  # of the step in progress
         # The losses of batches of an evaluation, summed over their trained tokens, and the number of these.
         self._held_out: list[tuple[torch.Tensor, int]] = []
+        self._held_out_metrics: list[dict[str, float]] = []
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -219,18 +221,20 @@ class QloraTrainer(TrainerSeam):
 
     def _read_evaluation(self) -> None:
         if self._pending["eval"]:
-            metrics, _ = self._pending["eval"].read()
-            self.add_metrics("eval", metrics, 0)
+            self._held_out_metrics += self._pending["eval"].read()[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
-        self._read_evaluation()
         if "eval_loss" in logs and self._held_out:
+            self._read_evaluation()
             # The trainer has averaged over rows of a batch, however many tokens they have.
             totals, numbers = zip(*self._held_out, strict=True)
-            of_all = self._group.exchange((float(torch.stack(totals).sum()), sum(numbers)))
-            logs["eval_loss"] = sum(total for total, _ in of_all) / max(1, sum(number for _, number in of_all))
+            own = float(torch.stack(totals).sum()), sum(numbers), self._held_out_metrics
+            totals, numbers, metrics = zip(*self._group.exchange(own), strict=True)
+            logs["eval_loss"] = sum(totals) / max(1, sum(numbers))
+            self.add_metrics("eval", chain.from_iterable(metrics), 0)
             self._held_out.clear()
+            self._held_out_metrics.clear()
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -483,6 +487,7 @@ class QloraTrainer(TrainerSeam):
         finally:
             self.model.zero_grad(set_to_none=True)
             self._held_out.clear()
+            self._held_out_metrics.clear()
             for pending in self._pending.values():
                 pending.clear()
 

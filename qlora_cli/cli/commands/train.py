@@ -24,6 +24,7 @@ from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.training.checks.input_checks import check_train_inputs
 
 NUM_GPUS = "training.num_gpus"
+TOLD_BY_EACH = ("RendezvousError", "SumError")  # of several processes, which can't tell one another
 
 
 @options.takes(Command.TRAIN)
@@ -62,7 +63,8 @@ def train(
     try:
         result = _train(_shared_by(place, resolved), place, force=force, as_json=json)
     except QloraError as error:
-        if place.rank > 0:  # the first process tells what it was
+        is_told = place.rank > 0 and type(error).__name__ not in TOLD_BY_EACH
+        if is_told:  # by the first process
             raise typer.Exit(error.exit_code) from error
         raise
     if result.interrupted_by is not None:

@@ -83,10 +83,11 @@ class StopSignal:
 class StopCallback(TrainerCallback):
     """Saves a checkpoint and leaves the loop at the end of the step in which a signal came.
 
-    If the file `request` exists, saves a checkpoint, continues, and deletes the file when it is complete.
+    If the file `request` exists, saves a checkpoint, continues, and deletes the file when it is complete; without one
+    (None), another process does.
     """
 
-    def __init__(self, stop: StopSignal, request: Path) -> None:
+    def __init__(self, stop: StopSignal, request: Path | None) -> None:
         self._stop = stop
         self._request = request
 
@@ -113,7 +114,7 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False
-        if self._request.is_file():
+        if self._request is not None and self._request.is_file():
             control.should_save = True
 
     def on_save(
@@ -124,7 +125,7 @@ class StopCallback(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Delete the request: the checkpoint is complete."""
-        if self._request.is_file():
+        if self._request is not None and self._request.is_file():
             self._request.unlink()
 
     def on_prediction_step(

@@ -5,6 +5,8 @@ unchanged; others may change, and are listed. The marks of a setting (`OnResume`
 another name as long as the rows are the same, by their digest, and the dtype as long as it resolves to the same.
 """
 
+import random
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from qlora_cli.settings.setting_metadata import OnResume
 from qlora_cli.units import counted
 
 AUTO, NEVER = "auto", "never"
+BUSY_ATTEMPTS, BUSY_PAUSE = 6, 0.1  # seconds, rising
 RESUME = "output.resume"
 NAMES_OF_BASE = ("model.name", "model.revision")
 
@@ -130,11 +133,16 @@ def _was_resumed_from(record: RunRecord | None, asked: Path) -> bool:
 
 
 def _is_busy(directory: RunDirectory) -> QloraError | None:
-    try:
-        with RunLock(directory):
-            return None
-    except OutputDirectoryError as error:
-        return error
+    """Return the error that another process trains into the directory; those of one run look here at the same time."""
+    busy: QloraError | None = None
+    for attempt in range(BUSY_ATTEMPTS):
+        try:
+            with RunLock(directory):
+                return None
+        except OutputDirectoryError as error:
+            busy = error
+        time.sleep((attempt + 1) * BUSY_PAUSE * random.random())  # noqa: S311 - only spreads them
+    return busy
 
 
 def _path_problem(path: Path, output: RunDirectory) -> QloraError | None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_cli.data.feeding import micro_batches
-from qlora_cli.events import CheckpointSaved, Event
+from qlora_cli.events import CheckpointSaved, Event, StepDone
 from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.training import train_run
-from qlora_cli.training.run_plan import PreparedRun, with_micro_batch
+from qlora_cli.training.run_plan import PreparedRun, with_memory_of, with_micro_batch
 from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, train_settings
@@ -163,16 +165,6 @@ class InterruptAt(Recorder):
             raise KeyboardInterrupt
 
 
-LONG: dict[str, object] = {
-    "data__eval_split": "2",
-    "training__micro_batch_size": 1,
-    "training__gradient_accumulation_steps": 4,
-    "training__max_steps": 200,
-    "training__save_steps": 1000,
-    "training__schedule": "constant",
-}
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint(
     base_model: Path, rows: Path, tmp_path: Path, rank: int
@@ -188,6 +180,52 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(
     assert ended[1].told["steps"] == step
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step}"]
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+LONG: dict[str, object] = {
+    "data__eval_split": "2",
+    "training__micro_batch_size": 1,
+    "training__gradient_accumulation_steps": 4,
+    "training__max_steps": 200,
+    "training__save_steps": 1000,
+    "training__schedule": "constant",
+}
+
+
+class AskAt(Recorder):
+    """Asks the run for a checkpoint when `step` is reported."""
+
+    def __init__(self, request: Path, step: int) -> None:
+        super().__init__()
+        self._request, self._step = request, step
+
+    def report(self, event: Event) -> None:
+        super().report(event)
+        if isinstance(event, StepDone) and event.step == self._step:
+            self._request.touch()
+
+
+@dataclass(frozen=True)
+class AskingAt:
+    """Makes the reporter of the first of three processes ask for a checkpoint."""
+
+    request: Path
+    step: int
+
+    def __call__(self, group: ProcessGroup) -> Recorder:
+        return AskAt(self.request, self.step) if group.is_first else Recorder()
+
+
+def test_three_processes_save_a_checkpoint_when_asked_and_resume(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changed = {**LONG, "data__eval_split": None, "training__num_gpus": 3, "training__max_steps": 6}
+    settings = train_settings(base_model, rows, run, **changed)
+    asking = AskingAt(RunDirectory(run).request_file, 2)
+    all_done(run_ranks(settings, tmp_path / "ranks", asking), 3)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-3", "step-6"}
+    assert not asking.request.exists()
+    longer = train_settings(base_model, rows, run, **{**changed, "training__max_steps": 8})
+    all_done(run_ranks(longer, tmp_path / "more"), 3)
 
 
 def second_fails_in_step_3(group: ProcessGroup) -> Recorder:
@@ -251,12 +289,11 @@ def test_a_loss_that_is_not_finite_in_one_process_is_one_of_the_step(
 
 def second_divides_otherwise(group: ProcessGroup) -> Recorder:
     if group.rank == 1:
-        load = train_run.load_run
 
-        def loaded(*args: Any) -> PreparedRun:
-            return with_micro_batch(load(*args), 1)
+        def lowered(*args: Any) -> PreparedRun:
+            return with_micro_batch(with_memory_of(*args), 1)
 
-        setattr(train_run, "load_run", loaded)  # noqa: B010 - in a process of its own
+        setattr(train_run, "with_memory_of", lowered)  # noqa: B010 - in a process of its own
     return Recorder()
 
 
