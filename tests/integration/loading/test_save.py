@@ -157,12 +157,12 @@ def test_it_is_a_quarter_of_the_16_bit_model_if_the_embedding_does_not_dominate(
 ) -> None:
     """4.127 bits a quantized parameter make 3.88 times the maximum; a thirtieth of this model is embedding."""
     shape = Shape(
-        hidden_size=512,
+        hidden_size=1024,
         num_layers=8,
-        intermediate_size=2048,
-        num_heads=8,
-        num_kv_heads=8,
-        vocab_size=2048,
+        intermediate_size=4096,
+        num_heads=16,
+        num_kv_heads=16,
+        vocab_size=4096,
         tied=True,
     )
     write_model(tmp_path / "source", shape)
