@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from qlora_cli.errors import HardwareError, ModelError
@@ -34,6 +33,7 @@ from qlora_cli.memory.prediction import (
     Estimate,
     FittingModel,
     GpuFit,
+    HostMemory,
     MemoryReport,
     PlanOption,
     RankedCard,
@@ -127,14 +127,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     dtype = estimator.dtype_on(settings, gpu)
     shapes = estimator.shapes(settings, dtype)
     traced = estimator.traced(settings, gpu)
-    incapable: tuple[str, ...] = ()
-    if request.gpus:
-        estimates = [planned.chosen.estimate for planned in plans] or [
-            estimator.estimate(asked, gpu) for gpu in request.gpus
-        ]
-        fits = tuple(judge_fit(estimate, gpu) for estimate, gpu in zip(estimates, request.gpus, strict=True))
-    else:
-        fits, incapable = _over_catalogue(asked, estimator)
+    fits, incapable = _on_gpus(request, plans, asked, estimator) if request.gpus else _over_catalogue(asked, estimator)
     misses = request.gpus and fits[0].fits != YES
     predict_planned = planning(estimator.estimate, estimator.recomputed_products)
     suggestions = suggest(settings, gpu, predict_planned, estimate) if misses else ()
@@ -154,9 +147,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         dtype=estimate.dtype,
         attention_backends=estimate.attention_backends,
         predicted=replace(
-            (as_host_memory if request.is_on_host else partial(with_host, host=host))(
-                _figures(request, settings, gpu, estimator, fed)
-            ),
+            _figures(request, settings, gpu, estimator, fed, host),
             disk_bytes=traced.files.disk_bytes(
                 max_checkpoints=max_checkpoints, keeps_best=settings.training.eval_steps is not None
             ),
@@ -192,11 +183,26 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     )
 
 
+def _on_gpus(
+    request: MemoryRequest, plans: list[PlannedRun], asked: EstimateSettings, estimator: "Estimator"
+) -> tuple[tuple[GpuFit, ...], tuple[str, ...]]:
+    """Return how the run, planned or as asked, fits each of the requested GPUs, none of which is incapable."""
+    estimates = [planned.chosen.estimate for planned in plans] or [
+        estimator.estimate(asked, gpu) for gpu in request.gpus
+    ]
+    return tuple(judge_fit(estimate, gpu) for estimate, gpu in zip(estimates, request.gpus, strict=True)), ()
+
+
 def _figures(
-    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator", fed: FedRows | None
+    request: MemoryRequest,
+    settings: EstimateSettings,
+    gpu: Gpu,
+    estimator: "Estimator",
+    fed: FedRows | None,
+    host: HostMemory,
 ) -> RunFigures:
-    """Return the peaks of the run and, if its rows are known, its time."""
-    return with_run(
+    """Return the peaks of the run, on the GPU and the host, and, if its rows are known, its time."""
+    figures = with_run(
         figures_of_run(estimator.estimate(settings, gpu)),
         settings,
         fed.batches if fed else run_batches(settings, request.prediction),
@@ -204,6 +210,7 @@ def _figures(
         estimator.estimate,
         price=request.prices.get(gpu.name, request.prediction.price),
     )
+    return as_host_memory(figures) if request.is_on_host else with_host(figures, host)
 
 
 def _num_rows(request: MemoryRequest) -> int:
