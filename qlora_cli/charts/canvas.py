@@ -52,7 +52,9 @@ def drawing_style(font_size: float = FONT_PIXELS) -> Iterator[None]:
     try:
         import matplotlib as mpl  # it looks for its caches
 
-        with mpl.rc_context({**mpl.rcParamsDefault, **_settings(font_size)}), warnings.catch_warnings():
+        # Setting the default of `backend` would choose one, for which pyplot and perhaps a GUI toolkit are imported.
+        defaults: dict[Any, Any] = {name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"}
+        with mpl.rc_context({**defaults, **_settings(font_size)}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it is drawn as a box
             yield
     finally:
@@ -69,6 +71,18 @@ def _settings(font_size: float) -> dict[Any, Any]:
         "axes.labelcolor": LIGHT.muted,
         "xtick.color": LIGHT.muted,
         "ytick.color": LIGHT.muted,
+        # A reduced frame: two edges, no ticks, and faint grid lines where a chart asks for them.
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+        "xtick.major.pad": LABEL_PAD,
+        "ytick.major.pad": LABEL_PAD,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": LIGHT.line,
+        "grid.linewidth": 1,
         "path.simplify": False,  # a point between two gaps would disappear
         "svg.hashsalt": "qlora",
     }
@@ -92,14 +106,3 @@ def page_figure(
     width, height = size.width - left - right, size.height - top - BOTTOM
     figure = Figure(figsize=(size.width / PIXELS_PER_INCH, size.height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
     return figure, figure.add_axes((left / size.width, BOTTOM / size.height, width / size.width, height / size.height))
-
-
-def clear_frame(axes: "Axes", grid: str) -> None:
-    """Reduce the frame to what helps to read values: two edges, and faint grid lines.
-
-    `grid` is the axis whose ticks have grid lines: `x`, `y` or `both`.
-    """
-    axes.grid(axis=grid, color=LIGHT.line, linewidth=1)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=LABEL_PAD)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qlora_cli.charts.axis_range import AxisRange
-from qlora_cli.charts.canvas import ChartSize, clear_frame, page_figure
+from qlora_cli.charts.canvas import ChartSize, page_figure
 from qlora_cli.charts.line_chart import DASHES
 from qlora_cli.charts.page_svg import Note, embedded
 from qlora_cli.charts.palette import LIGHT
@@ -91,7 +91,7 @@ def draw_histogram(chart: Histogram, size: ChartSize) -> "Figure":
     axes.set_yticks([value for value, _ in levels], [label for _, label in levels])
     axes.set_ylabel(f"{chart.y_name}, logarithmic" if count_axis.is_log else chart.y_name)
     axes.minorticks_off()
-    clear_frame(axes, "y")
+    axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
     _draw_limit(axes, chart.limit, len(chart.counts))
     return figure

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from qlora_cli.charts.axis_range import AxisRange
-from qlora_cli.charts.canvas import ChartSize, clear_frame, page_figure
+from qlora_cli.charts.canvas import ChartSize, page_figure
 from qlora_cli.charts.page_svg import Note, embedded
 from qlora_cli.charts.palette import LIGHT
 from qlora_cli.charts.series import Point, Series, is_drawable, thinned
@@ -109,7 +109,7 @@ def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
     for axis, ticks in ((axes.xaxis, x_ticks), (axes.yaxis, y_ticks)):
         axis.set_ticks([value for value, _ in ticks], [label for _, label in ticks])
     axes.minorticks_off()
-    clear_frame(axes, "y")
+    axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
     max_points = int(axes.bbox.width / PIXELS_PER_POINT)
     for curve in chart.curves:

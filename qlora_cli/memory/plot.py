@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from qlora_cli.charts.canvas import clear_frame, drawing_style, picture_of
+from qlora_cli.charts.canvas import drawing_style, picture_of
 from qlora_cli.charts.palette import LIGHT
 from qlora_cli.memory.bands import process_band
 from qlora_cli.memory.gpus import GPUS, SAME_MEMORY, Gpu
@@ -93,7 +93,7 @@ def _draw_speed(axes: Axes, lines: Sequence[MemoryLine], gpu: str) -> None:
     axes.set_ylim(0, 1.06 * max(high for line in lines for _, _, high in line.speeds))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel(f"tokens/s, {gpu}")
-    clear_frame(axes, "both")
+    axes.grid()
 
 
 def memory_lines(report: MemoryReport) -> list[MemoryLine]:
@@ -201,7 +201,7 @@ def _set_scales(axes: Axes, lines: Sequence[MemoryLine], most: float, least: flo
         axes.minorticks_off()
     else:
         axes.set_ylim(0, 1.06 * most)
-    clear_frame(axes, "both")
+    axes.grid()
 
 
 def _draw_gpu_lines(axes: Axes, shown: Sequence[Gpu]) -> None:

@@ -87,14 +87,19 @@ def test_matplotlib_settings_are_unchanged() -> None:
 
 
 def test_a_machine_without_a_font_cache_or_a_home_draws_without_output(tmp_path: Path) -> None:
-    code = "from tests.unit.charts.test_line_chart import EMPTY, embed; print(len(embed(EMPTY)))"
+    code = (
+        "import sys; from tests.unit.charts.test_line_chart import EMPTY, embed; "
+        "print(len(embed(EMPTY)), 'matplotlib.pyplot' in sys.modules)"  # it looks for a window
+    )
     home = tmp_path / "home"
     home.write_text("no directory")
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home), "XDG_CONFIG_HOME": str(home)}
     environment.pop("MPLCONFIGDIR", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) > 1000
+    length, has_chosen_a_backend = done.stdout.split()
+    assert int(length) > 1000
+    assert has_chosen_a_backend == "False"
 
 
 def test_nothing_is_imported_until_something_is_drawn() -> None:
