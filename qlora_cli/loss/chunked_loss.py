@@ -5,7 +5,7 @@ token takes two products with the head, 4 · vocabulary · hidden FLOPs, instead
 recomputes the logits; and each sum over the vocabulary is inside one product, which rounds it once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 8 * MIB, 32 * MIB
 # The probability of one of 100,000 tokens is below the smallest normal number of fp16.
 FP16_SHIFT = 256.0  # a power of two, so that nothing is rounded
 
+# Returns the chunks to compute of a number of tokens, given their size.
+Chunks = Callable[[int, int], Iterable[slice]]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenLosses:
@@ -44,6 +47,11 @@ class TokenLosses:
     is_top1: torch.Tensor
 
 
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Return the slices of `length`, of `size` each but for the last."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
 def trained_tokens(labels: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the trained tokens are predicted, and what they are, `(tokens,)` each.
 
@@ -55,21 +63,26 @@ def trained_tokens(labels: torch.Tensor, ignore_index: int = -100) -> tuple[torc
 
 
 def token_losses(
-    hidden: torch.Tensor, head: OutputHead, positions: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    hidden: torch.Tensor,
+    head: OutputHead,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    chunks: Chunks = slices,
 ) -> TokenLosses:
     """Return the losses of `targets` at `positions` of `hidden`, whose logits are computed in `dtype`.
 
     `hidden` are the last hidden states, `(batch, seq, hidden)`; `positions` and `targets` are `(tokens,)`. The
     gradients of the hidden states, and of the parts of the head that are trained, are made here and scaled in the
-    backward pass, which a graph allows once. Without a graph, none is made.
+    backward pass, which a graph allows once. Without a graph, none is made. `chunks` are those that are computed.
     """
     flat = hidden.flatten(0, -2)
     trained = (flat, head.weight, head.bias, None if head.rows is None else head.rows.values)
     apply: Any = _ChunkedLoss.apply
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in trained)):
-        result = _forward(flat, head, positions, targets, dtype, _Gradients())
+        result = _forward(flat, head, positions, targets, dtype, _Gradients(), chunks)
         return TokenLosses(total=result[0].sum(), nll=result[0], entropy=result[1], is_top1=result[2])
-    total, nll, entropy, is_top1 = apply(*trained, head, positions, targets, dtype)
+    total, nll, entropy, is_top1 = apply(*trained, head, positions, targets, dtype, chunks)
     return TokenLosses(total=total, nll=nll, entropy=entropy, is_top1=is_top1)
 
 
@@ -99,6 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
         positions: torch.Tensor,
         targets: torch.Tensor,
         dtype: torch.dtype,
+        chunks: Chunks,
     ) -> tuple[torch.Tensor, ...]:
         """Return the summed loss, and three values of each token."""
 
@@ -108,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = _Gradients(
             hidden=zeros(0, hidden, hidden.dtype), weight=zeros(1, weight), bias=zeros(2, bias), rows=zeros(3, rows)
         )
-        nll, entropy, is_top1 = _forward(hidden, head, positions, targets, dtype, gradients)
+        nll, entropy, is_top1 = _forward(hidden, head, positions, targets, dtype, gradients, chunks)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.rows)
         ctx.scale, ctx.shift = head.scale, _shift_of(dtype)
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias, rows)]
@@ -124,7 +138,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if made is None else _scale_(made, factor).to(dtype)
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _forward(
@@ -134,6 +148,7 @@ def _forward(
     targets: torch.Tensor,
     dtype: torch.dtype,
     gradients: _Gradients,
+    chunks: Chunks,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the losses, entropies and whether the target is the most likely token; add up the gradients."""
     weight = head.merged_weight(dtype)
@@ -142,12 +157,12 @@ def _forward(
     is_top1 = torch.empty(num_tokens, dtype=torch.bool, device=hidden.device)
     size = max(1, min(num_tokens, chunk_tokens(vocabulary, dtype)))
     buffer = torch.empty((size, vocabulary), dtype=dtype, device=hidden.device)
-    for chunk in _slices(num_tokens, size):
+    for chunk in chunks(num_tokens, size):
         states = hidden.index_select(0, positions[chunk]).to(dtype)
         logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
         if head.bias is not None:
             logits += head.bias.to(dtype)
-        for block in _slices(len(states), block_tokens(vocabulary, hidden.device)):
+        for block in slices(len(states), block_tokens(vocabulary, hidden.device)):
             of_block = slice(chunk.start + block.start, chunk.start + block.stop)
             nll[of_block], entropy[of_block], is_top1[of_block] = _evaluate(
                 logits[block], head, targets[of_block], makes_gradient=gradients.are_any
@@ -206,10 +221,6 @@ def block_tokens(vocabulary: int, device: torch.device) -> int:
     return max(1, num_bytes // (vocabulary * torch.float32.itemsize))
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
 def _shift_of(dtype: torch.dtype) -> float:
     return FP16_SHIFT if dtype == torch.float16 else 1.0
 
@@ -227,6 +238,6 @@ def _scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float32:
         return tensor.mul_(factor)
     size = max(1, GPU_BLOCK_BYTES // (tensor[:1].numel() * torch.float32.itemsize))
-    for rows in _slices(len(tensor), size):
+    for rows in slices(len(tensor), size):
         tensor[rows] = tensor[rows].float().mul_(factor)
     return tensor

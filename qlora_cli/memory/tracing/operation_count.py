@@ -1,7 +1,7 @@
 """Count the operations of a traced micro-batch, equal ones together, and extend the count to all layers of a model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class OperationCount:
         self._num_tokens = num_tokens
         # By what they follow from: most of a pass repeats what another layer, or a chunk of the loss, has run.
         self._known: dict[tuple[Any, ...], _Repeated] = {}
+        self._distinct: list[_Repeated] = []
         self._in_order: list[tuple[int | str, _Repeated]] = []  # in which they first ran
 
     @property
@@ -59,6 +60,17 @@ class OperationCount:
         """Count no more."""
         self._trace.observer = None
 
+    def taken(self) -> list[dict[int | str, int]]:
+        """Return how often each operation ran so far, for `repeat_since`."""
+        return [dict(repeated.times) for repeated in self._distinct]
+
+    def repeat_since(self, taken: Sequence[Mapping[int | str, int]], times: int) -> None:
+        """Count `times` further what ran since then."""
+        for index, repeated in enumerate(self._distinct):
+            before = taken[index] if index < len(taken) else {}
+            for part, number in repeated.times.items():
+                repeated.times[part] = number + times * (number - before.get(part, 0))
+
     def _count(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, asked: Asked | None
     ) -> None:
@@ -72,6 +84,7 @@ class OperationCount:
         if repeated is None:
             operations = operations_of(func, args, kwargs, result, owner, run_in, self._num_tokens)
             repeated = _Repeated(tuple(operations))
+            self._distinct.append(repeated)
             if asked is not None:
                 self._known[asked, run_in, owner] = repeated
         part = trace.segments[-1].mark[1]

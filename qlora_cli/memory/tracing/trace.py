@@ -93,10 +93,14 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is not None and known[0] >= 0:
             self.storages[known[0]].label = label
 
+    def add_storage(self, num_bytes: int, label: str) -> int:
+        """Add a storage that belongs to no tensor, without an event; return its number."""
+        self.storages.append(TracedStorage(num_bytes, label))
+        return len(self.storages) - 1
+
     def allocate_temporary(self, num_bytes: int, label: str) -> int:
         """Record memory of a kernel that belongs to no tensor, until `free_temporary`; return its number."""
-        number = len(self.storages)
-        self.storages.append(TracedStorage(num_bytes, label))
+        number = self.add_storage(num_bytes, label)
         self.segments[-1].events.append(number)
         return number
 

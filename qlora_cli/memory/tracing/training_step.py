@@ -20,11 +20,12 @@ from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpo
 from qlora_cli.adapters.fused_lora import switch_fused
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
-from qlora_cli.loss.chunked_loss import token_losses
+from qlora_cli.loss.chunked_loss import slices, token_losses
 from qlora_cli.loss.output_head import backbone_of, output_head
 from qlora_cli.memory.tracing.attention_packages import attention_on_meta, shown_name
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.kernels import Kernels
+from qlora_cli.memory.tracing.loss_chunks import LossChunks
 from qlora_cli.memory.tracing.meta_model import MetaModel
 from qlora_cli.memory.tracing.operation_count import OfParts, OperationCount
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
@@ -136,6 +137,8 @@ class TrainingStep:
         self.functions = functions
         self.pinned_host_bytes = 0
         self.operations = OperationCount(trace, settings.batch_size * settings.length)
+        # Where values are computed, every chunk is needed.
+        self._chunks = LossChunks(trace, self.operations) if settings.device == META else slices
         self._phase = ""
         # Attributes without a value: a tensor in one of them later is state that the module carries between passes.
         self._empty_attributes = [
@@ -244,7 +247,7 @@ class TrainingStep:
         # Where labels are trained depends on their values; here they are at all positions but the last of a row.
         num_rows, length = batch["labels"].shape
         positions, targets = (torch.zeros_like(batch["labels"][:, 1:]).flatten() for _ in range(2))
-        losses = token_losses(hidden, output_head(self.base), positions, targets, self.settings.dtype)
+        losses = token_losses(hidden, output_head(self.base), positions, targets, self.settings.dtype, self._chunks)
         return losses.total / (num_rows * (length - 1)), losses
 
     def columns(self) -> dict[str, int]:
