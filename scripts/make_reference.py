@@ -12,6 +12,7 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from qlora_cli.cli.app import app
+from qlora_cli.cli.command_examples import EXAMPLES
 from qlora_cli.cli.options import SEPARATOR, off_flag
 from qlora_cli.errors import EXIT_CODES
 from qlora_cli.memory.gpus import GPUS, classes
@@ -72,33 +73,6 @@ After 2, nothing was written. 1 is also for a bug of ours, with its traceback, a
 fit on a GPU that was named. A run that is interrupted, terminated or loses its terminal writes a checkpoint first, if
 training had begun.\
 """
-EXAMPLES = {
-    "inspect-data": ("--dataset train.jsonl --model ./my-model", "--config configs/demo.yaml --html page.html"),
-    "inspect-memory": (
-        'llama-3.1-8b --gpu "RTX 4090" --max-length 4096',
-        "Qwen/Qwen3-8B --config configs/llama-3.1-8b-24gb.yaml --gpu 24GB --solve max-length --solve rank",
-        "./base --sweep max-length=512..32768 micro-batch-size=1..8 --plot memory.png",
-    ),
-    "load": ("meta-llama/Llama-3.1-8B", "./my-model --save ./my-model-nf4 --error"),
-    "train": (
-        "--model ./my-model --dataset train.jsonl --output runs/first",
-        "--config configs/llama-3.1-8b-24gb.yaml --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",
-    ),
-    "merge": (
-        "runs/llama-8b",
-        "runs/llama-8b --output llama-8b-merged --base original --format hf --format nf4",
-        "runs/first runs/second --weight 0.7 --weight 0.3 --output both --dry-run",
-    ),
-    "generate": ('runs/llama-8b --prompt "What is a list?" --compare',),
-    "chat": ("runs/llama-8b --temperature 0.7",),
-    "evaluate": ("runs/llama-8b", "runs/llama-8b --dataset questions.jsonl --tasks hellaswag --limit 200"),
-    "demo": ("--output runs/demo",),
-    "doctor": ("--json", "--measure"),
-    "runs list": ("", "runs/sweep --json"),
-    "runs show": ("runs/llama-8b --html run.html",),
-    "config show": ("--config configs/demo.yaml --rank 8", "merge runs/demo --format nf4"),
-    "config schema": ("> schema.json",),
-}
 
 
 def settings_page() -> str:

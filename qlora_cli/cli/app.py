@@ -9,19 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli import __version__
-from qlora_cli.cli.commands.chat import chat
-from qlora_cli.cli.commands.config import config_app
-from qlora_cli.cli.commands.demo import demo
-from qlora_cli.cli.commands.doctor import doctor
-from qlora_cli.cli.commands.evaluate import evaluate
-from qlora_cli.cli.commands.generate import generate
-from qlora_cli.cli.commands.inspect_data import inspect_data
-from qlora_cli.cli.commands.inspect_memory import inspect_memory
-from qlora_cli.cli.commands.load import load
-from qlora_cli.cli.commands.merge import merge
-from qlora_cli.cli.commands.runs import runs_app
-from qlora_cli.cli.commands.train import train
-from qlora_cli.cli.failures import FailureGroup
+from qlora_cli.cli.root_group import RootGroup
 from qlora_cli.cli.stderr import log_libraries
 from qlora_cli.errors import EXIT_CODES
 
@@ -31,7 +19,7 @@ CACHED_KERNELS = "64"
 
 app = typer.Typer(
     name="qlora",
-    cls=FailureGroup,
+    cls=RootGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # locals may hold a token
     rich_markup_mode=None,  # plain help: whole flag names at any width, and half the time
@@ -39,20 +27,6 @@ app = typer.Typer(
     help="Fine-tune language models on one GPU with QLoRA: predict, plan, train, prove.",
     epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
 )
-
-# A new command is one file and one line here; its module must not import torch.
-app.command()(inspect_data)
-app.command()(inspect_memory)
-app.command()(load)
-app.command()(train)
-app.command()(merge)
-app.command()(generate)
-app.command()(chat)
-app.command()(evaluate)
-app.command()(demo)
-app.command()(doctor)
-app.add_typer(runs_app)
-app.add_typer(config_app)
 
 
 def _show_version(wanted: bool) -> None:

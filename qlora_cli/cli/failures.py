@@ -10,31 +10,15 @@ from difflib import get_close_matches
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
-from qlora_cli.cli.options import WHERE
 from qlora_cli.cli.robust_stream import ignoring_lost_terminal, redirect_to_null
-from qlora_cli.cli.stderr import print_line, redact
+from qlora_cli.cli.stderr import COLOURS, print_line, redact
 from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_panic
-from qlora_cli.settings.value_sources import hint_for_removed_flag
 
+WHERE = "qlora_cli.where"  # the key in the context of a function that says where a setting was given
 MAX_TRACEBACK_LINES, FIRST_LINES = 40, 12
 PANIC = "Most likely it is the model's tokenizer.json; download the model's files again."
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
-
-
-class FailureGroup(TyperGroup):
-    """The root command, which handles all exceptions of its subcommands, also under `CliRunner`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the root."""
-        with failures_as_messages(args, ctx.meta):
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Parse and run the subcommand."""
-        with failures_as_messages([*ctx._protected_args, *ctx.args], ctx.meta):
-            return super().invoke(ctx)
 
 
 @contextmanager
@@ -50,7 +34,7 @@ def failures_as_messages(arguments: list[str], known: Mapping[str, Any]) -> Iter
         _fail(_with_location(error, known.get(WHERE)), as_json=as_json)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it; its message is the help
-            print_line(error.format_message())
+            print_line(COLOURS.sub("", error.format_message()))
             raise typer.Exit(error.exit_code) from None
         _fail(_explain_usage(error), as_json=as_json)
     except KeyboardInterrupt:
@@ -158,6 +142,8 @@ def _explain_usage(error: typer.TyperException) -> QloraError:
     message = error.format_message().split(" (Possible options")[0]
     misspelt = getattr(error, "option_name", None)
     if misspelt and context is not None:
+        from qlora_cli.settings.value_sources import hint_for_removed_flag  # all settings: only once one is misspelt
+
         flags = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
         # Compared without dashes, which would make `--lr` similar to `--rank`.
         names = {flag.lstrip("-"): flag for flag in flags}

@@ -12,7 +12,9 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from pydantic.fields import FieldInfo
 
+from qlora_cli.cli.failures import WHERE
 from qlora_cli.settings.display import display_default, is_switch, metavar
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import KINDS, Section, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
 from qlora_cli.settings.setting_metadata import Command, Metadata
@@ -20,7 +22,14 @@ from qlora_cli.settings.setting_metadata import Command, Metadata
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
 
-WHERE = "qlora_cli.where"  # the key in the context of a function that says where a setting was given
+SECTION_GROUPS = {  # of flags in help that have none of their own; those of a command's own section come first
+    "model": HelpGroup.RARE,
+    "quantization": HelpGroup.MEMORY,
+    "lora": HelpGroup.ADAPTER,
+    "data": HelpGroup.DATA,
+    "training": HelpGroup.OPTIMIZATION,
+    "output": HelpGroup.OUTPUT,
+}
 SEPARATOR = "__"  # of section and key in the name of a command's parameter: `lora__rank` takes lora.rank
 
 
@@ -51,7 +60,7 @@ def takes(command: Command) -> Callable[[Function], Function]:
         def wrapper(context: typer.Context, **given: Any) -> Any:
             return function(context, **{name: value for name, value in given.items() if name in own})
 
-        fields = dict(settings_of(command))
+        fields = dict(sorted(settings_of(command), key=lambda entry: not entry[1].is_required()))
         arguments = [path for path in fields if command in metadata_of(path).argument_of]
         parameters = [own["context"], *(_argument(path, fields.pop(path)) for path in arguments)]
         parameters += [_option(path, field) for path, field in fields.items()]
@@ -75,10 +84,18 @@ def _option(path: str, field: FieldInfo) -> inspect.Parameter:
     flag = cast(str, metadata.flag)
     if is_switch(field):
         kind: Any = bool | None
-        option = typer.Option(f"{flag}/{off_flag(metadata)}", help=describe(field), show_default=False)
+        option = typer.Option(
+            f"{flag}/{off_flag(metadata)}", help=describe(field), show_default=False, rich_help_panel=group_of(path)
+        )
     else:
         kind = list[str] | None if metadata.is_repeatable else str | None
-        option = typer.Option(flag, help=describe(field), metavar=metavar(field), show_default=False)
+        option = typer.Option(
+            flag,
+            help=describe(field),
+            metavar=metavar(field),
+            show_default=False,
+            rich_help_panel=group_of(path),
+        )
     return _parameter(parameter_of(path), Annotated[kind, option])
 
 
@@ -92,6 +109,11 @@ def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def group_of(path: str) -> str:
+    """Return the group of a setting's flag in help."""
+    return metadata_of(path).group or SECTION_GROUPS.get(path.partition(".")[0], HelpGroup.ESSENTIALS)
 
 
 def off_flag(metadata: Metadata) -> str:
@@ -111,11 +133,22 @@ def describe(field: FieldInfo) -> str:
 
 
 Config = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; flags and --set override it.")
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings; flags and --set override it.",
+        rich_help_panel=HelpGroup.ESSENTIALS,
+    ),
 ]
 Assign = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting, by its full name; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting, by its full name; may be repeated.",
+        rich_help_panel=HelpGroup.ESSENTIALS,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 

@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from pydantic.fields import FieldInfo
 
+from qlora_cli.settings.help_groups import HelpGroup
+
 
 class Command(StrEnum):
     """A command that takes settings."""
@@ -75,6 +77,7 @@ class Metadata:
         affects_memory: Whether the memory of training depends on it.
         on_resume: Whether it may change when a run resumes.
         is_inherited: Whether loading a run uses the value that the run was trained with, unless another is given.
+        group: The group of its flag in help, if not that of its section.
         effective_with: The other setting that it needs to have an effect.
         is_forbidden_in_files: Whether a settings file must not enable it, because it runs code from the model.
     """
@@ -88,6 +91,7 @@ class Metadata:
     affects_memory: bool = False
     on_resume: OnResume = OnResume.SAME
     is_inherited: bool = False
+    group: HelpGroup | None = None
     effective_with: EffectiveWith | None = None
     is_forbidden_in_files: bool = False
 

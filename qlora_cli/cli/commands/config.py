@@ -3,9 +3,9 @@
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from qlora_cli.cli import options
+from qlora_cli.cli.help_page import COMMANDS, HelpfulCommand, HelpfulGroup, Row
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.models import KINDS, json_schema, metadata_of
@@ -13,7 +13,7 @@ from qlora_cli.settings.resolve import describe
 from qlora_cli.settings.setting_metadata import Command
 
 
-class ShownSettings(TyperCommand):
+class ShownSettings(HelpfulCommand):
     """`qlora config show COMMAND`, which takes the setting flags of the command."""
 
     def __init__(self, command: Command, parameters: list[Any]) -> None:
@@ -26,12 +26,16 @@ class ShownSettings(TyperCommand):
         _print(ctx, self._of)
 
 
-class ShowGroup(TyperGroup):
+class ShowGroup(HelpfulGroup):
     """`qlora config show`, whose subcommands are created on demand, with the flags of the real commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature is Click's
         """Return the names of the commands that take settings."""
         return [command.value for command in Command]
+
+    def command_rows(self) -> dict[str, list[Row]]:
+        """Return names and summaries of the subcommands, without importing the real commands."""
+        return {COMMANDS: [(command.value, f"The settings of {command.value}.") for command in Command]}
 
     def get_command(self, ctx: Any, cmd_name: str) -> ShownSettings | None:
         """Return the subcommand that shows the settings of a command; None if it takes none."""
@@ -43,7 +47,11 @@ class ShowGroup(TyperGroup):
 
 
 config_app = typer.Typer(
-    name="config", no_args_is_help=True, rich_markup_mode=None, help="Show settings and where they come from."
+    name="config",
+    cls=HelpfulGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Show settings and where they come from.",
 )
 show_app = typer.Typer(name="show", cls=ShowGroup, invoke_without_command=True, rich_markup_mode=None)
 config_app.add_typer(show_app)
@@ -64,7 +72,7 @@ def show(context: typer.Context, json: options.Json = False) -> None:  # noqa: A
         raise UsageError(f"flags of {command} come after its name", hint=hint)
 
 
-@config_app.command()
+@config_app.command(cls=HelpfulCommand)
 def schema() -> None:
     """Print the JSON schema of a settings file, for editors."""
     print_json(json_schema())

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qlora_cli.cli import options
+from qlora_cli.cli.help_page import HelpfulCommand, HelpfulGroup
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
@@ -16,7 +16,7 @@ from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 DEFAULT_COMMAND = "list"
 
 
-class RunsGroup(TyperGroup):
+class RunsGroup(HelpfulGroup):
     """Lists runs unless another command is named: `qlora runs DIR` is `qlora runs list DIR`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -36,7 +36,7 @@ runs_app = typer.Typer(
 )
 
 
-@runs_app.command(DEFAULT_COMMAND)
+@runs_app.command(DEFAULT_COMMAND, cls=HelpfulCommand)
 def list_runs(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that holds runs, at any depth.")] = Path(
         "runs"
@@ -52,7 +52,7 @@ def list_runs(
     print_json({"runs": runs}) if json else render_runs(runs, directory)
 
 
-@runs_app.command()
+@runs_app.command(cls=HelpfulCommand)
 def show(
     run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
     html: Annotated[

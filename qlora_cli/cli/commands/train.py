@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,13 +15,15 @@ from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporters
 from qlora_cli.ranks.group import failing_together
 from qlora_cli.ranks.place import Place, place_in
-from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.choices import Device
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
-from qlora_cli.training.checks.input_checks import check_train_inputs
+
+if TYPE_CHECKING:
+    from qlora_cli.runs.run_result import TrainResult
 
 NUM_GPUS = "training.num_gpus"
 TOLD_BY_EACH = ("RendezvousError", "SumError")  # of several processes, which can't tell one another
@@ -34,12 +36,20 @@ def train(
         bool, typer.Option("--dry-run", help="Do all up to the first step; say what would run.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on although the run is predicted not to fit on the GPU.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Go on although the run is predicted not to fit on the GPU.",
+            rich_help_panel=HelpGroup.RARE,
+        ),
     ] = False,
     json: options.Json = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a frozen base, in 4 bit by default, and write a run directory."""
     resolved = options.resolve_settings(context, TrainSettings)
+
+    from qlora_cli.training.checks.input_checks import check_train_inputs  # readers of data: not for the help
+
     check_train_inputs(resolved)
 
     if dry_run:
@@ -79,7 +89,7 @@ def _shared_by(place: Place, resolved: Resolved[TrainSettings]) -> Resolved[Trai
     return settle(resolved, [launcher])
 
 
-def _train(resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool) -> TrainResult:
+def _train(resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool) -> "TrainResult":
     """Train in this process, alone or as one of several, of which the first one reports."""
     from qlora_cli.cli.progress.reporters import reporting
     from qlora_cli.cli.rendering.training_text import render_training

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import DataFormat, LossOn, Mixing, OnBadRow, OnLong
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import DATA, TRAINING_DATA, Metadata, OnResume
 from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name
@@ -17,6 +18,7 @@ class DataSettings(Section):
         Datasets,
         Metadata(
             flag="--dataset",
+            group=HelpGroup.ESSENTIALS,
             commands=DATA,
             on_resume=OnResume.FREE,
             is_repeatable=True,
@@ -43,18 +45,18 @@ class DataSettings(Section):
     )
     eval_split: Annotated[
         HeldOut,
-        Metadata(flag="--eval-split", commands=TRAINING_DATA, affects_memory=True),
+        Metadata(flag="--eval-split", group=HelpGroup.ESSENTIALS, commands=TRAINING_DATA, affects_memory=True),
     ] = Field(
         default=None,
         description="Rows to hold out of the training data, as a share (5% or 0.05) or a number; or the split to "
         "evaluate on, of a hub data set or a directory that has any.",
     )
-    eval_group: Annotated[Name | None, Metadata(flag="--eval-group", commands=TRAINING_DATA, metavar="COLUMN")] = (
-        Field(
-            default=None,
-            description="Column that groups rows, such as a user or a document: rows with the same value are held out "
-            "together, or trained.",
-        )
+    eval_group: Annotated[
+        Name | None, Metadata(flag="--eval-group", group=HelpGroup.RARE, commands=TRAINING_DATA, metavar="COLUMN")
+    ] = Field(
+        default=None,
+        description="Column that groups rows, such as a user or a document: rows with the same value are held out "
+        "together, or trained.",
     )
     format: Annotated[
         DataFormat,
@@ -72,7 +74,7 @@ class DataSettings(Section):
     )
     max_length: Annotated[
         int,
-        Metadata(flag="--max-length", commands=DATA, affects_memory=True),
+        Metadata(flag="--max-length", group=HelpGroup.ESSENTIALS, commands=DATA, affects_memory=True),
     ] = Field(default=2048, ge=8, description="Longest row in tokens.")
     on_long: Annotated[OnLong, Metadata(flag="--on-long", commands=DATA)] = Field(
         default=OnLong.TRUNCATE,
@@ -82,6 +84,7 @@ class DataSettings(Section):
         bool,
         Metadata(
             flag="--accept-lost",
+            group=HelpGroup.RARE,
             commands=DATA,
             on_resume=OnResume.FREE,
         ),
@@ -94,6 +97,7 @@ class DataSettings(Section):
         OnBadRow,
         Metadata(
             flag="--on-bad-row",
+            group=HelpGroup.RARE,
             commands=DATA,
             on_resume=OnResume.FREE,
         ),
@@ -104,17 +108,17 @@ class DataSettings(Section):
     drop_duplicates: Annotated[bool, Metadata(flag="--drop-duplicates", commands=DATA)] = Field(
         default=False, description="Train on each distinct row once."
     )
-    mixing: Annotated[Mixing, Metadata(flag="--mixing", commands=TRAINING_DATA)] = Field(
+    mixing: Annotated[Mixing, Metadata(flag="--mixing", group=HelpGroup.RARE, commands=TRAINING_DATA)] = Field(
         default=Mixing.WEIGHTS,
         description="Meaning of the weights of several data sets: how often each row is used (weights), or "
         "probabilities, until the first data set is exhausted (first_exhausted) or all of them are (all_exhausted). "
         "For a stream they are always probabilities.",
     )
-    packing: Annotated[bool, Metadata(flag="--packing", affects_memory=True)] = Field(
+    packing: Annotated[bool, Metadata(flag="--packing", group=HelpGroup.MEMORY, affects_memory=True)] = Field(
         default=False,
         description="Pack short rows into rows of up to max_length, separate from each other.",
     )
-    streaming: Annotated[bool, Metadata(flag="--streaming")] = Field(
+    streaming: Annotated[bool, Metadata(flag="--streaming", group=HelpGroup.RARE)] = Field(
         default=False,
         description="Read and tokenize rows while training, for data that does not fit on the disk; needs max_steps.",
     )

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import LoraInit
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Metadata
 from qlora_cli.settings.values import Alphas, NameList, Ranks, TargetModules, TargetParameters
@@ -13,7 +14,7 @@ from qlora_cli.settings.values import Alphas, NameList, Ranks, TargetModules, Ta
 class LoraSettings(Section):
     """The adapter, the only part that trains."""
 
-    rank: Annotated[int, Metadata(flag="--rank", affects_memory=True)] = Field(
+    rank: Annotated[int, Metadata(flag="--rank", group=HelpGroup.ESSENTIALS, affects_memory=True)] = Field(
         default=16, ge=1, le=4096, description="Rank of the LoRA matrices."
     )
     alpha: Annotated[float, Metadata(flag="--alpha")] = Field(

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, MergeDtype
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata
@@ -35,7 +36,7 @@ class MergeSettings(Section):
         default=BaseWeights.AUTO,
         description="Weights to merge into: as stored, or dequantized, as in training. auto measures both.",
     )
-    dtype: Annotated[MergeDtype, Metadata(flag="--dtype", commands=MERGE)] = Field(
+    dtype: Annotated[MergeDtype, Metadata(flag="--dtype", group=HelpGroup.MEMORY, commands=MERGE)] = Field(
         default=MergeDtype.KEEP, description="Dtype of the result; keep is that of each tensor in the base."
     )
     formats: Annotated[Formats, Metadata(flag="--format", commands=MERGE, is_repeatable=True)] = Field(

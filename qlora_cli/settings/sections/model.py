@@ -5,8 +5,17 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Attention, Device, Dtype
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.setting_metadata import BASES, LOADERS, READERS, TOKENIZERS, Command, Metadata, OnResume
+from qlora_cli.settings.setting_metadata import (
+    BASES,
+    LOADERS,
+    READERS,
+    TOKENIZERS,
+    Command,
+    Metadata,
+    OnResume,
+)
 from qlora_cli.settings.values import NameList, RopeScaling
 
 
@@ -20,6 +29,7 @@ class ModelSettings(Section):
         str,
         Metadata(
             flag="--model",
+            group=HelpGroup.ESSENTIALS,
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             argument_of=(Command.LOAD, Command.INSPECT_MEMORY, Command.GENERATE, Command.CHAT, Command.EVALUATE),
             affects_memory=True,
@@ -38,16 +48,26 @@ class ModelSettings(Section):
     )
     dtype: Annotated[
         Dtype,
-        Metadata(flag="--dtype", commands=LOADERS, affects_memory=True, is_inherited=True, on_resume=OnResume.FREE),
+        Metadata(
+            flag="--dtype",
+            group=HelpGroup.MEMORY,
+            commands=LOADERS,
+            affects_memory=True,
+            is_inherited=True,
+            on_resume=OnResume.FREE,
+        ),
     ] = Field(
         default=Dtype.AUTO,
         description="Compute dtype. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU.",
     )
-    device: Annotated[Device, Metadata(flag="--device", commands=READERS, on_resume=OnResume.FREE)] = Field(
-        default=Device.AUTO, description="auto: the GPU if there is one, else the CPU."
-    )
+    device: Annotated[
+        Device, Metadata(flag="--device", group=HelpGroup.MEMORY, commands=READERS, on_resume=OnResume.FREE)
+    ] = Field(default=Device.AUTO, description="auto: the GPU if there is one, else the CPU.")
     attention: Annotated[
-        Attention, Metadata(flag="--attention", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+        Attention,
+        Metadata(
+            flag="--attention", group=HelpGroup.MEMORY, commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE
+        ),
     ] = Field(
         default=Attention.AUTO,
         description=(
@@ -56,12 +76,22 @@ class ModelSettings(Section):
         ),
     )
     offload_embedding: Annotated[
-        bool, Metadata(flag="--offload-embedding", commands=LOADERS, affects_memory=True, on_resume=OnResume.FREE)
+        bool,
+        Metadata(
+            flag="--offload-embedding",
+            group=HelpGroup.MEMORY,
+            commands=LOADERS,
+            affects_memory=True,
+            on_resume=OnResume.FREE,
+        ),
     ] = Field(default=False, description="Keep the embedding in host memory and look tokens up there; needs a GPU.")
     new_tokens: Annotated[
         NameList,
         Metadata(
-            flag="--new-tokens", commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA), affects_memory=True
+            flag="--new-tokens",
+            group=HelpGroup.ADAPTER,
+            commands=(Command.LOAD, Command.TRAIN, Command.INSPECT_DATA),
+            affects_memory=True,
         ),
     ] = Field(default=None, description="Comma-separated tokens to add to the vocabulary; their rows are trained.")
     resize_vocab: Annotated[
@@ -74,7 +104,8 @@ class ModelSettings(Section):
         description="Scale the rotary positions, as TYPE:FACTOR (linear, dynamic or yarn), such as yarn:4.",
     )
     chat_template: Annotated[
-        str | None, Metadata(flag="--chat-template", commands=(*TOKENIZERS, Command.INSPECT_MEMORY))
+        str | None,
+        Metadata(flag="--chat-template", group=HelpGroup.DATA, commands=(*TOKENIZERS, Command.INSPECT_MEMORY)),
     ] = Field(
         default=None,
         min_length=1,

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import ReportTo
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
 from qlora_cli.settings.setting_metadata import Metadata, OnResume
@@ -15,10 +16,10 @@ from qlora_cli.settings.values import Resume
 class OutputSettings(Section):
     """The output of a run: its directory, tracker and repository."""
 
-    directory: Annotated[Path, Metadata(flag="--output", on_resume=OnResume.FREE)] = Field(
+    directory: Annotated[Path, Metadata(flag="--output", group=HelpGroup.ESSENTIALS, on_resume=OnResume.FREE)] = Field(
         description="Run directory: empty, new, or that of a run to resume."
     )
-    resume: Annotated[Resume, Metadata(flag="--resume", on_resume=OnResume.FREE)] = Field(
+    resume: Annotated[Resume, Metadata(flag="--resume", group=HelpGroup.RARE, on_resume=OnResume.FREE)] = Field(
         default="auto",
         description="auto: resume from the last good checkpoint in the run directory, if there is one; never; or the "
         "path of a checkpoint.",

@@ -4,6 +4,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.setting_metadata import Command, Metadata, OnResume
 from qlora_cli.settings.values import Repository
 
@@ -11,7 +12,9 @@ MAKERS = (Command.TRAIN, Command.MERGE)
 
 PushToHub = Annotated[
     Repository | None,
-    Metadata(flag="--push-to-hub", commands=MAKERS, metavar="OWNER/NAME", on_resume=OnResume.FREE),
+    Metadata(
+        flag="--push-to-hub", group=HelpGroup.OUTPUT, commands=MAKERS, metavar="OWNER/NAME", on_resume=OnResume.FREE
+    ),
     Field(description="Hub repository that the adapter, or the merged model, is pushed to at the end."),
 ]
 HubPrivate = Annotated[

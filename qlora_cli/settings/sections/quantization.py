@@ -13,6 +13,7 @@ from qlora_cli.settings.choices import (
     Storage,
     methods_of,
 )
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import LOADERS, EffectiveWith, Metadata
 from qlora_cli.settings.values import NameList
@@ -38,6 +39,7 @@ class QuantizationSettings(Section):
         bool,
         Metadata(
             flag="--double-quant",
+            group=HelpGroup.RARE,
             commands=LOADERS,
             affects_memory=True,
             is_inherited=True,

@@ -6,8 +6,16 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
+from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.setting_metadata import DATA, TRAINING_DATA, Command, EffectiveWith, Metadata, OnResume
+from qlora_cli.settings.setting_metadata import (
+    DATA,
+    TRAINING_DATA,
+    Command,
+    EffectiveWith,
+    Metadata,
+    OnResume,
+)
 from qlora_cli.settings.values import CheckpointingSwitch, NameList, Texts
 
 TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
@@ -16,7 +24,7 @@ TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
 class TrainingSettings(Section):
     """The training loop."""
 
-    learning_rate: Annotated[float, Metadata(flag="--learning-rate")] = Field(
+    learning_rate: Annotated[float, Metadata(flag="--learning-rate", group=HelpGroup.ESSENTIALS)] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."
     )
     schedule: Annotated[Schedule, Metadata(flag="--schedule")] = Field(
@@ -52,9 +60,9 @@ class TrainingSettings(Section):
     )
     adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(default=0.3, gt=0, description="Gradients are clipped to this norm.")
-    epochs: Annotated[float, Metadata(flag="--epochs", commands=TIMED, on_resume=OnResume.LENGTH)] = Field(
-        default=1.0, gt=0, description="Passes over the training data."
-    )
+    epochs: Annotated[
+        float, Metadata(flag="--epochs", group=HelpGroup.ESSENTIALS, commands=TIMED, on_resume=OnResume.LENGTH)
+    ] = Field(default=1.0, gt=0, description="Passes over the training data.")
     max_steps: Annotated[int | None, Metadata(flag="--max-steps", on_resume=OnResume.LENGTH)] = Field(
         default=None, ge=1, description="Stop after this many steps; overrides epochs."
     )
@@ -62,6 +70,7 @@ class TrainingSettings(Section):
         int,
         Metadata(
             flag="--micro-batch-size",
+            group=HelpGroup.MEMORY,
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
             on_resume=OnResume.BATCH,
@@ -71,6 +80,7 @@ class TrainingSettings(Section):
         int,
         Metadata(
             flag="--gradient-accumulation-steps",
+            group=HelpGroup.MEMORY,
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
             on_resume=OnResume.BATCH,
@@ -80,6 +90,7 @@ class TrainingSettings(Section):
         int | None,
         Metadata(
             flag="--micro-batch-tokens",
+            group=HelpGroup.MEMORY,
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             affects_memory=True,
             on_resume=OnResume.BATCH,
@@ -90,7 +101,9 @@ class TrainingSettings(Section):
         description="Divide the rows of a step into micro-batches of up to this many tokens, without padding, instead "
         "of micro_batch_size rows each. If neither is given, what is predicted to be fastest on the GPU.",
     )
-    num_gpus: Annotated[int, Metadata(flag="--num-gpus", affects_memory=True, on_resume=OnResume.FREE)] = Field(
+    num_gpus: Annotated[
+        int, Metadata(flag="--num-gpus", group=HelpGroup.MEMORY, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(
         default=1,
         ge=1,
         le=1024,
@@ -98,7 +111,9 @@ class TrainingSettings(Section):
     )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
-        Metadata(flag="--gradient-checkpointing", affects_memory=True, on_resume=OnResume.FREE),
+        Metadata(
+            flag="--gradient-checkpointing", group=HelpGroup.MEMORY, affects_memory=True, on_resume=OnResume.FREE
+        ),
     ] = Field(
         default=Checkpointing.AUTO,
         description="Recompute activations in the backward pass. auto: the fastest that is predicted to fit on the "
@@ -117,7 +132,9 @@ class TrainingSettings(Section):
         description="Linear layers, by the last part of their names, whose products selective checkpointing keeps. "
         "If not given, with a GPU those that would be computed again otherwise, as far as they fit; else all.",
     )
-    auto_micro_batch: Annotated[bool, Metadata(flag="--auto-micro-batch", on_resume=OnResume.FREE)] = Field(
+    auto_micro_batch: Annotated[
+        bool, Metadata(flag="--auto-micro-batch", group=HelpGroup.MEMORY, on_resume=OnResume.FREE)
+    ] = Field(
         default=False,
         description="Halve the micro-batch, and keep the batch size, if the longest rows do not fit at the start.",
     )
@@ -140,11 +157,13 @@ class TrainingSettings(Section):
     use_liger_kernel: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Liger's fused kernels; needs liger-kernel and a GPU."
     )
-    sampling: Annotated[Sampling, Metadata(flag="--sampling", commands=TRAINING_DATA)] = Field(
+    sampling: Annotated[Sampling, Metadata(flag="--sampling", group=HelpGroup.DATA, commands=TRAINING_DATA)] = Field(
         default=Sampling.RANDOM,
         description="Order of rows; group_by_length batches rows of similar length, which saves padding.",
     )
-    longest_first: Annotated[bool, Metadata(flag="--longest-first", commands=TRAINING_DATA)] = Field(
+    longest_first: Annotated[
+        bool, Metadata(flag="--longest-first", group=HelpGroup.MEMORY, commands=TRAINING_DATA)
+    ] = Field(
         default=False,
         description="Start with the longest rows, so that running out of memory happens at once.",
     )
@@ -157,7 +176,7 @@ class TrainingSettings(Section):
     full_determinism: Annotated[bool, Metadata(affects_memory=True, on_resume=OnResume.FREE)] = Field(
         default=False, description="Only deterministic kernels, where PyTorch has them; slower on a GPU."
     )
-    on_nan: Annotated[OnNan, Metadata(flag="--on-nan", on_resume=OnResume.FREE)] = Field(
+    on_nan: Annotated[OnNan, Metadata(flag="--on-nan", group=HelpGroup.RARE, on_resume=OnResume.FREE)] = Field(
         default=OnNan.STOP,
         description="What to do with a step whose loss or gradient norm is not finite: stop the run before it, or "
         "skip the step.",
@@ -172,23 +191,23 @@ class TrainingSettings(Section):
     logging_steps: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=1, ge=1, description="Steps between two reports of the loss."
     )
-    eval_steps: Annotated[int | None, Metadata(flag="--eval-steps", affects_memory=True, on_resume=OnResume.FREE)] = (
-        Field(default=None, ge=1, description="Steps between two evaluations; only at the end if not given.")
-    )
-    save_steps: Annotated[int | None, Metadata(flag="--save-steps", on_resume=OnResume.FREE)] = Field(
-        default=None, ge=1, description="Steps between two checkpoints; a tenth of the run if not given."
-    )
+    eval_steps: Annotated[
+        int | None, Metadata(flag="--eval-steps", group=HelpGroup.OUTPUT, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(default=None, ge=1, description="Steps between two evaluations; only at the end if not given.")
+    save_steps: Annotated[
+        int | None, Metadata(flag="--save-steps", group=HelpGroup.OUTPUT, on_resume=OnResume.FREE)
+    ] = Field(default=None, ge=1, description="Steps between two checkpoints; a tenth of the run if not given.")
     early_stopping_patience: Annotated[int | None, Metadata(on_resume=OnResume.FREE)] = Field(
         default=None, ge=1, description="Stop after this many evaluations without a better held-out loss."
     )
     load_best_model_at_end: Annotated[bool, Metadata(on_resume=OnResume.FREE)] = Field(
         default=False, description="Write the adapter of the best evaluation, not of the last step."
     )
-    sample_prompts: Annotated[Texts, Metadata(flag="--sample-prompt", on_resume=OnResume.FREE, is_repeatable=True)] = (
-        Field(
-            default=None,
-            description="Prompts to answer before training and at each evaluation; may be given several times.",
-        )
+    sample_prompts: Annotated[
+        Texts, Metadata(flag="--sample-prompt", group=HelpGroup.OUTPUT, on_resume=OnResume.FREE, is_repeatable=True)
+    ] = Field(
+        default=None,
+        description="Prompts to answer before training and at each evaluation; may be given several times.",
     )
     sample_tokens: Annotated[int, Metadata(on_resume=OnResume.FREE)] = Field(
         default=64, ge=1, description="Longest answer to a sample prompt, in tokens."

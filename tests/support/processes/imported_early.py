@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.answering import answer_prompts, conversation, open_model
 from qlora_cli.cli.app import app
+from qlora_cli.cli.command_list import LazyCommands
 from qlora_cli.cli.progress import reporters
 from qlora_cli.data.showing import inspection
 from qlora_cli.demo import demonstration
@@ -30,6 +31,7 @@ MODULES = (
     *(figure, backend_svg, modeling_llama, reporters),
 )
 get_checkpoint_conversion_mapping("llama")
+dict(LazyCommands().items())
 CliRunner().invoke(app, ["config", "show"])
 # No cycle is searched for in what is imported: a forked command would copy all of it, page by page, to do so.
 gc.collect()

@@ -1,6 +1,6 @@
 """Commands that are to end before torch is imported, and what they did import.
 
-Each is forked from a process that has imported the command line and nothing else, which every command has to import.
+Each is forked from a process that has imported the modules of all commands, and nothing else.
 """
 
 import json
@@ -16,6 +16,9 @@ from tempfile import TemporaryDirectory
 SERVER = """
 import json, os, sys
 from qlora_cli.cli.app import main
+from qlora_cli.cli.command_list import LazyCommands
+
+dict(LazyCommands().items())
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "matplotlib"}
 

@@ -1,0 +1,31 @@
+"""Examples of each command, without `qlora` and its name: in its help, and in the reference."""
+
+from collections.abc import Mapping
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "inspect-data": ("--dataset train.jsonl --model ./my-model", "--config configs/demo.yaml --html page.html"),
+    "inspect-memory": (
+        'llama-3.1-8b --gpu "RTX 4090" --max-length 4096',
+        "Qwen/Qwen3-8B --config configs/llama-3.1-8b-24gb.yaml --gpu 24GB --solve max-length --solve rank",
+        "./base --sweep max-length=512..32768 micro-batch-size=1..8 --plot memory.png",
+    ),
+    "load": ("meta-llama/Llama-3.1-8B", "./my-model --save ./my-model-nf4 --error"),
+    "train": (
+        "--model ./my-model --dataset train.jsonl --output runs/first",
+        "--config configs/llama-3.1-8b-24gb.yaml --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",
+    ),
+    "merge": (
+        "runs/llama-8b",
+        "runs/llama-8b --output llama-8b-merged --base original --format hf --format nf4",
+        "runs/first runs/second --weight 0.7 --weight 0.3 --output both --dry-run",
+    ),
+    "generate": ('runs/llama-8b --prompt "What is a list?" --compare',),
+    "chat": ("runs/llama-8b --temperature 0.7",),
+    "evaluate": ("runs/llama-8b", "runs/llama-8b --dataset questions.jsonl --tasks hellaswag --limit 200"),
+    "demo": ("--output runs/demo",),
+    "doctor": ("--json", "--measure"),
+    "runs list": ("", "runs/sweep --json"),
+    "runs show": ("runs/llama-8b --html run.html",),
+    "config show": ("--config configs/demo.yaml --rank 8", "merge runs/demo --format nf4"),
+    "config schema": ("> schema.json",),
+}

@@ -1,0 +1,131 @@
+"""The help of every command: in the width of the window, flags in groups, and before anything heavy is imported."""
+
+import os
+import pty
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from qlora_cli.cli.app import app
+from qlora_cli.cli.command_examples import EXAMPLES
+from qlora_cli.cli.command_list import COMMANDS
+from qlora_cli.settings.help_groups import HelpGroup
+from tests.support.processes.forks import end_of, start_on_terminal
+from tests.support.processes.light_commands import LightQlora
+
+COLUMNS = 80
+LONGEST_WORD = re.compile(r"\s*\S+")  # what can't be broken: a flag with its name for a value, a path
+FLAG = re.compile(r"^  (?:-\w, )?(--[a-z][a-z-]*)", re.MULTILINE)
+
+
+def commands() -> Iterator[str]:
+    """Yield every command and group, as it is typed after `qlora`."""
+
+    def below(group: Any, words: tuple[str, ...]) -> Iterator[str]:
+        yield " ".join(words)
+        for name, command in getattr(group, "commands", {}).items():
+            yield from below(command, (*words, name))
+
+    return below(typer.main.get_command(app), ())
+
+
+ALL = list(commands())
+
+
+def help_of(command: str, columns: int = COLUMNS) -> str:
+    done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": str(columns)})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_help_fits_the_window_and_no_word_is_cut(command: str) -> None:
+    for columns in (COLUMNS, 60, 200):
+        shown = help_of(command, columns)
+        too_long = [line for line in shown.splitlines() if len(line) > min(columns, 100)]
+        assert [line for line in too_long if not LONGEST_WORD.fullmatch(line)] == []
+        assert "..." not in shown.partition("\n\n")[2]  # the usage has them, for what may be repeated
+        assert "…" not in shown
+        assert "\x1b" not in shown
+    assert help_of(command).split() == help_of(command, 60).split()
+
+
+def test_commands_are_listed_in_the_order_of_use_under_their_headings() -> None:
+    shown = help_of("")
+    positions = [shown.index(f"\n  {name} ") for name in COMMANDS]
+    assert positions == sorted(positions)
+    names = list(COMMANDS)
+    assert names[:9] == [
+        *("doctor", "inspect-memory", "inspect-data", "train", "runs", "evaluate", "generate", "chat", "merge")
+    ]
+    headings = list(dict.fromkeys(entry.heading for entry in COMMANDS.values()))
+    assert [line[:-1] for line in shown.splitlines() if line[:-1] in headings] == headings
+    for entry in COMMANDS.values():
+        assert entry.summary in shown  # on one line
+
+
+def test_groups_of_flags_come_in_one_order_and_what_is_needed_first() -> None:
+    shown = help_of("train")
+    groups = [line[:-1] for line in shown.splitlines() if line.removesuffix(":") in list(HelpGroup)]
+    assert groups == list(HelpGroup)
+    first = FLAG.findall(shown.partition("Essentials:")[2].partition("\n\n")[0])
+    assert first[:3] == ["--model", "--dataset", "--output"]
+    assert len(first) <= 15
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_flag_is_in_the_help_exactly_once(command: str) -> None:
+    found: Any = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    flags = [max(parameter.opts, key=len) for parameter in found.params if parameter.param_type_name == "option"]
+    shown = FLAG.findall(help_of(command))
+    assert sorted(shown) == sorted([*flags, "--help"])
+
+
+def test_every_command_has_examples_that_are_in_its_help() -> None:
+    groups = {"", "runs", "config"}
+    assert set(EXAMPLES) == set(commands()) - groups
+    for command, examples in EXAMPLES.items():
+        words = " ".join(help_of(command).split())
+        for example in examples:
+            assert f"qlora {command} {example}".strip() in words
+
+
+def test_help_imports_no_command_and_nothing_heavy(light_qlora: LightQlora) -> None:
+    assert light_qlora("--help").heavy == []
+    assert light_qlora("train", "--help").heavy == []
+
+
+def test_choices_that_are_too_long_for_a_column_are_listed_in_the_text() -> None:
+    words = " ".join(help_of("train").split())
+    assert "--optimizer CHOICE Optimizer of the adapter. One of adamw_torch, adamw_torch_fused, " in words
+    assert "--device auto|cpu|cuda" in words
+
+
+@pytest.mark.parametrize(
+    ("term", "no_color", "expected"), [("xterm", "", True), ("xterm", "1", False), ("dumb", "", False)]
+)
+def test_help_is_in_colours_on_a_terminal_that_wants_them(term: str, no_color: str, expected: bool) -> None:
+    terminal, its_end = pty.openpty()
+    environment = {**os.environ, "TERM": term, "NO_COLOR": no_color}
+    process = start_on_terminal(["doctor", "--help"], environment, os.ttyname(its_end))
+    shown = ""
+    assert end_of(process, seconds=60) == 0
+    os.set_blocking(terminal, False)
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except (BlockingIOError, OSError):
+            break
+        if not part:
+            break
+        shown += part.decode()
+    os.close(its_end)
+    os.close(terminal)
+    assert "Usage:" in shown
+    assert ("\x1b[" in shown) == expected
