@@ -25,7 +25,7 @@ from qlora_cli.quantization.memory_check import check_fit, free_bytes
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
 from qlora_cli.settings.choices import Attention, Device, Dtype
-from qlora_cli.settings.models import LoadSettings, ModelSettings
+from qlora_cli.settings.models import LoadSettings, ModelSettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.tokenizing.positions import apply_rope_scaling
 from qlora_cli.tokenizing.tokenizer import LoadedTokenizer, check_vocabulary, load_tokenizer
@@ -199,7 +199,14 @@ def _check_fit(
         on_both,
         offload_embedding=settings.model.offload_embedding,
         grows=num_rows > embedding_of(shapes).num_embeddings,
+        num_shards=_num_shards(settings),
     )
+
+
+def _num_shards(settings: LoadSettings) -> int:
+    if isinstance(settings, TrainSettings) and settings.training.shards_base:
+        return settings.training.num_gpus
+    return 1
 
 
 def attention_on(

@@ -4,12 +4,15 @@ Models scale and cap their logits by numbers in their configs, under several nam
 with the model's own logits, so that a name that is not known here is a refusal and not a wrong loss.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
@@ -99,6 +102,20 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     )
 
 
+@contextmanager
+def gathered_head(model: PreTrainedModel) -> Iterator[OutputHead]:
+    """Yield the head of `model` as `output_head` returns it, whole also if processes hold a part of it each."""
+    module = model.get_output_embeddings()
+    if not isinstance(module, FSDPModule):
+        yield output_head(model)
+        return
+    module.unshard()
+    try:
+        yield output_head(model)
+    finally:
+        module.reshard()
+
+
 def _trained_rows(head: Any) -> HeadRows | None:
     active = head.active_adapters
     if head.disable_adapters or not active:
@@ -132,9 +149,9 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ModelError: they differ, so that the loss would be wrong.
     """
-    backbone, head, hidden = backbone_of(model), output_head(model), []
+    backbone, hidden = backbone_of(model), list[torch.Tensor]()
     was_training = model.training
-    ids = torch.arange(CHECKED_TOKENS, device=head.weight.device)[None]
+    ids = torch.arange(CHECKED_TOKENS, device=output_head(model).weight.device)[None]
     handle = backbone.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
     model.eval()
     try:
@@ -144,7 +161,8 @@ def check_head(model: PreTrainedModel) -> None:
     finally:
         handle.remove()
         model.train(was_training)
-    logits = _logits(hidden[0], head)
+    with gathered_head(model) as head:
+        logits = _logits(hidden[0], head)
     num_rows = logits.shape[-1]
     own, others = own[..., :num_rows], own[..., num_rows:]
     if not bool(own.isfinite().all()):

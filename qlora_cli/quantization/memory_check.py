@@ -72,13 +72,15 @@ def _cgroup_headrooms() -> list[int]:
     return headrooms
 
 
-def needed_bytes(layout: StoragePlan, *, offload_embedding: bool = False, grows: bool = False) -> int:
-    """Return the peak of loading: the model, and one weight in 16 or 32 bit before it is quantized.
+def needed_bytes(
+    layout: StoragePlan, *, offload_embedding: bool = False, grows: bool = False, num_shards: int = 1
+) -> int:
+    """Return the peak of loading: the model, or one of its shards, and one weight before it is quantized.
 
     If the embedding `grows`, that is, gets new rows, it is in memory twice for a moment.
     """
     embedding = _embedding_bytes(layout)
-    total = layout.inventory.total_bytes + max(layout.transient_bytes, embedding if grows else 0)
+    total = layout.inventory.total_bytes // num_shards + max(layout.transient_bytes, embedding if grows else 0)
     return total - (embedding if offload_embedding else 0)
 
 
@@ -91,15 +93,16 @@ def check_fit(
     *,
     offload_embedding: bool,
     grows: bool = False,
+    num_shards: int = 1,
 ) -> None:
-    """Check that `model`, which is on the meta device, fits into `free` bytes on `device`.
+    """Check that `model`, which is on the meta device, or one of `num_shards`, fits into `free` bytes on `device`.
 
     `grows` says whether the embedding gets new rows.
 
     Raises:
         OutOfMemoryError: it does not; gives both sizes and the smallest change that fits.
     """
-    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows)
+    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows, num_shards=num_shards)
     if needed <= free:
         return
     changes = list(_changes(model, layout, device, offload_embedding=offload_embedding))

@@ -5,18 +5,22 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from qlora_cli.errors import HardwareError
 from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, SumError, Value
 from qlora_cli.ranks.place import VISIBLE, Place, use_own_gpu
+from qlora_cli.ranks.weight_gather import WeightGather
 from qlora_cli.units import MIB
 
 RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
@@ -32,13 +36,26 @@ class RendezvousError(HardwareError):
     """This process did not meet the others, so that each tells of it."""
 
 
-class DistributedGroup(ProcessGroup):
-    """One of several processes; `values` and `gradients` are their groups in `torch.distributed`."""
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """The processes that hold the parts of weights, as `fully_shard` takes them, and how they gather them."""
 
-    def __init__(self, place: Place, values: dist.ProcessGroup, gradients: dist.ProcessGroup) -> None:
+    mesh: DeviceMesh
+    gather: Any  # a `WeightGather`, of the type that `fully_shard` has no public name for
+
+
+class DistributedGroup(ProcessGroup):
+    """One of several processes, which met by `store`.
+
+    `values` and `gradients` are their groups in `torch.distributed`.
+    """
+
+    def __init__(self, place: Place, store: Store, values: dist.ProcessGroup, gradients: dist.ProcessGroup) -> None:
         self._place = place
+        self._store = store
         self._values = values
         self._gradients = gradients
+        self._weights: SharedWeights | None = None
         self.rank = place.rank
         self.size = place.size
 
@@ -55,8 +72,24 @@ class DistributedGroup(ProcessGroup):
                 raise PeerError(other)
         return values
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process holds a part of weights, so that none can compute without the others."""
+        return self._weights is not None
+
+    def weights(self) -> SharedWeights:
+        """Return the processes for weights that each holds a part of; all processes call this."""
+        if self._weights is None:
+            backend = dist.get_backend(self._gradients)
+            group = dist.new_group(backend=backend, timeout=PATIENCE)
+            mesh = DeviceMesh.from_group(group, "cuda" if backend == "nccl" else "cpu")
+            self._weights = SharedWeights(mesh=mesh, gather=WeightGather(self._store))
+        return self._weights
+
     def announce(self, failure: Failure) -> None:
-        """Let the next exchange of the other processes fail with `failure`."""
+        """Let the next exchange of the other processes, or gathering of weights, fail with `failure`."""
+        if self._weights is not None:
+            self._weights.gather.announce(failure)
         with suppress(PeerLostError):  # those that are left know of a failure, too
             self._gather(failure)
 
@@ -215,4 +248,4 @@ def _meet(place: Place, *, has_gpu: bool) -> DistributedGroup:
             hint="All must start within ten minutes, and reach MASTER_ADDR and MASTER_PORT.",
         ) from error
     logging.getLogger("transformers.training_args").addFilter(_is_news)
-    return DistributedGroup(place, values, gradients)
+    return DistributedGroup(place, store, values, gradients)

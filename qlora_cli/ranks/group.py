@@ -79,6 +79,11 @@ class ProcessGroup:
         """Whether no process of this machine comes before this one."""
         return True
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process holds a part of weights, so that none can compute without the others."""
+        return False
+
     def exchange(self, value: Value) -> list[Value]:
         """Return the values of all processes, by rank.
 
@@ -94,6 +99,10 @@ class ProcessGroup:
         Raises:
             SumError: that failed.
         """
+
+    def weights(self) -> Any:
+        """Return the processes, as `SharedWeights`, for weights that each holds a part of; there must be several."""
+        raise NotImplementedError("one process holds all weights")
 
     def announce(self, failure: Failure) -> None:
         """Let the next exchange of the other processes fail with `failure`."""

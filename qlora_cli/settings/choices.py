@@ -356,6 +356,14 @@ class LoraInit(Choice):
         return self in {LoraInit.ORTHOGONAL, LoraInit.PISSA, LoraInit.LOFTQ}
 
 
+class Strategy(Choice):
+    """What each of several processes holds of the base, by PyTorch's names: all of it, or a shard."""
+
+    AUTO = "auto"
+    DDP = "ddp"
+    FSDP = "fsdp"
+
+
 class OnNan(Choice):
     """What to do with a step whose loss or gradient norm is not finite."""
 

@@ -15,6 +15,7 @@ from qlora_cli.settings.conflicts_commands import (
     push_conflicts,
 )
 from qlora_cli.settings.conflicts_lora import lora_conflicts
+from qlora_cli.settings.conflicts_sharding import sharding_conflicts
 from qlora_cli.settings.conflicts_training import attention_conflicts, evaluation_conflicts, training_conflicts
 from qlora_cli.settings.models import (
     DataSettings,
@@ -62,6 +63,7 @@ def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     if training is not None:
         conflicts += training_conflicts(training)
         conflicts += attention_conflicts(training, validated["model"].attention)
+        conflicts += sharding_conflicts(validated)
     # A prediction reads no data.
     if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
         conflicts += evaluation_conflicts(training, data)

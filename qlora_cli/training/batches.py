@@ -21,6 +21,8 @@ MOST_NAMED = 16
 MOST_AVERAGED = 1000  # steps, which tell of all
 MICRO_BATCHES, HOST_COPIES = "micro_batches", "host_copies"
 NUM_MICRO_BATCHES, NUM_TRAINED = "num_micro_batches", "num_trained"
+BLANKS, IS_BLANK = "blank_micro_batches", "is_blank"
+BLANK_TOKENS = 2
 Row = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -55,22 +57,36 @@ class BatchCollator:
 class StepCollator:
     """Divides the rows of a step into micro-batches, and makes those of one process, as the settings decide.
 
-    They are filled with rows, without padding, or have a number of rows each.
+    They are filled with rows, without padding, or have a number of rows each. Of a sharded base, all processes have to
+    call each layer as often as the others: one with fewer micro-batches `has_blanks`, which no token is trained in.
     """
 
-    def __init__(self, collate: BatchCollator, settings: TrainingSettings, rank: int) -> None:
+    def __init__(
+        self, collate: BatchCollator, settings: TrainingSettings, rank: int, *, has_blanks: bool = False
+    ) -> None:
         self._collate = collate
         self._settings = settings
         self._rank = rank
+        self._has_blanks = has_blanks
 
     def __call__(self, rows: list[Row]) -> Batch:
         """Return a batch of the micro-batches of this process, and how many there are, and trained tokens, in all."""
         shares = shares_of_step(np.array([len(row["input_ids"]) for row in rows]), self._settings)
+        own = shares[self._rank]
+        num_blank = max(map(len, shares)) - len(own) if self._has_blanks else 0
         return {
-            MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in shares[self._rank]],
+            MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in own],
+            BLANKS: [{**self._collate([_blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
             NUM_MICRO_BATCHES: sum(map(len, shares)),
             NUM_TRAINED: sum(map(num_trained, rows)),
         }
+
+
+def _blank(row: Row) -> Row:
+    """Return the beginning of a row without labels."""
+    ids = list(row["input_ids"])[:BLANK_TOKENS]
+    blank = {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+    return {**blank, "seq_lengths": [len(ids)]} if "seq_lengths" in row else blank
 
 
 def num_trained(row: Row) -> int:
@@ -82,6 +98,12 @@ def micro_batches_of(batch: Batch) -> list[Batch]:
     """Return the micro-batches of a batch of `StepCollator`; a batch of `BatchCollator` is one itself."""
     micro_batches: list[Batch] = batch.get(MICRO_BATCHES, [batch])
     return micro_batches
+
+
+def blanks_of(batch: Batch) -> list[Batch]:
+    """Return the micro-batches of a batch that are computed because other processes have more."""
+    blanks: list[Batch] = batch.get(BLANKS, [])
+    return blanks
 
 
 @dataclass(frozen=True)

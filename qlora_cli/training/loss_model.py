@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from qlora_cli.loss.chunked_loss import token_losses
-from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, output_head
+from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, gathered_head
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,11 +55,12 @@ class LossModel:
         """Return the losses of `targets` at `positions`, `(tokens,)` each, as `trained_tokens` returns them."""
         with self._autocast():
             outputs = self._backbone(**inputs)
-            hidden, head = outputs.last_hidden_state, output_head(self._model)
-            device = head.weight.device
-            losses = token_losses(
-                hidden.to(device), head, positions.to(device), targets.to(device), compute_dtype(hidden)
-            )
+            hidden = outputs.last_hidden_state
+            with gathered_head(self._model) as head:
+                device = head.weight.device
+                losses = token_losses(
+                    hidden.to(device), head, positions.to(device), targets.to(device), compute_dtype(hidden)
+                )
         return BatchLosses(
             total=losses.total,
             entropy=losses.entropy.sum(),

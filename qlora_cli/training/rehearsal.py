@@ -63,7 +63,8 @@ class RehearsalCallback(TrainerCallback):
         try:
             self._try_out(args.device)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            # The others wait for the weights that this process holds, and learn of it only if it ends.
+            if not is_out_of_memory(error) or self._group.shares_weights:
                 raise
             failure = error
         own = [] if failure is None else [Failure.of(failure, self._group.rank)]

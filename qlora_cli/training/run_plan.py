@@ -25,6 +25,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.quantization.methods.skip_modules import linear_layers
+from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.open_method import is_method_open, with_provisional_method
@@ -58,6 +59,8 @@ from qlora_cli.training.resuming.resume import (
     find_resume,
 )
 from qlora_cli.training.run_notes import note_data, note_resume
+from qlora_cli.training.sharding.refusals import check_shardable
+from qlora_cli.training.sharding.sharded_base import shard_base
 from qlora_cli.units import counted
 
 MIXES_ROWS = inferred_origin("a model that can't keep joined rows apart")
@@ -195,6 +198,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     settings = resolved.settings
     load_plan = plan_outlined(model, settings, reporter)
     _check_head_is_unquantized(load_plan)
+    check_shardable(settings)
     if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
     if resume is not None:
@@ -208,8 +212,8 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     return _SettledModel(outline=model, resolved=resolved, load_plan=load_plan, resume=resume)
 
 
-def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
-    """Read the weights of a settled run and attach its adapter.
+def load_run(settled: SettledRun, reporter: Reporter, group: ProcessGroup = ALONE) -> PreparedRun:
+    """Read the weights of a settled run and attach its adapter; all processes of `group` call this.
 
     Raises:
         QloraError: of the type of the problem.
@@ -220,6 +224,8 @@ def load_run(settled: SettledRun, reporter: Reporter) -> PreparedRun:
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings, reporter)
+    if settings.training.shards_base:
+        shard_base(model, group)
     if settings.training.use_liger_kernel:
         use_liger_kernels(model)
     if settings.data.packing:

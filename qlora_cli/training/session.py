@@ -93,7 +93,9 @@ class Session:
             prepared.loaded.tokenizer.pad_token_id, packing=joins_rows, keeps_copies=not is_compiled
         )
         self._collate_step = (
-            StepCollator(self._collate, training, group.rank) if training.divides_steps else self._collate
+            StepCollator(self._collate, training, group.rank, has_blanks=training.shards_base)
+            if training.divides_steps
+            else self._collate
         )
         self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
         self.trainer = self._make_trainer()
@@ -182,7 +184,7 @@ class Session:
             callbacks.append(HeapTrimming())
         if training.early_stopping_patience is not None:
             callbacks.append(EarlyStopCallback(self._reporting, training.early_stopping_patience, self._reporter))
-        if training.sample_prompts and self.group.is_first:
+        if training.sample_prompts and (self.group.is_first or self._is_sharded):
             answerer = Answerer(
                 tokenizer=loaded.tokenizer,
                 end_ids=self._prepared.end_ids,
@@ -283,11 +285,24 @@ class Session:
 
     def _write_adapter(self, *, is_whole: bool) -> None:
         self.trainer.end_compiling()
-        if not self.group.is_first:
-            return
-        if is_whole:
+        takes_part = self.group.is_first or self._is_sharded
+        if is_whole and takes_part:
             self._restore_best()
             check_trained(self._prepared.model, self.trainer.never_used)
+        if self.group.is_first:
+            self._save_adapter()
+        if self._is_sharded:
+            self.group.exchange(None)  # the others read what the first one has written
+        if is_whole and takes_part:
+            self._reporter.report(PhaseStarted(title="Checking the adapter"))
+            check_saved(self._prepared.model, self._directory.adapter, self._prepared.loaded)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether all processes have to take part in whatever calls the model."""
+        return self._prepared.settings.training.shards_base
+
+    def _save_adapter(self) -> None:
         if os.path.lexists(self._directory.adapter):  # the run's own was moved by now
             moved = move_aside(self._directory.adapter, f"{ADAPTER}-kept")
             self._reporter.report(
@@ -296,9 +311,6 @@ class Session:
                 )
             )
         save_adapter(self._prepared, self._directory)
-        if is_whole:
-            self._reporter.report(PhaseStarted(title="Checking the adapter"))
-            check_saved(self._prepared.model, self._directory.adapter, self._prepared.loaded)
 
     def _restore_best(self) -> None:
         """Restore the weights of the best evaluation, if the settings say so."""

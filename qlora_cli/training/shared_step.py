@@ -4,8 +4,10 @@ Each process holds the whole adapter and makes the same update. Their micro-batc
 are the losses, which are divided by the trained tokens of the whole step; only the order of the sum differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from transformers import set_seed
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.training.loss_model import PendingMetrics
 from qlora_cli.training.resuming.loop_state import Generators, generator_states, set_generators
+
+MOST_PENDING = 256  # batches of an evaluation; each has a tensor on the device until it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,47 @@ class StepRecorder:
         metrics, losses = self.metrics.read(*self.losses)
         self.losses.clear()
         return losses, metrics, num_tokens
+
+
+class EvaluationRecorder:
+    """Collects the losses and metrics of an evaluation; `metrics` are those that were not read yet."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.metrics = PendingMetrics()
+        self._group = group
+        self._losses: list[tuple[torch.Tensor, int]] = []  # summed over trained tokens, and the number of these
+        self._read: list[dict[str, float]] = []
+
+    def add(self, total: torch.Tensor, num_tokens: int) -> None:
+        """Add the loss of a batch, summed over its trained tokens; its metrics were added to `metrics`."""
+        self._losses.append((total, num_tokens))
+        if len(self.metrics) >= MOST_PENDING:
+            self._read += self.metrics.read()[0]
+
+    def end(self) -> tuple[float, list[dict[str, float]]] | None:
+        """Return the mean loss of a token and the metrics of all processes, and forget them; None without a batch."""
+        if not self._losses:
+            return None
+        totals, numbers = zip(*self._losses, strict=True)
+        own = float(torch.stack(totals).sum()), sum(numbers), [*self._read, *self.metrics.read()[0]]
+        self.clear()
+        sums, counts, metrics = zip(*self._group.exchange(own), strict=True)
+        return sum(sums) / max(1, sum(counts)), list(chain.from_iterable(metrics))
+
+    def clear(self) -> None:
+        """Forget the batches."""
+        self._losses.clear()
+        self._read.clear()
+        self.metrics.clear()
+
+
+@contextmanager
+def unused_kept(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which weights without a gradient get none: what is computed in it trains no token."""
+    unused = [weight for weight in model.parameters() if weight.requires_grad and weight.grad is None]
+    yield
+    for weight in unused:
+        weight.grad = None
 
 
 def _gradient_of(weight: torch.Tensor) -> torch.Tensor:

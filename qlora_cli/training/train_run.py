@@ -65,6 +65,8 @@ from qlora_cli.training.run_plan import (
     with_micro_batch,
 )
 from qlora_cli.training.session import Session
+from qlora_cli.training.settle_strategy import settle_by_strategy
+from qlora_cli.training.sharding.refusals import check_dry_run, check_processes
 from qlora_cli.units import counted
 from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
 
@@ -79,6 +81,7 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     Raises:
         QloraError: of the type of the problem.
     """
+    check_dry_run(resolved.settings.training)
     with without_launcher(), determinism(resolved.settings.training):
         return prepare_run(resolved, reporter, force=force).plan
 
@@ -97,6 +100,7 @@ def train(
         QloraError: of the type of the problem. Before the first step, nothing is left on the disk.
     """
     assert group.size == resolved.settings.training.num_gpus, "as many processes as share a step"
+    check_processes(resolved.settings.training)
     result = result_of_done(resolved) if group.is_first else None
     if (done := group.exchange(result)[0]) is not None:
         return _already_done(resolved.settings, done, reporter, group)
@@ -112,7 +116,7 @@ def _settle_together(
     So models are downloaded and data prepared once on a machine. What is planned for the first one's GPU holds for
     all, which divide the rows of a step alike.
     """
-    settled = settle_run(resolved, reporter, force=force) if group.is_first else None
+    settled = settle_by_strategy(resolved, reporter, force=force) if group.is_first else None
     (resolved, *_) = group.exchange(resolved if settled is None else settled.resolved)
     if settled is None and group.is_first_on_host:
         settled = settle_run(resolved, reporter, force=force)
@@ -127,7 +131,7 @@ def _train_settled(settled: SettledRun, reporter: Reporter, group: ProcessGroup)
         result = TrainResult.of_run(settled.resume.run, settled.resume.record)
         assert result is not None, "checked when the run was settled"
         return _already_done(settled.resolved.settings, result, reporter, group)
-    prepared = load_run(settled, reporter)
+    prepared = load_run(settled, reporter, group)
     (resolved, *_) = group.exchange(prepared.resolved)  # the model may have changed what was planned
     if not group.is_first:
         prepared = with_memory_of(resolved, prepared)

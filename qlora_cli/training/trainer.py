@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, Published
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.batches import (
     HOST_COPIES,
+    IS_BLANK,
     NUM_MICRO_BATCHES,
     NUM_TRAINED,
     Batch,
     StepCollator,
+    blanks_of,
     micro_batches_of,
 )
 from qlora_cli.training.callbacks.loop_callback import LoopCallback
@@ -37,7 +38,7 @@ from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
-from qlora_cli.training.loss_model import LossModel, PendingMetrics
+from qlora_cli.training.loss_model import LossModel
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
@@ -56,10 +57,8 @@ from qlora_cli.training.resuming.saved_state import (
     check_schedule,
     groups_of,
 )
-from qlora_cli.training.shared_step import StepRecorder, draw_apart
+from qlora_cli.training.shared_step import EvaluationRecorder, StepRecorder, draw_apart, unused_kept
 from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
-
-MOST_PENDING = 256  # batches of an evaluation; each has a tensor on the device until it is read
 
 
 class QloraTrainer(TrainerSeam):
@@ -103,11 +102,9 @@ class QloraTrainer(TrainerSeam):
             self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing, kept_products)
         self._recorder = StepRecorder(group)
-        self._pending = {"train": self._recorder.metrics, "eval": PendingMetrics()}  # of batches, not read yet
+        self._evaluation = EvaluationRecorder(group)
+        self._pending = {"train": self._recorder.metrics, "eval": self._evaluation.metrics}  # of batches, not read yet
         self._num_micro_batches = 1  # of the step in progress
-        # The losses of batches of an evaluation, summed over their trained tokens, and the number of these.
-        self._held_out: list[tuple[torch.Tensor, int]] = []
-        self._held_out_metrics: list[dict[str, float]] = []
         self.phase = "preparation"
         self.never_used: tuple[str, ...] = ()
         self.num_adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
@@ -149,16 +146,15 @@ class QloraTrainer(TrainerSeam):
         self.phase = "the forward pass"
         mode = "train" if self.model.training else "eval"
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        num_tokens_fed = inputs.pop("num_tokens")
+        num_tokens_fed, is_blank = inputs.pop("num_tokens"), inputs.pop(IS_BLANK, False)
         positions, targets = inputs.pop("trained_positions"), inputs.pop("trained_targets")
         if (copies := inputs.pop(HOST_COPIES, None)) is not None:
             inputs = with_known_values(inputs, copies)
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and not is_blank:
             inputs["output_router_logits"] = True
         losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
-        self._pending[mode].add(losses, num_tokens_fed)
-        if len(self._pending["eval"]) >= MOST_PENDING:
-            self._read_evaluation()
+        if not is_blank:
+            self._pending[mode].add(losses, num_tokens_fed)
         num_tokens = losses.num_trained if num_items_in_batch is None else num_items_in_batch
         loss: torch.Tensor = losses.total / torch.as_tensor(num_tokens).clamp(min=1)
         if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
@@ -187,6 +183,9 @@ class QloraTrainer(TrainerSeam):
             if index:
                 self.end_micro_batch()
             self._recorder.losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+        with unused_kept(model):
+            for blank in blanks_of(inputs):
+                super().training_step(model, blank, num_items_in_batch)
         self._recorder.share(model)
         return torch.zeros(())
 
@@ -203,7 +202,9 @@ class QloraTrainer(TrainerSeam):
             num_trained = len(micro_batch["trained_targets"])
             total += num_trained * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
             num_tokens += num_trained
-        self._held_out.append((total, num_tokens))
+        for blank in blanks_of(inputs):
+            super().prediction_step(model, blank, prediction_loss_only, ignore_keys)
+        self._evaluation.add(total, num_tokens)
         return (total / max(1, num_tokens)).float(), None, None
 
     def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
@@ -219,22 +220,12 @@ class QloraTrainer(TrainerSeam):
             self.leave_step_out()
         return norm_value
 
-    def _read_evaluation(self) -> None:
-        if self._pending["eval"]:
-            self._held_out_metrics += self._pending["eval"].read()[0]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report to callbacks, without a history, which would fill memory and checkpoints; `metrics.jsonl` has it."""
-        if "eval_loss" in logs and self._held_out:
-            self._read_evaluation()
+        if "eval_loss" in logs and (evaluated := self._evaluation.end()) is not None:
             # The trainer has averaged over rows of a batch, however many tokens they have.
-            totals, numbers = zip(*self._held_out, strict=True)
-            own = float(torch.stack(totals).sum()), sum(numbers), self._held_out_metrics
-            totals, numbers, metrics = zip(*self._group.exchange(own), strict=True)
-            logs["eval_loss"] = sum(totals) / max(1, sum(numbers))
-            self.add_metrics("eval", chain.from_iterable(metrics), 0)
-            self._held_out.clear()
-            self._held_out_metrics.clear()
+            logs["eval_loss"], metrics = evaluated
+            self.add_metrics("eval", metrics, 0)
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -486,10 +477,8 @@ class QloraTrainer(TrainerSeam):
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
-            self._held_out.clear()
-            self._held_out_metrics.clear()
-            for pending in self._pending.values():
-                pending.clear()
+            self._evaluation.clear()
+            self._recorder.metrics.clear()
 
     def begin_update(self) -> None:
         """Mark the update as in progress: the weights are neither those before nor those after the step."""

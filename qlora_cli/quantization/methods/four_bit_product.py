@@ -168,7 +168,7 @@ class FourBitProduct(FusedProduct):
 
         bitsandbytes repacks codes for some CPUs, and its early versions stored weights as `(in, out)`.
         """
-        state = getattr(layer.weight, "quant_state", None)
+        state = _state_of(layer)
         if state is None or (state.nested and state.state2.blocksize != NESTED_BLOCK_SIZE):
             return None
         is_packed = getattr(state, "packing_format_for_cpu", False)  # only set by packing
@@ -221,8 +221,15 @@ class FourBitProduct(FusedProduct):
         return result
 
 
+def _state_of(layer: Any) -> QuantState | None:
+    """Return the constants of a layer's weight; of a weight that was gathered, only the layer has them."""
+    state: QuantState | None = getattr(layer.weight, "quant_state", layer.quant_state)
+    return state
+
+
 def _stored(layer: Any) -> tuple[torch.Tensor, QuantState, tuple[torch.Tensor | None, ...]]:
     """Return the codes, the constants, and of these what only double quantization has."""
-    state: QuantState = layer.weight.quant_state
+    state = _state_of(layer)
+    assert state is not None, "the layer has a dtype in which it multiplies"
     nested = (state.absmax, state.state2.code, state.offset) if state.nested else (None, None, None)
     return layer.weight.view(-1, 1), state, nested

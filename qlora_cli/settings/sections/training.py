@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule
+from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule, Strategy
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import (
@@ -108,6 +108,13 @@ class TrainingSettings(Section):
         ge=1,
         le=1024,
         description="Processes that share the micro-batches of each step, each with a GPU of its own.",
+    )
+    strategy: Annotated[
+        Strategy, Metadata(flag="--strategy", group=HelpGroup.MEMORY, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(
+        default=Strategy.AUTO,
+        description="What each of several GPUs holds of the base: all of it (ddp), or a shard, and a layer at a time "
+        "while it computes (fsdp). auto: ddp, or fsdp if it does not fit on one.",
     )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
@@ -217,6 +224,11 @@ class TrainingSettings(Section):
     def divides_steps(self) -> bool:
         """Whether the rows of a step are divided as a whole: into filled micro-batches, or among processes."""
         return self.micro_batch_tokens is not None or self.num_gpus > 1
+
+    @property
+    def shards_base(self) -> bool:
+        """Whether each process holds a shard of the base; settled where that was `auto`."""
+        return self.strategy == Strategy.FSDP
 
     @property
     def rows_per_process(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qlora_cli.adapters.base_parameters import switched_parameters_in
@@ -123,10 +124,15 @@ def _changed_base(model: PeftModel, vocabulary: Collection[str], loaded: LoadedM
             header = stored[name]
             with safe_open(loaded.source.path / header.file, framework="pt") as file:
                 value = file.get_tensor(header.name)
-            rows = held[name][: value.shape[0]]
+            rows = _whole(held[name])[: value.shape[0]]
             if not torch.equal(value.to(rows.device, rows.dtype), rows):
                 return f"{header.name} of the base is not that of {header.file}"
     return None
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a weight as a whole, of which processes may hold a part each."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _other_scales(model: PeftModel, written: PeftModel) -> str | None:

@@ -9,6 +9,7 @@ from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.choices import Attention, Optimizer
 from qlora_cli.settings.models import (
     EstimateSettings,
+    InspectMemorySettings,
     LoadSettings,
     TrainSettings,
     all_settings,
@@ -135,3 +136,29 @@ def test_the_file_and_line_of_a_conflict_are_named(tmp_path: Path) -> None:
     path.write_text("model:\n  name: m\ndata:\n  dataset: d\ntraining:\n  optimizer: sgd\n  adam_beta2: 0.9\n")
     with pytest.raises(SettingsError, match=r"s\.yaml:7"):
         resolve(Sources(config=path, flags={"output.directory": ("--output", "run")}), TrainSettings)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization.method": "int8"}, "--quant int8: bitsandbytes keeps a copy"),
+        ({"quantization.method": "auto"}, "--quant auto: which method fits"),
+        ({"training.torch_compile": "true"}, "training.torch_compile: compiled layers"),
+        ({"training.auto_micro_batch": "true"}, "--auto-micro-batch: a process that runs out of memory"),
+        ({"model.offload_embedding": "true"}, "--offload-embedding: the embedding is sharded"),
+        ({"lora.use_dora": "true"}, "lora.use_dora: magnitudes"),
+        ({"lora.modules_to_save": "lm_head"}, "lora.modules_to_save: a module that is trained whole"),
+        ({"lora.init_lora_weights": "loftq"}, "lora.init_lora_weights=loftq: the matrices"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_with_a_sharded_base(values: dict[str, str], message: str) -> None:
+    assert problems({**values, "training.strategy": "ddp"}) == []
+    (problem,) = problems({**values, "training.strategy": "FSDP", "training.num_gpus": "2"})
+    assert f"--strategy fsdp can't be used with {message}" in problem.message
+    assert problem.hint is not None
+
+
+def test_the_memory_of_a_sharded_base_is_not_predicted_as_that_of_a_whole_one() -> None:
+    sharded = {"training.strategy": "fsdp", "training.num_gpus": "2"}
+    (problem,) = problems(sharded, InspectMemorySettings)
+    assert "the memory of a sharded base is not predicted yet" in problem.message

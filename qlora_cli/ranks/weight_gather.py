@@ -1,0 +1,75 @@
+"""Gather the weights of a layer from the processes that each hold a part of them, without waiting for one that failed.
+
+Other values are exchanged at places that all processes reach, weights in the middle of layers, where the others would
+wait for a process that failed for ever. So it leaves word in the store by which they met.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from qlora_cli.ranks.group import Failure, PeerError, PeerLostError
+
+FAILURE = "failure"  # the key in the store
+POLL = timedelta(seconds=1)
+TIMED_OUT = "timed out"  # in gloo's message when it was waited for in vain
+
+
+class WeightGather:
+    """Gathers weights for `fully_shard`, which calls it as its own `AllGather`; that has no public name."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a buffer."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """Gather the shards of all processes into `output_tensor`; over gloo, wait until that is done.
+
+        Raises:
+            PeerError: another process failed, and told why.
+            PeerLostError: another process ended.
+        """
+        # The name is new in torch 2.13, where the other one warns.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        if output_tensor.device.type != "cpu":
+            work: dist.Work | None = gather(output_tensor, input_tensor, group=group, async_op=async_op)
+            return work
+        try:
+            self._wait(gather(output_tensor, input_tensor, group=group, async_op=True))
+        except RuntimeError as error:
+            self.check()
+            raise PeerLostError(error) from error
+        return None
+
+    def _wait(self, work: dist.Work) -> None:
+        while True:
+            try:
+                work.wait(timeout=POLL)
+                return
+            except RuntimeError as error:
+                if TIMED_OUT not in str(error):
+                    raise
+                self.check()
+
+    def announce(self, failure: Failure) -> None:
+        """Leave word of a failure of this process to those that wait for its weights."""
+        self._store.set(FAILURE, json.dumps(asdict(failure)))
+
+    def check(self) -> None:
+        """Check that no process has left word.
+
+        Raises:
+            PeerError: one has.
+        """
+        if self._store.check([FAILURE]):
+            raise PeerError(Failure(**json.loads(self._store.get(FAILURE))))

@@ -1,0 +1,46 @@
+"""What a run whose base is sharded can't do."""
+
+from qlora_cli.errors import HardwareError, ModelError, UsageError
+from qlora_cli.settings.conflicts_sharding import STRATEGY, sharding_problems
+from qlora_cli.settings.models import TrainingSettings, TrainSettings
+
+NOT_SHARDED = "Leave --strategy out."
+
+
+def check_processes(training: TrainingSettings) -> None:
+    """Check that there are processes to shard a base among.
+
+    Raises:
+        HardwareError: there is one.
+    """
+    if training.shards_base and training.num_gpus == 1:
+        raise HardwareError(
+            "there is one process, which would hold all of the base",
+            hint=f"Give --num-gpus. {NOT_SHARDED}",
+            setting=STRATEGY,
+        )
+
+
+def check_dry_run(training: TrainingSettings) -> None:
+    """Check that a run can be planned in one process, which loads the model.
+
+    Raises:
+        UsageError: its base is sharded.
+    """
+    if training.shards_base:
+        raise UsageError(
+            "can't be used with --dry-run, which loads the model in one process",
+            hint="Leave one of them out. A run tries its largest micro-batches before the first step.",
+            setting=STRATEGY,
+        )
+
+
+def check_shardable(settings: TrainSettings) -> None:
+    """Check that the base can be sharded as the model's own files settle it.
+
+    Raises:
+        ModelError: it can't.
+    """
+    problems = sharding_problems(dict(settings)) if settings.training.shards_base else ()
+    for what, why, _ in problems:
+        raise ModelError(f"can't be used with {what}: {why}", hint=NOT_SHARDED, setting=STRATEGY)
