@@ -83,6 +83,7 @@ class MethodTraits:
         bits: The bits of a weight, without constants.
         measures_error: Whether the error of a weight can be measured while it is quantized.
         proposal: Its effect, if it is suggested to save memory; None if it never is.
+        sharding_problem: Why a base that is stored so can't be sharded; None if it can.
     """
 
     module: str
@@ -90,6 +91,7 @@ class MethodTraits:
     bits: int
     measures_error: bool = False
     proposal: str | None = None
+    sharding_problem: str | None = None
 
 
 class Quantization(Choice):
@@ -159,6 +161,7 @@ METHODS: Mapping[Quantization, MethodTraits] = {
         label="LLM.int8()",
         bits=8,
         proposal="weights in 8 bit, a little less exact",
+        sharding_problem="bitsandbytes keeps a copy of each weight of its own",
     ),
     Quantization.NONE: MethodTraits(module="unquantized", label="not quantized", bits=UNQUANTIZED_BITS),
 }

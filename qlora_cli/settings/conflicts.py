@@ -15,8 +15,12 @@ from qlora_cli.settings.conflicts_commands import (
     push_conflicts,
 )
 from qlora_cli.settings.conflicts_lora import lora_conflicts
-from qlora_cli.settings.conflicts_sharding import sharding_conflicts
-from qlora_cli.settings.conflicts_training import attention_conflicts, evaluation_conflicts, training_conflicts
+from qlora_cli.settings.conflicts_training import (
+    attention_conflicts,
+    evaluation_conflicts,
+    sharding_conflicts,
+    training_conflicts,
+)
 from qlora_cli.settings.models import (
     DataSettings,
     EstimateDataSettings,

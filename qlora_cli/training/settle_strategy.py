@@ -3,7 +3,7 @@
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.choices import Strategy
-from qlora_cli.settings.conflicts_sharding import STRATEGY, sharding_problems
+from qlora_cli.settings.conflicts_training import STRATEGY, sharding_problems
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
