@@ -11,10 +11,10 @@ from qlora_cli.files import existing_path
 from qlora_cli.model_files.adapter_files import ADAPTER_CONFIG
 from qlora_cli.model_files.given_model import check_model_name, looks_local
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.conflicts import is_off_or_default
 from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import EvaluateSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts import is_off_or_default
 
 YAML_SUFFIXES = (".yaml", ".yml")
 

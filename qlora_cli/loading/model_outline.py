@@ -18,9 +18,9 @@ from qlora_cli.model_files.source import ModelSource, find_model
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.runs.directory import RUN_FILE, RunDirectory
-from qlora_cli.settings.conflicts import ineffective_settings
 from qlora_cli.settings.models import DataSettings, LoadSettings, ModelSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts import ineffective_settings
 from qlora_cli.settings.settle import (
     InferredSettings,
     by_path,

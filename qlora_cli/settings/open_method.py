@@ -3,9 +3,9 @@
 from typing import TypeVar
 
 from qlora_cli.settings.choices import Quantization
-from qlora_cli.settings.conflicts_lora import methods_for
 from qlora_cli.settings.models import EstimateSettings, InspectMemorySettings, TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts_lora import methods_for
 from qlora_cli.settings.settle import InferredSettings, settle
 from qlora_cli.settings.value_sources import Origin
 

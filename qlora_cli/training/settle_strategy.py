@@ -3,9 +3,9 @@
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.settings.choices import Strategy
-from qlora_cli.settings.conflicts_training import STRATEGY, sharding_problems
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts_training import STRATEGY, sharding_problems
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.checks.memory_plan import decided
 from qlora_cli.training.run_plan import SettledRun, settle_run

@@ -9,9 +9,9 @@ from qlora_cli.memory.fitting.suggestions import YES
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import MethodOption
 from qlora_cli.settings.choices import Quantization, quant_flag
-from qlora_cli.settings.conflicts_lora import methods_for
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD
+from qlora_cli.settings.rules.conflicts_lora import methods_for
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.units import format_bytes
 

@@ -1,8 +1,8 @@
 """What a run whose base is sharded can't do."""
 
 from qlora_cli.errors import HardwareError, ModelError, UsageError
-from qlora_cli.settings.conflicts_training import STRATEGY, sharding_problems
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
+from qlora_cli.settings.rules.conflicts_training import STRATEGY, sharding_problems
 
 NOT_SHARDED = "Leave --strategy out."
 

@@ -7,26 +7,26 @@ from typing import Any
 
 from qlora_cli.errors import Problem
 from qlora_cli.settings.choices import Mixing, Sampling
-from qlora_cli.settings.conflict import Conflict
-from qlora_cli.settings.conflicts_commands import (
-    generation_conflicts,
-    load_conflicts,
-    prediction_conflicts,
-    push_conflicts,
-)
-from qlora_cli.settings.conflicts_lora import lora_conflicts
-from qlora_cli.settings.conflicts_training import (
-    attention_conflicts,
-    evaluation_conflicts,
-    sharding_conflicts,
-    training_conflicts,
-)
 from qlora_cli.settings.models import (
     DataSettings,
     EstimateDataSettings,
     Section,
     TrainingSettings,
     metadata_of,
+)
+from qlora_cli.settings.rules.conflict import Conflict
+from qlora_cli.settings.rules.conflicts_commands import (
+    generation_conflicts,
+    load_conflicts,
+    prediction_conflicts,
+    push_conflicts,
+)
+from qlora_cli.settings.rules.conflicts_lora import lora_conflicts
+from qlora_cli.settings.rules.conflicts_training import (
+    attention_conflicts,
+    evaluation_conflicts,
+    sharding_conflicts,
+    training_conflicts,
 )
 from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.settings.value_sources import SettingEntry

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_cli.settings.choices import METHODS, Attention, Checkpointing, LoraInit, Optimizer, Schedule, Strategy
-from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import DataSettings, TrainingSettings
+from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.values import either
 from qlora_cli.units import counted
 

@@ -1,8 +1,8 @@
 """Settings of the adapter that can't work together, or with the others, whatever the model."""
 
 from qlora_cli.settings.choices import LEAST_FIRST, METHODS, LoraInit, Quantization, quant_flag
-from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import LoraSettings
+from qlora_cli.settings.rules.conflict import Conflict
 
 
 def lora_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from qlora_cli.settings.choices import LEAST_FIRST, Quantization, quant_flag
-from qlora_cli.settings.conflict import Conflict
 from qlora_cli.settings.models import AnswerSettings, PredictionSettings, QuantizationSettings
+from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.sections.pushing import Pushed
 
 TEMPERATURE_HINT = "Give --temperature above 0 too, such as 0.7, or leave it out."

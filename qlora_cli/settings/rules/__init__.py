@@ -1,0 +1,1 @@
+"""The rules between settings: which have no effect, or can't work, with others."""
