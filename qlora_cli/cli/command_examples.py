@@ -26,6 +26,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "doctor": ("--json", "--measure"),
     "runs list": ("", "runs/sweep --json"),
     "runs show": ("runs/llama-8b --html run.html",),
+    "migrate": ("axolotl.yaml > qlora.yaml",),
     "config show": ("--config configs/demo.yaml --rank 8", "merge runs/demo --format nf4"),
     "config schema": ("> schema.json",),
 }

@@ -55,6 +55,9 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "load": CommandEntry(
         heading=MORE, summary="Load a model, quantized, and show what came of it; or save it.", function="load"
     ),
+    "migrate": CommandEntry(
+        heading=MORE, summary="Turn a file of axolotl, LLaMA-Factory or TRL into ours.", function="migrate"
+    ),
     "config": CommandEntry(heading=MORE, summary="Show settings and where they come from.", function="config_app"),
 }
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_
 WHERE = "qlora_cli.where"  # the key in the context of a function that says where a setting was given
 MAX_TRACEBACK_LINES, FIRST_LINES = 40, 12
 PANIC = "Most likely it is the model's tokenizer.json; download the model's files again."
+SETTINGS_FILE = re.compile(r"unexpected extra argument(?:\(s\))? \((\S+\.ya?ml)\b")
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
 
 
@@ -136,19 +138,32 @@ def _redacted(hint: str | None) -> str | None:
 
 
 def _explain_usage(error: typer.TyperException) -> QloraError:
-    """Return a usage error of the parser as one of ours, with the closest match for a misspelt flag."""
+    """Return a usage error of the parser as one of ours, with what was meant if that can be told."""
     context = getattr(error, "ctx", None)
     hint = f"See {context.command_path} --help" if context is not None else None
     message = error.format_message().split(" (Possible options")[0]
     misspelt = getattr(error, "option_name", None)
     if misspelt and context is not None:
-        from qlora_cli.settings.value_sources import hint_for_removed_flag  # all settings: only once one is misspelt
-
-        flags = [flag for parameter in context.command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
-        # Compared without dashes, which would make `--lr` similar to `--rank`.
-        names = {flag.lstrip("-"): flag for flag in flags}
-        if matches := get_close_matches(misspelt.lstrip("-"), names, n=1):
-            hint = f"Did you mean {names[matches[0]]}?"
-        hint = hint_for_removed_flag(context.command.name, misspelt) or hint
+        hint = _hint_for_flag(context.command, misspelt) or hint
+    if given := SETTINGS_FILE.search(message):
+        hint = f"A settings file is given as --config {given[1]}"
     usage = UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
     return _with_code(usage, error.exit_code)
+
+
+def _hint_for_flag(command: Any, misspelt: str) -> str | None:
+    """Return what an unknown flag was meant to be: one that was removed, one of another tool, or a similar one."""
+    from qlora_cli.settings.value_sources import (
+        hint_for_foreign_flag,
+        hint_for_removed_flag,
+    )  # all settings: not sooner
+
+    if hint := hint_for_removed_flag(command.name, misspelt):
+        return hint
+    if hint := hint_for_foreign_flag(command.name, misspelt):
+        return hint
+    flags = [flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)]
+    # Compared without dashes, which would make `--lr` similar to `--rank`.
+    names = {flag.lstrip("-"): flag for flag in flags}
+    matches = get_close_matches(misspelt.lstrip("-"), names, n=1)
+    return f"Did you mean {names[matches[0]]}?" if matches else None

@@ -96,7 +96,11 @@ def resolve(
 
 
 def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
-    """Return the entry of each given setting that takes precedence, by `section.key`, and the problems found."""
+    """Return the entry of each given setting that takes precedence, by `section.key`, and the problems found.
+
+    Raises:
+        SettingsError: the file can't be read at all; what it would have given is not missing.
+    """
     entries: list[SettingEntry] = []
     problems: list[Problem] = []
     if sources.config is not None:

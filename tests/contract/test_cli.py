@@ -115,7 +115,58 @@ def test_a_usage_error_says_so_in_json(run_qlora: RunQlora) -> None:
     assert error["exit_code"] == 2
 
 
-@pytest.mark.parametrize("arguments", [["train", "--lr", "1"], ["--json", "train"]])
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("train --lr 1e-4", "It is --learning-rate here."),
+        ("train --num-epochs 3", "It is --epochs here."),
+        ("train --lora-r 8", "It is --rank here."),
+        ("inspect-memory m --lora_r 8", "It is --rank here."),
+        ("train --load-in-4bit", "It is --quant nf4 here, the default."),
+        ("train --lora-dropout 0", "It is --set lora.dropout=VALUE here."),
+        ("train --deepspeed x", "qlora trains on one GPU, or with --num-gpus on several, each with the whole model."),
+        ("train run.yaml", "A settings file is given as --config run.yaml"),
+        ("train a.yml more", "A settings file is given as --config a.yml"),
+        ("generate m --lr 1", "See qlora generate --help"),  # it trains nothing
+        ("config show --set lr=1", "It is training.learning_rate here."),
+        ("config show --set training.lr=1", "It is training.learning_rate here."),
+    ],
+)
+def test_the_habits_of_other_tools_get_a_hint(arguments: str, hint: str) -> None:
+    done = CliRunner().invoke(app, arguments.split())
+    assert done.exit_code == 2
+    assert f"  hint: {hint}\n" in done.stderr
+
+
+def test_a_file_of_another_tool_is_one_problem_and_migrated(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("base_model: m\nsequence_len: 64\nlora_r: 3\ndatasets: [{path: rows}]\nx: 1\nlr: 1\n")
+    done = CliRunner().invoke(app, ["train", "--config", str(theirs), "--rank", "x"])
+    assert (done.exit_code, done.stderr.count("error:")) == (2, 1)
+    assert f"hint: Turn it into ours: qlora migrate {theirs} > qlora.yaml" in done.stderr
+    done = CliRunner().invoke(app, ["migrate", str(theirs)])
+    assert done.exit_code == 0
+    assert "  rank: 3  # lora_r\n" in done.stdout
+    assert "left out: x: qlora has no such setting.\n" in done.stderr
+    ours = tmp_path / "ours.yaml"
+    ours.write_text(done.stdout)
+    shown = json.loads(CliRunner().invoke(app, ["config", "show", "--config", str(ours), "--json"]).stdout)
+    assert shown["lora.rank"]["value"] == 3
+    written = json.loads(CliRunner().invoke(app, ["migrate", str(theirs), "--json"]).stdout)
+    assert set(written) == {"tool", "values", "sources", "left_out"}
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "\xff", "- 1"])
+def test_a_file_that_cannot_be_read_is_the_only_problem(tmp_path: Path, text: str | None) -> None:
+    config = tmp_path / "run.yaml"
+    if text is not None:
+        config.write_bytes(text.encode("latin-1"))
+    done = CliRunner().invoke(app, ["train", "--config", str(config), "--rank", "x"])
+    assert (done.exit_code, done.stderr.count("error:")) == (2, 1)
+    assert str(config) in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train", "--zzz", "1"], ["--json", "train"]])
 def test_no_suggestion_rather_than_a_far_one(run_qlora: RunQlora, arguments: list[str]) -> None:
     done = run_qlora(*arguments)
     assert done.code == 2

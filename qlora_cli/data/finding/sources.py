@@ -127,6 +127,8 @@ def first_local(names: Iterable[str]) -> str | None:
 
 def check_dataset_name(name: str, split: str = TRAIN) -> QloraError | None:
     """Return the error in a data set's name, as far as it shows without asking the hub; None if there is none."""
+    if name == "-":
+        return DataError("rows are not read from stdin: they are read more than once", hint="Save them to a file.")
     try:
         find_dataset(name, split)
     except QloraError as error:
