@@ -64,7 +64,7 @@ MODEL_CODE = "Give --trust-remote-code on the command line: a file may be somebo
 WARMUP = "Warm-up is a share of the steps here: training.warmup_ratio."
 PER_EPOCH = "It is a number of steps here: --eval-steps and --save-steps."
 TRACKER = "Set WANDB_PROJECT and the like in the environment, and give --report-to wandb."
-ONE_GPU = "qlora trains on one GPU, or with --num-gpus on several, each with the whole model."
+SHARDING = "Several GPUs are --num-gpus here, and a model that is sharded among them --strategy fsdp."
 SFT_ONLY = "qlora trains on examples (SFT)."
 
 TABLE: tuple[Foreign, ...] = (
@@ -227,7 +227,7 @@ TABLE: tuple[Foreign, ...] = (
     Foreign(names=("finetuning_type",), values={"lora": None}, is_complete=True, advice="qlora trains LoRA adapters."),
     Foreign(names=("stage",), values={"sft": None, "pt": None}, is_complete=True, advice=SFT_ONLY),
     _none("qlora trains adapters on one base; --base-model names the base of a given adapter.", "lora_model_dir"),
-    _none(ONE_GPU, "deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size"),
+    _none(SHARDING, "deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size"),
     _none(SFT_ONLY, "rl", "beta", "pref_beta", "pref_loss", "reward_model"),
     _none("The tokenizer's own tokens are used; --new-tokens adds others.", "special_tokens"),
     _needless(

@@ -124,7 +124,10 @@ def test_a_usage_error_says_so_in_json(run_qlora: RunQlora) -> None:
         ("inspect-memory m --lora_r 8", "It is --rank here."),
         ("train --load-in-4bit", "It is --quant nf4 here, the default."),
         ("train --lora-dropout 0", "It is --set lora.dropout=VALUE here."),
-        ("train --deepspeed x", "qlora trains on one GPU, or with --num-gpus on several, each with the whole model."),
+        (
+            "train --deepspeed x",
+            "Several GPUs are --num-gpus here, and a model that is sharded among them --strategy fsdp.",
+        ),
         ("train run.yaml", "A settings file is given as --config run.yaml"),
         ("train a.yml more", "A settings file is given as --config a.yml"),
         ("generate m --lr 1", "See qlora generate --help"),  # it trains nothing
