@@ -35,6 +35,7 @@ DATA_PAGES = 5  # the field there that RLIMIT_DATA limits; it does not count CUD
 # CPU time for each core, because other threads of the process may be busy meanwhile.
 LAST_RESORT_SECONDS = 8.0
 WAITING_SECONDS = 20.0  # for a forked process that gets no CPU time
+FINISHED = b"finished"  # what a fork sends after its call, whether that raised an exception or not
 # The system sends SIGKILL when it runs out of memory.
 FATAL = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGKILL")
 
@@ -128,7 +129,7 @@ def try_in_fork(call: Callable[[], object], max_seconds: float, max_operation_se
     receiver, sender = Pipe(duplex=False)
     with receiver:
         with sender:
-            pid = _fork_to_run(run, sender)
+            pid = fork_to_run(run, sender)
         ended_by = None if pid is None else _wait_for_fork(pid, receiver)
     if ended_by == "SIGPROF":
         raise UnsafeCodeError("one operation of it does not end")
@@ -136,7 +137,7 @@ def try_in_fork(call: Callable[[], object], max_seconds: float, max_operation_se
         raise UnsafeCodeError(f"it ends the process by {ended_by}, as endless nesting does")
 
 
-def _fork_to_run(call: Callable[[], object], sender: Connection) -> int | None:
+def fork_to_run(call: Callable[[], object], sender: Connection) -> int | None:
     """Fork a process that runs `call` and then sends a message; return its pid, or None if forking fails."""
     # A signal that arrives before the fork has reset its handlers would run the cleanup of this process in it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -166,7 +167,7 @@ def _run_and_exit(call: Callable[[], object], sender: Connection) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         with suppress(Exception):  # the parent gets the same exception when it runs the call
             call()
-        sender.send_bytes(b"alive")
+        sender.send_bytes(FINISHED)
     finally:
         os._exit(0)
 
@@ -181,17 +182,18 @@ def _wait_for_fork(pid: int, receiver: Connection) -> str | None:
         has_died = True
     finally:  # on Ctrl-C too
         if not has_died:
-            _kill(pid)
-        ended_by = _wait_for_exit(pid)
+            kill(pid)
+        ended_by = wait_for_exit(pid)
     return ended_by if has_died else None
 
 
-def _kill(pid: int) -> None:
+def kill(pid: int) -> None:
+    """Kill a forked process, if it still runs."""
     with suppress(ProcessLookupError):  # already gone if SIGCHLD is ignored
         os.kill(pid, signal.SIGKILL)
 
 
-def _wait_for_exit(pid: int) -> str | None:
+def wait_for_exit(pid: int) -> str | None:
     """Wait for a process to end; return the name of the signal that ended it, or None if none did."""
     try:
         status = os.waitpid(pid, 0)[1]

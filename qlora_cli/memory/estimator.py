@@ -198,9 +198,12 @@ class Estimator:
 
     def shapes(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         """Return the model on the meta device, with nothing quantized."""
+        return self._cached(self._shapes_key(settings, dtype), lambda: self._build(settings, dtype))
+
+    @staticmethod
+    def _shapes_key(settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
         model = settings.model
-        key = ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
-        return self._cached(key, lambda: self._build(settings, dtype))
+        return ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
 
     def _build(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         model = settings.model
@@ -298,7 +301,10 @@ class Estimator:
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
         """Return the allocations and operations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
-        capability = representative_capability(gpu.capability, self.shapes(settings, dtype))
+        capability = self._cached(
+            ("capability", gpu.capability, *self._shapes_key(settings, dtype)),
+            lambda: representative_capability(gpu.capability, self.shapes(settings, dtype)),
+        )
         step = self._step(settings, dtype, capability, self._attention(settings, dtype, gpu.capability))
         training = settings.training
         # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
@@ -428,9 +434,13 @@ class Estimator:
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
         """Return transformers' name of the attention; the package that it needs is required only for the run."""
-        shapes = self.shapes(settings, dtype)
-        chosen = choose_attention(settings.model.attention, shapes, dtype=TORCH_DTYPES[dtype], capability=capability)
-        return chosen.implementation
+        asked = settings.model.attention
+
+        def choose() -> str:
+            shapes = self.shapes(settings, dtype)
+            return choose_attention(asked, shapes, dtype=TORCH_DTYPES[dtype], capability=capability).implementation
+
+        return self._cached(("attention", asked, capability, *self._shapes_key(settings, dtype)), choose)
 
     def _num_experts(self, settings: EstimateSettings, dtype: Dtype) -> int:
         shapes = [shape for _, shape in fused_experts(self.shapes(settings, dtype))]

@@ -1,9 +1,11 @@
 """Make the report of `qlora inspect-memory`: predict, judge, solve, suggest. Only a new prediction imports torch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qlora_cli.alongside import alongside
 from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
@@ -121,6 +123,21 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     choice = _choose_method(asked, request, estimator) if is_method_open(opened) and not request.is_on_host else None
     if choice is not None:
         asked = with_settings(asked, {METHOD: choice.method})
+    with alongside(lambda: _unquantized(request, asked, gpu, estimator)) as unquantized:
+        return _report(request, facts, asked, gpu, estimator, choice, max_checkpoints, unquantized)
+
+
+def _report(
+    request: MemoryRequest,
+    facts: ModelFacts,
+    asked: EstimateSettings,
+    gpu: Gpu,
+    estimator: "Estimator",
+    choice: MethodChoice | None,
+    max_checkpoints: int,
+    unquantized: Callable[[], PlanOption | None],
+) -> MemoryReport:
+    """Return the report on the run with the settings `asked`, which leave open what is planned."""
     plans = _plans(asked, request, estimator)
     settings: EstimateSettings = plans[0].chosen.settings if plans else asked
     estimate = estimator.estimate(settings, gpu)
@@ -162,7 +179,7 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
         host=host,
         plan=plans[0].plan if plans else None,
         methods=None if choice is None else choice.options,
-        unquantized=_unquantized(request, asked, estimate, num_parameters, estimator),
+        unquantized=unquantized(),
         fits=fits,
         smallest_gpu=None if request.is_on_host else smallest_gpu(asked, estimator.estimate),
         smallest_class=smallest,
@@ -218,13 +235,13 @@ def _num_rows(request: MemoryRequest) -> int:
 
 
 def _unquantized(
-    request: MemoryRequest, asked: EstimateSettings, estimate: Estimate, num_parameters: int, estimator: "Estimator"
+    request: MemoryRequest, asked: EstimateSettings, gpu: Gpu, estimator: "Estimator"
 ) -> PlanOption | None:
     """Return the run with its base in 16 bit, if that fits on the first GPU, and nothing else was asked for."""
     if not request.gpus or request.is_on_host or request.asked.is_given(METHOD):
         return None
-    plan = _planning_on(asked, request, estimator)
-    return unquantized_run(asked, request.gpus[0], estimate, num_parameters, plan)
+    num_parameters = estimator.layout(asked, estimator.dtype_on(asked, gpu)).inventory.num_parameters
+    return unquantized_run(asked, gpu, num_parameters, _planning_on(asked, request, estimator))
 
 
 def _plans(asked: EstimateSettings, request: MemoryRequest, estimator: "Estimator") -> list[PlannedRun]:
@@ -322,7 +339,7 @@ def _longer_rows(
     most = MOST_TOKENS if positions is None else min(MOST_TOKENS, positions)
     if length >= most:
         return None
-    longest = solve(MAX_LENGTH, settings, gpu, estimator.estimate, most=most)
+    longest = solve(MAX_LENGTH, settings, gpu, estimator.estimate, most=most, tries_most_first=True)
     if longest.value is None or longest.value <= length:
         return None
     is_open = longest.value == most and most != positions

@@ -20,6 +20,7 @@ GROUND: dict[str, set[str]] = {
     "garbage": set(),
     "visible": set(),
     "bounded": {"units"},
+    "alongside": {"bounded"},
     "cache": {"errors"},
     "writing": {"errors"},
     "files": {"errors", "units", "writing"},

@@ -75,15 +75,13 @@ def _class_that_fits(gpu: Gpu, fit: GpuFit) -> CardClass:
     )
 
 
-def unquantized_run(
-    settings: EstimateSettings, gpu: Gpu, quantized: Estimate, num_parameters: int, plan: PlanOn
-) -> PlanOption | None:
+def unquantized_run(settings: EstimateSettings, gpu: Gpu, num_parameters: int, plan: PlanOn) -> PlanOption | None:
     """Return the run with its base in 16 bit as it would be planned, if that fits on `gpu`, too.
 
-    `quantized` is the estimate for a base of `num_parameters` that is quantized. None if its weights alone do not fit,
-    which takes no prediction, or the model can't be run so.
+    With `settings`, its base of `num_parameters` is quantized. None if its weights alone do not fit, which takes no
+    prediction, or the model can't be run so.
     """
-    unquantized_bytes = EMBEDDING_BYTES * num_parameters + quantized.components.context_bytes
+    unquantized_bytes = EMBEDDING_BYTES * num_parameters + gpu.context_bytes
     if not settings.quantization.method.is_quantized or unquantized_bytes > gpu.usable_bytes:
         return None
     changed = with_settings(settings, {METHOD: UNQUANTIZED_METHOD})

@@ -1,7 +1,8 @@
 """Plan a run: of what the settings leave open, choose what is fastest among what fits on a GPU. Imports no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from qlora_cli.errors import QloraError
 from qlora_cli.memory.fitting.division import MICRO_BATCH_TOKENS, Division, worthwhile_divisions
@@ -116,12 +117,19 @@ def is_open(settings: EstimateSettings) -> bool:
 
 
 def plan_run(
-    settings: EstimateSettings, gpu: Gpu, predict: Predict, find_products: FindProducts, rows: StepRows | None = None
+    settings: EstimateSettings,
+    gpu: Gpu,
+    predict: Predict,
+    find_products: FindProducts,
+    rows: StepRows | None = None,
+    *,
+    only_fastest: bool = False,
 ) -> PlannedRun:
     """Return the fastest run that is predicted to fit on `gpu` with its whole error band.
 
     If none does, it is the one that takes the least memory. The settings are open, by `is_open`, or `rows` are given:
-    how these are divided into micro-batches is open, too.
+    how these are divided into micro-batches is open, too. `only_fastest`: slower ones are not
+    predicted once one fits, so that there may be no alternatives.
 
     Raises:
         QloraError: the model can't be run with these settings on the GPU.
@@ -133,7 +141,7 @@ def plan_run(
         if is_last_resort and _fits_any(candidates):
             break
         trials = _Trials(settings, gpu, predict, find_products, division)
-        trials.add_all()
+        trials.add_all(only_fastest=only_fastest)
         candidates += trials.candidates
         if trials.fits_without_recomputing:
             break
@@ -163,7 +171,7 @@ def best_option(
 ) -> PlanOption:
     """Return how the run with `settings`, open or not, would run on `gpu`. Arguments and errors are `plan_run`'s."""
     if is_open(settings) or rows is not None:
-        return plan_run(settings, gpu, predict, find_products, rows).plan.chosen
+        return plan_run(settings, gpu, predict, find_products, rows, only_fastest=True).plan.chosen
     estimate = predict(settings, gpu)
     return option_of(estimate, judge_fit(estimate, gpu).fits)
 
@@ -174,7 +182,7 @@ def planning(predict: Predict, find_products: FindProducts) -> Predict:
     def predict_planned(settings: EstimateSettings, gpu: Gpu) -> Estimate:
         if not is_open(settings):
             return predict(settings, gpu)
-        return plan_run(settings, gpu, predict, find_products).chosen.estimate
+        return plan_run(settings, gpu, predict, find_products, only_fastest=True).chosen.estimate
 
     return predict_planned
 
@@ -219,20 +227,26 @@ class _Trials:
     def _asked(self) -> Checkpointing:
         return self._settings.training.gradient_checkpointing
 
-    def add_all(self) -> None:
-        """Try what the settings leave open, the fastest first."""
-        settings = self._settings
+    def add_all(self, *, only_fastest: bool) -> None:
+        """Try what the settings leave open, the fastest first; `only_fastest`: until one fits."""
         if not is_open(self._settings):
             self._try({})
         elif self._asked == Checkpointing.SELECTIVE:
             self._add_selective()
         else:
-            self._add(Checkpointing.OFF)
-            if keeps_products(settings):
-                self._add_selective()
-            self._add(Checkpointing.ON)
-            if not settings.training.torch_compile and not _fits_any(self.candidates):
+            for add in self._kinds():
+                add()
+                if only_fastest and _fits_any(self.candidates):
+                    return
+            if not self._settings.training.torch_compile and not _fits_any(self.candidates):
                 self._add(Checkpointing.OFFLOAD)
+
+    def _kinds(self) -> Iterator[Callable[[], None]]:
+        """Yield what tries each kind of checkpointing on the GPU, by what is computed again, the least first."""
+        yield partial(self._add, Checkpointing.OFF)
+        if keeps_products(self._settings):
+            yield self._add_selective
+        yield partial(self._add, Checkpointing.ON)
 
     def _add(self, checkpointing: Checkpointing) -> None:
         """Try to run with this kind, without anything that could be left out."""

@@ -42,11 +42,20 @@ def headroom_bytes(estimate: Estimate, gpu: Gpu) -> int:
     return gpu.usable_bytes - estimate.predicted.process_high_bytes
 
 
-def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, *, most: int | None) -> Solution:
+def solve(
+    setting: str,
+    settings: EstimateSettings,
+    gpu: Gpu,
+    predict: Predict,
+    *,
+    most: int | None,
+    tries_most_first: bool = False,
+) -> Solution:
     """Return the largest value of `setting` with which the run fits on `gpu`, whole error band included.
 
     Lengths are tried in multiples of 64, ranks in multiples of 8 (and 1, 2, 4). All other settings stay the same,
     including gradient accumulation. `most`, the model's number of positions if known, bounds lengths.
+    `tries_most_first`: the largest value is likely to fit, and takes little longer to predict than others.
 
     Raises:
         UsageError: `setting` can't be solved for.
@@ -62,7 +71,7 @@ def solve(setting: str, settings: EstimateSettings, gpu: Gpu, predict: Predict, 
         return headroom_bytes(estimate, gpu)
 
     start = max(bisect_right(values, _value(settings, setting)) - 1, 0)
-    best = _search_upwards(start, len(values) - 1, headroom_at)
+    best = _search_upwards(start, len(values) - 1, headroom_at, tries_top_first=tries_most_first)
     return Solution(
         setting=setting,
         gpu=gpu.name,
@@ -152,14 +161,14 @@ def search_between(
     return low.at
 
 
-def _search_upwards(start: int, top: int, headroom_at: Callable[[int], float]) -> int | None:
+def _search_upwards(start: int, top: int, headroom_at: Callable[[int], float], *, tries_top_first: bool) -> int | None:
     """Return the largest position up to `top` that fits, searching from `start`; None if none does."""
     low = before = Point(start, headroom_at(start))
     if low.headroom < 0:
         least = Point(0, headroom_at(0)) if start else low
         return search_between(least, low, headroom_at) if least.headroom >= 0 else None
     while low.at < top:
-        at = min(_next_position(before, low), top)
+        at = top if tries_top_first else min(_next_position(before, low), top)
         tried = Point(at, headroom_at(at))
         if tried.headroom < 0:
             return search_between(low, tried, headroom_at)

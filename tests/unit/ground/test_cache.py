@@ -84,7 +84,7 @@ def test_a_cached_prediction_that_is_not_our_file_is_recomputed_without_blocking
 
 
 # Code that transfers bytes and words messages: no cached result depends on it.
-CARRIERS = {"bounded", "cache", "errors", "events", "files", "garbage", "hub", "runs", "units", "writing"}
+CARRIERS = {"alongside", "bounded", "cache", "errors", "events", "files", "garbage", "hub", "runs", "units", "writing"}
 
 
 def imported_by(module: str) -> set[Path]:

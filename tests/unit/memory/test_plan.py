@@ -5,7 +5,16 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from qlora_cli.errors import ModelError
-from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT, PlannedRun, describe, is_open, plan_run, planning
+from qlora_cli.memory.fitting.plan import (
+    CHECKPOINTING,
+    KEPT,
+    PlannedRun,
+    best_option,
+    describe,
+    is_open,
+    plan_run,
+    planning,
+)
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, Product
 from qlora_cli.settings.choices import Attention
@@ -91,6 +100,18 @@ def test_more_memory_never_gives_a_slower_plan() -> None:
         assert chosen.fits == "yes" or all(quarters / 4 < size for size in SIZES.values())
     assert speeds == sorted(speeds, reverse=True)
     assert len(set(speeds)) == len(SPEED) + 2  # and two subsets of the products
+
+
+def test_the_fastest_alone_is_found_without_slower_ones() -> None:
+    for name in ("", *SIZES):  # of which the model refuses one
+        sizes = {kind: size for kind, size in SIZES.items() if kind != name}
+        for halves in range(2, 2 * 24):
+            gpu, asked = card(halves * GIB // 2), list[str]()
+            chosen = planned_run(OPEN, halves / 2, predictor(sizes)).chosen
+            option = best_option(OPEN, gpu, predictor(sizes, asked), lambda *_: PRODUCTS)
+            assert option == chosen.option()
+            if chosen.fits == "yes":
+                assert asked[-1] == chosen.estimate.gradient_checkpointing
 
 
 @pytest.mark.parametrize(

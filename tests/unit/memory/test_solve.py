@@ -103,6 +103,10 @@ def test_solve_agrees_with_brute_force_with_few_predictions(form: Bytes, setting
     ]
     predict = Counting(form)
     solution = solve(setting, SETTINGS_ASKED, gpu, predict, most=131072)
+    if form is not flat_then_steep:  # of which the end says little
+        downwards = Counting(form)
+        assert solve(setting, SETTINGS_ASKED, gpu, downwards, most=131072, tries_most_first=True) == solution
+        assert len(downwards.asked) <= MAX_PREDICTIONS + 2
     assert solution.value == (fitting[-1] if fitting else None)
     assert len(predict.asked) <= MAX_PREDICTIONS
     if solution.value is None:
@@ -140,6 +144,9 @@ def test_a_value_that_always_fits_is_limited_by_something_else(
     solution = solve(setting, SETTINGS_ASKED, CARD, predict, most=most)
     assert (solution.value, solution.limited_by, solution.process_bytes) == (value, limited_by, 0)
     assert len(predict.asked) <= MAX_PREDICTIONS
+    directly = Counting(lambda _: 0)
+    assert solve(setting, SETTINGS_ASKED, CARD, directly, most=most, tries_most_first=True) == solution
+    assert len(directly.asked) <= 2
 
 
 def test_a_setting_that_never_fits_has_no_solution() -> None:

@@ -34,7 +34,7 @@ class Predictor:
 
 def found(memory: float, predict: Predictor, settings: EstimateSettings = QUANTIZED) -> int | None:
     """Return the bytes of the run in 16 bit on a card of so many GiB, if it fits."""
-    option = unquantized_run(settings, card(round(memory * GIB)), estimate(3 * GIB), PARAMETERS, predict)
+    option = unquantized_run(settings, card(round(memory * GIB)), PARAMETERS, predict)
     return None if option is None else option.process_bytes
 
 
