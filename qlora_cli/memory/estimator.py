@@ -198,12 +198,9 @@ class Estimator:
 
     def shapes(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         """Return the model on the meta device, with nothing quantized."""
-        return self._cached(self._shapes_key(settings, dtype), lambda: self._build(settings, dtype))
-
-    @staticmethod
-    def _shapes_key(settings: EstimateSettings, dtype: Dtype) -> tuple[Any, ...]:
         model = settings.model
-        return ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
+        key = ("shapes", dtype, model.rope_scaling, model.trust_remote_code)
+        return self._cached(key, lambda: self._build(settings, dtype))
 
     def _build(self, settings: EstimateSettings, dtype: Dtype) -> PreTrainedModel:
         model = settings.model
@@ -301,18 +298,16 @@ class Estimator:
     def traced(self, settings: EstimateSettings, gpu: Gpu) -> TracedRun:
         """Return the allocations and operations of the run on a GPU with the kernels of `gpu`."""
         dtype = self.dtype_on(settings, gpu)
-        capability = self._cached(
-            ("capability", gpu.capability, *self._shapes_key(settings, dtype)),
-            lambda: representative_capability(gpu.capability, self.shapes(settings, dtype)),
-        )
+        own, shapes = gpu.capability, self.shapes(settings, dtype)
+        key = ("capability", own, id(shapes))
+        capability = self._cached(key, lambda: representative_capability(own, shapes))
         step = self._step(settings, dtype, capability, self._attention(settings, dtype, gpu.capability))
         training = settings.training
         # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
-        # Exactly what decides the allocations: sweeps and suggestions ask for the same run repeatedly. Without full
-        # determinism, which changes only the workspaces, whose size the replay sets.
-        key = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
-        return self._cached(key, lambda: self._trace(settings, dtype, step))
+        # Exactly what decides the allocations. Full determinism changes only workspaces, whose size the replay sets.
+        run = ("traced", self._meta_model_key(settings, dtype), step, optimizer, settings.model.offload_embedding)
+        return self._cached(run, lambda: self._trace(settings, dtype, step))
 
     def _trace(self, settings: EstimateSettings, dtype: Dtype, step: StepSettings) -> TracedRun:
         layout = self.layout(settings, dtype)
@@ -434,13 +429,11 @@ class Estimator:
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
         """Return transformers' name of the attention; the package that it needs is required only for the run."""
-        asked = settings.model.attention
-
-        def choose() -> str:
-            shapes = self.shapes(settings, dtype)
-            return choose_attention(asked, shapes, dtype=TORCH_DTYPES[dtype], capability=capability).implementation
-
-        return self._cached(("attention", asked, capability, *self._shapes_key(settings, dtype)), choose)
+        asked, of, shapes = settings.model.attention, TORCH_DTYPES[dtype], self.shapes(settings, dtype)
+        key = ("attention", asked, capability, id(shapes))
+        return self._cached(
+            key, lambda: choose_attention(asked, shapes, dtype=of, capability=capability)
+        ).implementation
 
     def _num_experts(self, settings: EstimateSettings, dtype: Dtype) -> int:
         shapes = [shape for _, shape in fused_experts(self.shapes(settings, dtype))]
