@@ -52,9 +52,12 @@ class AnonymousPeak:
             thread.join()
 
 
-def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None = None) -> dict[str, Any]:
+def load_with_qlora(
+    model: Path, options: Mapping[str, Any], save: Path | None = None, num_shards: int = 1
+) -> dict[str, Any]:
     """Load by `load_model` with settings by their full names, and save if asked to.
 
+    With `num_shards`, load what the first of as many processes keeps of a sharded base; `shard_bytes` are its bytes.
     `model_bytes` are counted and `predicted_bytes` predicted; `device_model_bytes` exclude an embedding in host
     memory, and `needed_bytes` include the predicted transient memory.
     """
@@ -69,7 +72,7 @@ def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None =
     settings = resolve(Sources(flags={path: (path, value) for path, value in values.items()}), LoadSettings).settings
     watcher, start = AnonymousPeak(), time.monotonic()
     with watcher.watching():
-        loaded = load_model(settings)
+        loaded = load_model(settings) if num_shards == 1 else _load_shard(settings, num_shards)
         seconds = time.monotonic() - start
     layout = loaded.layout
     needed = needed_bytes(layout, offload_embedding=loaded.settings.model.offload_embedding)
@@ -82,6 +85,7 @@ def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None =
         "one_tensor_bytes": 2 * layout.inventory.largest_parameters,
         "num_parameters": loaded.inventory.num_parameters,
         "compute_dtype": loaded.dtype.name.value,
+        "shard_bytes": None if loaded.shards is None else loaded.shards.num_bytes,
     }
     if save is not None:
         watcher, start = AnonymousPeak(), time.monotonic()
@@ -93,6 +97,21 @@ def load_with_qlora(model: Path, options: Mapping[str, Any], save: Path | None =
             "save_peak_host_bytes": watcher.peak_bytes,
         }
     return figures
+
+
+def _load_shard(settings: Any, num_shards: int) -> Any:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from qlora_cli.events import SilentReporter
+    from qlora_cli.loading.load_plan import plan_load
+    from qlora_cli.loading.loader import load_planned
+    from qlora_cli.quantization.kept_shards import KeptShards, layer_names
+    from qlora_cli.settings.settle import resolved_in_code
+
+    plan = plan_load(resolved_in_code(settings), SilentReporter())
+    layers = tuple(layer_names(plan.shapes, GradientCheckpointingLayer))
+    shards = KeptShards(rank=0, size=num_shards, device=plan.device, layers=layers)
+    return load_planned(plan, SilentReporter(), shards=shards)
 
 
 def load_with_transformers(model: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,11 +160,12 @@ def main() -> None:
     parser.add_argument("program", choices=("qlora", "transformers"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--options", default="{}", help="settings by their full names, as JSON")
+    parser.add_argument("--shards", type=int, default=1, help="load one shard of as many (qlora only)")
     parser.add_argument("--save", type=Path, help="save the quantized model here, and measure that too (qlora only)")
     arguments = parser.parse_args()
     options = json.loads(arguments.options)
     if arguments.program == "qlora":
-        figures = load_with_qlora(arguments.model, options, arguments.save)
+        figures = load_with_qlora(arguments.model, options, arguments.save, arguments.shards)
     else:
         figures = load_with_transformers(arguments.model, options)
     print(json.dumps(figures))

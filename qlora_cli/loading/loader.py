@@ -41,6 +41,7 @@ from qlora_cli.quantization.embedding import (
 )
 from qlora_cli.quantization.entries import Inventory
 from qlora_cli.quantization.inventory import take_inventory
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.load_report import LoadReport, WeightError
 from qlora_cli.quantization.memory_check import fits_unquantized
 from qlora_cli.quantization.residuals import QuantizationResiduals
@@ -72,6 +73,7 @@ class LoadedModel:
     layout: StoragePlan
     inventory: Inventory
     errors: dict[str, float] | None
+    shards: KeptShards | None
     unquantized_fits: bool
     load_seconds: float
     peak_host_bytes: int
@@ -158,12 +160,14 @@ def load_planned(
     measure_error: bool = False,
     trains_adapter: bool = False,
     lora: LoraSettings | None = None,
+    shards: KeptShards | None = None,
     started: float | None = None,
 ) -> LoadedModel:
     """Read the weights of `load_plan`.
 
     With `trains_adapter` the named adapter will be trained further. `lora` describes the new adapter that will be
-    attached, which may be initialized from quantization residuals. `started` is the monotonic time from which
+    attached, which may be initialized from quantization residuals. With `shards`, the model has placeholders for the
+    weights that these keep, and all others are in host memory. `started` is the monotonic time from which
     `load_seconds` counts; by default now.
 
     Raises:
@@ -178,7 +182,7 @@ def load_planned(
     checkpoint = _read_headers(load_plan, reporter)
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({load_plan.layout.describe()})"))
     reset_device_peak(device)
-    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, residuals=residuals)
+    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, residuals=residuals, shards=shards)
     vocabulary_notes = _extend_vocabulary(model, load_plan)
     _align_end_tokens(model, load_plan.tokenizer.tokenizer)
     prediction_note = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
@@ -203,6 +207,7 @@ def load_planned(
         layout=load_plan.layout,
         inventory=inventory,
         errors=load_plan.layout.method.measured_errors(model) if measure_error else None,
+        shards=shards,
         unquantized_fits=fits_unquantized(load_plan.layout, load_plan.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
@@ -218,6 +223,7 @@ def _load(
     *,
     measure_error: bool,
     residuals: QuantizationResiduals | None,
+    shards: KeptShards | None,
 ) -> PreTrainedModel:
     settings, device = load_plan.settings, load_plan.device
     compute = settings.quantization.compute_dtype
@@ -227,13 +233,14 @@ def _load(
         checkpoint,
         load_plan.base,
         load_plan.layout,
-        device_map=_device_map(load_plan),
+        device_map=_device_map(load_plan) if shards is None else {"": "cpu"},
         quantization=quantization_config(
-            load_plan.layout, compute_dtype, measure_error=measure_error, residuals=residuals
+            load_plan.layout, compute_dtype, measure_error=measure_error, residuals=residuals, shards=shards
         ),
         attention=load_plan.attention.implementation,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
+        shards=shards,
     )
     if load_plan.layout.prequantized is not None:
         apply_compute_settings(model, load_plan.layout, compute_dtype)

@@ -1,9 +1,10 @@
 """Read a model's weights into the planned layout, and refuse a checkpoint unless every weight matches."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -28,11 +29,13 @@ from qlora_cli.model_files.unexpected_weights import (
     prediction_layers,
 )
 from qlora_cli.quantization.inventory import unique_parameters
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods import stored_weight
 from qlora_cli.quantization.refused_weights import OTHER_VERSION
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 
+NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # for transformers
 LOADING_BAR = "Loading weights"  # transformers' description of its progress bar
 LOAD_REPORT = "LOAD REPORT"  # its table of mismatched weights, which we report ourselves
 MOST_NAMED = 3
@@ -50,8 +53,9 @@ def quantization_config(
     *,
     measure_error: bool = False,
     residuals: QuantizationResiduals | None = None,
+    shards: KeptShards | None = None,
 ) -> QuantizationConfigMixin | None:
-    """Return the quantization config for `from_pretrained`; None to load as stored, or unquantized."""
+    """Return the quantization config for `from_pretrained`; None to load as stored, or unquantized and whole."""
     if layout.prequantized is not None:
         return None
     return layout.method.config(
@@ -61,6 +65,7 @@ def quantization_config(
         compute_dtype=compute_dtype,
         measure_error=measure_error,
         residuals=residuals,
+        shards=shards,
     )
 
 
@@ -130,19 +135,21 @@ def load_weights(
     attention: str,
     trust_remote_code: bool,
     reporter: Reporter,
+    shards: KeptShards | None = None,
 ) -> PreTrainedModel:
-    """Return the model with its weights, frozen.
+    """Return the model with its weights, frozen; with `shards`, with placeholders for those that these keep.
 
     Raises:
         ModelError: weights are missing, unexpected, or of another shape; names them.
         OutOfMemoryError: the device ran out of memory nevertheless.
     """
     kind: Any = "load" if quantization is None else "quantize"
-    with _report_bytes(checkpoint, kind, reporter), _collect_warnings() as warned:
+    one_by_one = nullcontext() if shards is None else _read_one_by_one()
+    with _report_bytes(checkpoint, kind, reporter), _collect_warnings() as warned, one_by_one:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
-                config=_config_to_load(base, layout),
+                config=_config_to_load(base, layout, shards),
                 quantization_config=quantization,
                 dtype=layout.dtype,
                 device_map=device_map,
@@ -228,14 +235,29 @@ def check_finite(source: ModelSource, checkpoint: Checkpoint, base: ModelConfig,
         raise not_finite(f"{source.base_name}: {name}{where} holds ", parameter.dtype)
 
 
-def _config_to_load(base: ModelConfig, layout: StoragePlan) -> PreTrainedConfig:
+@contextmanager
+def _read_one_by_one() -> Iterator[None]:
+    """Read weights when they are converted, not ahead in other threads, where all of them would be in memory."""
+    before = os.environ.get(NO_THREADS)
+    os.environ[NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_THREADS]
+        else:
+            os.environ[NO_THREADS] = before
+
+
+def _config_to_load(base: ModelConfig, layout: StoragePlan, shards: KeptShards | None) -> PreTrainedConfig:
     """Return a copy of the config; a quantized checkpoint is read by our quantizers."""
     config = deepcopy(base.config)
     if layout.prequantized is not None:
         stored = {
             key: value for key, value in layout.prequantized.config.items() if not key.startswith(("_", "load_"))
         }
-        config.quantization_config = {**stored, "quant_method": layout.method.loader}
+        of_process = {} if shards is None else {"shards": shards}
+        config.quantization_config = {**stored, **of_process, "quant_method": layout.method.loader}
     return config
 
 

@@ -60,7 +60,7 @@ from qlora_cli.training.resuming.resume import (
 )
 from qlora_cli.training.run_notes import note_data, note_resume
 from qlora_cli.training.sharding.refusals import check_shardable
-from qlora_cli.training.sharding.sharded_base import shard_base
+from qlora_cli.training.sharding.sharded_base import kept_shards, shard_base
 from qlora_cli.units import counted
 
 MIXES_ROWS = inferred_origin("a model that can't keep joined rows apart")
@@ -220,12 +220,13 @@ def load_run(settled: SettledRun, reporter: Reporter, group: ProcessGroup = ALON
     """
     resolved, load_plan, rows = settled.resolved, settled.load_plan, settled.rows
     settings = resolved.settings
-    loaded = load_planned(load_plan, reporter, trains_adapter=True, lora=settings.lora)
+    shards = kept_shards(load_plan, group) if settings.training.shards_base else None
+    loaded = load_planned(load_plan, reporter, trains_adapter=True, lora=settings.lora, shards=shards)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
     model = _attach(loaded, settings, reporter)
-    if settings.training.shards_base:
-        shard_base(model, group)
+    if loaded.shards is not None:
+        shard_base(model, group, loaded.shards)
     if settings.training.use_liger_kernel:
         use_liger_kernels(model)
     if settings.data.packing:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBitFormat
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods.bitsandbytes import SKIP_MODULES_KEY, is_stored_by, replace_layers
 from qlora_cli.quantization.methods.four_bit_product import OPERATOR as FUSED
 from qlora_cli.quantization.methods.four_bit_product import FourBitProduct, gemm_temporaries, sum_temporaries
@@ -139,6 +140,7 @@ class FourBitMethod(Method):
         compute_dtype: torch.dtype,
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
+        shards: KeptShards | None = None,
     ) -> QloraConfig:
         """Return the config for `QloraQuantizer` with every field set: transformers' default is FP4 in fp32."""
         return QloraConfig(
@@ -151,6 +153,7 @@ class FourBitMethod(Method):
             quantized_parameters=list(experts),
             measure_error=measure_error,
             residuals=residuals,
+            shards=shards,
         )
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:

@@ -5,7 +5,7 @@ bitsandbytes quantizer, this one quantizes weights piece by piece in bounded mem
 expert as it is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBitFormat, SquaredError, quantize
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.refused_weights import OTHER_VERSION, RefusedWeights
 from qlora_cli.quantization.residuals import QuantizationResiduals
 
@@ -43,6 +44,7 @@ class QloraConfig(BitsAndBytesConfig):
         quantized_parameters: list[str] | None = None,
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
+        shards: KeptShards | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -54,6 +56,7 @@ class QloraConfig(BitsAndBytesConfig):
         # read them from the quantizer of the model.
         self.errors: Errors | None = {} if measure_error else None
         self.residuals = residuals  # filled in while loading, too
+        self.shards = shards  # too
         self.refused = RefusedWeights()
 
     @property
@@ -72,6 +75,7 @@ class QloraConfig(BitsAndBytesConfig):
         for key in (
             "errors",
             "residuals",
+            "shards",
             "refused",
             "load_in_4bit",
             "load_in_8bit",
@@ -297,12 +301,23 @@ class _Deserialize(ConversionOps):
         weight = stored.pop(key)
         stats = {name.removeprefix(f"{key}."): value for name, value in stored.items()}
         linear = module if isinstance(module, Linear4bit) else None
-        return {key: Params4bit.from_prequantized(weight, stats, device=weight.device, module=linear)}
+        shards = self.hf_quantizer.quantization_config.shards
+        if shards is None:
+            return {key: Params4bit.from_prequantized(weight, stats, device=weight.device, module=linear)}
+        whole = Params4bit.from_prequantized(weight, stats, device=shards.device, module=linear)
+        whole.data = shards.keep(kwargs["full_layer_name"], whole.data)
+        return {key: whole}
+
+
+def _on_device(pieces: Iterable[torch.Tensor], shards: KeptShards | None) -> Iterator[torch.Tensor]:
+    """Yield the pieces of a weight where they are quantized: where its shard is kept, or where they were read to."""
+    return (piece if shards is None else piece.to(shards.device) for piece in pieces)
 
 
 def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, module: nn.Module) -> Params4bit:
     error = SquaredError() if config.errors is not None else None
-    packed, state = quantize(pieces, shape, config.four_bit, error)
+    shards = config.shards
+    packed, state = quantize(_on_device(pieces, shards), shape, config.four_bit, error)
     if error is not None and config.errors is not None:
         config.errors[name] = error.relative_rms
     linear = module if isinstance(module, Linear4bit) else None
@@ -310,7 +325,7 @@ def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, m
         linear.quant_state = state
         linear._is_hf_initialized = True
     return Params4bit(
-        packed,
+        packed if shards is None else shards.keep(name, packed),
         requires_grad=False,
         quant_state=state,
         blocksize=BLOCK_SIZE,

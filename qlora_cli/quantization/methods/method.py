@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.entries import WeightEntry
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods.fused_product import FusedProduct
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.settings.models import QuantizationSettings
@@ -166,10 +167,12 @@ class Method(ABC):
         compute_dtype: torch.dtype,
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
+        shards: KeptShards | None = None,
     ) -> QuantizationConfigMixin | None:
         """Return the config for `from_pretrained`; None to load weights unchanged.
 
         `unquantized` are the layers that are not quantized, and `experts` the fused ones that are, by full name.
+        `shards` keeps those of the weights, for one of several processes.
         """
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:

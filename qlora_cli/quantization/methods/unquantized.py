@@ -1,14 +1,18 @@
 """No quantization: the weights of linear layers stay in 16 or 32 bit, like all others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlora_cli.errors import ModelError
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
+from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods.method import Allocation, Method, Operator, WeightPart
+from qlora_cli.quantization.methods.shard_loader import ShardConfig
 from qlora_cli.quantization.methods.unquantized_product import (
     OPERATOR,
     Conv1DProduct,
@@ -38,8 +42,16 @@ class Unquantized(Method):
             dtype=dtype_name(dtype),
         )
 
-    def config(self, settings: QuantizationSettings, **_: Any) -> None:
-        """Return None: weights are loaded unchanged."""
+    def config(
+        self, settings: QuantizationSettings, *, shards: KeptShards | None = None, **_: Any
+    ) -> ShardConfig | None:
+        """Return None: weights are loaded unchanged, unless `shards` keeps those of one process."""
+        return None if shards is None else ShardConfig(shards)
+
+    def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
+        """Return the errors of weights of which no shard could be kept."""
+        assert isinstance(config, ShardConfig)
+        return config.refused.errors
 
     def store_on_meta(
         self,

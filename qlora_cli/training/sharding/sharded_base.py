@@ -4,22 +4,36 @@ Each process keeps a part of every weight. A layer gathers its weights when it i
 frees them afterwards. The adapter is not sharded: every process holds all of it, as without sharding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.errors import ModelError
+from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loss.output_head import backbone_of
 from qlora_cli.quantization.embedding import is_tied
+from qlora_cli.quantization.kept_shards import KeptShards, contiguous_stride, layer_names
 from qlora_cli.ranks.group import ProcessGroup
 
 
-def shard_base(model: PeftModel, group: ProcessGroup) -> None:
+def kept_shards(load_plan: LoadPlan, group: ProcessGroup) -> KeptShards:
+    """Return what keeps the shards of this process of the layers' weights, while a model is loaded by `load_plan`."""
+    layers = tuple(layer_names(load_plan.shapes, GradientCheckpointingLayer))
+    return KeptShards(rank=group.rank, size=group.size, device=load_plan.device, layers=layers)
+
+
+def shard_base(model: PeftModel, group: ProcessGroup, shards: KeptShards) -> None:
     """Replace the frozen weights of `model` by the shards of this process; all processes of `group` call it.
+
+    `shards` keeps those of the layers. What is in host memory otherwise is moved to the device.
 
     Raises:
         ModelError: the model has no layers that can be gathered one by one.
@@ -27,14 +41,23 @@ def shard_base(model: PeftModel, group: ProcessGroup) -> None:
     base: PreTrainedModel = model.get_base_model()
     units, shared = list(_units(base)), group.weights()
     kept = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    _forget_types(units)
     for unit in units:
+        parts = _take_parts(unit, shards)
         fully_shard(unit, mesh=shared.mesh, ignored_params=kept)
         assert isinstance(unit, FSDPModule)
         unit.set_custom_all_gather(shared.gather)
+        for part in parts:
+            part.put(shared.mesh)
+    assert shards.num_left == 0, "each is of a layer"
     # The backbone gathers nothing itself: what is in no unit stays whole. As the root, it lets its layers prefetch.
     backbone = backbone_of(base)
+    kind = type(backbone)
     fully_shard(backbone, mesh=shared.mesh, ignored_params=set(backbone.parameters()))
+    backbone.__class__ = kind  # by which transformers knows what it records, such as the logits of routers
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(shards.device)
+    setattr(base, "hf_device_map", {"": shards.device})  # noqa: B010 - an attribute that transformers adds
 
 
 def _units(base: PreTrainedModel) -> Iterator[nn.Module]:
@@ -56,10 +79,41 @@ def _units(base: PreTrainedModel) -> Iterator[nn.Module]:
     yield from (end for end in (embedding, head) if isinstance(end, nn.Embedding | nn.Linear))
 
 
-def _forget_types(units: Iterable[nn.Module]) -> None:
-    """Make plain parameters of those of bitsandbytes, whose modules know how to dequantize a gathered weight."""
-    for unit in units:
-        for module in unit.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if type(parameter) is not nn.Parameter and not parameter.requires_grad:
-                    setattr(module, name, nn.Parameter(parameter.data, requires_grad=False))
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The shard of this process of a weight, the attribute `name` of `module`, of `shape` as a whole."""
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    shard: torch.Tensor
+
+    def put(self, mesh: DeviceMesh) -> None:
+        """Give the module the shard."""
+        tensor = DTensor.from_local(
+            self.shard,
+            mesh,
+            (Shard(0),),
+            run_check=False,
+            shape=self.shape,
+            stride=contiguous_stride(self.shape),
+        )
+        setattr(self.module, self.name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _take_parts(unit: nn.Module, shards: KeptShards) -> list[_Part]:
+    """Return the shards that are kept of the weights of `unit`, which become plain parameters without memory.
+
+    So do other frozen parameters become plain ones: of those of bitsandbytes, the modules have the constants.
+    """
+    parts = []
+    for module in unit.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                continue
+            values = parameter.data
+            if (shard := shards.take(parameter)) is not None:
+                parts.append(_Part(module=module, name=name, shape=parameter.shape, shard=shard))
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+    return parts

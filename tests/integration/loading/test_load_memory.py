@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,16 @@ def test_experts_are_quantized_one_at_a_time(model: Path) -> None:
     figures = measure(model, model__dtype="bf16")
     assert figures["model_bytes"] < num_parameters(SHAPES[model.name]), "the experts are not quantized"
     check_bounded(figures)
+
+
+@pytest.mark.parametrize(("method", "num_layers"), [("nf4", 12), ("none", 6)])
+def test_a_process_never_holds_what_other_processes_keep(tmp_path: Path, method: str, num_layers: int) -> None:
+    model, num_shards = tmp_path / "wide", 4
+    write_model(model, replace(SHAPES["tiny"], hidden_size=1024, intermediate_size=4096, num_layers=num_layers))
+    # In fp32, which is not that of the file, nothing is mapped.
+    options = {"model__dtype": "fp32", "quantization__method": method}
+    whole, shard = (measure(model, *more, **options) for more in ((), ("--shards", str(num_shards))))
+    of_layers = whole["model_bytes"] - 4 * 2 * SHAPES["tiny"].vocab_size * 1024
+    assert shard["shard_bytes"] == pytest.approx(of_layers / num_shards, rel=0.06)
+    of_others = of_layers - shard["shard_bytes"]
+    assert whole["peak_host_bytes"] - shard["peak_host_bytes"] > 0.6 * of_others

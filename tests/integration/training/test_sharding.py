@@ -18,6 +18,8 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_cli.loading.loader import load_model
+from qlora_cli.loading.save import save_quantized
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.training import run_plan
 from qlora_cli.training.sharding.sharded_base import shard_base
@@ -25,6 +27,8 @@ from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, short_settings, train_settings
 from tests.integration.training.test_ranks import UNEVEN, all_done, distance
+from tests.support.models.experts import save_moe
+from tests.support.models.loading import load_settings
 from tests.support.processes.killed_runs import metrics_of
 from tests.support.processes.rank_processes import run_ranks
 
@@ -117,6 +121,25 @@ def test_every_way_to_compute_is_the_same_sharded(
     changed = {"training__gradient_accumulation_steps": 3, "data__eval_split": "2", **changed}
     train(short_settings(base_model, rows, one, **changed), Recorder())
     all_done(run_ranks(short_settings(base_model, rows, run, **changed, **SHARDED), tmp_path / "ranks", watching), 2)
+    check_same_run(run, one)
+    assert all(held["held"] < 0.51 * held["whole"] for held in watching.held(2))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe"])
+def test_experts_are_the_same_sharded(rows: Path, tmp_path: Path, family: str) -> None:
+    model, one, run = save_moe(tmp_path / "model", family), tmp_path / "one", tmp_path / "run"
+    changed = {"lora__target_parameters": "all-experts", "training__gradient_accumulation_steps": 3}
+    train(train_settings(model, rows, one, **changed), Recorder())
+    all_done(run_ranks(train_settings(model, rows, run, **changed, **SHARDED), tmp_path / "ranks"), 2)
+    check_same_run(run, one)
+
+
+def test_a_quantized_checkpoint_is_the_same_sharded(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    model, one, run = tmp_path / "model", tmp_path / "one", tmp_path / "run"
+    save_quantized(load_model(load_settings(base_model)), model, Recorder())
+    train(short_settings(model, rows, one), Recorder())
+    watching = Watching(tmp_path / "held")
+    all_done(run_ranks(short_settings(model, rows, run, **SHARDED), tmp_path / "ranks", watching), 2)
     check_same_run(run, one)
     assert all(held["held"] < 0.51 * held["whole"] for held in watching.held(2))
 
