@@ -13,6 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from qlora_cli.cli.failures import WHERE
+from qlora_cli.cli.volume import Quiet, Verbose
 from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import KINDS, Section, metadata_of
@@ -47,10 +48,10 @@ def parameter_of(path: str) -> str:
     return path.replace(".", SEPARATOR)
 
 
-def takes(command: Command) -> Callable[[Function], Function]:
-    """Decorate a command with the flags and arguments of all settings that it takes, and `--config` and `--set`.
+def takes(command: Command, *, has_volume: bool = True) -> Callable[[Function], Function]:
+    """Decorate a command with flags and arguments of all settings that it takes, and `--config`, `--set` and the like.
 
-    The command's signature has only its own parameters; `resolve_settings` reads settings from the context.
+    `has_volume` adds `--quiet` and `--verbose`. The command's signature has only its own parameters; `resolve_settings` reads settings from the context.
     """
 
     def give(function: Function) -> Function:
@@ -65,6 +66,8 @@ def takes(command: Command) -> Callable[[Function], Function]:
         parameters = [own["context"], *(_argument(path, fields.pop(path)) for path in arguments)]
         parameters += [_option(path, field) for path, field in fields.items()]
         parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
+        if has_volume:
+            parameters += [_parameter("quiet", Quiet, default=False), _parameter("verbose", Verbose, default=False)]
         parameters += [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in own.items()
@@ -107,8 +110,8 @@ def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
     return _parameter(parameter_of(path), Annotated[kind, argument])
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _parameter(name: str, annotation: Any, default: object = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def group_of(path: str) -> str:

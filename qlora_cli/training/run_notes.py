@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, describe_mixture
-from qlora_cli.data.feeding.prepare import PreparedData
+from qlora_cli.data.feeding.prepare import PreparedData, TrainingData
 from qlora_cli.data.feeding.stream import OUTCOMES
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
 from qlora_cli.data.showing.preview import preview_rows
@@ -16,15 +16,20 @@ from qlora_cli.units import counted
 LINE_CHARACTERS = 240
 
 
-def note_data(data: PreparedData, tokenizer: PreTrainedTokenizerBase, max_length: int, reporter: Reporter) -> None:
-    """Report what was recognised, with one row, and what was truncated, dropped or skipped."""
+def note_previews(rows: TrainingData, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
+    """Report the first row that is trained, and the first one held out, with what of it is trained."""
+    for data in (rows.train, rows.evaluation):
+        for row in preview_rows(data, tokenizer, 1) if data is not None else ():
+            reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.one_line(LINE_CHARACTERS)}"))
+
+
+def note_data(data: PreparedData, max_length: int, reporter: Reporter) -> None:
+    """Report what was recognised, and what was truncated, dropped or skipped."""
     report = data.report
     summary = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
     trained = f"{counted(report.tokens, 'token')}, {report.supervised_tokens:,} of them trained"
     fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
     reporter.report(Noted(message=f"{summary}; {fed}{trained}"))
-    for row in preview_rows(data, tokenizer, 1):
-        reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.one_line(LINE_CHARACTERS)}"))
     if len(report.mixture) > 1 and data.stream is None:
         reporter.report(Noted(message=f"mixed of {describe_mixture(report)}"))
     if report.packed_rows is not None:

@@ -369,7 +369,7 @@ def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Report
     rows = prepare_data(data, text, seed=settings.training.seed)
     for prepared in (rows.train, rows.evaluation):
         if prepared is not None:
-            note_data(prepared, tokenizer.tokenizer, data.max_length, reporter)
+            note_data(prepared, data.max_length, reporter)
     return rows
 
 

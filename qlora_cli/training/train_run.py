@@ -53,12 +53,11 @@ from qlora_cli.training.out_of_resources import explained, smaller_micro_batch
 from qlora_cli.training.rehearsal import RehearsalError
 from qlora_cli.training.resuming.loop_state import LoopState
 from qlora_cli.training.resuming.resume import given_settings, result_of_done
-from qlora_cli.training.run_notes import note_stream
+from qlora_cli.training.run_notes import note_previews, note_stream
 from qlora_cli.training.run_plan import (
     PreparedRun,
     SettledRun,
     load_run,
-    prepare_run,
     settle_run,
     with_leaner_plan,
     with_memory_of,
@@ -83,7 +82,9 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     """
     check_dry_run(resolved.settings.training)
     with without_launcher(), determinism(resolved.settings.training):
-        return prepare_run(resolved, reporter, force=force).plan
+        settled = settle_run(resolved, reporter, force=force)
+        note_previews(settled.rows, settled.load_plan.tokenizer.tokenizer, reporter)
+        return load_run(settled, reporter).plan
 
 
 @without_cudnn_attention()

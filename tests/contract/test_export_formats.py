@@ -92,7 +92,7 @@ run("train", "--model", base, "--dataset", rows, "--output", tuned, "--dtype", "
 into = ("--base", "original", *on_cpu)
 alone = json.loads(run("merge", tuned, "--format", "steps", *into, "--json"))
 compared = json.loads(run("generate", tuned, "--compare", "--prompt", "What is a list?", *on_cpu, "--json"))
-both = run("merge", tuned, "--format", "hf", "--format", "steps", "--output", work / "both", *into)
+both = run("merge", tuned, "--format", "hf", "--format", "steps", "--output", work / "both", "--verbose", *into)
 refused = call("merge", tuned, "--format", "steps", "--dtype", "fp16", "--output", work / "no", *into)
 request = MergeCommandSettings(merge=MergeSettings(adapters=(tuned,), formats=("steps", "hf")))
 place, patterns = RequestedFormats.of(request).pushed(work / "both")
@@ -153,7 +153,7 @@ def test_the_terminal_shows_it(asked: dict[str, Any]) -> None:
     assert re.search(r" steps \S+/both/steps ", asked["shown"])
     assert "Quantized again to steps of 1/64, against the merged model KL divergence" in asked["shown"]
     assert "for steps" in asked["plan"]
-    assert re.search(r"--format \[?(\w+\|)*steps\|", asked["help"])
+    assert re.search(r"--format CHOICE .* One of (\w+, )*steps, ", asked["help"])
 
 
 def test_its_files_are_pushed_and_as_the_only_format_it_is_the_runs_merged_model(asked: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`qlora merge` as scripts and users see it: flags, keys of --json, the dry run, where the result goes, refusals."""
 
 import json
+import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_auto_takes_the_nearer_base_and_says_how_near_both_are(result: dict[str,
 
 
 def test_the_text_says_what_was_merged_and_how_near_it_is(run: Path, tmp_path: Path) -> None:
-    done = qlora_merge(run, "--output", tmp_path / "out")
+    done = qlora_merge(run, "--output", tmp_path / "out", "--verbose")
     assert done.exit_code == 0, done.output
     first, *lines = done.stdout.splitlines()
     assert first == str(tmp_path / "out")
@@ -93,6 +94,7 @@ def test_the_text_says_what_was_merged_and_how_near_it_is(run: Path, tmp_path: P
     ]
     assert "\x1b" not in done.stdout
     assert "Merging into" in done.stderr
+    assert done.stderr.endswith(f"next: vllm serve {shlex.quote(str(tmp_path / 'out'))}\n")
 
 
 def test_a_dry_run_says_what_each_tensor_becomes_and_writes_nothing(run: Path, tmp_path: Path) -> None:

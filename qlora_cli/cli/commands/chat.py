@@ -15,6 +15,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.commands.generate import check_request
 from qlora_cli.cli.stderr import print_line
+from qlora_cli.cli.volume import volume_of
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.models import ChatSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -44,7 +45,7 @@ def chat(context: typer.Context) -> None:
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
 
-    with reporting() as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.answering.conversation import Chat
         from qlora_cli.answering.open_model import open_model
 

@@ -58,7 +58,7 @@ config_app.add_typer(show_app)
 
 
 @show_app.callback()
-@options.takes(Command.TRAIN)
+@options.takes(Command.TRAIN, has_volume=False)
 def show(context: typer.Context, json: options.Json = False) -> None:  # noqa: ARG001 - read from the context
     """Print every setting, its value and where the value comes from. Takes the flags of train.
 

@@ -7,6 +7,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import print_next
 
 
 def demo(
@@ -23,6 +24,7 @@ def demo(
         raise problem
 
     from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.rendering.next_steps import AFTER_DEMO
     from qlora_cli.cli.rendering.training_text import render_demo
 
     with reporting() as reporter:
@@ -34,3 +36,4 @@ def demo(
         import signal
 
         raise typer.Exit(128 + signal.Signals[result.train.interrupted_by])
+    print_next(AFTER_DEMO, as_json=json)

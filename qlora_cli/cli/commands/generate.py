@@ -9,6 +9,7 @@ from qlora_cli.answering.answer_checks import check_merged
 from qlora_cli.answering.answers import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import volume_of
 from qlora_cli.errors import UsageError
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.error_collector import ErrorCollector
@@ -35,7 +36,7 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.cli.rendering.answer_text import AnswerPrinter, print_prompt, render_answers, to_terminal
 
     streams = to_terminal() and not (json or request.compare)
-    with reporting() as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.answering import answer_prompts as answering
         from qlora_cli.answering.open_model import open_model
 

@@ -7,6 +7,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
+from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, SettingsError
@@ -34,6 +35,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the settings are right
     from qlora_cli.cli.rendering.data_text import render_data
+    from qlora_cli.cli.rendering.next_steps import AFTER_INSPECTION
     from qlora_cli.data.showing.page_file import check_page
     from qlora_cli.events import Noted, PhaseStarted
 
@@ -41,7 +43,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
         raise problem.for_setting("inspect_data.html")
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with reporting() as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.data.showing.inspection import inspect_data as look_at
         from qlora_cli.data.tokenizing.encode import TextTokenizer
         from qlora_cli.tokenizing.positions import LENGTH, limit_length, note_length
@@ -65,6 +67,8 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     print_json(inspection.as_json()) if json else render_data(inspection)
     for refusal in inspection.refusals:
         print_line(f"error: {refusal}")
-    if inspection.refusals:
+    if not inspection.refusals:
+        print_next(AFTER_INSPECTION, volume_of(context), as_json=json)
+    else:
         print_line("  hint: train would end with this; see qlora inspect-data --help for what may be accepted")
         raise typer.Exit(DataError.exit_code)

@@ -9,6 +9,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.commands.memory_request import read_request, reads_data
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.settings.setting_metadata import Command
 
@@ -35,11 +36,12 @@ def inspect_memory(
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.memory_text import render_memory
+    from qlora_cli.cli.rendering.next_steps import AFTER_PREDICTION
     from qlora_cli.events import Noted
 
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import (bitsandbytes asks for it).
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with reporting() as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.memory.memory_report import inspect_memory as predict
 
         if reads_data(request.asked):
@@ -56,3 +58,4 @@ def inspect_memory(
     print_json(report) if json else render_memory(report, request.gpus, details=details)
     if request.gpus and any(fit.fits == "no" for fit in report.fits):
         raise typer.Exit(OutOfMemoryError.exit_code)
+    print_next(AFTER_PREDICTION, volume_of(context), as_json=json)

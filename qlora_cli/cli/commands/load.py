@@ -7,6 +7,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import command, print_next, volume_of
 from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import LoadCommandSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -29,7 +30,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     if save is not None and (problem := check_free_directory(save, "--save")):
         errors.add("load.save", problem.for_setting("load.save"))
     errors.raise_collected()
-    with reporting() as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.loading.load_plan import plan_load
         from qlora_cli.loading.loader import load_planned
         from qlora_cli.loading.save import check_savable, save_quantized
@@ -44,3 +45,4 @@ def load(context: typer.Context, json: options.Json = False) -> None:
             num_bytes = save_quantized(loaded, save, reporter)
             report = dataclasses.replace(report, saved=save, saved_bytes=num_bytes)
     print_json(report) if json else render_load(report)
+    print_next([command("inspect-memory", resolved.settings.model.name)], volume_of(context), as_json=json)

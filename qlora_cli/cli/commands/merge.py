@@ -6,6 +6,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import Volume, print_next, volume_of
 from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.settings.models import MergeCommandSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -18,15 +19,17 @@ def merge(
     json: options.Json = False,
 ) -> None:
     """Merge adapters into their base, tensor by tensor on the CPU, and prove that the result is what was trained."""
+    volume = volume_of(context)
     resolved = options.resolve_settings(context, MergeCommandSettings)
     request = resolved.settings
     check_merge(request, resolved.where_of)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
     from qlora_cli.cli.rendering.merge_text import render_merge, render_merge_plan
+    from qlora_cli.cli.rendering.next_steps import AFTER_PLAN, after_merge
     from qlora_cli.cli.termination import signals_as_errors
 
-    with reporting() as reporter, signals_as_errors():
+    with reporting(volume) as reporter, signals_as_errors():
         from qlora_cli.merging import merge_run
 
         if dry_run:
@@ -36,4 +39,5 @@ def merge(
     if dry_run:
         print_json(report) if json else render_merge_plan(report)
     else:
-        print_json(result) if json else render_merge(result)
+        print_json(result) if json else render_merge(result, in_detail=volume == Volume.VERBOSE)
+    print_next(AFTER_PLAN if dry_run else after_merge(result), volume, as_json=json)

@@ -11,6 +11,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.robust_stream import ignoring_lost_terminal
+from qlora_cli.cli.volume import Volume, print_next, volume_of
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporters
 from qlora_cli.ranks.group import failing_together
@@ -46,6 +47,7 @@ def train(
     json: options.Json = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a frozen base, in 4 bit by default, and write a run directory."""
+    volume = volume_of(context)
     resolved = options.resolve_settings(context, TrainSettings)
 
     from qlora_cli.training.checks.input_checks import check_train_inputs  # readers of data: not for the help
@@ -54,13 +56,15 @@ def train(
 
     if dry_run:
         from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+        from qlora_cli.cli.rendering.next_steps import AFTER_PLAN
         from qlora_cli.cli.rendering.training_text import render_plan
 
-        with reporting() as reporter:
+        with reporting(volume) as reporter:
             from qlora_cli.training import train_run
 
             plan = train_run.plan(resolved, reporter, force=force)
         print_json(plan) if json else render_plan(plan)
+        print_next(AFTER_PLAN, volume, as_json=json)
         return
     place = place_in(os.environ)
     num_gpus, is_cpu = resolved.settings.training.num_gpus, resolved.settings.model.device == Device.CPU
@@ -71,7 +75,7 @@ def train(
             check_gpus(num_gpus)
         raise typer.Exit(launch(num_gpus, sys.argv[1:]))
     try:
-        result = _train(_shared_by(place, resolved), place, force=force, as_json=json)
+        result = _train(_shared_by(place, resolved), place, force=force, as_json=json, volume=volume)
     except QloraError as error:
         is_told = place.rank > 0 and type(error).__name__ not in TOLD_BY_EACH
         if is_told:  # by the first process
@@ -89,19 +93,23 @@ def _shared_by(place: Place, resolved: Resolved[TrainSettings]) -> Resolved[Trai
     return settle(resolved, [launcher])
 
 
-def _train(resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool) -> "TrainResult":
+def _train(
+    resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool, volume: Volume
+) -> "TrainResult":
     """Train in this process, alone or as one of several, of which the first one reports."""
     from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.rendering.next_steps import after_training
     from qlora_cli.cli.rendering.training_text import render_training
     from qlora_cli.ranks.distributed_group import joined
 
     training, device = resolved.settings.training, resolved.settings.model.device
     with joined(place, training.num_gpus, on_cpu=device == Device.CPU) as group, failing_together(group):
-        with reporting() if group.is_first else nullcontext(Reporters([])) as reporter:
+        with reporting(volume) if group.is_first else nullcontext(Reporters([])) as reporter:
             from qlora_cli.training import train_run
 
             result = train_run.train(resolved, reporter, force=force, group=group)
         if group.is_first:
             with ignoring_lost_terminal(sys.stdout):  # the run directory holds all of it
                 print_json(result) if as_json else render_training(result)
+            print_next(after_training(result), volume, as_json=as_json)
         return result

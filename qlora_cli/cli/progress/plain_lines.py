@@ -15,7 +15,7 @@ from qlora_cli.cli.progress.transfers import Transfer
 from qlora_cli.cli.robust_stream import RobustStream
 from qlora_cli.cli.sparkline import can_show_blocks
 from qlora_cli.cli.stderr import sanitize
-from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, StepDone, TrainingEnded
+from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, Noted, StepDone, StepSkipped, TrainingEnded
 from qlora_cli.units import format_duration
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -87,3 +87,17 @@ class PlainReporter:
     def _write(self, line: str | None) -> None:
         if line is not None:
             print(sanitize(line), file=self._file, flush=True)
+
+
+class WarningReporter:
+    """Writes warnings only, and how a run that was stopped is resumed."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = RobustStream(file)
+
+    def report(self, event: Event) -> None:
+        """Write a line for a warning."""
+        is_warning = isinstance(event, Noted) and event.level == "warning"
+        is_stopped = isinstance(event, TrainingEnded) and event.interrupted_by is not None
+        if is_warning or is_stopped or isinstance(event, StepSkipped):
+            self._file.write(f"{sanitize(describe_event(event) or '')}\n")

@@ -5,17 +5,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TextIO, cast
 
 from qlora_cli.cli.console import TextConsole
 from qlora_cli.cli.progress.live_display import LiveReporter
-from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.progress.plain_lines import PlainReporter, WarningReporter
 from qlora_cli.cli.robust_stream import RobustStream
+from qlora_cli.cli.volume import Volume
 from qlora_cli.events import Reporter
 
 
 @contextmanager
-def reporting() -> Iterator[Reporter]:
+def reporting(volume: Volume = Volume.NORMAL) -> Iterator[Reporter]:
     """Yield the reporter for the kind of stderr, and restore the terminal at the end."""
     if sys.stderr is None:  # closed by `2>&-`
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
@@ -23,10 +24,16 @@ def reporting() -> Iterator[Reporter]:
         return
     console = TextConsole(cast(IO[str], RobustStream(sys.stderr)))
     # stdout is for the result: output of trackers goes to stderr, like progress.
-    if not sys.stderr.isatty() or console.is_dumb_terminal:  # such as TERM=dumb, which can't redraw
+    if volume != Volume.NORMAL or not sys.stderr.isatty() or console.is_dumb_terminal:  # as TERM=dumb: no redrawing
         with redirect_stdout(sys.stderr):
-            yield PlainReporter(sys.stderr)
+            yield _plain_reporter(sys.stderr, volume)
         return
     reporter = LiveReporter(console)
     with reporter.live:
         yield reporter
+
+
+def _plain_reporter(file: TextIO, volume: Volume) -> Reporter:
+    if volume == Volume.QUIET:
+        return WarningReporter(file)
+    return PlainReporter(file, interval_seconds=0) if volume == Volume.VERBOSE else PlainReporter(file)

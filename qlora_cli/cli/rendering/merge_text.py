@@ -15,6 +15,7 @@ from qlora_cli.merging.merge_result import (
     TensorPlan,
     Verification,
 )
+from qlora_cli.model_files.merge_record import MERGE_FILE
 from qlora_cli.units import counted, format_bytes, format_duration
 
 ACTION_NAMES = {
@@ -25,8 +26,37 @@ ACTION_NAMES = {
 }
 
 
-def render_merge(result: MergeResult) -> None:
-    """Print a merge, and its comparison with the trained model."""
+def render_merge(result: MergeResult, *, in_detail: bool = False) -> None:
+    """Print a merge in a few lines, or with all figures of its comparison with the trained model."""
+    if in_detail:
+        _render_in_detail(result)
+        return
+    title(f"{result.output}")
+    adapters = ", ".join(adapter.name for adapter in result.adapters)
+    tensors = f"{result.num_merged_tensors:,} of {counted(result.num_tensors, 'tensor')} merged, in {result.dtype}"
+    took = f"{format_duration(result.total_seconds)}, {format_bytes(result.peak_host_bytes)} at most"
+    print_rows(
+        [
+            ("merged", f"{adapters} into {_describe_choice(result.base_choice)}"),
+            ("written", f"{format_bytes(result.bytes_written)}: {tensors}"),
+            ("verified", _verified_in_short(result.verification)),
+            ("took", f"{took}; all figures: {MERGE_FILE}"),
+            *(_format_rows(result) if len(result.outputs) > 1 else ()),
+            *([("on the hub", result.pushed_to)] if result.pushed_to else []),
+        ]
+    )
+
+
+def _verified_in_short(verification: Verification | None) -> str:
+    if verification is None:
+        return "no (--no-verify)"
+    divergence = verification.divergence
+    against = "the base with the adapter on it" if verification.ran_adapters else "their sum in fp32"
+    same = f"top token the same at {divergence.top_token_agreement:.2%}"
+    return f"against {against}: KL divergence {divergence.mean_kl:.2g} nats a token, {same}"
+
+
+def _render_in_detail(result: MergeResult) -> None:
     title(f"{result.output}")
     rows = [
         ("base", _named(result.base_model, result.commit)),

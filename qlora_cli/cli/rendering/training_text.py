@@ -8,6 +8,7 @@ from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
 from qlora_cli.demo.demo_result import DemoResult
+from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime, TrainPlan, TrainResult
 from qlora_cli.settings.value_sources import Origin
 from qlora_cli.timing.run_ratios import described
@@ -97,6 +98,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
+        ("report", str(result.output / REPORT_FILE)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]
 

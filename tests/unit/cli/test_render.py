@@ -15,7 +15,8 @@ from qlora_cli.cli.progress.plain_lines import PlainReporter
 from qlora_cli.cli.progress.reporters import reporting
 from qlora_cli.cli.rendering.load_text import bars, errors_by_layer, render_load
 from qlora_cli.cli.rendering.training_text import render_plan, render_training
-from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingStarted
+from qlora_cli.cli.volume import Volume
+from qlora_cli.events import MemoryUse, Noted, StepDone, TrainingEnded, TrainingStarted
 from qlora_cli.quantization.load_report import KindCount, LoadReport, WeightError
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import read_record
@@ -157,6 +158,22 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch: pytest.Monk
         reporter.report(Noted(message="hello"))
     assert isinstance(reporter, PlainReporter)
     assert terminal.getvalue() == "hello\n"
+
+
+def test_quiet_writes_warnings_only_and_verbose_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    warning = Noted(level="warning", message="rows are lost")
+    stopped = TrainingEnded(step=3, num_steps=9, interrupted_by="SIGINT")
+    events = (Noted(message="hello"), replace(STEP, step=50), replace(STEP, step=51), warning, stopped)
+    shown = {}
+    for volume in Volume:
+        with reporting(volume) as reporter:
+            for event in events:
+                reporter.report(event)
+        shown[volume] = capsys.readouterr().err
+    end = "Stopped by SIGINT after step 3 of 9; the same command resumes there"
+    assert shown[Volume.QUIET].splitlines() == ["warning: rows are lost", end]
+    assert [shown[volume].count("step 5") for volume in (Volume.NORMAL, Volume.VERBOSE)] == [1, 2]
+    assert all("hello" in shown[volume] and end in shown[volume] for volume in (Volume.NORMAL, Volume.VERBOSE))
 
 
 def test_a_closed_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ REPORT = MergeReport(
 
 def shown(result: MergeResult | MergeReport, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
     """Return the output, and its rows by name."""
-    render_merge(result) if isinstance(result, MergeResult) else render_merge_plan(result)
+    render_merge(result, in_detail=True) if isinstance(result, MergeResult) else render_merge_plan(result)
     text = capsys.readouterr().out
     assert "\x1b" not in text
     rows = (line.strip().split("  ", 1) for line in text.splitlines() if line.startswith("  "))
@@ -144,7 +144,7 @@ def test_a_merge_is_shown_with_its_base_and_divergence(capsys: pytest.CaptureFix
 def test_a_sum_that_was_not_verified_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert RESULT.verification is not None
     verification = replace(RESULT.verification, ran_adapters=False, modules=None)
-    render_merge(replace(RESULT, verification=verification))
+    render_merge(replace(RESULT, verification=verification), in_detail=True)
     text = capsys.readouterr().out
     assert "Verified against their sum in fp32" in text
     assert re.search(r"not verified +the sum itself: PEFT can't run these adapters together", text)
@@ -202,3 +202,17 @@ def test_a_plan_shows_what_happens_to_each_tensor(capsys: pytest.CaptureFixture[
     assert rows["merged"] == "1 tensor, 2.00 MiB read, 4.00 MiB written"
     assert rows["scale"] == "copied as bytes, scalar, F32, in a.safetensors"
     assert rows["q_proj.weight"] == "merged, 8 x 4, BF16 to F32, in b.safetensors"
+
+
+def test_a_merge_is_five_lines_unless_all_figures_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    render_merge(RESULT)
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "runs/demo/merged",
+        "merged runs/demo into the dequantized base, the nearer one as measured",
+        "written 7.00 MiB: 28 of 1,038 tensors merged, in bfloat16",
+        "verified against the base with the adapter on it: KL divergence 1e-05 nats a token, "
+        "top token the same at 99.37%",
+        "took 4.29 s, 562.00 MiB at most; all figures: merge.json",
+    ]
+    render_merge(replace(RESULT, verification=None))
+    assert "verified  no (--no-verify)" in capsys.readouterr().out

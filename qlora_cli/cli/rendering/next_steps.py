@@ -1,0 +1,48 @@
+"""What comes after a command, as commands to type."""
+
+from collections.abc import Iterator
+from shlex import quote
+
+from qlora_cli.cli.volume import command
+from qlora_cli.evaluating.evaluation_result import Evaluation
+from qlora_cli.merging.merge_result import MergeResult
+from qlora_cli.runs.run_result import TrainResult
+
+AFTER_PLAN = ("the same command without --dry-run",)
+AFTER_PREDICTION = ("qlora train with the same settings, and --model, --dataset and --output",)
+AFTER_INSPECTION = ("qlora train with the same flags, and --output",)
+AFTER_DEMO = (
+    "qlora inspect-memory MODEL --gpu 24GB",
+    "qlora train --model MODEL --dataset FILE --output DIRECTORY",
+)
+AFTER_DOCTOR = ("qlora demo", "qlora inspect-memory MODEL --gpu auto")
+
+
+def after_training(result: TrainResult) -> list[str]:
+    """Return what to do with a run; nothing for one that was stopped, which has said how it is resumed."""
+    if result.interrupted_by is not None:
+        return []
+    run = result.output
+    return [command("chat", run), command("evaluate", run), command("merge", run)]
+
+
+def after_evaluation(result: Evaluation) -> list[str]:
+    """Return how an adapter becomes a model of its own."""
+    return [command("merge", result.model)] if result.adapter is not None and result.merged is None else []
+
+
+def after_merge(result: MergeResult) -> list[str]:
+    """Return how to run each format."""
+    return [*_commands_that_serve(result)]
+
+
+def _commands_that_serve(result: MergeResult) -> Iterator[str]:
+    for name, path in result.outputs.items():
+        if name == "hf":
+            yield f"vllm serve {quote(str(path))}"
+        elif name == "ollama":
+            yield f"ollama create NAME -f {quote(str(path / 'Modelfile'))}"
+        elif files := sorted(path.glob("*.gguf")):
+            yield f"llama-server --jinja -m {quote(str(files[0]))}"
+        else:
+            yield command("chat", path)
