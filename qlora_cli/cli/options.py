@@ -51,7 +51,8 @@ def parameter_of(path: str) -> str:
 def takes(command: Command, *, has_volume: bool = True) -> Callable[[Function], Function]:
     """Decorate a command with flags and arguments of all settings that it takes, and `--config`, `--set` and the like.
 
-    `has_volume` adds `--quiet` and `--verbose`. The command's signature has only its own parameters; `resolve_settings` reads settings from the context.
+    `has_volume` adds `--quiet` and `--verbose`. The command's signature has only its own parameters;
+    `resolve_settings` reads settings from the context.
     """
 
     def give(function: Function) -> Function:
