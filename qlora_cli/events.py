@@ -117,11 +117,11 @@ class EvalStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationAdvanced:
-    """`qlora evaluate` progressed to `num_done` of `num_all` rows, or requests of the task in `title`."""
+class WorkAdvanced:
+    """Work without steps, such as "Evaluating the base", progressed to `num_done` of `num_all` units."""
 
     title: str
-    unit: Literal["row", "request"]
+    unit: Literal["row", "request", "layer"]
     num_done: Whole
     num_all: Whole
     seconds_left: float
@@ -176,7 +176,7 @@ Event = (
     | StepSkipped
     | StepDone
     | EvalStarted
-    | EvaluationAdvanced
+    | WorkAdvanced
     | EvalDone
     | SampleDone
     | CheckpointSaved

@@ -6,7 +6,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from qlora_cli.events import EvaluationAdvanced, Reporter
+from qlora_cli.events import Reporter, WorkAdvanced
 
 BATCHES_A_REPORT = 32
 
@@ -38,8 +38,8 @@ class ReportingLM(HFLM):
             results += answer(requests[start : start + size], disable_tqdm=True)
             seconds = time.monotonic() - started
             self._reporter.report(
-                EvaluationAdvanced(
-                    title=self._title,
+                WorkAdvanced(
+                    title=f"Evaluating {self._title}",
                     unit="request",
                     num_done=len(results),
                     num_all=len(requests),

@@ -21,7 +21,7 @@ from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.data.rows.examples import IGNORE_INDEX
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.events import EvaluationAdvanced, Noted, Reporter
+from qlora_cli.events import Noted, Reporter, WorkAdvanced
 from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.loss.chunked_loss import token_losses, trained_tokens
 from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, output_head
@@ -127,8 +127,8 @@ class _LossProgress:
     def report(self, done: Numbers) -> None:
         share = int(self._lengths[done].sum()) / int(self._lengths.sum())
         self._reporter.report(
-            EvaluationAdvanced(
-                title=self._title,
+            WorkAdvanced(
+                title=f"Evaluating {self._title}",
                 unit="row",
                 num_done=len(done),
                 num_all=len(self._lengths),

@@ -14,7 +14,7 @@ from qlora_cli.adapters.reader import Adapter, StoredAdapter, fit, num_vocabular
 from qlora_cli.attention.choice import ChosenAttention, choose_attention
 from qlora_cli.errors import MissingDependencyError, ModelError
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.hardware.device import ComputeDtype, choose_compute_dtype, choose_device
+from qlora_cli.hardware.device import TORCH_DTYPES, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_cli.hardware.driver import unused_gpu
 from qlora_cli.loading.model_outline import ModelOutline, find, settle_load
 from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
@@ -69,6 +69,12 @@ class LoadPlan:
     adapter: Adapter | None
     num_rows: int
     notes: tuple[str, ...]
+
+    @property
+    def compute_torch_dtype(self) -> torch.dtype:
+        """The dtype that quantized layers multiply in: that of the model, unless set otherwise."""
+        asked = self.settings.quantization.compute_dtype
+        return self.dtype.torch_dtype if asked == Dtype.AUTO else TORCH_DTYPES[asked]
 
     @property
     def num_own_rows(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.adapters.adapter import load_adapter
 from qlora_cli.adapters.loftq import plan_residuals
@@ -17,7 +18,7 @@ from qlora_cli.adapters.reader import Adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter, SilentReporter
 from qlora_cli.hardware.counters import peak_device_allocated_bytes, peak_host_bytes, reset_device_peak
-from qlora_cli.hardware.device import TORCH_DTYPES, ComputeDtype
+from qlora_cli.hardware.device import ComputeDtype
 from qlora_cli.hub.repository import check_download
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.weight_reader import (
@@ -32,6 +33,7 @@ from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.pickles import check_pickle
 from qlora_cli.model_files.source import ModelSource, fetch_weights
 from qlora_cli.model_files.unexpected_weights import note_on_prediction
+from qlora_cli.quantization.calibrated_weights import CalibratedWeights
 from qlora_cli.quantization.embedding import (
     embedding_of,
     extend_vocabulary,
@@ -42,9 +44,8 @@ from qlora_cli.quantization.embedding import (
 from qlora_cli.quantization.entries import Inventory
 from qlora_cli.quantization.inventory import take_inventory
 from qlora_cli.quantization.kept_shards import KeptShards
-from qlora_cli.quantization.load_report import LoadReport, WeightError
+from qlora_cli.quantization.load_report import CalibrationReport, LoadReport, WeightError
 from qlora_cli.quantization.memory_check import fits_unquantized
-from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.quantization.storage_plan import StoragePlan
 from qlora_cli.settings.choices import Dtype
 from qlora_cli.settings.models import LoadSettings, LoraSettings
@@ -74,6 +75,7 @@ class LoadedModel:
     inventory: Inventory
     errors: dict[str, float] | None
     shards: KeptShards | None
+    calibration: CalibrationReport | None
     unquantized_fits: bool
     load_seconds: float
     peak_host_bytes: int
@@ -128,6 +130,7 @@ class LoadedModel:
             kinds=inventory.kinds(),
             dtype_bytes=inventory.bytes_by_dtype(),
             errors=errors,
+            calibration=self.calibration,
             compute_dtype=self.compute_dtype.name.value,
             compute_dtype_reason=self.compute_dtype.reason,
             load_seconds=self.load_seconds,
@@ -161,13 +164,15 @@ def load_planned(
     trains_adapter: bool = False,
     lora: LoraSettings | None = None,
     shards: KeptShards | None = None,
+    calibrated: CalibratedWeights | None = None,
     started: float | None = None,
 ) -> LoadedModel:
     """Read the weights of `load_plan`.
 
     With `trains_adapter` the named adapter will be trained further. `lora` describes the new adapter that will be
     attached, which may be initialized from quantization residuals. With `shards`, the model has placeholders for the
-    weights that these keep, and all others are in host memory. `started` is the monotonic time from which
+    weights that these keep, and all others are in host memory; `calibrated` codes are stored in place of the nearest
+    ones. `started` is the monotonic time from which
     `load_seconds` counts; by default now.
 
     Raises:
@@ -179,10 +184,18 @@ def load_planned(
         _check_measurable(load_plan.layout)
     residuals = None if lora is None else plan_residuals(load_plan.shapes, load_plan.layout, lora)
     settings, device = load_plan.settings, load_plan.device
-    checkpoint = _read_headers(load_plan, reporter)
+    checkpoint = read_headers(load_plan, reporter)
     reporter.report(PhaseStarted(title=f"Loading {settings.model.name} ({load_plan.layout.describe()})"))
     reset_device_peak(device)
-    model = _load(load_plan, checkpoint, reporter, measure_error=measure_error, residuals=residuals, shards=shards)
+    quantization = quantization_config(
+        load_plan.layout,
+        load_plan.compute_torch_dtype,
+        measure_error=measure_error,
+        residuals=residuals,
+        shards=shards,
+        calibrated=calibrated,
+    )
+    model = _load(load_plan, checkpoint, reporter, quantization, shards)
     vocabulary_notes = _extend_vocabulary(model, load_plan)
     _align_end_tokens(model, load_plan.tokenizer.tokenizer)
     prediction_note = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
@@ -208,6 +221,7 @@ def load_planned(
         inventory=inventory,
         errors=load_plan.layout.method.measured_errors(model) if measure_error else None,
         shards=shards,
+        calibration=None if calibrated is None else calibrated.report,
         unquantized_fits=fits_unquantized(load_plan.layout, load_plan.free_bytes),
         load_seconds=time.monotonic() - start,
         peak_host_bytes=peak_host_bytes(),
@@ -220,30 +234,24 @@ def _load(
     load_plan: LoadPlan,
     checkpoint: Checkpoint,
     reporter: Reporter,
-    *,
-    measure_error: bool,
-    residuals: QuantizationResiduals | None,
+    quantization: QuantizationConfigMixin | None,
     shards: KeptShards | None,
 ) -> PreTrainedModel:
     settings, device = load_plan.settings, load_plan.device
-    compute = settings.quantization.compute_dtype
-    compute_dtype = load_plan.dtype.torch_dtype if compute == Dtype.AUTO else TORCH_DTYPES[compute]
     model = load_weights(
         load_plan.source,
         checkpoint,
         load_plan.base,
         load_plan.layout,
         device_map=_device_map(load_plan) if shards is None else {"": "cpu"},
-        quantization=quantization_config(
-            load_plan.layout, compute_dtype, measure_error=measure_error, residuals=residuals, shards=shards
-        ),
+        quantization=quantization,
         attention=load_plan.attention.implementation,
         trust_remote_code=settings.model.trust_remote_code,
         reporter=reporter,
         shards=shards,
     )
     if load_plan.layout.prequantized is not None:
-        apply_compute_settings(model, load_plan.layout, compute_dtype)
+        apply_compute_settings(model, load_plan.layout, load_plan.compute_torch_dtype)
     if settings.model.offload_embedding:
         undo_dispatch(model)
         if load_plan.layout.settings.method.is_quantized:
@@ -254,8 +262,13 @@ def _load(
     return model
 
 
-def _read_headers(load_plan: LoadPlan, reporter: Reporter) -> Checkpoint:
-    """Download the weights, and check that they are complete and have the planned shapes."""
+def read_headers(load_plan: LoadPlan, reporter: Reporter) -> Checkpoint:
+    """Download the weights, and check that they are complete and have the planned shapes.
+
+    Raises:
+        ModelError: they are not.
+        ModelNotFoundError: they are on the hub, which can't be reached or denies access.
+    """
     fetch_weights(load_plan.source, reporter)
     return _read_checkpoint(load_plan)
 

@@ -100,6 +100,7 @@ def _note(loaded: LoadedModel) -> dict[str, Any]:
         "commit": loaded.source.commit,
         "dtype": loaded.dtype.name,
         "quantization": loaded.settings.quantization.model_dump(mode="json"),
+        "calibration": loaded.calibration,
         "kept_in_16_bit": sorted(loaded.layout.unquantized),
         "quantized_experts": list(loaded.layout.experts),
         "versions": {name: version(name) for name in ("bitsandbytes", "torch", "transformers")},

@@ -28,6 +28,7 @@ from qlora_cli.model_files.unexpected_weights import (
     may_be_ignored,
     prediction_layers,
 )
+from qlora_cli.quantization.calibrated_weights import CalibratedWeights
 from qlora_cli.quantization.inventory import unique_parameters
 from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods import stored_weight
@@ -54,6 +55,7 @@ def quantization_config(
     measure_error: bool = False,
     residuals: QuantizationResiduals | None = None,
     shards: KeptShards | None = None,
+    calibrated: CalibratedWeights | None = None,
 ) -> QuantizationConfigMixin | None:
     """Return the quantization config for `from_pretrained`; None to load as stored, or unquantized and whole."""
     if layout.prequantized is not None:
@@ -66,6 +68,7 @@ def quantization_config(
         measure_error=measure_error,
         residuals=residuals,
         shards=shards,
+        calibrated=calibrated,
     )
 
 

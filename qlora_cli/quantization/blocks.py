@@ -36,6 +36,12 @@ class SquaredError:
     error: float = 0.0
     weight: float = 0.0
 
+    def add(self, weight: torch.Tensor, restored: torch.Tensor) -> None:
+        """Add a part of the weight, and what it is dequantized to."""
+        exact = weight.float()
+        self.error += float((restored.float() - exact).square().sum())
+        self.weight += float(exact.square().sum())
+
     @property
     def relative_rms(self) -> float:
         """The root mean square of the error over that of the weight; 0 for a weight of zeros."""
@@ -70,14 +76,14 @@ def quantize(
                 absmax[done // BLOCK_SIZE : done // BLOCK_SIZE + state.absmax.numel()] = state.absmax
             done += piece.numel()
             if error is not None:
-                _add_error(error, piece, codes, state)
+                error.add(piece, functional.dequantize_4bit(codes, state))
     assert packed is not None, "a weight without a piece"
     assert absmax is not None, "a weight without a piece"
     assert done == num_weights, f"pieces of {done} weights for a shape of {num_weights}"
     state = QuantState(
         absmax=absmax, shape=shape, dtype=dtype, blocksize=BLOCK_SIZE, code=code, quant_type=how.quant_type
     )
-    return packed.view(how.storage).unsqueeze(1), _nest(state) if how.double_quant else state
+    return packed.view(how.storage).unsqueeze(1), nest(state) if how.double_quant else state
 
 
 def _allocate(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +99,7 @@ def _split(flat: torch.Tensor) -> Iterable[torch.Tensor]:
     return torch.split(flat, PIECE_SIZE) if flat.device.type == "cpu" else (flat,)
 
 
-def _nest(state: QuantState) -> QuantState:
+def nest(state: QuantState) -> QuantState:
     """Quantize the constants of `state` to 8 bits (double quantization)."""
     state.offset = state.absmax.mean()
     state.absmax, state.state2 = functional.quantize_blockwise(
@@ -102,9 +108,3 @@ def _nest(state: QuantState) -> QuantState:
     )
     state.nested = True
     return state
-
-
-def _add_error(error: SquaredError, piece: torch.Tensor, codes: torch.Tensor, state: QuantState) -> None:
-    weight = piece.float()
-    error.error += float((functional.dequantize_4bit(codes, state).float() - weight).square().sum())
-    error.weight += float(weight.square().sum())

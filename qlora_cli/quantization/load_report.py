@@ -31,6 +31,20 @@ class WeightError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """What the codes of a base were chosen by: rows of the data sets `data`, and how long it took.
+
+    `fingerprint` is that of all rows of the data, of which `num_rows` with `num_tokens` were computed.
+    """
+
+    data: tuple[str, ...]
+    fingerprint: str
+    num_rows: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
@@ -69,6 +83,7 @@ class LoadReport:
     kinds: tuple[KindCount, ...]
     dtype_bytes: Mapping[str, int]
     errors: tuple[WeightError, ...] | None
+    calibration: CalibrationReport | None = None
     compute_dtype: str
     compute_dtype_reason: str
     load_seconds: float

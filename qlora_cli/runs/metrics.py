@@ -13,7 +13,6 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from qlora_cli.events import (
     EvalDone,
-    EvaluationAdvanced,
     Event,
     Rehearsed,
     StepDone,
@@ -21,6 +20,7 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingResumed,
     TrainingStarted,
+    WorkAdvanced,
 )
 from qlora_cli.files import as_json
 from qlora_cli.runs.directory import RunDirectory
@@ -31,7 +31,7 @@ def _name_of(kind: type[Event]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
-_KINDS = [kind for kind in get_args(Event) if kind is not EvaluationAdvanced]  # which is none of a run
+_KINDS = [kind for kind in get_args(Event) if kind is not WorkAdvanced]  # which is none of a run
 EVENT_NAMES: dict[type[Event], str] = {kind: _name_of(kind) for kind in _KINDS}
 _KNOWN = frozenset(EVENT_NAMES.values())
 

@@ -2,47 +2,67 @@
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import command, print_next, volume_of
+from qlora_cli.events import Reporter
 from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import LoadCommandSettings
+from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
+
+if TYPE_CHECKING:
+    from qlora_cli.quantization.load_report import LoadReport
 
 
 @options.takes(Command.LOAD)
 def load(context: typer.Context, json: options.Json = False) -> None:
     """Load a model, quantized to 4 bit by default, and show what came of it: parameters, bytes, dtype, time, peaks."""
     resolved = options.resolve_settings(context, LoadCommandSettings)
-    save, error = resolved.settings.load.save, resolved.settings.load.error
+    given = resolved.settings.load
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the settings are right
     from qlora_cli.cli.rendering.load_text import render_load
+    from qlora_cli.data.finding.sources import check_dataset_name
     from qlora_cli.model_files.given_model import check_model_name
     from qlora_cli.runs.directory import check_free_directory
 
     errors = ErrorCollector(resolved.where_of)
     if problem := check_model_name(resolved.settings.model):
         errors.add("model.name", problem.for_setting("model.name"))
-    if save is not None and (problem := check_free_directory(save, "--save")):
+    if given.save is not None and (problem := check_free_directory(given.save, "--save")):
         errors.add("load.save", problem.for_setting("load.save"))
+    for name in given.calibrate or ():
+        if wrong := check_dataset_name(name):
+            errors.add("load.calibrate", wrong.for_setting("load.calibrate"))
     errors.raise_collected()
     with reporting(volume_of(context)) as reporter:
-        from qlora_cli.loading.load_plan import plan_load
-        from qlora_cli.loading.loader import load_planned
-        from qlora_cli.loading.save import check_savable, save_quantized
-
-        start = time.monotonic()
-        load_plan = plan_load(resolved, reporter)
-        if save is not None:
-            check_savable(load_plan, save)
-        loaded = load_planned(load_plan, reporter, measure_error=error, started=start)
-        report = loaded.report()
-        if save is not None:
-            num_bytes = save_quantized(loaded, save, reporter)
-            report = dataclasses.replace(report, saved=save, saved_bytes=num_bytes)
+        report = _load(resolved, reporter)
     print_json(report) if json else render_load(report)
     print_next([command("inspect-memory", resolved.settings.model.name)], volume_of(context), as_json=json)
+
+
+def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadReport":
+    from qlora_cli.loading.load_plan import plan_load
+    from qlora_cli.loading.loader import load_planned
+    from qlora_cli.loading.save import check_savable, save_quantized
+
+    given, start = resolved.settings.load, time.monotonic()
+    load_plan = plan_load(resolved, reporter)
+    if given.save is not None:
+        check_savable(load_plan, given.save)
+    calibrated = None
+    if given.calibrate is not None:
+        from qlora_cli.calibrating.calibration import calibrate_on
+
+        calibrated = calibrate_on(given.calibrate, load_plan, reporter, num_tokens=given.calibration_tokens)
+    loaded = load_planned(load_plan, reporter, measure_error=given.error, calibrated=calibrated, started=start)
+    report = loaded.report()
+    if given.save is not None:
+        num_bytes = save_quantized(loaded, given.save, reporter)
+        report = dataclasses.replace(report, saved=given.save, saved_bytes=num_bytes)
+    return report

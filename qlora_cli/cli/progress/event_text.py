@@ -8,7 +8,6 @@ from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
     EvalStarted,
-    EvaluationAdvanced,
     Event,
     MemoryUse,
     Noted,
@@ -20,6 +19,7 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingResumed,
     TrainingStarted,
+    WorkAdvanced,
 )
 from qlora_cli.units import GIB, counted, format_bytes, format_duration
 from qlora_cli.visible import LINE_BREAK, visible
@@ -47,9 +47,9 @@ def describe_event(event: Event) -> str | None:
             return _describe_skipped(event)
         case EvalStarted():
             return "Evaluating …"
-        case EvaluationAdvanced():
+        case WorkAdvanced():
             done = f"{event.num_done:,} of {counted(event.num_all, event.unit)}"
-            return f"Evaluating {event.title}: {done}, {format_duration(event.seconds_left)} left"
+            return f"{event.title}: {done}, {format_duration(event.seconds_left)} left"
         case EvalDone():
             best = ", best so far" if event.is_best else ""
             return f"step {event.step}: held-out loss {event.loss:.4f}{best} ({format_duration(event.seconds)})"

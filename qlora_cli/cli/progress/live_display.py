@@ -29,7 +29,6 @@ from qlora_cli.events import (
     BytesDone,
     EvalDone,
     EvalStarted,
-    EvaluationAdvanced,
     Event,
     Noted,
     PhaseStarted,
@@ -39,6 +38,7 @@ from qlora_cli.events import (
     TrainingEnded,
     TrainingResumed,
     TrainingStarted,
+    WorkAdvanced,
 )
 from qlora_cli.units import format_bytes, format_duration
 
@@ -106,7 +106,7 @@ class LiveReporter:
                 self._report_bytes(event)
             case TrainingStarted():
                 self._task = self._steps.add_task("train", total=event.num_steps, eta="-:--")
-            case StepDone() | PhaseStarted() | EvalStarted() | EvaluationAdvanced():
+            case StepDone() | PhaseStarted() | EvalStarted() | WorkAdvanced():
                 pass  # drawn from the state
             case SampleDone():
                 self._print(f"step {event.step}: sample")

@@ -15,7 +15,7 @@ from qlora_cli.cli.progress.transfers import Transfer
 from qlora_cli.cli.robust_stream import RobustStream
 from qlora_cli.cli.sparkline import can_show_blocks
 from qlora_cli.cli.stderr import sanitize
-from qlora_cli.events import BytesDone, EvaluationAdvanced, Event, Noted, StepDone, StepSkipped, TrainingEnded
+from qlora_cli.events import BytesDone, Event, Noted, StepDone, StepSkipped, TrainingEnded, WorkAdvanced
 from qlora_cli.units import format_duration
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -40,8 +40,8 @@ class PlainReporter:
             self._report_step(event)
         elif isinstance(event, BytesDone):
             self._report_bytes(event)
-        elif isinstance(event, EvaluationAdvanced):
-            self._report_evaluation(event)
+        elif isinstance(event, WorkAdvanced):
+            self._report_work(event)
         else:
             if isinstance(event, TrainingEnded) and self._shows_curves:
                 self._write(describe_losses(self._state.losses.means(), CURVE_WIDTH))
@@ -62,7 +62,7 @@ class PlainReporter:
             figures.append(f"{format_duration(seconds)} left")
         return figures
 
-    def _report_evaluation(self, event: EvaluationAdvanced) -> None:
+    def _report_work(self, event: WorkAdvanced) -> None:
         now = time.monotonic()
         if event.num_done < event.num_all and now - self._last_line >= self._interval_seconds:
             self._last_line = now

@@ -9,13 +9,13 @@ from qlora_cli.events import (
     CheckpointSaved,
     EvalDone,
     EvalStarted,
-    EvaluationAdvanced,
     Event,
     PhaseStarted,
     StepDone,
     StepSkipped,
     TrainingResumed,
     TrainingStarted,
+    WorkAdvanced,
 )
 
 SMOOTHING = 0.9  # of the exponential mean of the loss, which the arrow compares with
@@ -75,7 +75,7 @@ class RunState:
         match event:
             case StepDone():
                 self._take_step(event)
-            case PhaseStarted() | EvalStarted() | EvaluationAdvanced():
+            case PhaseStarted() | EvalStarted() | WorkAdvanced():
                 self.status = describe_event(event) or ""
             case TrainingStarted():
                 self.started = event

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
-from qlora_cli.quantization.load_report import KindCount, LoadReport, WeightError
-from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.quantization.load_report import CalibrationReport, KindCount, LoadReport, WeightError
+from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_BARS = 64
@@ -40,6 +40,7 @@ def _rows(report: LoadReport) -> list[Row]:
         ("adapter", str(report.adapter) if report.adapter else ""),
         ("parameters", _describe_parameters(report)),
         ("quantization", _describe_quantization(report)),
+        ("calibrated", _describe_calibration(report.calibration)),
         ("compute dtype", f"{report.compute_dtype} ({report.compute_dtype_reason})"),
         ("quantized weights", format_bytes(report.quantized_weight_bytes)),
         ("constants", format_bytes(report.quantization_constant_bytes)),
@@ -59,6 +60,14 @@ def _rows(report: LoadReport) -> list[Row]:
 def _describe_parameters(report: LoadReport) -> str:
     quantized = format_count(report.num_quantized_parameters)
     return f"{format_count(report.num_parameters)}, {quantized} of them quantized"
+
+
+def _describe_calibration(calibration: CalibrationReport | None) -> str:
+    if calibration is None:
+        return ""
+    rows = counted(calibration.num_rows, "row")
+    took = format_duration(calibration.seconds)
+    return f"on {rows} of {', '.join(calibration.data)}, {calibration.num_tokens:,} tokens, in {took}"
 
 
 def _ratio(whole_bytes: int, stored_bytes: int) -> str:

@@ -3,13 +3,14 @@
 `Base` returns any parameter of the model, converted from the tensors of its files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.adapters.keys import with_ties
 from qlora_cli.merging.planning.buffer import Buffer
 from qlora_cli.merging.planning.conversions import Group
 from qlora_cli.merging.planning.stored_tensors import StoredTensors, not_finite
@@ -158,3 +159,10 @@ def extended(values: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.T
 def parameter_groups(groups: tuple[Group, ...]) -> Mapping[str, Group]:
     """Return the group of each parameter, by its name."""
     return {target: group for group in groups for target in group.targets}
+
+
+def base_reader(model: BaseModel, base: Base) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads the parameters of `base`, those of `model`, by their own or a tied name."""
+    groups = parameter_groups(model.groups)
+    stored = with_ties(groups, model.model.all_tied_weights_keys or {})
+    return lambda name: base.parameters(groups[stored[name]])[stored[name]]

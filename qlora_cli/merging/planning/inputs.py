@@ -9,15 +9,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qlora_cli.adapters.keys import with_ties
 from qlora_cli.adapters.reader import StoredAdapter, num_vocabulary_rows, open_adapter
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hardware.device import TORCH_DTYPES
 from qlora_cli.loading.model_outline import ModelOutline, read_model_outline, settle_base
 from qlora_cli.loading.weight_reader import check_shapes
-from qlora_cli.merging.planning.adapter_changes import AdapterChanges, Read, read_changes
-from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_groups
+from qlora_cli.merging.planning.adapter_changes import AdapterChanges, read_changes
+from qlora_cli.merging.planning.base_weights import Base, BaseModel, base_reader
 from qlora_cli.merging.planning.conversions import read_conversions
 from qlora_cli.merging.planning.merge_plan import Changes
 from qlora_cli.merging.planning.stored_tensors import StoredTensors
@@ -116,7 +115,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
         *_notes_on_links(source),
     ):
         reporter.report(Noted(message=note))
-    read = _reader(base)
+    read = base_reader(base, Base(base, BaseWeights.ORIGINAL))
     adapters = tuple(read_changes(_on_meta(config, base, request), config, one, read) for one in opened)
     return Inputs(
         request=request,
@@ -290,12 +289,6 @@ def _trained_in(config: PreTrainedConfig, record: RunRecord | None) -> torch.dty
 def _trained_on_cpu(record: RunRecord | None) -> bool:
     device = None if record is None or record.base_model is None else record.base_model.device
     return device is not None and device.startswith("cpu")
-
-
-def _reader(base: BaseModel) -> Read:
-    original, groups = Base(base, BaseWeights.ORIGINAL), parameter_groups(base.groups)
-    stored = with_ties(groups, base.model.all_tied_weights_keys or {})
-    return lambda name: original.parameters(groups[stored[name]])[stored[name]]
 
 
 def _on_meta(config: ModelConfig, base: BaseModel, request: MergeCommandSettings) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from qlora_cli.loading.model_outline import read_model_outline
 from qlora_cli.merging.merge_result import Divergence, ModuleCheck
 from qlora_cli.merging.merger import merged
 from qlora_cli.merging.planning.adapter_changes import Read
-from qlora_cli.merging.planning.base_weights import Base, BaseModel, parameter_groups
+from qlora_cli.merging.planning.base_weights import Base, BaseModel, base_reader, parameter_groups
 from qlora_cli.merging.planning.conversions import read_conversions
 from qlora_cli.merging.planning.inputs import Inputs, read_base
 from qlora_cli.merging.planning.merge_plan import Changes, MergePlan, PlannedTensor, plan_merge
@@ -236,14 +236,6 @@ def _can_run_together(changes: Changes) -> bool:
 
 def _source(directory: Path) -> ModelSource:
     return ModelSource(name=str(directory), path=directory, base_name=str(directory), tokenizer_path=directory)
-
-
-def base_reader(model: BaseModel, base: Base) -> Read:
-    """Return a function that reads the parameters of a base."""
-    groups = parameter_groups(model.groups)
-    return _with_ties(
-        lambda name: base.parameters(groups[name])[name], groups, model.model.all_tied_weights_keys or {}
-    )
 
 
 def planned_reader(model: BaseModel, plan: MergePlan) -> Read:

@@ -21,6 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBitFormat
+from qlora_cli.quantization.calibrated_blocks import WeightSlice, calibrate
+from qlora_cli.quantization.calibrated_weights import CalibratedWeights
 from qlora_cli.quantization.entries import WeightEntry, dtype_name
 from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods.bitsandbytes import SKIP_MODULES_KEY, is_stored_by, replace_layers
@@ -65,6 +67,7 @@ class FourBitMethod(Method):
     skip_modules_key = SKIP_MODULES_KEY
     stored_key = STORED_KEY
     stores_experts = True
+    is_calibratable = True
     layer_types = (bnb.Linear4bit,)
     parametrization_types = (Bnb4bitParametrization,)
     operators = MappingProxyType(
@@ -141,6 +144,7 @@ class FourBitMethod(Method):
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
         shards: KeptShards | None = None,
+        calibrated: CalibratedWeights | None = None,
     ) -> QloraConfig:
         """Return the config for `QloraQuantizer` with every field set: transformers' default is FP4 in fp32."""
         return QloraConfig(
@@ -154,7 +158,14 @@ class FourBitMethod(Method):
             measure_error=measure_error,
             residuals=residuals,
             shards=shards,
+            calibrated=calibrated,
         )
+
+    def calibrate(
+        self, slices: Sequence[WeightSlice], shape: torch.Size, settings: QuantizationSettings
+    ) -> tuple[torch.Tensor, QuantState]:
+        """Return packed codes and the quantization state."""
+        return calibrate(slices, shape, _four_bit(settings))
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
         """Return the errors of weights that were refused while a model was loaded with `config`, by full name."""

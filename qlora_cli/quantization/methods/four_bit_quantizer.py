@@ -6,10 +6,12 @@ expert as it is read.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import nn
@@ -23,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBitFormat, SquaredError, quantize
+from qlora_cli.quantization.calibrated_weights import CalibratedWeights
 from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.refused_weights import OTHER_VERSION, RefusedWeights
 from qlora_cli.quantization.residuals import QuantizationResiduals
@@ -45,6 +48,7 @@ class QloraConfig(BitsAndBytesConfig):
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
         shards: KeptShards | None = None,
+        calibrated: CalibratedWeights | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -57,6 +61,7 @@ class QloraConfig(BitsAndBytesConfig):
         self.errors: Errors | None = {} if measure_error else None
         self.residuals = residuals  # filled in while loading, too
         self.shards = shards  # too
+        self.calibrated = calibrated
         self.refused = RefusedWeights()
 
     @property
@@ -76,6 +81,7 @@ class QloraConfig(BitsAndBytesConfig):
             "errors",
             "residuals",
             "shards",
+            "calibrated",
             "refused",
             "load_in_4bit",
             "load_in_8bit",
@@ -317,7 +323,10 @@ def _on_device(pieces: Iterable[torch.Tensor], shards: KeptShards | None) -> Ite
 def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, module: nn.Module) -> Params4bit:
     error = SquaredError() if config.errors is not None else None
     shards = config.shards
-    packed, state = quantize(_on_device(pieces, shards), shape, config.four_bit, error)
+    if config.calibrated is not None and name in config.calibrated:
+        packed, state = _calibrated(config.calibrated, name, _on_device(pieces, shards), error)
+    else:
+        packed, state = quantize(_on_device(pieces, shards), shape, config.four_bit, error)
     if error is not None and config.errors is not None:
         config.errors[name] = error.relative_rms
     linear = module if isinstance(module, Linear4bit) else None
@@ -335,3 +344,18 @@ def _quantized(config: QloraConfig, name: str, pieces: Any, shape: torch.Size, m
         module=linear,
         bnb_quantized=True,
     )
+
+
+def _calibrated(
+    calibrated: CalibratedWeights, name: str, pieces: Iterable[torch.Tensor], error: SquaredError | None
+) -> tuple[torch.Tensor, QuantState]:
+    """Return the calibrated codes of a weight given in pieces, which are read only as far as they are needed."""
+    rest = iter(pieces)
+    first = next(rest)
+    packed, state = calibrated.take(name, first.device)
+    if error is not None:
+        restored = functional.dequantize_4bit(packed, state).view(-1)
+        for piece in chain([first], rest):
+            part, restored = restored[: piece.numel()], restored[piece.numel() :]
+            error.add(piece.reshape(-1), part)
+    return packed, state

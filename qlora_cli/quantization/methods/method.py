@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import ModelError
+from qlora_cli.quantization.calibrated_blocks import WeightSlice
+from qlora_cli.quantization.calibrated_weights import CalibratedWeights
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.kept_shards import KeptShards
 from qlora_cli.quantization.methods.fused_product import FusedProduct
@@ -108,6 +110,7 @@ class Method(ABC):
         skip_modules_key: The key of its config with the names of the modules that are not quantized.
         stored_key: The key of bitsandbytes' config that marks a checkpoint as stored so; None for any other.
         stores_experts: Whether the fused experts of a layer can be stored so.
+        is_calibratable: Whether codes can be chosen by what a weight is multiplied with.
         layer_types: The layers that replace linear ones and multiply with its weights.
         parametrization_types: The parametrizations that dequantize its weights elsewhere, whenever they are read.
         operators: Its operators that allocate temporaries, as `namespace::name`.
@@ -119,6 +122,7 @@ class Method(ABC):
     skip_modules_key: str = "modules_to_not_convert"
     stored_key: str | None = None
     stores_experts: bool = False
+    is_calibratable: bool = False
     layer_types: tuple[type[nn.Module], ...] = ()
     parametrization_types: tuple[type[nn.Module], ...] = ()
     operators: Mapping[str, Operator] = MappingProxyType({})
@@ -168,12 +172,19 @@ class Method(ABC):
         measure_error: bool = False,
         residuals: QuantizationResiduals | None = None,
         shards: KeptShards | None = None,
+        calibrated: CalibratedWeights | None = None,
     ) -> QuantizationConfigMixin | None:
         """Return the config for `from_pretrained`; None to load weights unchanged.
 
         `unquantized` are the layers that are not quantized, and `experts` the fused ones that are, by full name.
         `shards` keeps those of the weights, for one of several processes.
         """
+
+    def calibrate(
+        self, slices: Sequence[WeightSlice], shape: torch.Size, settings: QuantizationSettings
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the codes of a weight of `shape`, chosen by the moments of its inputs, and what restores them."""
+        raise NotImplementedError(f"{type(self).__name__} is not calibratable")
 
     def refused_weights(self, config: QuantizationConfigMixin) -> Mapping[str, ModelError]:
         """Return the errors of weights that were refused while a model was loaded with `config`, by full name."""

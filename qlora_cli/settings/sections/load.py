@@ -7,6 +7,7 @@ from pydantic import Field
 
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
+from qlora_cli.settings.values import Datasets
 
 
 class SavingSettings(Section):
@@ -14,6 +15,19 @@ class SavingSettings(Section):
 
     save: Annotated[Path | None, Metadata(flag="--save", commands=(Command.LOAD,))] = Field(
         default=None, description="Directory to write the quantized checkpoint to."
+    )
+    calibrate: Annotated[
+        Datasets | None, Metadata(flag="--calibrate", commands=(Command.LOAD,), metavar="DATA", is_repeatable=True)
+    ] = Field(
+        default=None,
+        description="Choose the 4-bit codes by what the model computes on this data, named as for train: about half "
+        "the error of its predictions, in the same bytes.",
+    )
+    calibration_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of --calibrate to compute, in whole rows; by default 8 for each feature of the widest "
+        "layer.",
     )
     error: Annotated[bool, Metadata(flag="--error", commands=(Command.LOAD,))] = Field(
         default=False, description="Measure the quantization error of every weight."

@@ -13,9 +13,9 @@ from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.events import Noted, SilentReporter
 from qlora_cli.merging.merge_run import merge
 from qlora_cli.merging.planning.adapter_changes import Read
-from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.base_weights import Base, base_reader
 from qlora_cli.merging.planning.inputs import Inputs
-from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.merging.verifying.streamed import StreamedModel, WeightedAdapter, check_fit, largest_unit_bytes
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.quantization.methods.skip_modules import fused_experts

@@ -27,10 +27,10 @@ from qlora_cli.files import as_json
 from qlora_cli.merging.companion_files import write_companion_files
 from qlora_cli.merging.merge_result import BaseChoice, Verification
 from qlora_cli.merging.merger import Merger
-from qlora_cli.merging.planning.base_weights import Base
+from qlora_cli.merging.planning.base_weights import Base, base_reader
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
 from qlora_cli.merging.planning.merge_plan import MergePlan, plan_merge
-from qlora_cli.merging.verifying.comparison import ModelComparer, base_reader
+from qlora_cli.merging.verifying.comparison import ModelComparer
 from qlora_cli.merging.verifying.streamed import StreamedModel, WeightedAdapter
 from qlora_cli.merging.verifying.verify import verify
 from qlora_cli.merging.write import write_weights

@@ -17,7 +17,7 @@ from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.statistics import perplexity_of, ratio_stderr, summarize
-from qlora_cli.events import EvaluationAdvanced, Noted
+from qlora_cli.events import Noted, WorkAdvanced
 from qlora_cli.settings.models import DataSettings
 from tests.conftest import Recorder, write_jsonl
 from tests.support.models.chat_tokenizers import make_tokenizer
@@ -149,7 +149,7 @@ def test_a_model_whose_layers_are_not_known_is_refused(data: PreparedData) -> No
 def test_progress_counts_rows_up_to_all_of_them(data: PreparedData) -> None:
     recorder = Recorder()
     measure(tiny_model("llama"), data, batch_size=4, reporter=recorder)
-    events = [event for event in recorder.events if isinstance(event, EvaluationAdvanced)]
+    events = [event for event in recorder.events if isinstance(event, WorkAdvanced)]
     assert [(event.num_done, event.num_all) for event in events] == [(4, 6), (6, 6)]
     assert events[0].seconds_left > events[1].seconds_left == 0
 
@@ -271,7 +271,7 @@ def test_a_missing_number_is_shown_as_a_dash() -> None:
 
 def test_an_evaluation_has_one_line_per_interval_in_a_log() -> None:
     advanced = [
-        EvaluationAdvanced(title="the base", unit="row", num_done=done, num_all=1200, seconds_left=65.0)
+        WorkAdvanced(title="Evaluating the base", unit="row", num_done=done, num_all=1200, seconds_left=65.0)
         for done in (400, 800, 1200)
     ]
     lines = {}
