@@ -39,6 +39,19 @@ class Chat:
         self._num_asked += 1
         return answers
 
+    @property
+    def messages(self) -> list[Message]:
+        """The system prompt, if there is one, and the turns so far."""
+        return [*system_messages(self._system), *self._messages]
+
+    def undo(self) -> str | None:
+        """Take the last turn back, question and answer, and return the question; None if there is none."""
+        if not self._messages:
+            return None
+        question = self._messages[-2]["content"]
+        self._messages = self._messages[:-2]
+        return question
+
     def reset(self) -> None:
         """Clear the conversation; the system prompt stays."""
         self._messages = []

@@ -49,6 +49,7 @@ class RunSummary:
         duration_seconds: The duration of training, with all resumptions.
         model: The base, as given.
         dataset: The data sets, as given.
+        rank: The rank of the adapter.
         checkpoints: The existing checkpoints, oldest first.
         num_resumes: How often training was resumed from a checkpoint.
         num_skipped_steps: The number of steps that were skipped because they were not finite.
@@ -78,6 +79,7 @@ class RunSummary:
     duration_seconds: float
     model: str | None
     dataset: tuple[str, ...]
+    rank: int | None
     checkpoints: tuple[Path, ...]
     num_resumes: int
     num_skipped_steps: int
@@ -139,12 +141,17 @@ def summarize(
         duration_seconds=history.active_seconds,
         model=as_name(record.setting("model.name")) or record.plan.model,
         dataset=_names(record.setting("data.dataset")),
+        rank=_whole(record.setting("lora.rank")),
         checkpoints=tuple(list_checkpoints(RunDirectory(directory).checkpoints)),
         num_resumes=len(history.resumes),
         num_skipped_steps=len(history.skipped),
         error=record.error if state == "failed" else None,
         problems=tuple(_problems(record, history, problem)),
     )
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def state_of(directory: Path, record: RunRecord, history: RunHistory, now: datetime) -> State:

@@ -34,9 +34,32 @@ def test_each_line_of_a_pipe_is_answered_and_its_end_ends_the_chat(base_model: P
     assert "the conversation starts over" in done.stderr
 
 
-def test_quit_ends_before_the_lines_that_follow(base_model: Path) -> None:
-    done = qlora_chat(base_model, "/quit", "hello")
+@pytest.mark.parametrize("command", ["/quit", "/exit"])
+def test_quit_ends_before_the_lines_that_follow(base_model: Path, command: str) -> None:
+    done = qlora_chat(base_model, command, "hello")
     assert (done.exit_code, done.stdout) == (0, "")
+
+
+def test_help_lists_every_command(base_model: Path) -> None:
+    shown = qlora_chat(base_model, "/help").stderr
+    for name in ("/help", "/reset", "/undo", "/system TEXT", "/save FILE", "/exit"):
+        assert f"  {name}" in shown
+
+
+def test_a_turn_is_taken_back_and_what_is_left_is_saved_as_rows_to_train_on(base_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    lines = ("/undo", "hello", "What is a list?", "/undo", f"/save {file}", "/system Be brief.", f"/save {file}")
+    done = qlora_chat(base_model, *lines, f"/save {tmp_path}")
+    assert done.exit_code == 0, done.output
+    first, second = (json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines())
+    answer = only(answered(base_model, "--prompt", "hello"))["text"]
+    assert first == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    assert second == [{"role": "system", "content": "Be brief."}, *first]
+    assert "there is nothing to take back" in done.stderr
+    assert "taken back: What is a list?" in done.stderr
+    assert f"error: {tmp_path} can't be written" in done.stderr
+    again = qlora_chat(base_model, "hello", "What is a list?", "/undo", "What is a list?")
+    assert again.stdout.splitlines()[-1] == again.stdout.splitlines()[1]
 
 
 def test_a_system_prompt_is_set_by_flag_and_by_command_and_taken_away(base_model: Path) -> None:
@@ -56,7 +79,7 @@ def test_an_unknown_command_is_reported_and_not_sent(base_model: Path) -> None:
     done = qlora_chat(base_model, "/restart", "/reset now")
     assert (done.exit_code, done.stdout) == (0, "")
     assert "error: no command /restart" in done.stderr
-    assert "/reset starts over" in done.stderr
+    assert "/help lists the commands" in done.stderr
     sent = qlora_chat(base_model, " /restart")
     assert sent.stdout == only(answered(base_model, "--prompt", "/restart"))["text"] + "\n"
 

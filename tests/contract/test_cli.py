@@ -194,3 +194,22 @@ def test_redaction_neither_breaks_json_nor_misses_what_json_escapes(run_qlora: R
     assert error["exit_code"] == 2
     assert "***" in error["message"]
     assert secret not in error["message"]
+
+
+INTERRUPTED_IN = """
+import os, signal, sys, threading
+from qlora_cli.__main__ import main
+sys.argv = ["qlora", "inspect-memory", "qlora_cli/demo/assets/base"]
+threading.Timer(float({seconds}), os.kill, (os.getpid(), signal.SIGINT)).start()
+main()
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.05, 0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_at_any_moment_of_the_start_ends_without_a_traceback(seconds: float) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IN.format(seconds=seconds)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering.run_table import table_lines
 from qlora_cli.events import CheckpointSaved, Event, Noted, StepSkipped, TrainingEnded, TrainingResumed
 from qlora_cli.runs.detail import RunDetail
+from qlora_cli.runs.ordering import Order
 from qlora_cli.runs.summary import RunSummary
 from tests.support.processes.light_commands import LightQlora
 from tests.support.runs.run_directories import a_record, eval_done, sample_done, step_done, write_run
@@ -45,23 +46,64 @@ def test_runs_are_listed_with_their_figures() -> None:
     done = qlora()
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0] == ["run", "state", "step", "loss", "best", "tok/s", "memory"]
-    assert ["stopped", "interrupted", "40/100", "1.2707", "1.2500", "1,020", "8.00", "GiB"] in lines
-    assert ["tuning/broken", "failed", "0/100", "-", "-", "-", "-"] in lines
-    assert ["tuning/gone", "killed", "1/100", "-", "-", "1,001", "8.00", "GiB"] in lines
+    assert lines[0] == ["run", "state", "step", "loss", "best", "tok/s", "memory", "rank", "model", "data", "started"]
+    figures = {line[0]: line[1:] for line in lines}
+    assert figures["stopped"][:7] == ["interrupted", "40/100", "1.2707", "1.2500", "1,020", "8.00", "GiB"]
+    assert figures["tuning/broken"][:6] == ["failed", "0/100", "-", "-", "-", "-"]
+    assert figures["tuning/gone"][:6] == ["killed", "1/100", "-", "-", "1,001", "8.00"]
+    assert figures["stopped"][7:11] == ["-", "Qwen3-0.6B", "train.jsonl,", "more.jsonl"]
     assert qlora("runs").stdout == qlora("list").stdout == qlora("list", "runs").stdout == done.stdout
     assert "\x1b" not in done.stdout
 
 
-def test_a_table_fits_into_80_columns_by_shortening_names() -> None:
+def test_the_rank_of_a_run_is_listed(tmp_path: Path) -> None:
+    record = a_record("done")
+    record["settings"]["lora"] = {"rank": 64}
+    write_run(tmp_path / "run", [step_done(1)], record)
+    assert json.loads(qlora(tmp_path, "--json").stdout)["runs"][0]["rank"] == 64
+    heading, row = (line.split() for line in qlora(tmp_path).stdout.splitlines())
+    assert row[heading.index("rank") + 1] == "64"  # after the memory, which is a figure and its unit
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140, 200])
+def test_a_table_fits_the_window_by_shortening_names_and_leaving_details_out(columns: int) -> None:
+    figures = ("1,000/10,000", "1.2345", "1.2345", "12,345", "123.45 GiB", "64", "Llama-3.1-8B", "train.jsonl")
     rows = [
-        ("a/very/long/name/of/a/run-" * 3 + str(number), "interrupted", *["1,000/10,000"] * 5) for number in (1, 2)
+        ("a/very/long/name/of/a/run-" * 3 + str(number), "interrupted", *figures, "2026-01-01 10:00")
+        for number in (1, 2)
     ]
-    rows = [(*row[:2], "1,000/10,000", "1.2345", "1.2345", "12,345", "123.45 GiB") for row in rows]
-    shown = [line.plain for line in table_lines(rows, 80)]
-    assert {len(line) for line in shown} == {80}
-    assert shown[1].split()[0].endswith("1")
+    heading, *shown = [line.plain for line in table_lines(rows, columns)]
+    assert max(map(len, [heading, *shown])) <= columns
+    assert shown[0].split()[0].endswith("1")
+    assert heading.split()[:5] == ["run", "state", "step", "loss", "best"]
+    assert ("started" in heading, "data" in heading) == (columns >= 140, columns >= 140)
     assert all(rows[place][0] in line.plain for place, line in enumerate(table_lines(rows, None)[1:]))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("order", list(Order))
+def test_runs_are_sorted_with_the_best_first_and_unknown_figures_last(order: Order) -> None:
+    runs = json.loads(qlora("--sort", order.value, "--json").stdout)["runs"]
+    assert sorted(run["name"] for run in runs) == ["broken", "gone", "stopped"]
+    keys = {"loss": "loss", "best": "best_loss", "speed": "tokens_per_second", "memory": "peak_reserved_bytes"}
+    if order.value in keys:
+        figures = [run[keys[order.value]] for run in runs]
+        known = [figure for figure in figures if figure is not None]
+        assert figures[: len(known)] == sorted(known, reverse=order == Order.SPEED)
+    if order == Order.NAME:
+        assert [run["name"] for run in runs] == ["stopped", "broken", "gone"]
+
+
+@pytest.mark.usefixtures("folder")
+def test_runs_are_filtered_by_every_word_in_any_case() -> None:
+    def names(*words: str) -> set[str]:
+        flags = [part for word in words for part in ("--filter", word)]
+        return {run["name"] for run in json.loads(qlora(*flags, "--json").stdout)["runs"]}
+
+    assert names("TUNING") == {"broken", "gone"}
+    assert names("tuning", "failed") == {"broken"}
+    assert names("nothing like it") == set()
+    assert len(qlora("--filter", "killed").stdout.splitlines()) == 2
 
 
 @pytest.mark.usefixtures("folder")

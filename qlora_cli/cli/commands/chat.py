@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -28,14 +30,22 @@ if TYPE_CHECKING:
 
 MARK = "> "
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?")
-HELP = "/reset starts over, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
+SHORT_HELP = "/help lists the commands; /exit or Ctrl-D ends"
+HELP = {
+    "/help": "lists the commands",
+    "/reset": "starts over; the system prompt stays",
+    "/undo": "takes the last question and its answer back",
+    "/system TEXT": "sets the system prompt, from here on; without TEXT there is none",
+    "/save FILE": "adds the conversation to a .jsonl file, as a row to train on",
+    "/exit, /quit": "end the chat, as Ctrl-D does; Ctrl-C stops an answer",
+}
 
 
 @options.takes(Command.CHAT)
 def chat(context: typer.Context) -> None:
     """Talk to a model, an adapter or a run, with its chat template. Reads lines from a pipe, too.
 
-    /reset starts over, /system TEXT sets the system prompt, /quit or Ctrl-D ends. Ctrl-C stops an answer.
+    /help lists what else can be typed: /reset, /undo, /system TEXT, /save FILE, /exit. Ctrl-C stops an answer.
     """
     resolved = options.resolve_settings(context, ChatSettings)
     settings = resolved.settings
@@ -59,10 +69,10 @@ def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:
     printer = AnswerPrinter(is_headed=len(opened.sources) > 1, max_new_tokens=max_new_tokens)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print_line(HELP)
+        print_line(SHORT_HELP)
     for line in _typed_lines() if is_terminal else _piped_lines():
         command = COMMAND.fullmatch(line)
-        if command is not None and command[1] == "quit":
+        if command is not None and command[1] in ("quit", "exit"):
             return
         try:
             if command is not None:
@@ -79,17 +89,42 @@ def _run_command(chat: "Chat", command: str, text: str | None) -> None:
     """Run a command, a line that begins with a slash.
 
     Raises:
-        UsageError: there is no such command.
+        UsageError: there is no such command, or the file can't be written.
         ModelError: the chat template does not write the system prompt.
     """
-    if command == "reset":
+    if command == "help":
+        for name, text_of_help in HELP.items():
+            print_line(f"  {name:<12}  {text_of_help}")
+    elif command == "undo":
+        question = chat.undo()
+        print_line("there is nothing to take back" if question is None else f"taken back: {question}")
+    elif command == "save":
+        _save(chat, text)
+    elif command == "reset":
         chat.reset()
         print_line("the conversation starts over")
     elif command == "system":
         chat.set_system(text or None)
         print_line("the system prompt holds from here on" if text else "no system prompt from here on")
     else:
-        raise UsageError(f"no command /{command}", hint=f"{HELP}. What begins with a space is sent as it is.")
+        raise UsageError(f"no command /{command}", hint=f"{SHORT_HELP}. What begins with a space is sent as it is.")
+
+
+def _save(chat: "Chat", name: str | None) -> None:
+    """Append the conversation to a file as a row of messages.
+
+    Raises:
+        UsageError: none is named, or it can't be written.
+    """
+    if not name:
+        raise UsageError("/save needs the name of a file", hint="Such as /save chat.jsonl")
+    path = Path(name).expanduser()
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}", hint="Name another file.") from error
+    print_line(f"the conversation is a row of {path}")
 
 
 def _note_interrupted(answer: "Answer") -> None:

@@ -12,6 +12,7 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
+from qlora_cli.runs.ordering import Order, ordered, selected
 
 DEFAULT_COMMAND = "list"
 
@@ -41,14 +42,26 @@ def list_runs(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that holds runs, at any depth.")] = Path(
         "runs"
     ),
+    sort: Annotated[Order, typer.Option("--sort", help="What comes first: the lowest loss, the fastest, …")] = (
+        Order.STARTED
+    ),
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="TEXT",
+            help="Only runs with this text in their name, state, model or data; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """List the runs in a directory, the oldest first."""
+    """List the runs in a directory, the oldest first; more about each where the window is wide enough."""
     _check_directory(directory, "Name the directory that your runs are in: qlora runs DIR")
     from qlora_cli.cli.rendering.run_table import render_runs
     from qlora_cli.runs.find_runs import find_runs
 
-    runs = find_runs(directory)
+    runs = ordered(selected(find_runs(directory), words or ()), sort)
     print_json({"runs": runs}) if json else render_runs(runs, directory)
 
 
