@@ -67,7 +67,8 @@ class Answerer:
     """Answers a prompt, with the chat template if the tokenizer has one. Stops at each of `end_ids`.
 
     Computes in `dtype`; an answer has at most `max_tokens`. Random draws use the seed of
-    `sampling` and `turn`, so that a repeated question in a conversation gets another answer.
+    `sampling` and `turn`, so that a repeated question in a conversation gets another answer. If the weights are
+    `shared`, each of several processes holds a part of them, and all generate until the last has ended.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,6 +77,7 @@ class Answerer:
     max_tokens: int
     sampling: AnswerSettings = GREEDY
     turn: int = 0
+    shared: bool = False
 
     def answer(self, model: Model, prompt: str) -> str:
         """Return the answer to one prompt, without special tokens.
@@ -101,6 +103,7 @@ class Answerer:
                 max_new_tokens=self.max_tokens,
                 eos_token_id=sorted(self.end_ids) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=self.shared,
                 stopping_criteria=None if watch is None else [watch],
                 **self._sampling_arguments(),
             )

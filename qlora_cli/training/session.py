@@ -190,6 +190,7 @@ class Session:
                 end_ids=self._prepared.end_ids,
                 dtype=loaded.dtype.torch_dtype,
                 max_tokens=training.sample_tokens,
+                shared=self._is_sharded,
             )
             self._samples = SampleCallback(answerer, training.sample_prompts, self._reporter, self.trainer.uncompiled)
             callbacks.append(self._samples)

@@ -19,7 +19,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loss.output_head import backbone_of
-from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.kept_shards import KeptShards, contiguous_stride, layer_names
 from qlora_cli.ranks.group import ProcessGroup
 
@@ -43,7 +42,9 @@ def shard_base(model: PeftModel, group: ProcessGroup, shards: KeptShards) -> Non
     kept = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for unit in units:
         parts = _take_parts(unit, shards)
-        fully_shard(unit, mesh=shared.mesh, ignored_params=kept)
+        # The head is no part of the backbone, and would stay gathered by default; in some processes only, since saving
+        # the weights of a model shards it again.
+        fully_shard(unit, mesh=shared.mesh, reshard_after_forward=True, ignored_params=kept)
         assert isinstance(unit, FSDPModule)
         unit.set_custom_all_gather(shared.gather)
         for part in parts:
@@ -74,7 +75,7 @@ def _units(base: PreTrainedModel) -> Iterator[nn.Module]:
         )
     yield from layers
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if is_tied(base) and isinstance(head, nn.Linear):
+    if isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.data, requires_grad=False)
     yield from (end for end in (embedding, head) if isinstance(end, nn.Embedding | nn.Linear))
 

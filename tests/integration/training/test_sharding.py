@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.loading.loader import load_model
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.merging.merge_run import merge
 from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.settings.choices import Device
 from qlora_cli.training import run_plan
 from qlora_cli.training.sharding.sharded_base import shard_base
 from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, short_settings, train_settings
-from tests.integration.training.test_ranks import UNEVEN, all_done, distance
+from tests.integration.training.test_ranks import (
+    DROPPING,
+    UNEVEN,
+    InterruptAt,
+    all_done,
+    distance,
+    first_dies_after_step_2,
+    first_dies_after_step_4,
+)
 from tests.support.models.experts import save_moe
-from tests.support.models.loading import load_settings
-from tests.support.processes.killed_runs import metrics_of
+from tests.support.models.loading import load_settings, save_model
+from tests.support.processes.killed_runs import assert_same, metrics_of
 from tests.support.processes.rank_processes import run_ranks
+from tests.support.runs.merge_command import merge_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,10 +137,20 @@ def test_every_way_to_compute_is_the_same_sharded(
     assert all(held["held"] < 0.51 * held["whole"] for held in watching.held(2))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe"])
-def test_experts_are_the_same_sharded(rows: Path, tmp_path: Path, family: str) -> None:
-    model, one, run = save_moe(tmp_path / "model", family), tmp_path / "one", tmp_path / "run"
-    changed = {"lora__target_parameters": "all-experts", "training__gradient_accumulation_steps": 3}
+@pytest.mark.parametrize(
+    ("save", "changed"),
+    [
+        (partial(save_moe, family="qwen3_moe"), {"lora__target_parameters": "all-experts"}),
+        (partial(save_model, family="gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), {}),
+        (save_model, {"model__new_tokens": "<a>,<b>", "model__resize_vocab": True}),
+    ],
+    ids=["experts", "Conv1D", "new rows of an untied vocabulary"],
+)
+def test_every_kind_of_model_is_the_same_sharded(
+    rows: Path, tmp_path: Path, save: Callable[[Path], Path], changed: dict[str, object]
+) -> None:
+    model, one, run = save(tmp_path / "model"), tmp_path / "one", tmp_path / "run"
+    changed = {"training__gradient_accumulation_steps": 3, **changed}
     train(train_settings(model, rows, one, **changed), Recorder())
     all_done(run_ranks(train_settings(model, rows, run, **changed, **SHARDED), tmp_path / "ranks"), 2)
     check_same_run(run, one)
@@ -142,6 +164,32 @@ def test_a_quantized_checkpoint_is_the_same_sharded(base_model: Path, rows: Path
     all_done(run_ranks(short_settings(model, rows, run, **SHARDED), tmp_path / "ranks", watching), 2)
     check_same_run(run, one)
     assert all(held["held"] < 0.51 * held["whole"] for held in watching.held(2))
+
+
+def test_a_sharded_run_resumes_exactly(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changed = {**DROPPING, **SHARDED, "training__sample_prompts": ["What is a list?"], "training__sample_tokens": 4}
+    all_done(run_ranks(train_settings(base_model, rows, whole, **changed), tmp_path / "whole-ranks"), 2)
+    settings = train_settings(base_model, rows, run, **changed)
+    first, second = run_ranks(settings, tmp_path / "killed", first_dies_after_step_4)
+    assert first.code == -signal.SIGKILL
+    assert second.code == 1
+    all_done(run_ranks(settings, tmp_path / "resumed"), 2)
+    assert_same(run, whole)
+
+
+def test_a_sharded_run_resumes_whole_and_on_another_number(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    one, run = tmp_path / "one", tmp_path / "run"
+    changed = {**UNEVEN, "training__save_steps": 1}
+    train(train_settings(base_model, rows, one, **changed), Recorder())
+    three = train_settings(base_model, rows, run, **{**changed, **SHARDED, "training__num_gpus": 3})
+    run_ranks(three, tmp_path / "three", first_dies_after_step_2)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_settings(base_model, rows, run, **changed), InterruptAt(4))
+    all_done(run_ranks(train_settings(base_model, rows, run, **changed, **SHARDED), tmp_path / "two"), 2)
+    assert distance(run, one) < 1e-5
+    verified = merge(merge_settings(run, output=tmp_path / "merged", device=Device.CPU), Recorder())
+    assert verified.verification is not None
 
 
 def raises() -> None:
