@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_cli.cli.failures import WHERE
 from qlora_cli.cli.volume import Quiet, Verbose
+from qlora_cli.cli.without_cache import ensure_cache
 from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import KINDS, Section, metadata_of
@@ -185,6 +186,7 @@ def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[
     paths = [f"{section}.{key}" for section, _, key in named]
     resolved = resolve(read_sources(context), kind, {path: _name_of(context, path) for path in paths})
     context.meta[WHERE] = resolved.where_of
+    ensure_cache(context)
     return resolved
 
 

@@ -213,3 +213,27 @@ def test_ctrl_c_at_any_moment_of_the_start_ends_without_a_traceback(seconds: flo
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("home", ["missing", "file", "read-only"])
+def test_a_home_that_cannot_be_written_to_means_no_cache_and_a_warning(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, home: str
+) -> None:
+    folder = tmp_path / "home"
+    if home == "file":
+        folder.write_text("")
+    elif home == "read-only":
+        folder.mkdir(0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("root may write anywhere")
+    inside = folder if home == "read-only" else Path(os.devnull) / "home" if home == "missing" else folder
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    without_cache = {"HOME": str(inside), "XDG_CACHE_HOME": "", "QLORA_CACHE": "", "TMPDIR": str(temporary)}
+    done = run_qlora("inspect-data", "--model", base_model, "--dataset", rows, "--rows", "0", env=without_cache)
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("can't be written to: nothing is cached") == 1
+    assert not any(path.name.startswith("qlora-") for path in temporary.iterdir())
+    named = {**without_cache, "QLORA_CACHE": f"{os.devnull}/named"}
+    refused = run_qlora("inspect-data", "--model", base_model, "--dataset", rows, env=named)
+    assert (refused.code, "Set QLORA_CACHE to another directory." in refused.stderr) == (2, True)
