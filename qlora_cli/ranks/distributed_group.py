@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -26,6 +27,7 @@ from qlora_cli.units import MIB
 RENDEZVOUS = timedelta(minutes=10)  # for all processes to start
 # Between two exchanges one process may tokenize a data set or download a model.
 PATIENCE = timedelta(days=7)
+LAST_WORDS_SECONDS = 60.0
 BUCKET_BYTES = 25 * MIB  # of gradients that are summed at once, as many as PyTorch's DistributedDataParallel takes
 CONTAINERS = ("docker", "br-", "veth", "virbr")  # interfaces to the containers and virtual machines of this one
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -56,6 +58,7 @@ class DistributedGroup(ProcessGroup):
         self._values = values
         self._gradients = gradients
         self._weights: SharedWeights | None = None
+        self._is_unheard = False  # whether the others did not listen when this process failed
         self.rank = place.rank
         self.size = place.size
 
@@ -84,12 +87,28 @@ class DistributedGroup(ProcessGroup):
             group = dist.new_group(backend=backend, timeout=PATIENCE)
             mesh = DeviceMesh.from_group(group, "cuda" if backend == "nccl" else "cpu")
             self._weights = SharedWeights(mesh=mesh, gather=WeightGather(self._store))
+            if backend == "nccl":
+                self._weights.gather.watch(group.abort)
         return self._weights
+
+    def close(self) -> None:
+        """Watch for failures of other processes no more."""
+        if self._weights is not None:
+            self._weights.gather.stop_watching()
 
     def announce(self, failure: Failure) -> None:
         """Let the next exchange of the other processes, or gathering of weights, fail with `failure`."""
-        if self._weights is not None:
-            self._weights.gather.announce(failure)
+        if self._weights is None:
+            self._tell(failure)
+            return
+        self._weights.gather.announce(failure)
+        # One that a GPU keeps waiting may never listen: then the launcher ends it, as soon as this one has ended.
+        telling = Thread(target=self._tell, args=(failure,), daemon=True)
+        telling.start()
+        telling.join(LAST_WORDS_SECONDS)
+        self._is_unheard = telling.is_alive()
+
+    def _tell(self, failure: Failure) -> None:
         with suppress(PeerLostError):  # those that are left know of a failure, too
             self._gather(failure)
 
@@ -114,7 +133,7 @@ class DistributedGroup(ProcessGroup):
 
     def wait_for_first(self) -> None:
         """Wait until the connection to the first process is closed."""
-        if not self.is_first:
+        if not self.is_first and not self._is_unheard:
             with suppress(PeerLostError):
                 self._gather(None)
 
@@ -155,6 +174,7 @@ def joined(place: Place, num_processes: int, *, on_cpu: bool) -> Iterator[Proces
     group = _meet(place, has_gpu=not on_cpu and torch.cuda.is_available())
     yield group
     group.exchange(None)
+    group.close()
     dist.destroy_process_group()  # after a failure it might wait for others
 
 

@@ -5,9 +5,10 @@ wait for a process that failed for ever. So it leaves word in the store by which
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class WeightGather:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._is_aborted, self._is_over = Event(), Event()
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a buffer."""
@@ -41,15 +43,40 @@ class WeightGather:
         """
         # The name is new in torch 2.13, where the other one warns.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        if output_tensor.device.type != "cpu":
-            work: dist.Work | None = gather(output_tensor, input_tensor, group=group, async_op=async_op)
-            return work
+        is_on_host = output_tensor.device.type == "cpu"
         try:
-            self._wait(gather(output_tensor, input_tensor, group=group, async_op=True))
+            if self._is_aborted.is_set():
+                self.check()
+            work: dist.Work | None = gather(output_tensor, input_tensor, group=group, async_op=async_op or is_on_host)
+            if not is_on_host:
+                return work  # the device waits
+            assert work is not None, "it is waited for here"
+            self._wait(work)
         except RuntimeError as error:
             self.check()
             raise PeerLostError(error) from error
         return None
+
+    def watch(self, abort: Callable[[], None]) -> None:
+        """Call `abort` as soon as a process has left word, from a thread of its own.
+
+        A GPU that waits for weights is not interrupted otherwise, nor a host that waits for the GPU.
+        """
+        Thread(target=self._watch, args=(abort,), daemon=True).start()
+
+    def _watch(self, abort: Callable[[], None]) -> None:
+        try:
+            while not self._is_over.wait(POLL.total_seconds()):
+                if self._store.check([FAILURE]):
+                    self._is_aborted.set()
+                    abort()
+                    return
+        except RuntimeError:  # the process with the store has ended, and its launcher ends this one
+            return
+
+    def stop_watching(self) -> None:
+        """Let the thread end."""
+        self._is_over.set()
 
     def _wait(self, work: dist.Work) -> None:
         while True:
