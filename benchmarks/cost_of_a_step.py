@@ -25,10 +25,11 @@ from benchmarks.published_algorithm import StepShape, floor_flops, published_ope
 from benchmarks.records import RESULTS, append, now, results_file, revision, versions
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.memory.catalogue import CatalogueModel, find_in_catalogue, nearest_names
-from qlora_cli.memory.estimator import Estimator, TracedRun
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.traced_run import TracedRun
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.settings.choices import Checkpointing, Dtype
 from qlora_cli.settings.models import EstimateSettings

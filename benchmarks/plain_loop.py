@@ -133,10 +133,9 @@ def load_and_upcast(layout: StoragePlan) -> Passes:
     load.allocate(layout.inventory.buffer_bytes)
     upcast = Recorder(passes, UPCAST, UNQUANTIZED)
     for entry in in_order if is_quantized else ():
-        number = numbers[entry.name]
-        if number is not None:
+        if not entry.is_quantized:
             upcast.allocate(entry.num_parameters * FLOAT_BYTES)
-            upcast.free(number)
+            upcast.free(*numbers[entry.name])
     return passes
 
 

@@ -6,8 +6,6 @@ the peaks for GPUs with the same kernels.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from math import ceil
 from typing import Any, TypeVar
 
 import torch
@@ -33,11 +31,13 @@ from qlora_cli.memory.replaying.optimizer_step import embedding_ids, optimizer_s
 from qlora_cli.memory.replaying.replay import Peaks, Replay, RunEvents
 from qlora_cli.memory.replaying.update_operations import update_operations
 from qlora_cli.memory.request import runs_evaluation
+from qlora_cli.memory.traced_run import TracedRun, checkpointing_of, micro_batches_of
 from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.operation_count import extended
 from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.shards import ShardedBase, sharded_base
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import ModelConfig, balances_experts, config_from, read_config
@@ -47,43 +47,16 @@ from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
-from qlora_cli.settings.choices import Checkpointing, Dtype, SdpaBackend
+from qlora_cli.settings.choices import Dtype, SdpaBackend
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.sections.inspect_memory import Link
 from qlora_cli.settings.settle import settle
-from qlora_cli.timing.operation import Counted
 from qlora_cli.tokenizing.positions import apply_rope_scaling, check_length, limit_length, num_positions
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 Value = TypeVar("Value")
 EstimateT = TypeVar("EstimateT", bound=EstimateSettings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TracedRun:
-    """The allocations and operations of a run on every GPU with the same kernels.
-
-    Attributes:
-        events: Those that a replay needs.
-        micro_batch: The operations of a micro-batch.
-        update: The operations of the optimizer's step.
-        backends: The attention kernels that the run uses, by name.
-        paged_bytes: Optimizer state in unified memory.
-        pinned_host_bytes: Activations in host memory, of all layers.
-        num_trained: Trained parameters.
-        files: The sizes of the files of the run.
-        notes: Messages from attaching the adapter.
-    """
-
-    events: RunEvents
-    micro_batch: Counted
-    update: Counted
-    backends: tuple[str, ...]
-    paged_bytes: int
-    pinned_host_bytes: int
-    num_trained: int
-    files: FileSizes
-    notes: tuple[str, ...]
 
 
 class Estimator:
@@ -98,18 +71,20 @@ class Estimator:
         whole: bool = False,
         loop: Loop | None = None,
         on_host: bool = False,
+        link: Link = Link.PCIE,
     ) -> None:
         """Predict from the model's facts, for settings that are `settled`.
 
         `evaluates`: whether an evaluation batch is run as well; None if the settings decide. `whole` traces all layers
         instead of a few: slower, with the same result. `loop` makes the step that is traced, as for `trace_step`.
-        `on_host`: runs are on a CPU, whose kernels decide how some weights are stored.
+        `on_host`: runs are on a CPU, whose kernels decide how some weights are stored. `link`: between several GPUs.
         """
         self._facts = facts
         self._backend = backend
         self._evaluates = evaluates
         self._whole = whole
         self._loop = loop
+        self._link = link
         self._device = CPU if on_host else CUDA
         self._cache: dict[Any, Any] = {}
 
@@ -154,7 +129,7 @@ class Estimator:
             gpu,
             dtype=self.dtype_on(settings, gpu).value,
             backends=traced.backends,
-            checkpointing=_checkpointing(settings).value,
+            checkpointing=checkpointing_of(settings).value,
             paged_bytes=traced.paged_bytes,
             pinned_host_bytes=traced.pinned_host_bytes,
             time=self.step_time(settings, gpu),
@@ -170,7 +145,7 @@ class Estimator:
         dtype, known = self.dtype_on(settings, gpu), rates_on(gpu)
         if gpu.is_host and known is not None and known.dtype != dtype:
             return None
-        traced, micro_batches = self.traced(settings, gpu), _micro_batches(settings)
+        traced, micro_batches = self.traced(settings, gpu), micro_batches_of(settings)
         return step_time(
             traced.micro_batch,
             traced.update,
@@ -179,6 +154,8 @@ class Estimator:
             num_tokens=micro_batches["batch_size"] * micro_batches["length"],
             gradient_bytes=traced.files.adapter_bytes,
             num_processes=settings.training.num_gpus,
+            received_bytes=0 if traced.sharded is None else traced.sharded.received_bytes,
+            link=self._link,
             pinned_host_bytes=traced.pinned_host_bytes,
             kind=kind_of_step(settings, dtype),
         )
@@ -287,7 +264,7 @@ class Estimator:
             ModelError: the model can't be run with these settings.
             HardwareError: the GPU can't compute with them.
         """
-        dtype, micro_batch = self.dtype_on(settings, gpu), _micro_batches(settings)
+        dtype, micro_batch = self.dtype_on(settings, gpu), micro_batches_of(settings)
         return recomputed_products(
             self.shapes(settings, dtype),
             self.traced(settings, gpu).micro_batch,
@@ -313,10 +290,12 @@ class Estimator:
         layout = self.layout(settings, dtype)
         meta_model, passes, traced = self._trace_step(settings, dtype, step)
         trained = trained_parameters(meta_model.model, meta_model.stack, meta_model.chosen)
+        sharded = self._sharded(settings, dtype, meta_model)
         resident = load_weights(
             layout,
             num_experts=self._num_experts(settings, dtype),
             on_host=self._on_host(settings, dtype),
+            shards=None if sharded is None else sharded.shards,
         )
         adapter = self._adapter(settings, dtype)
         load_adapter(resident, trained, [] if adapter is None else _copied_bytes(adapter, TORCH_DTYPES[dtype]))
@@ -349,8 +328,16 @@ class Estimator:
                 frozen_bytes=0 if switched is None else switched.frozen_bytes,
                 state_bytes=optimized.state_bytes,
             ),
+            sharded=sharded,
             notes=meta_model.notes,
         )
+
+    def _sharded(self, settings: EstimateSettings, dtype: Dtype, meta_model: MetaModel) -> ShardedBase | None:
+        if not settings.training.shards_base:
+            return None
+        entries = {entry.name: entry for entry in self.layout(settings, dtype).inventory.entries}
+        adapted = meta_model.model.get_base_model()
+        return sharded_base(self.shapes(settings, dtype), adapted, entries, settings.training.num_gpus)
 
     def _trace_step(
         self, settings: EstimateSettings, dtype: Dtype, step: StepSettings
@@ -414,8 +401,8 @@ class Estimator:
         self._check_length(settings)
         training = settings.training
         return StepSettings(
-            **_micro_batches(settings),
-            checkpointing=_checkpointing(settings),
+            **micro_batches_of(settings),
+            checkpointing=checkpointing_of(settings),
             kept_products=training.kept_products,
             attention=attention,
             backend=self._backend,
@@ -425,6 +412,7 @@ class Estimator:
             fuses_lora=training.fused_lora,
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=runs_evaluation(settings, self._evaluates),
+            num_shards=training.num_gpus if training.shards_base else 1,
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
@@ -465,33 +453,6 @@ class Estimator:
             self._cache[key] = make()
         value: Value = self._cache[key]
         return value
-
-
-def _micro_batches(settings: EstimateSettings) -> dict[str, Any]:
-    """Return the rows of the largest micro-batch, how they are joined, and the number of micro-batches of a step."""
-    training, length = settings.training, settings.data.max_length
-    size, accumulation = training.micro_batch_size, training.micro_batches_per_process
-    if training.micro_batch_tokens is None:
-        return {
-            "batch_size": size,
-            "length": length,
-            "gradient_accumulation_steps": accumulation,
-            "is_packed": settings.data.packing,
-            # Rows of different lengths are the usual case, and their mask takes memory.
-            "is_padded": size > 1 and not settings.data.packing,
-        }
-    num_rows, tokens = training.rows_per_process, training.micro_batch_tokens
-    return {
-        "batch_size": 1,
-        "length": max(length, min(tokens, num_rows * length)),
-        "gradient_accumulation_steps": ceil(num_rows / max(1, tokens // length)),
-        "is_packed": num_rows > 1,
-    }
-
-
-def _checkpointing(settings: EstimateSettings) -> Checkpointing:
-    asked = settings.training.gradient_checkpointing
-    return Checkpointing.ON if asked == Checkpointing.AUTO else asked
 
 
 def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:

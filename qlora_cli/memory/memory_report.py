@@ -109,6 +109,7 @@ def estimator_for(request: MemoryRequest, facts: ModelFacts) -> "Estimator":
         backend=request.prediction.sdpa_backend,
         evaluates=request.prediction.evaluate,
         on_host=request.is_on_host,
+        link=request.prediction.link,
     )
 
 

@@ -18,6 +18,7 @@ COMPONENTS = (
     "optimizer",
     "activations",
     "loss",
+    "gathered",
     "workspaces",
     "slack",
     "context",
@@ -38,6 +39,7 @@ class Components:
         optimizer_bytes: Its state, and the temporaries of a step.
         activations_bytes: Saved for the backward pass, and temporary.
         loss_bytes: Logits, and what the loss computes from them.
+        gathered_bytes: Weights of other processes: of the layer that computes and the next, if the base is sharded.
         workspaces_bytes: Of cuBLAS and inside kernels: dequantized weights among them.
         slack_bytes: Reserved by PyTorch's allocator, and used by no tensor.
         context_bytes: The CUDA context and loaded kernels, outside the allocator.
@@ -51,6 +53,7 @@ class Components:
     optimizer_bytes: int
     activations_bytes: int
     loss_bytes: int
+    gathered_bytes: int
     workspaces_bytes: int
     slack_bytes: int
     context_bytes: int

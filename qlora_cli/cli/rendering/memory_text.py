@@ -42,6 +42,7 @@ NAMES = {
     "quantization_constants": "quantization constants",
     "unquantized_weights": "16/32-bit weights",
     "loss": "logits and loss",
+    "gathered": "weights of other GPUs",
     "workspaces": "kernel workspaces",
     "slack": "allocator slack",
     "context": "CUDA context",

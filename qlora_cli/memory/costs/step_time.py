@@ -7,12 +7,14 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import StepTime
 from qlora_cli.settings.choices import Checkpointing, Dtype
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.sections.inspect_memory import Link
+from qlora_cli.timing.links import exchange_seconds, gather_seconds
 from qlora_cli.timing.operation import Counted
 from qlora_cli.timing.rates_file import KnownRates, known_rates
 from qlora_cli.timing.roofline import HOST, Cost, cost_of
 from qlora_cli.timing.run_ratios import Correction, RunKey
 
-DEVICE = "device"
+DEVICE, LINK = "device", "link"
 
 # The ends of the error band, as shares of the predicted seconds. They are the spread of the published rows that
 # `benchmarks/published_speed.py` compares with: 26 of 30 lie within, most of those outside for a known reason.
@@ -20,8 +22,6 @@ LOW, HIGH = 0.75, 1.30
 # Those with rates that were measured, whose error is no longer in it. Steps on a CPU were within (decision 38); a GPU
 # was not tried.
 MEASURED_LOW, MEASURED_HIGH = 0.80, 1.25
-# Bytes a second between the GPUs of a machine, a guess: PCIe 4.0 x16 through the host. NVLink is ten times faster.
-LINK_RATE = 10e9
 
 
 def step_time(
@@ -33,13 +33,16 @@ def step_time(
     num_tokens: int,
     pinned_host_bytes: int,
     gradient_bytes: int = 0,
+    received_bytes: int = 0,
     num_processes: int = 1,
+    link: Link = Link.PCIE,
     kind: str = "",
 ) -> StepTime | None:
     """Return the time of a step on `gpu`; None if its rates are not known.
 
     `num_tokens` are those of a micro-batch, and `pinned_host_bytes` what it copies to the host and back. Each of
-    several processes has so many micro-batches, and sums its gradients with the others', as part of the update.
+    several processes has so many micro-batches, and sums its gradients with the others', as part of the update. While
+    it computes one, it receives `received_bytes` of weights for the next layers, whichever takes longer.
     Earlier runs of the same `kind` on this machine correct the time.
     """
     known = rates_on(gpu)
@@ -50,11 +53,13 @@ def step_time(
     of_update = corrections.applied(cost_of(update, known.rates))
     correction = corrections.of_limit(of_micro_batch)
     low, high = _band(known, correction)
-    update_seconds = of_update.seconds + exchange_seconds(gradient_bytes, num_processes)
-    seconds = num_micro_batches * of_micro_batch.seconds + update_seconds
+    update_seconds = of_update.seconds + exchange_seconds(gradient_bytes, num_processes, link)
+    of_link = gather_seconds(received_bytes, link)
+    micro_batch_seconds = max(of_micro_batch.seconds, of_link)
+    seconds = num_micro_batches * micro_batch_seconds + update_seconds
     tokens_per_second = num_processes * num_micro_batches * num_tokens / seconds
     return StepTime(
-        micro_batch_seconds=of_micro_batch.seconds,
+        micro_batch_seconds=micro_batch_seconds,
         update_seconds=update_seconds,
         step_seconds=seconds,
         step_seconds_low=seconds * low,
@@ -62,7 +67,7 @@ def step_time(
         tokens_per_second=tokens_per_second,
         tokens_per_second_low=tokens_per_second / high,
         tokens_per_second_high=tokens_per_second / low,
-        limited_by=of_micro_batch.limited_by,
+        limited_by=LINK if of_link > of_micro_batch.seconds else of_micro_batch.limited_by,
         device_seconds=num_micro_batches * of_micro_batch.device_seconds + of_update.device_seconds,
         host_seconds=num_micro_batches * of_micro_batch.host_seconds + of_update.host_seconds,
         rates=known.source,
@@ -70,14 +75,6 @@ def step_time(
         learnt_runs=0 if correction is None else correction.num_runs,
         key=corrections.key_of(of_micro_batch),
     )
-
-
-def exchange_seconds(num_bytes: int, num_processes: int) -> float:
-    """Return the seconds in which each of several processes learns the sum of their gradients.
-
-    A ring passes each byte on twice, but for the share that a process has already.
-    """
-    return 2 * (num_processes - 1) / num_processes * num_bytes / LINK_RATE
 
 
 def kind_of_step(settings: EstimateSettings, dtype: Dtype) -> str:

@@ -1,9 +1,9 @@
 """A replica of PyTorch's caching allocator: what it reserves from the driver for a sequence of allocations.
 
 Rules and constants are those of `c10/core/CachingDeviceAllocator` and `c10/cuda/CUDACachingAllocator.cpp` with the
-default configuration (no expandable segments, no maximum split size), on one stream. Addresses are invented, but fall
-from segment to segment as the driver's do on Linux, which maps from the top down. They matter: best fit takes the
-lowest of several blocks of equal size, and the block that it splits decides which large block stays whole.
+default configuration (no expandable segments, no maximum split size), on one stream or two. Addresses are invented,
+but fall from segment to segment as the driver's do on Linux, which maps from the top down. They matter: best fit takes
+the lowest of several blocks of equal size, and the block that it splits decides which large block stays whole.
 """
 
 from bisect import bisect_left, insort
@@ -42,6 +42,7 @@ class Block:
     num_bytes: int
     address: int
     is_small: bool
+    pool: list[int]
     is_free: bool = False
     before: Optional["Block"] = None
     after: Optional["Block"] = None
@@ -59,15 +60,22 @@ class CachingAllocator:
         # The keys of free blocks in order, by pool, so that the first that is large enough is the best fit.
         self._small: list[int] = []
         self._large: list[int] = []
+        self._small_apart: list[int] = []
+        self._large_apart: list[int] = []
         self._blocks: dict[int, Block] = {}  # the free ones, by their keys
 
-    def allocate(self, num_bytes: int) -> Block:
-        """Return a block of at least `num_bytes`. The whole block counts as allocated, as it does in PyTorch."""
+    def allocate(self, num_bytes: int, *, apart: bool = False) -> Block:
+        """Return a block of at least `num_bytes`. The whole block counts as allocated, as it does in PyTorch.
+
+        `apart`: for a second stream, which has pools of its own.
+        """
         size = round_size(num_bytes)
         is_small = size <= SMALL_BYTES
         free = self._small if is_small else self._large
+        if apart:
+            free = self._small_apart if is_small else self._large_apart
         index = bisect_left(free, (size << ADDRESS_BITS) + self._lowest_address)
-        block = self._blocks.pop(free.pop(index)) if index < len(free) else self._new_segment(size, is_small)
+        block = self._blocks.pop(free.pop(index)) if index < len(free) else self._new_segment(size, is_small, free)
         rest = block.num_bytes - size
         if rest >= MIN_BLOCK_BYTES and (is_small or rest > SMALL_BYTES):
             self._split(block, size, rest)
@@ -101,16 +109,16 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def _new_segment(self, size: int, is_small: bool) -> Block:
+    def _new_segment(self, size: int, is_small: bool, pool: list[int]) -> Block:
         num_bytes = segment_size(size)
         self._lowest_address -= num_bytes
         self.reserved_bytes += num_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return Block(num_bytes, self._lowest_address, is_small)
+        return Block(num_bytes, self._lowest_address, is_small, pool)
 
     def _split(self, block: Block, size: int, rest: int) -> None:
         """Split off the `rest` of a block; of a large block, it is more than 1 MiB."""
-        after = Block(rest, block.address + size, block.is_small, False, block, block.after)
+        after = Block(rest, block.address + size, block.is_small, block.pool, False, block, block.after)
         if block.after is not None:
             block.after.before = after
         block.num_bytes, block.after = size, after
@@ -120,10 +128,10 @@ class CachingAllocator:
         block.is_free = True
         key = (block.num_bytes << ADDRESS_BITS) + block.address
         self._blocks[key] = block
-        insort(self._small if block.is_small else self._large, key)
+        insort(block.pool, key)
 
     def _take(self, block: Block) -> None:
-        free, key = self._small if block.is_small else self._large, (block.num_bytes << ADDRESS_BITS) + block.address
+        free, key = block.pool, (block.num_bytes << ADDRESS_BITS) + block.address
         del free[bisect_left(free, key)]
         assert self._blocks.pop(key) is block, "a free block is in its pool"
 

@@ -30,6 +30,7 @@ COMPONENT_NAMES = {
     "optimizer": "the optimizer",
     "activations": "activations",
     "loss": "logits and loss",
+    "gathered": "the weights gathered from other GPUs",
     "workspaces": "weights dequantized inside kernels, and workspaces",
 }
 

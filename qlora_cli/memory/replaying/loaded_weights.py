@@ -5,12 +5,14 @@ allocator's pool. Later tensors go into such blocks, so they decide how much the
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from torch import nn
 
 from qlora_cli.memory.tracing.layers import LayerStack, represented_by
 from qlora_cli.memory.tracing.passes import Passes, Recorder
+from qlora_cli.memory.tracing.shards import Shard
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.methods.method import WeightPart
 from qlora_cli.quantization.storage_plan import StoragePlan
@@ -25,16 +27,27 @@ LABELS = {WeightPart.WEIGHT: UNQUANTIZED, WeightPart.CODES: QUANTIZED, WeightPar
 LOAD, ADAPT = "load", "adapt"
 
 
-def load_weights(layout: StoragePlan, *, num_experts: int = 1, on_host: Iterable[str] = ()) -> Passes:
+def load_weights(
+    layout: StoragePlan,
+    *,
+    num_experts: int = 1,
+    on_host: Iterable[str] = (),
+    shards: Mapping[str, Shard] | None = None,
+) -> Passes:
     """Return the allocations and releases of loading, as pass `load`.
 
-    `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory.
+    `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory. Of those with a
+    shard, only that stays, once the weights of a unit are loaded.
     """
     passes = Passes()
     load = Recorder(passes, LOAD, UNQUANTIZED)
     skipped = set(on_host)
-    for entry in warm_up(load, [entry for entry in layout.inventory.entries if entry.name not in skipped]):
-        load_weight(load, entry, layout, num_experts)
+    entries = [entry for entry in layout.inventory.entries if entry.name not in skipped]
+    if shards:
+        _load_units(load, sorted(entries, key=_natural_key), layout, num_experts, shards)
+    else:
+        for entry in warm_up(load, entries):
+            load_weight(load, entry, layout, num_experts)
     load.allocate(layout.inventory.buffer_bytes)
     return passes
 
@@ -48,16 +61,32 @@ def warm_up(load: Recorder, entries: Sequence[WeightEntry]) -> list[WeightEntry]
     return sorted(entries, key=_natural_key)
 
 
-def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> int | None:
-    """Record the loading of one weight; return the number of its storage, or None if it is quantized."""
+def _load_units(
+    load: Recorder,
+    entries: Iterable[WeightEntry],
+    layout: StoragePlan,
+    num_experts: int,
+    shards: Mapping[str, Shard],
+) -> None:
+    """Record the loading of weights that are sharded once those of their unit are whole."""
+    for _, of_unit in groupby(entries, key=lambda entry: shards[entry.name].unit if entry.name in shards else ""):
+        whole = [(entry, load_weight(load, entry, layout, num_experts)) for entry in of_unit]
+        for entry, numbers in whole:
+            if shard := shards.get(entry.name):
+                for _ in range(shard.num_units):
+                    load.allocate(shard.num_bytes, QUANTIZED if entry.is_quantized else UNQUANTIZED)
+                load.free(*numbers)
+
+
+def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> list[int]:
+    """Record the loading of one weight; return the numbers of its storages, without those of constants."""
     if not entry.is_quantized:
-        return load.allocate(entry.weight_bytes)
+        return [load.allocate(entry.weight_bytes)]
     if layout.prequantized is not None:
-        load.allocate(entry.weight_bytes, QUANTIZED)
+        codes = load.allocate(entry.weight_bytes, QUANTIZED)
         load.allocate(entry.constant_bytes, CONSTANTS)
-    else:
-        _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
-    return None
+        return [codes]
+    return _quantize(load, entry, layout, num_experts if entry.kind == "experts" else 1)
 
 
 def _natural_key(entry: WeightEntry) -> list[tuple[int, int, str]]:
@@ -65,14 +94,20 @@ def _natural_key(entry: WeightEntry) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"\.", entry.name)]
 
 
-def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_pieces: int) -> None:
-    """Record the allocations of quantizing a 16-bit weight, and the release of those that do not stay."""
-    temporary = []
+def _quantize(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_pieces: int) -> list[int]:
+    """Record the allocations of quantizing a 16-bit weight, and the release of those that do not stay.
+
+    Returns the numbers of the codes.
+    """
+    temporary, codes = [], []
     for allocation in layout.method.allocations(entry, layout.settings, layout.dtype, num_pieces):
         number = load.allocate(allocation.num_bytes, LABELS[allocation.part])
         if not allocation.is_persistent:
             temporary.append(number)
+        elif allocation.part == WeightPart.CODES:
+            codes.append(number)
     load.free(*reversed(temporary))
+    return codes
 
 
 def load_adapter(passes: Passes, trained: Sequence[nn.Parameter], copied_bytes: Sequence[int] = ()) -> None:

@@ -7,7 +7,7 @@ from qlora_cli.memory.prediction import PHASES, Phase
 from qlora_cli.memory.replaying.allocator import Block, CachingAllocator
 from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD
 from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
-from qlora_cli.memory.tracing.kernels import CUBLAS, WORKSPACES
+from qlora_cli.memory.tracing.kernels import CUBLAS, GATHER_BUFFERS, GATHERED, WORKSPACES
 from qlora_cli.memory.tracing.passes import Passes
 
 NUM_STEPS = 2  # the first creates the optimizer's state, the second has it from the start
@@ -97,7 +97,7 @@ class Replay:
                 # A trace is of every GPU with the same kernels, and so knows no size of this workspace.
                 num_bytes = self.workspace_bytes if label == CUBLAS else storage.num_bytes
                 leftover = live.get(event)
-                live[event] = allocator.allocate(num_bytes)
+                live[event] = allocator.allocate(num_bytes, apart=label == GATHER_BUFFERS)
                 if leftover is not None:  # still allocated from the previous pass: replaced by the new one
                     allocator.free(leftover)
                 if allocator.allocated_bytes > self.peak_bytes:
@@ -132,6 +132,8 @@ class Replay:
 
 
 def _merged(labels: dict[str, int]) -> dict[str, int]:
-    """Return `labels` with the workspaces of cuBLAS added to the other workspaces."""
-    total = labels.get(CUBLAS, 0) + labels.get(WORKSPACES, 0)
-    return {**{label: size for label, size in labels.items() if label != CUBLAS}, WORKSPACES: total}
+    """Return `labels` with the workspaces of cuBLAS added to the others, and buffers to what is gathered in them."""
+    merged = dict(labels)
+    for part, whole in ((CUBLAS, WORKSPACES), (GATHER_BUFFERS, GATHERED)):
+        merged[whole] = merged.get(whole, 0) + merged.pop(part, 0)
+    return merged

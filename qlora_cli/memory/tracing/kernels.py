@@ -17,6 +17,8 @@ from qlora_cli.quantization.methods.method import Temporaries
 aten = torch.ops.aten
 KIB, MIB = 1024, 1024**2
 WORKSPACES = "workspaces"
+# Weights that other processes sent, and what they were received in: another stream's memory, in a pool of its own.
+GATHERED, GATHER_BUFFERS = "gathered", "gather buffers"
 CUBLAS = "cublas"  # the label of its workspaces, whose size depends on the GPU: `cublas_workspace_bytes`
 FLOAT_BYTES = 4
 

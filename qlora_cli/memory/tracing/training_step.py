@@ -24,6 +24,7 @@ from qlora_cli.loss.chunked_loss import slices, token_losses
 from qlora_cli.loss.output_head import backbone_of, output_head
 from qlora_cli.memory.tracing.attention_packages import attention_on_meta, shown_name
 from qlora_cli.memory.tracing.functions import GpuFunctions
+from qlora_cli.memory.tracing.gathers import Gathers
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.loss_chunks import LossChunks
 from qlora_cli.memory.tracing.meta_model import MetaModel
@@ -49,6 +50,7 @@ class StepSettings:
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
         fuses_lora: Whether layers compute together with their adapters where they can.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
+        num_shards: The processes that hold a part of the base each; 1 if it is not sharded.
     """
 
     batch_size: int
@@ -66,6 +68,7 @@ class StepSettings:
     fuses_lora: bool = False
     adds_noise: bool = False
     evaluates: bool = False
+    num_shards: int = 1
     device: torch.device = META  # another one only in tests, which compare with real tensors
 
 
@@ -137,6 +140,8 @@ class TrainingStep:
         self.functions = functions
         self.pinned_host_bytes = 0
         self.operations = OperationCount(trace, settings.batch_size * settings.length)
+        shards = settings.num_shards
+        self._gathers = Gathers(trace, self.base, shards) if shards > 1 else None
         # Where values are computed, every chunk is needed.
         self._chunks = LossChunks(trace, self.operations) if settings.device == META else slices
         self._phase = ""
@@ -154,7 +159,9 @@ class TrainingStep:
             tensors += (tensor for tensor in auxiliary_tensors(module) if tensor.device == self.settings.device)
         for tensor in tensors:
             self.trace.ignore(tensor)
-        hooks = [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
+        hooks = [] if self._gathers is None else self._gathers.before_marks()
+        hooks += [hook for index, layer in enumerate(self.layers) for hook in self._mark_layer(index, layer)]
+        hooks += [] if self._gathers is None else self._gathers.after_marks(backbone_of(self.base))
         hooks += self._label_loss()
         hooks += self.operations.watch(self.model, self.base)
         hooks += self.functions.disable_autocast_hooks(self.model)
@@ -212,6 +219,8 @@ class TrainingStep:
             torch.autograd.backward((get_gradient_edge(loss),), (torch.ones_like(loss),))
         finally:
             trace.in_autograd_thread, trace.label = False, ACTIVATIONS
+        if self._gathers is not None:
+            self._gathers.end_backward()
         self._phase = ""
         trace.mark(f"{name} end", TAIL)
         del loss, batches
@@ -247,7 +256,9 @@ class TrainingStep:
         # Where labels are trained depends on their values; here they are at all positions but the last of a row.
         num_rows, length = batch["labels"].shape
         positions, targets = (torch.zeros_like(batch["labels"][:, 1:]).flatten() for _ in range(2))
-        losses = token_losses(hidden, output_head(self.base), positions, targets, self.settings.dtype, self._chunks)
+        head, dtype = output_head(self.base), self.settings.dtype
+        with nullcontext() if self._gathers is None else self._gathers.head():
+            losses = token_losses(hidden, head, positions, targets, dtype, self._chunks)
         return losses.total / (num_rows * (length - 1)), losses
 
     def columns(self) -> dict[str, int]:

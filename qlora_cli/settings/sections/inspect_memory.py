@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import CardOrder, SdpaBackend
+from qlora_cli.settings.choices import CardOrder, Choice, SdpaBackend
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
@@ -14,6 +14,15 @@ from qlora_cli.settings.values import Solvables, Words
 MIN_TOKENS = 8  # of a row, as for data.max_length
 INSPECT = (Command.INSPECT_MEMORY,)
 NUMBER = "Name the card with --gpu, once for each card to compare, and how many share a run with --num-gpus."
+
+
+class Link(Choice):
+    """What GPUs send each other weights and gradients over."""
+
+    PCIE = "pcie"
+    NVLINK = "nvlink"
+    INFINIBAND = "infiniband"
+    ETHERNET = "ethernet"
 
 
 class PredictionSettings(Section):
@@ -33,6 +42,10 @@ class PredictionSettings(Section):
     sdpa_backend: Annotated[SdpaBackend, Metadata(flag="--sdpa-backend", commands=INSPECT)] = Field(
         default=SdpaBackend.AUTO,
         description="Backend of scaled_dot_product_attention; auto: the one that PyTorch chooses on the GPU.",
+    )
+    link: Annotated[Link, Metadata(flag="--link", commands=INSPECT)] = Field(
+        default=Link.PCIE,
+        description="What several GPUs send each other weights and gradients over, by which their time is predicted.",
     )
     evaluate: Annotated[bool | None, Metadata(flag="--eval", off_flag="--no-eval", commands=INSPECT)] = Field(
         default=None, description="Include an evaluation batch; by default if the settings ask for evaluation."

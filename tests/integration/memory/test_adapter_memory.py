@@ -11,10 +11,11 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.load_plan import plan_load
-from qlora_cli.memory.estimator import Estimator, TracedRun
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.replaying.replay import Peaks
+from qlora_cli.memory.traced_run import TracedRun
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.training.checks.predicted_memory import check_memory
 from tests.conftest import Recorder, train_settings

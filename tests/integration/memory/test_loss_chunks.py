@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from qlora_cli.loss.chunked_loss import slices
-from qlora_cli.memory.estimator import Estimator, TracedRun
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.traced_run import TracedRun
 from qlora_cli.memory.tracing.kernels import Kernels
 from qlora_cli.memory.tracing.loss_chunks import LossChunks
 from qlora_cli.memory.tracing.operation_count import OperationCount

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.memory.estimator import Estimator, TracedRun
+from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
+from qlora_cli.memory.traced_run import TracedRun
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.timing.operation import OperationKind, Pass
 

@@ -101,6 +101,7 @@ COMPONENTS = Components(
     activations_bytes=700 * MIB,
     loss_bytes=490 * MIB,
     workspaces_bytes=0,
+    gathered_bytes=0,
     slack_bytes=RESERVED - 5 * GIB - 1950 * MIB,
     context_bytes=CONTEXT,
 )

@@ -1,0 +1,87 @@
+"""What each process holds of a base that is sharded among several, and what they send each other."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_cli.memory.tracing.gathers import end_of, layers_of
+from qlora_cli.quantization.embedding import is_tied
+from qlora_cli.quantization.entries import WeightEntry
+
+EMBEDDING, HEAD = "embedding", "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a weight that one process holds: its unit, and the bytes of the part in each of `num_units`.
+
+    A weight that embedding and head share is a part of both units.
+    """
+
+    unit: str
+    num_bytes: int
+    num_units: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedBase:
+    """The weights of a base that is sharded, by name; those without a shard are whole on every process."""
+
+    shards: Mapping[str, Shard]
+    num_processes: int
+
+    @property
+    def shard_bytes(self) -> int:
+        """What each process holds of the sharded weights."""
+        return sum(shard.num_bytes * shard.num_units for shard in self.shards.values())
+
+    @property
+    def received_bytes(self) -> int:
+        """What each process receives for a micro-batch: layers and embedding forward and backward, the head forward.
+
+        The embedding is not needed backward, but gathered for it by `fully_shard`.
+        """
+        gathered = sum(shard.num_bytes * self._times(shard) for shard in self.shards.values())
+        return (self.num_processes - 1) * gathered
+
+    @staticmethod
+    def _times(shard: Shard) -> int:
+        return {HEAD: 1}.get(shard.unit, 2) + shard.num_units - 1
+
+
+def sharded_base(
+    shapes: PreTrainedModel, adapted: PreTrainedModel, entries: Mapping[str, WeightEntry], num_processes: int
+) -> ShardedBase:
+    """Return how the weights of `shapes`, stored as `entries` say, are divided.
+
+    `adapted` is the model with its adapter, whose embedding and head are whole if they are trained.
+    """
+    parameters = dict(shapes.named_parameters())
+    shards = {}
+    for name, unit in _units(shapes, adapted):
+        entry = entries.get(name)
+        if entry is None:  # tied, and known by its other name
+            continue
+        rows = entry.weight_bytes if entry.is_quantized else parameters[name].shape[0]
+        num_bytes = -(-rows // num_processes) * (entry.weight_bytes // rows)
+        shares_head = unit == EMBEDDING and is_tied(shapes) and end_of(adapted.get_output_embeddings()) is not None
+        shards[name] = Shard(unit, num_bytes, 2 if shares_head else 1)
+    return ShardedBase(shards=shards, num_processes=num_processes)
+
+
+def _units(shapes: PreTrainedModel, adapted: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Yield the name of each weight that is sharded, and its unit."""
+    layers = {id(layer) for layer in layers_of(shapes)}
+    ends: dict[int, tuple[str, nn.Module | None]] = {
+        id(shapes.get_output_embeddings()): (HEAD, end_of(adapted.get_output_embeddings())),
+        id(shapes.get_input_embeddings()): (EMBEDDING, end_of(adapted.get_input_embeddings())),
+    }
+    for name, module in shapes.named_modules():
+        unit, is_sharded = name, id(module) in layers
+        if id(module) in ends:
+            unit, end = ends[id(module)]
+            is_sharded = end is not None
+        if is_sharded:
+            yield from ((f"{name}.{part}", unit) for part, _ in module.named_parameters())
