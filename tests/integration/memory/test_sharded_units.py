@@ -61,7 +61,8 @@ def built(family: str, checkpointing: bool, device: str) -> PreTrainedModel:
     model.config.use_cache = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # as `enable_checkpointing` does
-    return model.train()
+    model.train()
+    return model
 
 
 def probed(model: PreTrainedModel, count: Count) -> Seen:
@@ -72,7 +73,9 @@ def probed(model: PreTrainedModel, count: Count) -> Seen:
         def run(_: nn.Module, __: Any, output: torch.Tensor) -> None:
             seen.append(("forward", index, *count()))
             if output.requires_grad:
-                output.register_hook(lambda _: seen.append(("backward", index, *count())))
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda _: seen.append(("backward", index, *count()))
+                )
 
         return run
 
@@ -113,7 +116,7 @@ def with_fully_shard(family: str, checkpointing: bool, size: int) -> Seen:
         for unit in units:
             fully_shard(unit, mesh=mesh, ignored_params=trained)
             assert isinstance(unit, FSDPModule)
-            unit.set_custom_all_gather(buffers)
+            unit.set_custom_all_gather(buffers)  # type: ignore[arg-type]
         fully_shard(model.base_model, mesh=mesh, ignored_params=set(model.base_model.parameters()))
         seen = probed(model, count)
         run_passes(model, "cpu", lambda: None, lambda: None)
