@@ -247,6 +247,12 @@ class Estimator:
             num_rows=num_rows,
         )
 
+    @staticmethod
+    def num_micro_batches(settings: EstimateSettings) -> int:
+        """Return the micro-batches of a step on one GPU."""
+        number: int = micro_batches_of(settings)["gradient_accumulation_steps"]
+        return number
+
     def balances_experts(self, settings: EstimateSettings) -> bool:
         """Return whether the loss has a part that balances experts, which is a mean over a micro-batch."""
         return balances_experts(self.shapes(settings, Dtype.BF16).config)

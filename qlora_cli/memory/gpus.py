@@ -239,7 +239,7 @@ def _unknown(text: str) -> UsageError:
             f"Write {bare[1]}GB for a card that is sold with as much, {bare[1]}GiB for exactly {bare[1]}·1024³ bytes."
         )
         return UsageError(f"{text!r} is a size without a unit", hint=hint)
-    if one := _one_of_several(text):
+    if one := one_of_several(text):
         number, card = one
         hint = f"Each GPU holds all of the model, and they share each step: --gpu '{card}' --num-gpus {number}."
         return UsageError(f"{text!r} names several GPUs", hint=hint)
@@ -278,11 +278,11 @@ def _nearness(one: int, other: int) -> float:
     return max(0.0, 1 - abs(one - other) / (NEAR_NUMBER * largest)) / 2 if one and other else 0.0
 
 
-def _one_of_several(text: str) -> tuple[str, str] | None:
+def one_of_several(text: str) -> tuple[int, str] | None:
     """Return number and card of `2x24GB`, `2x RTX 4090` or `RTX 4090 x2`; None for anything else."""
     match = re.fullmatch(rf"(?P<number>\d{{1,3}}) ?{TIMES} ?(?P<name>.+)", text, re.IGNORECASE)
     match = match or re.fullmatch(rf"(?P<name>.+?) ?(?<=[\s\d]){TIMES} ?(?P<number>\d{{1,2}})", text, re.IGNORECASE)
-    return (match["number"], match["name"]) if match else None
+    return (int(match["number"]), match["name"]) if match else None
 
 
 def _gpu_of_size(text: str, total_bytes: int) -> Gpu:

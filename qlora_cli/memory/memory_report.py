@@ -27,6 +27,7 @@ from qlora_cli.memory.fitting.division import changes_results, is_given
 from qlora_cli.memory.fitting.method_choice import MethodChoice, choose_method
 from qlora_cli.memory.fitting.plan import PlannedRun, PlanOn, best_option, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
+from qlora_cli.memory.fitting.strategy import with_strategy
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.host_run import as_host_memory, host_assumptions, on_cpu
@@ -40,6 +41,7 @@ from qlora_cli.memory.prediction import (
     PlanOption,
     RankedCard,
     RunFigures,
+    Sharding,
     Solution,
     figures_of_run,
 )
@@ -51,10 +53,12 @@ from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
 from qlora_cli.settings.settle import with_settings
+from qlora_cli.timing.links import gather_seconds
 from qlora_cli.units import counted
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
+    from qlora_cli.memory.tracing.shards import ShardedBase
 
 MAX_LENGTH = Solvable.MAX_LENGTH.value
 MOST_TOKENS = 8192  # of rows that are looked for unasked: longer ones take seconds each to predict
@@ -124,6 +128,8 @@ def _predict(request: MemoryRequest, facts: ModelFacts) -> MemoryReport:
     choice = _choose_method(asked, request, estimator) if is_method_open(opened) and not request.is_on_host else None
     if choice is not None:
         asked = with_settings(asked, {METHOD: choice.method})
+    if request.gpus and not request.is_on_host:
+        asked = with_strategy(asked, gpu, _planning_on(asked, request, estimator))
     with alongside(lambda: _unquantized(request, asked, gpu, estimator)) as unquantized:
         return _report(request, facts, asked, gpu, estimator, choice, max_checkpoints, unquantized)
 
@@ -178,6 +184,7 @@ def _report(
         paged_bytes=estimate.paged_bytes,
         pinned_host_bytes=estimate.pinned_host_bytes,
         host=host,
+        sharding=_sharding(request, traced.sharded, estimator.num_micro_batches(settings)),
         plan=plans[0].plan if plans else None,
         methods=None if choice is None else choice.options,
         unquantized=unquantized(),
@@ -229,6 +236,20 @@ def _figures(
         price=request.prices.get(gpu.name, request.prediction.price),
     )
     return as_host_memory(figures) if request.is_on_host else with_host(figures, host)
+
+
+def _sharding(request: MemoryRequest, sharded: "ShardedBase | None", number: int) -> Sharding | None:
+    """Return what `number` micro-batches of a step send; None without a sharded base."""
+    if sharded is None:
+        return None
+    link = request.prediction.link
+    return Sharding(
+        num_gpus=sharded.num_processes,
+        shard_bytes=sharded.shard_bytes,
+        received_bytes_per_step=number * sharded.received_bytes,
+        link=link.value,
+        receiving_seconds=gather_seconds(number * sharded.received_bytes, link),
+    )
 
 
 def _num_rows(request: MemoryRequest) -> int:
@@ -395,6 +416,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
         "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
         **({} if tokens is None else {"micro-batch-tokens": str(tokens)}),
         **({} if settings.training.num_gpus == 1 else {"num-gpus": str(settings.training.num_gpus)}),
+        **({"strategy": settings.training.strategy.value} if settings.training.shards_base else {}),
         "max-length": str(settings.data.max_length),
         "gradient-checkpointing": estimate.gradient_checkpointing,
         "attention": settings.model.attention.value,

@@ -378,6 +378,24 @@ class HostMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What each of several GPUs holds of a sharded base, and receives of the others.
+
+    Attributes:
+        shard_bytes: Of the base, with the whole embedding twice where the head shares it.
+        received_bytes_per_step: Weights that each GPU receives in an optimizer step, forward and backward.
+        link: What they are sent over.
+        receiving_seconds: Of a step, at the rate of the link; hidden by computation where that takes longer.
+    """
+
+    num_gpus: int
+    shard_bytes: int
+    received_bytes_per_step: int
+    link: str
+    receiving_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSummary:
     """The rows of a data set as `train` would feed them, counted as in its plan; lengths in tokens.
 
@@ -403,6 +421,7 @@ class MemoryReport:
     Attributes:
         data: None if no data set was read.
         fits: For the requested GPUs, or for every GPU of the catalogue.
+        sharding: None unless the base is sharded among several GPUs.
         plan: What was chosen for the first requested GPU; None if the settings leave nothing open, or none is named.
         methods: The methods that `--quant auto` looked at, the least quantization first; None if one was given.
         unquantized: The run with its base in 16 bit, if how it is stored was not asked for and that fits on the first
@@ -436,6 +455,7 @@ class MemoryReport:
     paged_bytes: int
     pinned_host_bytes: int
     host: HostMemory
+    sharding: Sharding | None
     plan: Plan | None
     methods: tuple[MethodOption, ...] | None
     unquantized: PlanOption | None

@@ -24,10 +24,16 @@ def untraced(training: TrainingSettings, attention: Attention) -> list[str]:
             "takes less"
         )
     if training.num_gpus > 1:
+        holds = "a shard of the base and all of the adapter" if training.shards_base else "all of the model"
         sentences.append(
-            f"each of {training.num_gpus} GPUs holds all of the model: memory is that of one, tokens a second, cost "
-            "and energy those of all; they sum their gradients at 10 GB/s, a guess for PCIe 4.0; NCCL's buffers, some "
-            "hundred MiB, are not counted, and host memory is that of one process"
+            f"each of {training.num_gpus} GPUs holds {holds}: memory is that of one, tokens a second, cost and energy "
+            "those of all; how fast they send each other weights and gradients is a guess by --link; NCCL's buffers, "
+            "some hundred MiB, are not counted, and host memory is that of one process"
+        )
+    if training.shards_base:
+        sentences.append(
+            "weights of the next layer arrive while one computes, so that the longer of both counts; loading a unit "
+            "at a time is assumed, and its 16-bit weights"
         )
     if training.full_determinism:
         sentences.append("of full_determinism the smaller workspaces of cuBLAS are counted, other kernels are not")

@@ -130,6 +130,16 @@ def test_the_flags_of_train_reach_the_core(asked: Ask) -> None:
     assert settings.training.optimizer.is_paged
 
 
+def test_several_gpus_are_named_with_their_card(asked: Ask) -> None:
+    for name in ("2x24GB", "24GB x2"):
+        request = asked("base", "--gpu", name)
+        assert [gpu.name for gpu in request.gpus] == ["24 GB card"]
+        assert request.asked.settings.training.num_gpus == 2
+    both = asked("base", "--gpu", "2xRTX 4090", "--gpu", "2x A100 40GB", "--num-gpus", "2")
+    assert [gpu.name for gpu in both.gpus] == ["RTX 4090", "A100 40GB"]
+    assert asked("base", "--gpu", "1x24GB").asked.settings.training.num_gpus == 1
+
+
 def test_flags_that_affect_neither_memory_nor_time_do_not_exist() -> None:
     command = typer.main.get_command(app).commands["inspect-memory"]  # type: ignore[attr-defined]
     flags = {flag for parameter in command.params for flag in parameter.opts}
@@ -242,7 +252,14 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         (["base", "--gpu", "RTX 9090"], "--gpu: no GPU 'RTX 9090' is known; the nearest known are"),
         (["base", "--gpu", "24"], "--gpu: '24' is a size without a unit"),
         (["base", "--gpu", "28GB"], "--gpu: no card is sold with 28 GB; there are 24 GB cards"),
-        (["base", "--gpu", "2x24GB"], "--gpu: '2x24GB' names several GPUs\n  hint: Each GPU holds all of the model"),
+        (["base", "--gpu", "2x24GB", "--gpu", "24GB"], "--gpu: a run is on one number of GPUs, and several are named"),
+        (
+            ["base", "--gpu", "2x24GB", "--num-gpus", "4"],
+            "--gpu: a run is on one number of GPUs, and several are named",
+        ),
+        (["base", "--gpu", "64x24GB"], "--gpu: 64 GPUs would share the 16 rows of a step, so that some have none"),
+        (["base", "--gpu", "24GB", "--strategy", "fsdp"], "--strategy: one GPU holds all of the base"),
+        (["base", "--gpu", "24GB", "--link", "nvlink"], "--link: one GPU sends nothing"),
         (["base", "--gpus", "2"], "no such option: --gpus\n  hint: Name the card with --gpu"),
         (["base", "--set", "inspect_memory.num_gpus=2"], "hint: It is training.num_gpus."),
         (["base", "--gpu", "MI300X"], "--gpu: 'MI300X' is an AMD GPU\n  hint: AMD GPUs are not predicted"),

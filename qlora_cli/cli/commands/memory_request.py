@@ -19,17 +19,22 @@ from qlora_cli.errors import (
 )
 from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.solver import SETTINGS
-from qlora_cli.memory.gpus import Gpu, find_gpu
+from qlora_cli.memory.gpus import Gpu, find_gpu, one_of_several
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Attention, CardOrder, Checkpointing, Quantization, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts_training import STRATEGY
+from qlora_cli.settings.sections.inspect_memory import Link
 from qlora_cli.settings.setting_metadata import Command
+from qlora_cli.settings.settle import InferredSettings, settle
+from qlora_cli.units import counted
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DATASET = "data.dataset"
 PRICE = "inspect_memory.price"
+GPUS, NUM_GPUS = "inspect_memory.gpus", "training.num_gpus"
 OF_RUN = ("training.epochs", PRICE)
 ON_COMMAND_LINE = ("flag", "set")
 HAS_SDPA = (Attention.AUTO, Attention.SDPA)
@@ -50,9 +55,10 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         given = {key: context.params.get(options.parameter_of(f"inspect_memory.{key}")) for key in ("gpus", "sweep")}
         read = _ReadFlags.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
+    resolved, several = with_number_of_gpus(resolved)
     asked = resolved.settings.inspect_memory
     read = _ReadFlags.of(asked.gpus, asked.sweep, words, resolved.where_of)
-    problems = [*_misplaced(context, words, asked.sweep), *read.problems, *_without_effect(resolved)]
+    problems = [*_misplaced(context, words, asked.sweep), *several, *read.problems, *_without_effect(resolved)]
     if any(gpu.is_host for gpu in read.gpus):
         problems += _not_on_host(resolved)
     if problems := [*problems, *_about_run(resolved)]:
@@ -86,6 +92,35 @@ class _ReadFlags:
         named_gpus = _find_gpus(gpus, where_of("inspect_memory.gpus"), problems)
         values, more = read_sweeps([*sweep, *words] if sweep else (), where_of("inspect_memory.sweep"))
         return cls(gpus=named_gpus, sweep=values, problems=problems + more)
+
+
+def with_number_of_gpus(
+    resolved: Resolved[InspectMemorySettings],
+) -> tuple[Resolved[InspectMemorySettings], list[Problem]]:
+    """Return the settings with the number of a `--gpu` such as `2x24GB` as that of the GPUs of the run.
+
+    The problems are those of a number that contradicts another one.
+    """
+    named = [(text, one_of_several(text)) for text in resolved.settings.inspect_memory.gpus]
+    if all(several is None for _, several in named):
+        return resolved, []
+    numbers = {1 if several is None else several[0] for _, several in named}
+    given = {resolved.settings.training.num_gpus} if resolved.is_given(NUM_GPUS) else set()
+    if len(numbers | given) > 1:
+        hint = "Ask for each number of GPUs by itself."
+        message = "a run is on one number of GPUs, and several are named"
+        return resolved, [Problem(where=resolved.where_of(GPUS), message=message, hint=hint)]
+    (number,) = numbers
+    cards = tuple(text if several is None else several[1] for text, several in named)
+    values: dict[str, object] = {NUM_GPUS: number, GPUS: cards}
+    origin = resolved.origin_of(GPUS)
+    settled = settle(resolved, [InferredSettings(values=values, origin=origin, is_fixed=True)])
+    rows = settled.settings.training.rows_per_step
+    if number > rows:
+        hint = "Use fewer, or more rows a step."
+        message = f"{number} GPUs would share the {counted(rows, 'row')} of a step, so that some have none"
+        return settled, [Problem(where=resolved.where_of(GPUS), message=message, hint=hint)]
+    return settled, []
 
 
 def check_plot(path: Path) -> QloraError | None:
@@ -145,6 +180,13 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
         hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
         message = "auto chooses by the memory of a GPU, and none is named"
         yield Problem(where=resolved.where_of("quantization.method"), message=message, hint=hint)
+    training = resolved.settings.training
+    if training.shards_base and training.num_gpus == 1:
+        hint = "Name several, as in --gpu 2x24GB, or give --num-gpus."
+        yield Problem(where=resolved.where_of(STRATEGY), message="one GPU holds all of the base", hint=hint)
+    if asked.link != Link.PCIE and training.num_gpus == 1:
+        hint = "Name several GPUs, as in --gpu 2x24GB, or leave it out."
+        yield Problem(where=resolved.where_of("inspect_memory.link"), message="one GPU sends nothing", hint=hint)
     if set(asked.solve) - {Solvable.GPU} and not asked.gpus:
         hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
         yield Problem(where=resolved.where_of("inspect_memory.solve"), message="needs a GPU to fit on", hint=hint)

@@ -16,6 +16,8 @@ RECOMPUTED = {
     Checkpointing.ON: "each layer is recomputed",
     Checkpointing.OFFLOAD: "each layer is recomputed, and what it starts from waits in host memory",
 }
+LINKS = {"pcie": "PCIe", "nvlink": "NVLink", "infiniband": "InfiniBand", "ethernet": "Ethernet"}
+LINK = "link"  # what limits a step
 AN = ("8", "11", "A", "F", "H", "L", "M", "N", "R", "S", "X")  # what is spoken with a vowel first: eight, RTX, L4
 NEXT = "--details shows what it is for, each phase, and what is taken for granted."
 
@@ -26,8 +28,7 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         return [_over_catalogue(report)]
     first, *others = zip(report.fits, gpus, strict=True)
     lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
-    if (number := report.settings.get("num-gpus")) is not None:
-        lines.append(f"That is the memory of each of {number} GPUs, and the time of all together.")
+    lines += _of_several(report)
     if gpus[0].is_host and report.predicted.step_seconds is None:
         lines.append(f"How long it takes is not known: {HOW_TO_MEASURE}.")
     if (unquantized := report.unquantized) is not None:
@@ -47,6 +48,21 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         takes, at_most = _gib(model.process_bytes), _gib(model.process_high_bytes)
         named = f"{model.model} ({format_count(model.num_parameters)} parameters)"
         lines.append(f"The largest model of the catalogue that fits there: {named}, {takes} GiB, at most {at_most}.")
+    return lines
+
+
+def _of_several(report: MemoryReport) -> list[str]:
+    """Return what is of each of several GPUs and what of all, and what they send each other."""
+    if (number := report.settings.get("num-gpus")) is None:
+        return []
+    lines = [f"That is the memory of each of {number} GPUs, and the time of all together."]
+    if (sharding := report.sharding) is not None:
+        received, seconds = _gib(sharding.received_bytes_per_step), significant(sharding.receiving_seconds)
+        hides = "more than" if report.predicted.limited_by == LINK else "hidden by"
+        lines.append(
+            f"The base is sharded: each holds {_gib(sharding.shard_bytes)} GiB of it, and receives {received} GiB a "
+            f"step over {LINKS[sharding.link]}, {seconds} s, {hides} the computation."
+        )
     return lines
 
 

@@ -98,7 +98,7 @@ class Gathers:
         if self._head is None:
             yield
             return
-        self._start(self._head)
+        self._start(self._head, GATHERED)  # outside of a forward pass, in the memory of the computation's own stream
         self._finish(self._head, in_forward=False)
         yield
         self._reshard(self._head)
@@ -150,9 +150,9 @@ class Gathers:
         if self._in_order:
             self._start(self._in_order[-1])
 
-    def _start(self, unit: Unit) -> None:
+    def _start(self, unit: Unit, label: str = GATHER_BUFFERS) -> None:
         if unit.buffer is None and not unit.weights:
-            unit.buffer = self._trace.allocate_temporary(sum(unit.sizes), GATHER_BUFFERS)
+            unit.buffer = self._trace.allocate_temporary(sum(unit.sizes), label)
 
     def _finish(self, unit: Unit, *, in_forward: bool) -> None:
         if unit.buffer is None:

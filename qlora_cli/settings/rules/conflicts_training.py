@@ -121,11 +121,8 @@ def sharding_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
     training = validated["training"]
     if training.strategy != Strategy.FSDP:
         return
-    if "inspect_memory" in validated:
-        yield STRATEGY, "the memory of a sharded base is not predicted yet", "Leave --strategy out, or use ddp."
-    else:
-        for what, why, hint in sharding_problems(validated):
-            yield STRATEGY, f"--strategy fsdp can't be used with {what}: {why}", hint
+    for what, why, hint in sharding_problems(validated):
+        yield STRATEGY, f"--strategy fsdp can't be used with {what}: {why}", hint
 
 
 def sharding_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -320,6 +320,8 @@ def without_flags(base_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (("--packing", "--micro-batch-size", "2"), None),
         (("--micro-batch-tokens", "4096"), None),
         (("--num-gpus", "2"), None),
+        (("--num-gpus", "2", "--strategy", "fsdp"), "quantized_weights_bytes"),
+        (("--num-gpus", "2", "--link", "ethernet"), None),
         (("--dtype", "fp32"), None),
         (("--eval",), None),
         (("--optimizer", "lion_32bit"), "optimizer_bytes"),
@@ -351,6 +353,23 @@ def test_the_answer_for_several_gpus_says_what_is_of_each_and_what_of_all(config
     result = asked(config, alone, "--num-gpus", "4")
     assert result["settings"]["num-gpus"] == "4"
     assert [line for line in result["assumptions"] if line.startswith("each of 4 GPUs holds all of the model")]
+
+
+def test_a_base_that_several_gpus_share_takes_less_of_each_the_more_they_are(
+    config: Path, alone: dict[str, str]
+) -> None:
+    results = [asked(config, alone, "--num-gpus", str(number), "--strategy", "fsdp") for number in (2, 4)]
+    for number, result in zip((2, 4), results, strict=True):
+        assert (result["settings"]["num-gpus"], result["settings"]["strategy"]) == (str(number), "fsdp")
+        assert result["sharding"]["num_gpus"] == number
+        assert result["components"]["gathered_bytes"] > 0
+    two, four = (result["sharding"] for result in results)
+    assert two["shard_bytes"] == pytest.approx(2 * four["shard_bytes"], rel=1e-3)
+    # Of twice as many bytes, half as many micro-batches gather three quarters instead of half.
+    assert four["received_bytes_per_step"] == pytest.approx(0.75 * two["received_bytes_per_step"], rel=1e-3)
+    slow = asked(config, alone, "--num-gpus", "2", "--strategy", "fsdp", "--link", "ethernet")
+    assert slow["sharding"]["receiving_seconds"] > two["receiving_seconds"]
+    assert slow["predicted"]["limited_by"] == "link"
 
 
 def test_the_report_notes_which_kernels_are_traced_as_another(config: Path, alone: dict[str, str]) -> None:

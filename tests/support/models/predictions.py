@@ -147,6 +147,7 @@ REPORT = MemoryReport(
         saving_bytes=480 * MIB,
         paged_bytes=0,
     ),
+    sharding=None,
     plan=None,
     methods=None,
     unquantized=None,

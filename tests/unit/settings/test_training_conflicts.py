@@ -158,7 +158,8 @@ def test_what_needs_whole_weights_is_refused_with_a_sharded_base(values: dict[st
     assert problem.hint is not None
 
 
-def test_the_memory_of_a_sharded_base_is_not_predicted_as_that_of_a_whole_one() -> None:
+def test_a_prediction_refuses_what_a_sharded_base_can_not_be_used_with() -> None:
     sharded = {"training.strategy": "fsdp", "training.num_gpus": "2"}
-    (problem,) = problems(sharded, InspectMemorySettings)
-    assert "the memory of a sharded base is not predicted yet" in problem.message
+    assert problems(sharded, InspectMemorySettings) == []
+    (problem,) = problems({**sharded, "lora.use_dora": "true"}, InspectMemorySettings)
+    assert "lora.use_dora" in problem.message
