@@ -31,10 +31,7 @@ def untraced(training: TrainingSettings, attention: Attention) -> list[str]:
             "some hundred MiB, are not counted, and host memory is that of one process"
         )
     if training.shards_base:
-        sentences.append(
-            "weights of the next layer arrive while one computes, so that the longer of both counts; loading a unit "
-            "at a time is assumed, and its 16-bit weights"
-        )
+        sentences.append("weights of the next layer arrive while one computes, so that the longer of both counts")
     if training.full_determinism:
         sentences.append("of full_determinism the smaller workspaces of cuBLAS are counted, other kernels are not")
     return sentences

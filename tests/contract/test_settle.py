@@ -24,6 +24,7 @@ SETTLES = {
     "cli/commands/inspect_data.py": 1,  # the positions of the model, whose weights are not needed
     "cli/commands/train.py": 1,  # the number of processes, which a launcher has started
     "cli/commands/predicted_data.py": 1,  # those and the settings of a run, before its data is read
+    "cli/commands/memory_request.py": 1,  # the number of GPUs that is named with their card
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
     "training/checks/memory_plan.py": 1,  # what memory decides: a plan, a leaner one, a smaller micro-batch
@@ -37,6 +38,7 @@ VARIES = {
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
     "memory/fitting/method_choice.py": 1,  # other ways to store the base
     "memory/memory_report.py": 1,  # the one that was chosen
+    "memory/fitting/strategy.py": 1,  # a base that is sharded, where a whole one does not fit
     "memory/host_run.py": 1,  # what a CPU keeps
     "memory/fitting/solver.py": 1,  # the largest that fits
     "memory/fitting/alternatives.py": 1,  # what fits, too

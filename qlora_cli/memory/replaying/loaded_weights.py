@@ -6,13 +6,12 @@ allocator's pool. Later tensors go into such blocks, so they decide how much the
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from torch import nn
 
 from qlora_cli.memory.tracing.layers import LayerStack, represented_by
 from qlora_cli.memory.tracing.passes import Passes, Recorder
-from qlora_cli.memory.tracing.shards import Shard
+from qlora_cli.memory.tracing.shards import WeightShard
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.methods.method import WeightPart
 from qlora_cli.quantization.storage_plan import StoragePlan
@@ -32,19 +31,19 @@ def load_weights(
     *,
     num_experts: int = 1,
     on_host: Iterable[str] = (),
-    shards: Mapping[str, Shard] | None = None,
+    shards: Mapping[str, WeightShard] | None = None,
 ) -> Passes:
     """Return the allocations and releases of loading, as pass `load`.
 
     `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory. Of those with a
-    shard, only that stays, once the weights of a unit are loaded.
+    shard, only that stays; those outside of the layers are loaded after them.
     """
     passes = Passes()
     load = Recorder(passes, LOAD, UNQUANTIZED)
     skipped = set(on_host)
     entries = [entry for entry in layout.inventory.entries if entry.name not in skipped]
     if shards:
-        _load_units(load, sorted(entries, key=_natural_key), layout, num_experts, shards)
+        _load_shards(load, sorted(entries, key=_natural_key), layout, num_experts, shards)
     else:
         for entry in warm_up(load, entries):
             load_weight(load, entry, layout, num_experts)
@@ -61,21 +60,21 @@ def warm_up(load: Recorder, entries: Sequence[WeightEntry]) -> list[WeightEntry]
     return sorted(entries, key=_natural_key)
 
 
-def _load_units(
+def _load_shards(
     load: Recorder,
-    entries: Iterable[WeightEntry],
+    entries: Sequence[WeightEntry],
     layout: StoragePlan,
     num_experts: int,
-    shards: Mapping[str, Shard],
+    shards: Mapping[str, WeightShard],
 ) -> None:
-    """Record the loading of weights that are sharded once those of their unit are whole."""
-    for _, of_unit in groupby(entries, key=lambda entry: shards[entry.name].unit if entry.name in shards else ""):
-        whole = [(entry, load_weight(load, entry, layout, num_experts)) for entry in of_unit]
-        for entry, numbers in whole:
-            if shard := shards.get(entry.name):
-                for _ in range(shard.num_units):
-                    load.allocate(shard.num_bytes, QUANTIZED if entry.is_quantized else UNQUANTIZED)
-                load.free(*numbers)
+    """Record the loading of weights of which shards are kept, each as soon as it is whole."""
+    is_of_layer = {entry.name: entry.name in shards and not shards[entry.name].is_of_end for entry in entries}
+    for entry in sorted(entries, key=lambda entry: not is_of_layer[entry.name]):
+        whole = load_weight(load, entry, layout, num_experts)
+        if shard := shards.get(entry.name):
+            for _ in range(shard.num_units):
+                load.allocate(shard.num_bytes, QUANTIZED if entry.is_quantized else UNQUANTIZED)
+            load.free(*whole)
 
 
 def load_weight(load: Recorder, entry: WeightEntry, layout: StoragePlan, num_experts: int = 1) -> list[int]:

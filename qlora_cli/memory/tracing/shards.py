@@ -14,7 +14,7 @@ EMBEDDING, HEAD = "embedding", "head"
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class WeightShard:
     """The part of a weight that one process holds: its unit, and the bytes of the part in each of `num_units`.
 
     A weight that embedding and head share is a part of both units.
@@ -24,12 +24,17 @@ class Shard:
     num_bytes: int
     num_units: int = 1
 
+    @property
+    def is_of_end(self) -> bool:
+        """Whether it is of the embedding or the head."""
+        return self.unit in (EMBEDDING, HEAD)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedBase:
     """The weights of a base that is sharded, by name; those without a shard are whole on every process."""
 
-    shards: Mapping[str, Shard]
+    shards: Mapping[str, WeightShard]
     num_processes: int
 
     @property
@@ -47,7 +52,7 @@ class ShardedBase:
         return (self.num_processes - 1) * gathered
 
     @staticmethod
-    def _times(shard: Shard) -> int:
+    def _times(shard: WeightShard) -> int:
         return {HEAD: 1}.get(shard.unit, 2) + shard.num_units - 1
 
 
@@ -67,7 +72,7 @@ def sharded_base(
         rows = entry.weight_bytes if entry.is_quantized else parameters[name].shape[0]
         num_bytes = -(-rows // num_processes) * (entry.weight_bytes // rows)
         shares_head = unit == EMBEDDING and is_tied(shapes) and end_of(adapted.get_output_embeddings()) is not None
-        shards[name] = Shard(unit, num_bytes, 2 if shares_head else 1)
+        shards[name] = WeightShard(unit, num_bytes, 2 if shares_head else 1)
     return ShardedBase(shards=shards, num_processes=num_processes)
 
 

@@ -37,6 +37,10 @@ def test_the_longer_of_computing_and_receiving_counts(link: Link, seconds: float
     assert limited_by == ("link" if seconds > alone else limit)
 
 
+def test_every_link_that_can_be_asked_for_has_a_rate() -> None:
+    assert list(RATES) == [link.value for link in Link]
+
+
 def test_gradients_are_passed_on_twice_but_for_the_share_of_each() -> None:
     seconds = [exchange_seconds(10**9, number, Link.PCIE) for number in (1, 2, 4, 512)]
     assert seconds[:3] == pytest.approx([0.0, 0.1, 0.15])
