@@ -7,11 +7,12 @@ import torch
 
 from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.data.tokenizing.encode import TextTokenizer
-from qlora_cli.events import PhaseStarted, Reporter
+from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.settings.choices import OnBadRow
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.values import Datasets
+from qlora_cli.units import counted
 
 # Enough that no feature of the widest layer is known from a handful of tokens: GPTQ's own runs have 18.
 TOKENS_PER_FEATURE = 8
@@ -40,10 +41,14 @@ def read_rows(names: Datasets, load_plan: LoadPlan, num_tokens: int, reporter: R
         DataError: it can't be read, or has no row that can be used.
     """
     reporter.report(PhaseStarted(title=f"Reading {', '.join(names)}"))
-    settings = DataSettings(dataset=names, on_bad_row=OnBadRow.ERROR)
+    settings = DataSettings(dataset=names, on_bad_row=OnBadRow.SKIP)
     tokenizer = load_plan.tokenizer
     text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
-    return chosen_rows(prepare_data(settings, text, seed=SEED).train, names, num_tokens)
+    data = prepare_data(settings, text, seed=SEED).train
+    if data.report.bad_rows:
+        message = f"{counted(data.report.bad_rows, 'row')} can't be used, and are left out of the calibration"
+        reporter.report(Noted(level="warning", message=message))
+    return chosen_rows(data, names, num_tokens)
 
 
 def chosen_rows(data: PreparedData, names: Datasets, num_tokens: int) -> CalibrationRows:

@@ -19,6 +19,7 @@ from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.files import as_json, check_disk_space
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel
+from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.generation import GENERATION_CONFIG
 from qlora_cli.writing import fill_directory
 
@@ -98,6 +99,7 @@ def _note(loaded: LoadedModel) -> dict[str, Any]:
         "source": loaded.source.name,
         "revision": loaded.source.revision,
         "commit": loaded.source.commit,
+        "source_digest": base_digest(loaded.source.path),
         "dtype": loaded.dtype.name,
         "quantization": loaded.settings.quantization.model_dump(mode="json"),
         "calibration": loaded.calibration,

@@ -6,6 +6,7 @@ report.html      a report of the run, as a page
 checkpoints/     step-…/, complete or absent
 skipped_rows.jsonl  rows that could not be used, if such rows are skipped
 adapter/         PEFT adapter, tokenizer, chat template
+base/            the calibrated base, if the run made one
 merged/          what `qlora merge` writes by default
 """
 
@@ -29,6 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+BASE = "base"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged"
@@ -51,6 +53,11 @@ class RunDirectory:
     def run_file(self) -> Path:
         """The record of the run."""
         return self.path / RUN_FILE
+
+    @property
+    def base(self) -> Path:
+        """The base that the run made for itself, if it did."""
+        return self.path / BASE
 
     @property
     def metrics_file(self) -> Path:
@@ -157,7 +164,7 @@ def check_free_directory(directory: Path, flag: str = "--output") -> QloraError 
 
 
 # What a run may have written if it was killed before its first record.
-STARTUP_FILES = {LOCK_FILE}
+STARTUP_FILES = {LOCK_FILE, BASE}
 TEMPORARY = re.compile(rf"\.({re.escape(RUN_FILE)}|{re.escape(METRICS_FILE)})\.[0-9a-f]+\.saving")
 
 

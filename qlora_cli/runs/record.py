@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Valid
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, existing_path, read_small
-from qlora_cli.runs.directory import RUN_FILE, RunDirectory
+from qlora_cli.runs.directory import BASE, RUN_FILE, RunDirectory
 from qlora_cli.units import LARGEST, Whole
 from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
 
@@ -257,7 +257,9 @@ class RunRecord(RecordSection):
             raise self.missing_error(purpose, "base_model.base_model")
         if self.base_model_path is None:
             raise self.missing_error(purpose, "base_model_path")
-        paths = (self.base_model_path, *self.candidate_paths(loaded.base_model))
+        paths = [self.base_model_path, *self.candidate_paths(loaded.base_model)]
+        if self.setting("training.calibrate"):  # which is moved with the run
+            paths.append(self._directory.resolve() / BASE)
         return BaseUsed(name=loaded.base_model, commit=loaded.commit, candidate_paths=tuple(dict.fromkeys(paths)))
 
     def candidate_paths(self, name: str) -> tuple[Path, ...]:

@@ -64,7 +64,8 @@ from qlora_cli.training.run_plan import (
     with_micro_batch,
 )
 from qlora_cli.training.session import Session
-from qlora_cli.training.settle_strategy import settle_by_strategy
+from qlora_cli.training.settling.calibrated_base import with_calibrated_base
+from qlora_cli.training.settling.settle_strategy import settle_by_strategy
 from qlora_cli.training.sharding.refusals import check_dry_run, check_processes
 from qlora_cli.units import counted
 from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
@@ -106,6 +107,8 @@ def train(
     if (done := group.exchange(result)[0]) is not None:
         return _already_done(resolved.settings, done, reporter, group)
     with without_launcher(), determinism(resolved.settings.training):
+        if resolved.settings.training.calibrate:
+            resolved = with_calibrated_base(resolved, reporter, force=force)
         return _train_settled(_settle_together(resolved, reporter, force=force, group=group), reporter, group)
 
 

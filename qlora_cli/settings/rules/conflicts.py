@@ -16,6 +16,7 @@ from qlora_cli.settings.models import (
 )
 from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.rules.conflicts_commands import (
+    calibration_conflicts,
     generation_conflicts,
     load_conflicts,
     prediction_conflicts,
@@ -24,6 +25,7 @@ from qlora_cli.settings.rules.conflicts_commands import (
 from qlora_cli.settings.rules.conflicts_lora import lora_conflicts
 from qlora_cli.settings.rules.conflicts_training import (
     attention_conflicts,
+    calibrated_conflicts,
     evaluation_conflicts,
     sharding_conflicts,
     training_conflicts,
@@ -66,6 +68,7 @@ def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     data, training = (validated.get(section) for section in ("data", "training"))
     if training is not None:
         conflicts += training_conflicts(training)
+        conflicts += calibrated_conflicts(training, validated["model"])
         conflicts += attention_conflicts(training, validated["model"].attention)
         conflicts += sharding_conflicts(validated)
     # A prediction reads no data.
@@ -81,6 +84,7 @@ def _command_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     checks: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
         "generate": generation_conflicts,
         "inspect_memory": prediction_conflicts,
+        "load": calibration_conflicts,
         "output": partial(push_conflicts, "output"),
         "merge": partial(push_conflicts, "merge"),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qlora_cli.settings.choices import LEAST_FIRST, Quantization, quant_flag
-from qlora_cli.settings.models import AnswerSettings, PredictionSettings, QuantizationSettings
+from qlora_cli.settings.models import AnswerSettings, PredictionSettings, QuantizationSettings, SavingSettings
 from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.sections.pushing import Pushed
 
@@ -23,6 +23,12 @@ def load_conflicts(quantization: QuantizationSettings) -> Iterator[Conflict]:
     if quantization.method == Quantization.AUTO:
         message = "auto is decided by what a training takes, and nothing is trained here"
         yield "quantization.method", message, f"Use {quant_flag(LEAST_FIRST)}."
+
+
+def calibration_conflicts(saving: SavingSettings) -> Iterator[Conflict]:
+    """Yield the number of tokens if nothing is calibrated."""
+    if saving.calibrate is None:
+        yield "load.calibration_tokens", "has no effect without --calibrate", "Add --calibrate DATA, or leave it out."
 
 
 def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:

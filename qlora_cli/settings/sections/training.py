@@ -116,6 +116,16 @@ class TrainingSettings(Section):
         description="What each of several GPUs holds of the base: all of it (ddp), or a shard, and a layer at a time "
         "while it computes (fsdp). auto: ddp, or fsdp if it does not fit on one.",
     )
+    calibrate: Annotated[bool, Metadata(flag="--calibrate", group=HelpGroup.MEMORY)] = Field(
+        default=False,
+        description="Choose the 4-bit codes of the base by what it computes on the rows to train: nearer to 16 bit in "
+        "the same bytes. The run owns this base, in base/.",
+    )
+    calibration_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of the rows to calibrate on; by default 8 for each feature of the widest layer.",
+    )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,
         Metadata(
