@@ -42,7 +42,7 @@ def volume_of(context: Any) -> Volume:
     """
     given = [volume for volume in Volume if context.params.get(volume.value)]
     if len(given) > 1:
-        raise UsageError("--quiet and --verbose are opposites", hint="Leave one of them out.")
+        raise UsageError("both --quiet and --verbose are given, which are opposites", hint="Leave one of them out.")
     return given[0] if given else Volume.NORMAL
 
 

@@ -204,6 +204,6 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(base_model: Path, tmp
 
 def test_ctrl_d_ends_the_chat(base_model: Path) -> None:
     with Terminal(base_model, "--device", "cpu", "--max-new-tokens", "4") as terminal:
-        assert "/quit or Ctrl-D ends" in terminal.wait_for("> ")
+        assert "/exit or Ctrl-D ends" in terminal.wait_for("> ")
         terminal.type("\x04")
         assert terminal.exit_code() == 0

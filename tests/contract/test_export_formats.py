@@ -170,6 +170,8 @@ ELSEWHERE = {
     # Their names; the default, and what llama.cpp and its types are for.
     "settings/choices.py": 3,
     "settings/sections/merge.py": 3,
+    # Examples in the help of commands.
+    "cli/command_examples.py": 3,
     # Whether llama.cpp is here, before torch is imported.
     "merging/merge_checks.py": 1,
     # Weights that are GGUF already, which nothing here reads.

@@ -42,9 +42,9 @@ def list_runs(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that holds runs, at any depth.")] = Path(
         "runs"
     ),
-    sort: Annotated[Order, typer.Option("--sort", help="What comes first: the lowest loss, the fastest, …")] = (
-        Order.STARTED
-    ),
+    sort: Annotated[
+        Order, typer.Option("--sort", help="What comes first, such as the lowest loss or the fastest run.")
+    ] = (Order.STARTED),
     words: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,12 +1,12 @@
 """What comes after a command, as commands to type."""
 
-from collections.abc import Iterator
-from shlex import quote
+from shlex import join
 
 from qlora_cli.cli.volume import command
 from qlora_cli.evaluating.evaluation_result import Evaluation
 from qlora_cli.merging.merge_result import MergeResult
 from qlora_cli.runs.run_result import TrainResult
+from qlora_cli.settings.choices import ExportFormat
 
 AFTER_PLAN = ("the same command without --dry-run",)
 AFTER_PREDICTION = ("qlora train with the same settings, and --model, --dataset and --output",)
@@ -33,16 +33,6 @@ def after_evaluation(result: Evaluation) -> list[str]:
 
 def after_merge(result: MergeResult) -> list[str]:
     """Return how to run each format."""
-    return [*_commands_that_serve(result)]
+    from qlora_cli.merging.exports.all_formats import FORMATS  # with torch, which a merge has imported
 
-
-def _commands_that_serve(result: MergeResult) -> Iterator[str]:
-    for name, path in result.outputs.items():
-        if name == "hf":
-            yield f"vllm serve {quote(str(path))}"
-        elif name == "ollama":
-            yield f"ollama create NAME -f {quote(str(path / 'Modelfile'))}"
-        elif files := sorted(path.glob("*.gguf")):
-            yield f"llama-server --jinja -m {quote(str(files[0]))}"
-        else:
-            yield command("chat", path)
+    return [join(FORMATS[ExportFormat(name)].serving(path)) for name, path in result.outputs.items()]

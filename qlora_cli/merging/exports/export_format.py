@@ -1,7 +1,7 @@
 """The interface of an export format: its checks, its disk space, how it is written, and which files are pushed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -61,6 +61,11 @@ class Format(ABC):
             MissingDependencyError: its converter is not installed.
         """
         self.request = request
+
+    @staticmethod
+    def serving(path: Path) -> Sequence[str]:
+        """Return the command, word by word, that runs the model in `path`."""
+        return ("qlora", "chat", str(path))
 
     @property
     def holds_model(self) -> bool:

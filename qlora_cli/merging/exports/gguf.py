@@ -1,6 +1,7 @@
 """Write a merged model as GGUF, for llama.cpp and tools built on it, and check the result."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,11 @@ class GgufFormat(Format):
     name = ExportFormat.GGUF
     share = 1.0
     library = "gguf"
+
+    @staticmethod
+    def serving(path: Path) -> Sequence[str]:
+        """Return the command that serves it."""
+        return ("llama-server", "--jinja", "-m", str(min(path.glob("*.gguf"), default=path)))
 
     def __init__(self, request: MergeCommandSettings) -> None:
         """Find the converter.

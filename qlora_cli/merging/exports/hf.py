@@ -1,5 +1,8 @@
 """The merged model in transformers' format, which all other formats are made from: already written."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from qlora_cli.events import Reporter
 from qlora_cli.merging.exports.export_format import Export, Format
 from qlora_cli.merging.merge_result import Divergence
@@ -11,6 +14,11 @@ class HfFormat(Format):
     """Safetensors, configs and tokenizer."""
 
     name = ExportFormat.HF
+
+    @staticmethod
+    def serving(path: Path) -> Sequence[str]:
+        """Return the command that serves it."""
+        return ("vllm", "serve", str(path))
 
     @property
     def holds_model(self) -> bool:

@@ -6,7 +6,7 @@ What Ollama accepts is defined in its sources: parser/parser.go (Modelfile), tem
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class OllamaFormat(Format):
     """A Modelfile, next to the 16-bit model unless it names a GGUF."""
 
     name = ExportFormat.OLLAMA
+
+    @staticmethod
+    def serving(path: Path) -> Sequence[str]:
+        """Return the command that serves it."""
+        return ("ollama", "create", "NAME", "-f", str(path / "Modelfile"))
 
     @property
     def holds_model(self) -> bool:
