@@ -64,4 +64,4 @@ def test_quiet_leaves_the_result_alone(trained: dict[str, Any]) -> None:
 def test_quiet_and_verbose_together_are_refused(run_qlora: RunQlora) -> None:
     done = run_qlora("train", "--quiet", "--verbose")
     assert (done.code, done.stdout) == (2, "")
-    assert "--quiet and --verbose are opposites" in done.stderr
+    assert "both --quiet and --verbose are given" in done.stderr
