@@ -65,7 +65,7 @@ def evaluation_conflicts(training: TrainingSettings, data: DataSettings) -> list
 
 def _calibration_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
     if training.calibrate and training.num_gpus > 1:
-        message = "--calibrate is done by one process, and --num-gpus starts several"
+        message = "is done by one process, and --num-gpus starts several"
         yield "training.calibrate", message, "Calibrate the base first: qlora load MODEL --calibrate DATA --save DIR"
     if not training.calibrate:
         message = "training.calibration_tokens has no effect without --calibrate"
