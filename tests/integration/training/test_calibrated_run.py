@@ -148,7 +148,7 @@ def test_what_can_not_be_calibrated_leaves_nothing_behind(shallow_base: Path, tm
 def test_settings_that_change_the_base_twice_are_refused(
     shallow_base: Path, tmp_path: Path, flags: dict[str, Any]
 ) -> None:
-    with pytest.raises(SettingsError, match="--calibrate|is done by one process"):
+    with pytest.raises(SettingsError, match=r"--calibrate|is done by one process"):
         asked(shallow_base, tmp_path / "run", **flags)
 
 
