@@ -337,7 +337,7 @@ def report_to(patch: pytest.MonkeyPatch, reporter: Reporter) -> None:
     """Let the command report to `reporter`."""
 
     @contextmanager
-    def reporting() -> Iterator[Reporter]:
+    def reporting(*_: object) -> Iterator[Reporter]:
         yield reporter
 
     patch.setattr(qlora_cli.cli.progress.reporters, "reporting", reporting)
