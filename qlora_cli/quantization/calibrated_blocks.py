@@ -9,6 +9,7 @@ are to be, so that codes are chosen for the scales that are stored.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from bitsandbytes import functional
@@ -35,6 +36,21 @@ class InputMoments:
 
     matrix: torch.Tensor
     num_tokens: int
+
+    @cached_property
+    def inverse_factor(self) -> torch.Tensor:
+        """The upper Cholesky factor of the inverse of the matrix, which is damped until it has one."""
+        mean = self.matrix.diagonal().mean().clamp_min(torch.finfo(self.matrix.dtype).tiny)
+        upper = self.matrix
+        for damping in DAMPINGS:
+            damped = self.matrix.clone()
+            damped.diagonal().add_(damping * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                break
+        return upper
 
     @property
     def has_correlations(self) -> bool:
@@ -85,7 +101,7 @@ class _Weighted:
         self._part = part
         moments = part.moments
         has_feedback = moments is not None and moments.has_correlations
-        self._factor = _inverse_factor(moments.matrix) if moments is not None and has_feedback else None
+        self._factor = moments.inverse_factor if moments is not None and has_feedback else None
         if self._factor is not None:
             self._importance = self._factor.diagonal().square().reciprocal()
         elif moments is not None:
@@ -131,21 +147,6 @@ def _levels(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.
     """Return the levels in ascending order, and the code of each."""
     levels, order = functional.get_4bit_type(quant_type, device=device).sort()
     return levels, order.to(torch.uint8)
-
-
-def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of a matrix, which is damped until it has one."""
-    mean = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
-    upper = matrix
-    for damping in DAMPINGS:
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            break
-    return upper
 
 
 def _best_scales(blocks: torch.Tensor, importance: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

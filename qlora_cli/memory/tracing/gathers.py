@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_cli.errors import ModelError
 from qlora_cli.memory.tracing.kernels import GATHER_BUFFERS, GATHERED
 from qlora_cli.memory.tracing.trace import MemoryTrace
+from qlora_cli.quantization.sharded_units import ends_of, layers_of
 
 
 class Unit:
@@ -45,33 +44,12 @@ def padded_bytes(parameter: torch.Tensor, num_processes: int) -> int:
     return rows * parameter[:1].numel() * parameter.element_size()
 
 
-def layers_of(base: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers of a model, each of which is a unit.
-
-    Raises:
-        ModelError: it has none that could be gathered one by one.
-    """
-    layers: list[nn.Module] = [layer for layer in base.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(
-            f"{type(base).__name__} has no decoder layers that could be gathered one by one",
-            hint="Use --strategy ddp.",
-            setting="training.strategy",
-        )
-    return layers
-
-
-def end_of(module: nn.Module | None) -> nn.Module | None:
-    """Return an embedding or a head that is sharded; None for one with an adapter or rows that are trained."""
-    return module if isinstance(module, nn.Embedding | nn.Linear) else None
-
-
 class Gathers:
     """The units of a model, and when their weights are gathered and released."""
 
     def __init__(self, trace: MemoryTrace, base: PreTrainedModel, num_processes: int) -> None:
         self._trace = trace
-        embedding, head = map(end_of, (base.get_input_embeddings(), base.get_output_embeddings()))
+        embedding, head = ends_of(base)
         self._layers = [Unit(layer, num_processes) for layer in layers_of(base)]
         self._embedding = None if embedding is None else Unit(embedding, num_processes)
         self._head = None if head is None else Unit(head, num_processes)

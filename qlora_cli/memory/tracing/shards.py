@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_cli.memory.tracing.gathers import end_of, layers_of
 from qlora_cli.quantization.embedding import is_tied
 from qlora_cli.quantization.entries import WeightEntry
+from qlora_cli.quantization.sharded_units import ends_of, layers_of
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -71,7 +71,7 @@ def sharded_base(
             continue
         rows = entry.weight_bytes if entry.is_quantized else parameters[name].shape[0]
         num_bytes = -(-rows // num_processes) * (entry.weight_bytes // rows)
-        shares_head = unit == EMBEDDING and is_tied(shapes) and end_of(adapted.get_output_embeddings()) is not None
+        shares_head = unit == EMBEDDING and is_tied(shapes) and ends_of(adapted)[1] is not None
         shards[name] = WeightShard(unit, num_bytes, 2 if shares_head else 1)
     return ShardedBase(shards=shards, num_processes=num_processes)
 
@@ -80,8 +80,8 @@ def _units(shapes: PreTrainedModel, adapted: PreTrainedModel) -> Iterator[tuple[
     """Yield the name of each weight that is sharded, and its unit."""
     layers = {id(layer) for layer in layers_of(shapes)}
     ends: dict[int, tuple[str, nn.Module | None]] = {
-        id(shapes.get_output_embeddings()): (HEAD, end_of(adapted.get_output_embeddings())),
-        id(shapes.get_input_embeddings()): (EMBEDDING, end_of(adapted.get_input_embeddings())),
+        id(shapes.get_output_embeddings()): (HEAD, ends_of(adapted)[1]),
+        id(shapes.get_input_embeddings()): (EMBEDDING, ends_of(adapted)[0]),
     }
     for name, module in shapes.named_modules():
         unit, is_sharded = name, id(module) in layers

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_cli.errors import ModelError
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loss.output_head import backbone_of
 from qlora_cli.quantization.kept_shards import KeptShards, contiguous_stride, layer_names
+from qlora_cli.quantization.sharded_units import ends_of, layers_of
 from qlora_cli.ranks.group import ProcessGroup
 
 
@@ -66,18 +66,11 @@ def _units(base: PreTrainedModel) -> Iterator[nn.Module]:
 
     Those with rows or an adapter that are trained stay whole. A weight that both share is held by each of them.
     """
-    layers = [layer for layer in base.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(
-            f"{type(base).__name__} has no decoder layers that could be gathered one by one",
-            hint="Use --strategy ddp.",
-            setting="training.strategy",
-        )
-    yield from layers
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    yield from layers_of(base)
+    embedding, head = ends_of(base)
     if isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.data, requires_grad=False)
-    yield from (end for end in (embedding, head) if isinstance(end, nn.Embedding | nn.Linear))
+    yield from (end for end in (embedding, head) if end is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

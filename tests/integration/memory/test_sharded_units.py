@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_cli.memory.tracing.gathers import Gathers, layers_of
+from qlora_cli.memory.tracing.gathers import Gathers
 from qlora_cli.memory.tracing.kernels import GATHER_BUFFERS, GATHERED, Kernels
 from qlora_cli.memory.tracing.trace import MemoryTrace
+from qlora_cli.quantization.sharded_units import layers_of
 from tests.support.models.tracing import deep_config
 
 NUM_LAYERS = 4
