@@ -172,8 +172,7 @@ def load_planned(
     With `trains_adapter` the named adapter will be trained further. `lora` describes the new adapter that will be
     attached, which may be initialized from quantization residuals. With `shards`, the model has placeholders for the
     weights that these keep, and all others are in host memory; `calibrated` codes are stored in place of the nearest
-    ones. `started` is the monotonic time from which
-    `load_seconds` counts; by default now.
+    ones. `started` is the monotonic time from which `load_seconds` counts; by default now.
 
     Raises:
         ModelError: weights are damaged, missing or unexpected, or the adapter can't be initialized.
@@ -196,22 +195,14 @@ def load_planned(
         calibrated=calibrated,
     )
     model = _load(load_plan, checkpoint, reporter, quantization, shards)
-    vocabulary_notes = _extend_vocabulary(model, load_plan)
-    _align_end_tokens(model, load_plan.tokenizer.tokenizer)
-    prediction_note = note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained")
-    notes = [*vocabulary_notes, *([prediction_note] if prediction_note else [])]
-    for note in notes:
-        reporter.report(Noted(message=note))
+    notes = _fit_to_tokenizer(model, load_plan, checkpoint, reporter)
     inventory = take_inventory(model, load_plan.layout.unquantized)
-    adapter = load_plan.adapter
     return LoadedModel(
-        model=model
-        if adapter is None
-        else load_adapter(model, adapter, trainable=trains_adapter, num_rows=load_plan.num_own_rows),
+        model=_with_adapter(model, load_plan, trainable=trains_adapter),
         tokenizer=load_plan.tokenizer.tokenizer,
         new_token_ids=load_plan.tokenizer.new_token_ids,
         source=load_plan.source,
-        adapter=adapter,
+        adapter=load_plan.adapter,
         config=load_plan.base,
         settings=settings,
         device=device,
@@ -228,6 +219,25 @@ def load_planned(
         peak_device_bytes=peak_device_allocated_bytes(device),
         notes=(*load_plan.notes, *notes),
     )
+
+
+def _fit_to_tokenizer(
+    model: PreTrainedModel, load_plan: LoadPlan, checkpoint: Checkpoint, reporter: Reporter
+) -> list[str]:
+    """Give the model the rows and the end tokens of its tokenizer; return notes on it, which are reported."""
+    notes = _extend_vocabulary(model, load_plan)
+    _align_end_tokens(model, load_plan.tokenizer.tokenizer)
+    if note := note_on_prediction(model.config, checkpoint.tensors, "not loaded, and not trained"):
+        notes.append(note)
+    for note in notes:
+        reporter.report(Noted(message=note))
+    return notes
+
+
+def _with_adapter(model: PreTrainedModel, load_plan: LoadPlan, *, trainable: bool) -> PreTrainedModel | PeftModel:
+    if load_plan.adapter is None:
+        return model
+    return load_adapter(model, load_plan.adapter, trainable=trainable, num_rows=load_plan.num_own_rows)
 
 
 def _load(
