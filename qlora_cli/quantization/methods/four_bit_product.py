@@ -223,7 +223,8 @@ class FourBitProduct(FusedProduct):
 
 def _state_of(layer: Any) -> QuantState | None:
     """Return the constants of a layer's weight; of a weight that was gathered, only the layer has them."""
-    state: QuantState | None = getattr(layer.weight, "quant_state", layer.quant_state)
+    holder = layer.weight if hasattr(layer.weight, "quant_state") else layer
+    state: QuantState | None = getattr(holder, "quant_state", None)
     return state
 
 
