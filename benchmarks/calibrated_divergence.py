@@ -21,7 +21,7 @@ MOST_TOKENS = 512  # of a text
 
 def predictions(name: str, texts: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
     """Return the log-probabilities of a model, `(tokens, vocabulary)` for each text of `(1, tokens)` ids."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         return [log_softmax(model(input_ids=ids).logits[0].float(), -1) for ids in texts]
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("calibrated")
     parser.add_argument("texts", nargs="+", type=Path)
     given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=False)
     texts = [
         torch.tensor([tokenizer(path.read_text(encoding="utf-8")).input_ids[:MOST_TOKENS]]) for path in given.texts
     ]
