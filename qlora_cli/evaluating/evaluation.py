@@ -11,29 +11,20 @@ from peft import PeftModel
 
 from qlora_cli.adapters.initialization import base_change
 from qlora_cli.data.feeding.prepare import PreparedData
-from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, ModelError
-from qlora_cli.evaluating.evaluation_checks import check_evaluation, names_rows
+from qlora_cli.evaluating.evaluation_checks import check_evaluation
+from qlora_cli.evaluating.evaluation_plan import plan_evaluation
 from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, SourceResult, TaskResult
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged_model import Merged, find_merged
-from qlora_cli.evaluating.rows import (
-    HeldOutRows,
-    TrainedRows,
-    has_rows,
-    inferred_from_rows,
-    nothing_held_out,
-    read_rows,
-    trained_rows,
-)
+from qlora_cli.evaluating.rows import HeldOutRows
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hardware.cudnn import without_cudnn_attention
-from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
-from qlora_cli.loading.loader import LoadedModel, check_weights, load_planned
-from qlora_cli.loading.model_outline import find, settle_load
-from qlora_cli.settings.models import DataSettings, EvaluateSettings, EvaluationSettings
+from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.settings.models import EvaluateSettings, EvaluationSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.units import counted
 
@@ -57,20 +48,11 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     if request.tasks:
         reporter.report(PhaseStarted(title="Finding the tasks"))
     tasks = find_tasks(request)
-    check_placement(resolved.settings)
-    model = find(resolved.settings.model, reporter)
-    run = trained_rows(model.source)
-    settled = settle_load(resolved, model, reporter, inferred_from_rows(resolved, run))
-    load_plan = plan_outlined(model, settled.settings, reporter)
-    check_weights(load_plan, reporter)
+    plan = plan_evaluation(resolved, reporter)
+    load_plan = plan.load_plan
     base_note = _check_base(request, load_plan, reporter)
     merged = find_merged(request, load_plan, reporter)
-    if has_rows(resolved, run):
-        rows = _read_rows(settled.settings, load_plan, run, reporter, are_named=names_rows(resolved))
-    elif request.tasks:
-        rows = None
-    else:
-        raise nothing_held_out(resolved.settings.model.name, run)
+    rows = None if request.tasks and not plan.has_rows else plan.read_rows(reporter)
     if merged is not None and rows is not None:
         merged.check_rows(rows)
     has_base = base_note is None and request.with_base is not False
@@ -116,39 +98,6 @@ def _check_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
     note = f"the base is left out: {reason}; evaluate it by itself: qlora evaluate {load_plan.source.base_name}"
     reporter.report(Noted(level="warning", message=note))
     return note
-
-
-def _read_rows(
-    settled: EvaluateSettings, load_plan: LoadPlan, run: TrainedRows | None, reporter: Reporter, *, are_named: bool
-) -> HeldOutRows:
-    data: DataSettings = settled.data
-    reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset)}"))
-    text = TextTokenizer(
-        tokenizer=load_plan.tokenizer.tokenizer, end_ids=load_plan.tokenizer.end_ids, reporter=reporter
-    )
-    rows = read_rows(data, run, text, seed=settled.training.seed, are_named=are_named)
-    _note_rows(rows, reporter)
-    return rows
-
-
-def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:
-    report = rows.data.report
-    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them evaluated"
-    reporter.report(
-        Noted(message=f"{report.name}: {counted(report.rows_trained, 'row')} of {report.recognised}; {tokens}")
-    )
-    lost = [
-        f"{report.name}: {counted(number, 'row')} {what}"
-        for number, what in (
-            (report.truncated_rows, f"truncated; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
-            (report.dropped_rows, "longer than --max-length, dropped"),
-            (report.rows_without_supervision, "without a token to evaluate"),
-            (report.bad_rows, "that can't be used, skipped"),
-        )
-        if number
-    ]
-    for message in (*rows.data.notes, *lost, *rows.notes):
-        reporter.report(Noted(level="warning", message=message))
 
 
 @dataclass(kw_only=True)

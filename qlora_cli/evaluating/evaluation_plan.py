@@ -1,0 +1,88 @@
+"""What is evaluated: the model that was named, as its run loaded it, and the rows, read as its run read them."""
+
+from dataclasses import dataclass
+
+from qlora_cli.data.tokenizing.encode import TextTokenizer
+from qlora_cli.evaluating.evaluation_checks import names_rows
+from qlora_cli.evaluating.rows import (
+    HeldOutRows,
+    TrainedRows,
+    has_rows,
+    inferred_from_rows,
+    nothing_held_out,
+    read_rows,
+    trained_rows,
+)
+from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
+from qlora_cli.loading.loader import check_weights
+from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.settings.models import EvaluateSettings
+from qlora_cli.settings.resolve import Resolved
+from qlora_cli.units import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """A model that can be loaded, and how to read the rows; `run` is the record of its rows, if it is a run's."""
+
+    asked: Resolved[EvaluateSettings]
+    settled: EvaluateSettings
+    load_plan: LoadPlan
+    run: TrainedRows | None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows are known: named, or held out of training."""
+        return has_rows(self.asked, self.run)
+
+    def read_rows(self, reporter: Reporter) -> HeldOutRows:
+        """Read and tokenize the rows, and report what became of them.
+
+        Raises:
+            DataError: they are not known, or can't be read as the run read them.
+        """
+        if not self.has_rows:
+            raise nothing_held_out(self.asked.settings.model.name, self.run)
+        data, tokenizer = self.settled.data, self.load_plan.tokenizer
+        reporter.report(PhaseStarted(title=f"Reading {', '.join(data.dataset or ())}"))
+        text = TextTokenizer(tokenizer=tokenizer.tokenizer, end_ids=tokenizer.end_ids, reporter=reporter)
+        seed = self.settled.training.seed
+        rows = read_rows(data, self.run, text, seed=seed, are_named=names_rows(self.asked))
+        _note_rows(rows, reporter)
+        return rows
+
+
+def plan_evaluation(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> EvaluationPlan:
+    """Find the model, settle how it is loaded, and check its weights' names and sizes, before any is read.
+
+    Raises:
+        QloraError: of the type of the problem.
+    """
+    check_placement(resolved.settings)
+    model = find(resolved.settings.model, reporter)
+    run = trained_rows(model.source)
+    settled = settle_load(resolved, model, reporter, inferred_from_rows(resolved, run))
+    load_plan = plan_outlined(model, settled.settings, reporter)
+    check_weights(load_plan, reporter)
+    return EvaluationPlan(asked=resolved, settled=settled.settings, load_plan=load_plan, run=run)
+
+
+def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:
+    report = rows.data.report
+    tokens = f"{report.tokens:,} tokens, {report.supervised_tokens:,} of them evaluated"
+    reporter.report(
+        Noted(message=f"{report.name}: {counted(report.rows_trained, 'row')} of {report.recognised}; {tokens}")
+    )
+    lost = [
+        f"{report.name}: {counted(number, 'row')} {what}"
+        for number, what in (
+            (report.truncated_rows, f"truncated; {counted(report.supervised_tokens_lost, 'token')} not evaluated"),
+            (report.dropped_rows, "longer than --max-length, dropped"),
+            (report.rows_without_supervision, "without a token to evaluate"),
+            (report.bad_rows, "that can't be used, skipped"),
+        )
+        if number
+    ]
+    for message in (*rows.data.notes, *lost, *rows.notes):
+        reporter.report(Noted(level="warning", message=message))
