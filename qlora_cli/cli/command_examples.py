@@ -22,6 +22,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "generate": ('runs/llama-8b --prompt "What is a list?" --compare',),
     "chat": ("runs/llama-8b --temperature 0.7",),
     "evaluate": ("runs/llama-8b", "runs/llama-8b --dataset questions.jsonl --tasks hellaswag --limit 200"),
+    "compare": ("runs/rank-16 runs/rank-64", "runs/good runs/new --fail-if-worse 0.02"),
     "demo": ("--output runs/demo",),
     "doctor": ("--json", "--measure"),
     "runs list": ("", "runs/sweep --json"),

@@ -44,6 +44,9 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "evaluate": CommandEntry(
         heading=AFTER, summary="Compare base, adapter and merged model on held-out rows.", function="evaluate"
     ),
+    "compare": CommandEntry(
+        heading=AFTER, summary="Compare runs on the same held-out rows, beyond chance.", function="compare"
+    ),
     "generate": CommandEntry(heading=AFTER, summary="Answer prompts with a model or run.", function="generate"),
     "chat": CommandEntry(heading=AFTER, summary="Talk to a model or run.", function="chat"),
     "merge": CommandEntry(

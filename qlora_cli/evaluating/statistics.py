@@ -5,12 +5,15 @@ that of a ratio estimator (Cochran, Sampling Techniques, 3rd edition, section 2.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.evaluating.evaluation_result import Kind, SourceResult
-from qlora_cli.evaluating.losses import RowLosses
+
+if TYPE_CHECKING:
+    from qlora_cli.evaluating.losses import RowLosses  # with torch
 
 Values = NDArray[np.float64]
 
@@ -24,7 +27,7 @@ def ratio_stderr(values: Values, sizes: NDArray[np.int64]) -> float | None:
     return math.sqrt(num_rows / (num_rows - 1) * float((residuals**2).sum())) / int(sizes.sum())
 
 
-def summarize(source: Kind, path: str, quantization: str, rows: RowLosses, base: RowLosses | None) -> SourceResult:
+def summarize(source: Kind, path: str, quantization: str, rows: "RowLosses", base: "RowLosses | None") -> SourceResult:
     """Return the figures of one model, and its difference from `base` on the same rows, if that was measured."""
     num_tokens = int(rows.tokens.sum())
     difference = stderr = None

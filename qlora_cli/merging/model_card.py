@@ -15,8 +15,8 @@ from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.merging.merge_result import AppliedAdapter, Divergence, MergeResult
 from qlora_cli.merging.output_directory import result_name
 from qlora_cli.merging.planning.inputs import Inputs
+from qlora_cli.model_files.digest import adapter_digest
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
-from qlora_cli.model_files.merged import adapter_digest
 from qlora_cli.units import counted
 from qlora_cli.visible import visible
 

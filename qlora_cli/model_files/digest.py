@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import INDEX_SUFFIX, read_weight_map, weights_entry
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 16 * 1024
@@ -12,6 +13,12 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def adapter_digest(adapter: Path) -> str:
+    """Return the SHA-256 of an adapter's weights."""
+    weights = adapter / ADAPTER_WEIGHTS
+    return file_digest(weights if weights.is_file() else adapter / ADAPTER_PICKLE)
 
 
 def base_digest(directory: Path) -> str:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from qlora_cli.hardware.device import ComputeDtype
-from qlora_cli.model_files.adapter_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from qlora_cli.model_files.checkpoint import read_json
-from qlora_cli.model_files.digest import file_digest
+from qlora_cli.model_files.digest import adapter_digest
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.merge_record import MERGE_FILE, read_merge_record
 from qlora_cli.model_files.model_config import quantization_config_of
@@ -14,12 +13,6 @@ from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import UNQUANTIZED, LoadSettings, ModelSettings, QuantizationSettings
 from qlora_cli.settings.settle import with_values
-
-
-def adapter_digest(adapter: Path) -> str:
-    """Return the SHA-256 of an adapter's weights."""
-    weights = adapter / ADAPTER_WEIGHTS
-    return file_digest(weights if weights.is_file() else adapter / ADAPTER_PICKLE)
 
 
 def staleness_problem(merged: Path, source: ModelSource) -> str | None:

@@ -3,6 +3,7 @@
 run.json         settings with their origin, versions, hardware, data fingerprint, plan and result
 metrics.jsonl    one event per line
 report.html      a report of the run, as a page
+held_out_losses.json  the loss of each held-out row, once it was compared
 checkpoints/     step-…/, complete or absent
 skipped_rows.jsonl  rows that could not be used, if such rows are skipped
 adapter/         PEFT adapter, tokenizer, chat template
@@ -28,6 +29,7 @@ from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_leftover, move_a
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
+LOSSES_FILE = "held_out_losses.json"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 BASE = "base"
@@ -83,6 +85,11 @@ class RunDirectory:
     def report_file(self) -> Path:
         """The report page."""
         return self.path / REPORT_FILE
+
+    @property
+    def losses_file(self) -> Path:
+        """The loss of each held-out row by the final weights."""
+        return self.path / LOSSES_FILE
 
     @property
     def request_file(self) -> Path:

@@ -20,6 +20,7 @@ from qlora_cli.data.feeding.data_report import DataReport
 from qlora_cli.data.showing.inspection import Bar, BatchSummary, DataInspection, Trouble
 from qlora_cli.data.showing.preview import RowPreview, TokenPiece
 from qlora_cli.demo.demo_result import DemoResult
+from qlora_cli.evaluating.comparison_result import ComparedRun, DifferingSetting, RunComparison
 from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.memory.prediction import (
@@ -208,6 +209,13 @@ def test_every_json_key_of_an_evaluation_is_documented_in_its_section() -> None:
     page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     section = page.partition("## qlora evaluate\n")[2].partition("\n## ")[0]
     keys = {field.name for result in (Evaluation, SourceResult, TaskResult) for field in fields(result)}
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_json_key_of_a_comparison_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora compare\n")[2].partition("\n## ")[0]
+    keys = {field.name for result in (RunComparison, ComparedRun, DifferingSetting) for field in fields(result)}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
 
 

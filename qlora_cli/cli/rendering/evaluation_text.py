@@ -23,27 +23,27 @@ def render_evaluation(evaluation: Evaluation) -> None:
         rows = f"{counted(first.num_rows, 'row')}, {first.num_tokens:,} tokens evaluated, {evaluation.compute_dtype}"
         title(f"{visible(evaluation.model)} on {visible(evaluation.dataset or NOTHING)}")
         console().print(Text(f"  {rows}"), soft_wrap=True)
-        _print_table([HEADINGS, *map(source_cells, evaluation.sources)], num_names=1)
+        print_table([HEADINGS, *map(source_cells, evaluation.sources)], num_names=1)
     if evaluation.tasks:
         title(f"{visible(evaluation.model)}: tasks of lm-eval")
-        _print_table([TASK_HEADINGS, *map(task_cells, evaluation.tasks)], num_names=3)
+        print_table([TASK_HEADINGS, *map(task_cells, evaluation.tasks)], num_names=3)
 
 
 def source_cells(source: SourceResult) -> tuple[str, ...]:
     """Return the table cells of a model, by `HEADINGS`."""
     return (
         f"{source.source} ({source.quantization})" if source.quantization != "none" else source.source,
-        _with_stderr(source.loss, source.loss_stderr),
+        with_stderr(source.loss, source.loss_stderr),
         NOTHING if source.perplexity is None else _perplexity(source.perplexity),
         f"{source.token_accuracy:.1%}",
-        "" if source.difference is None else _with_stderr(source.difference, source.difference_stderr, sign="+"),
+        "" if source.difference is None else with_stderr(source.difference, source.difference_stderr, sign="+"),
         f"{source.tokens_per_second:,.0f}",
     )
 
 
 def task_cells(figure: TaskResult) -> tuple[str, ...]:
     """Return the table cells of a figure, by `TASK_HEADINGS`."""
-    return visible(figure.task), figure.source, visible(figure.metric), _with_stderr(figure.value, figure.stderr)
+    return visible(figure.task), figure.source, visible(figure.metric), with_stderr(figure.value, figure.stderr)
 
 
 def _perplexity(value: float) -> str:
@@ -52,14 +52,15 @@ def _perplexity(value: float) -> str:
     return f"{value:,.{decimals}f}" if value < 1e6 else f"{value:.4g}"
 
 
-def _with_stderr(value: float | None, stderr: float | None, sign: str = "") -> str:
+def with_stderr(value: float | None, stderr: float | None, sign: str = "") -> str:
+    """Return a figure with its standard error, to four decimals; `sign` is `+` for a difference."""
     if value is None:
         return NOTHING
     shown = f"{value:{sign}.{DIGITS}f}"
     return shown if stderr is None else f"{shown} ± {stderr:.{DIGITS}f}"
 
 
-def _print_table(rows: Sequence[tuple[str, ...]], *, num_names: int) -> None:
+def print_table(rows: Sequence[tuple[str, ...]], *, num_names: int) -> None:
     """Print rows with headings; the first columns are names, the others figures."""
     columns = [column for column in zip(*rows, strict=True) if any(cell for cell in column[1:])]
     widths = [max(map(len, column)) for column in columns]

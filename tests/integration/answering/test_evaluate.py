@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import DataError, ModelError, QloraError, SettingsError
 from qlora_cli.evaluating import evaluation as evaluating
+from qlora_cli.evaluating import evaluation_plan
 from qlora_cli.evaluating.evaluation import evaluate
 from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult
 from qlora_cli.events import Noted
@@ -273,7 +274,7 @@ def test_a_merged_model_with_other_tokens_is_refused_before_weights_are_read(
     first, second = [word for word in vocabulary if word.isalpha()][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.delattr(evaluating, "read_rows")  # and no rows are tokenized
+    monkeypatch.delattr(evaluation_plan, "read_rows")  # and no rows are tokenized
     with pytest.raises(ModelError, match="the tokenizer of"):
         run_evaluation(trained.output, request={"merged": other})
 
@@ -286,7 +287,7 @@ def test_a_truncated_merged_model_is_refused_before_the_first_model_is_evaluated
     (weights,) = truncated.glob("*.safetensors")
     with weights.open("rb+") as file:
         file.truncate(weights.stat().st_size - 1)
-    monkeypatch.delattr(evaluating, "read_rows")
+    monkeypatch.delattr(evaluation_plan, "read_rows")
     with pytest.raises(ModelError, match=weights.name):
         run_evaluation(trained.output, request={"merged": truncated})
 

@@ -153,16 +153,16 @@ def merged_is_what_was_trained(job: Job) -> None:
 
 
 def compares(job: Job, compare: str, keep: str) -> None:
-    """Check that a run is as good as itself, and that the job fails once the last good run is better."""
+    """Check that a run is as good as itself, and that the job fails once the run is worse than the last good one."""
+    from safetensors.torch import load_file, save_file
+
     job.run(compare)
-    held_out = json.loads(job.path("new.json").read_text())["best_loss"]
-    assert 0 < held_out < 5
-    metrics = job.path("runs/good/metrics.jsonl")
-    events = [json.loads(line) for line in metrics.read_text().splitlines()]
-    better = [{**event, "loss": event["loss"] / 2} if event["event"] == "eval_done" else event for event in events]
-    metrics.write_text("".join(json.dumps(event) + "\n" for event in better))
-    complaint = job.run(compare, code=1)
-    assert f"held-out loss {held_out:.4f}, of the last good run {held_out / 2:.4f}" in complaint
+    verdicts = [run["verdict"] for run in json.loads(job.path("comparison.json").read_text())["runs"]]
+    assert verdicts == ["reference", "not_worse"]
+    weights = job.path("runs/17/adapter/adapter_model.safetensors")
+    unlearnt = {name: -value if "lora_B" in name else value for name, value in load_file(weights).items()}
+    save_file(unlearnt, weights)
+    assert "runs/17: worse than runs/good by more than 0.04 nats" in job.run(compare, code=1)
     job.run(keep)
     assert not job.path("runs/17").exists()
     assert job.path("runs/good/adapter").is_dir()

@@ -1,0 +1,84 @@
+"""The result of a comparison of runs, in plain numbers. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Beyond so many standard errors a difference is not called chance.
+NUM_STDERRS = 2
+Verdict = Literal["reference", "worse", "not_worse", "unclear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """A run on the rows that all runs held out. Sizes in bytes, times in seconds; None stands for an unknown value.
+
+    Attributes:
+        path: The run's directory.
+        state, step: How it ended, and the step of its weights.
+        loss: Mean negative log-likelihood of a trained token, in nats; None if it is not finite.
+        loss_stderr: Standard error of the loss, over rows; None for a single row.
+        difference: The loss minus that of the reference; None for the reference itself.
+        difference_stderr: Standard error of the difference, paired by row.
+        num_rows_lower, num_rows_higher: Rows with a lower and with a higher loss than by the reference.
+        verdict: `worse` if the difference exceeds the margin by more than two of its standard errors, `not_worse` if
+            it is below the margin by as much, otherwise `unclear`.
+        was_measured: Whether the losses were measured now, and not read from the run.
+        device, compute_dtype, quantization: How the losses were measured.
+        tokens_per_second, duration_seconds: Speed and duration of training.
+        peak_device_bytes: Peak of PyTorch's allocator in training; None without a GPU.
+        peak_host_bytes: Largest resident set of the process.
+    """
+
+    path: Path
+    state: str
+    step: int | None
+    loss: float | None
+    loss_stderr: float | None
+    difference: float | None
+    difference_stderr: float | None
+    num_rows_lower: int
+    num_rows_higher: int
+    verdict: Verdict
+    was_measured: bool
+    device: str
+    compute_dtype: str
+    quantization: str
+    tokens_per_second: float | None
+    duration_seconds: float
+    peak_device_bytes: int | None
+    peak_host_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferingSetting:
+    """A setting that is not the same in all runs, with its value in each, in their order."""
+
+    setting: str
+    values: tuple[object, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComparison:
+    """The result of `qlora compare`.
+
+    Attributes:
+        reference: The run that the others are compared with, the first.
+        dataset: The rows as they were named.
+        num_rows, num_tokens: The rows, and the trained tokens in them.
+        margin: What a loss may exceed that of the reference by, in nats.
+        is_worse: Whether the verdict on any run is `worse`.
+        runs: Each run, the reference first.
+        differing_settings: The settings that are not the same in all runs.
+        notes: Notes for reading the figures.
+    """
+
+    reference: Path
+    dataset: str | None
+    num_rows: int
+    num_tokens: int
+    margin: float
+    is_worse: bool
+    runs: tuple[ComparedRun, ...]
+    differing_settings: tuple[DifferingSetting, ...]
+    notes: tuple[str, ...]
