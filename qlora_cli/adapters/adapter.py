@@ -32,6 +32,7 @@ from qlora_cli.adapters.targets import (
 from qlora_cli.adapters.whole_modules import find_whole_modules, train_in_fp32, whole_modules
 from qlora_cli.errors import ModelError
 from qlora_cli.quantization.methods import dora_problem
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
 from qlora_cli.settings.models import LoraSettings
 
@@ -41,11 +42,13 @@ def attach_adapter(
     settings: LoraSettings,
     new_token_ids: tuple[int, ...] = (),
     base_commit: str | None = None,
+    residuals: QuantizationResiduals | None = None,
 ) -> tuple[PeftModel, tuple[str, ...]]:
     """Freeze `model` and attach trainable LoRA matrices in fp32 to its targets; return it with notes.
 
     The rows of `new_token_ids` are trained too, in the embedding and in an untied head, and so are modules that the
     settings name to be trained whole. `base_commit`, for a base from the hub, is recorded with the adapter.
+    `residuals` are those that it is initialized from, if they were not recorded while `model` was loaded.
 
     PEFT's `prepare_model_for_kbit_training` is not called: it would upcast norms, embedding and head to
     fp32, which costs 2 GiB on Llama-3.1-8B and gains nothing for a frozen base.
@@ -57,7 +60,7 @@ def attach_adapter(
     parameters = target_parameters(model, settings)
     layers = adapted_layers(model, modules)
     adapted = [*layers, *parameters]
-    check_init(model, settings, layers)
+    check_init(model, settings, layers, residuals)
     if settings.use_dora:
         _check_dora(model, layers)
     rows = _trained_rows(model, new_token_ids)
@@ -87,7 +90,7 @@ def attach_adapter(
     config.exclude_modules = None  # specific to this base; on another PEFT would warn that there are no such modules
     assert {name for name, _ in whole_modules(result)} == set(whole.names), "PEFT trains other modules whole"
     train_in_fp32(result)
-    initialize(result, settings.init_lora_weights)
+    initialize(result, settings.init_lora_weights, residuals)
     return result, notes
 
 

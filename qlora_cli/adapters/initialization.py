@@ -57,17 +57,22 @@ def base_change(config: LoraConfig) -> str | None:
     return None
 
 
-def check_init(model: PreTrainedModel, settings: LoraSettings, layers: list[str]) -> None:
+def check_init(
+    model: PreTrainedModel,
+    settings: LoraSettings,
+    layers: list[str],
+    residuals: QuantizationResiduals | None = None,
+) -> None:
     """Check that adapters on `layers`, full names, can be initialized as the settings say.
 
     Raises:
         ModelError: they can't.
     """
     init = settings.init_lora_weights
-    if init == LoraInit.LOFTQ and _residuals_of(model) is None:
+    if init.fits_quantization_error and residuals is None and _residuals_of(model) is None:
         measurable = quant_flag(method for method in METHODS if method.traits.measures_error)
         raise ModelError(
-            "loftq needs the weights as they were before quantization, which were not recorded",
+            f"{init.value} needs the weights as they were before quantization, which were not recorded",
             hint=f"Load the 16-bit model with {measurable}, or use another lora.init_lora_weights.",
             setting=SETTING,
         )
@@ -123,15 +128,18 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
         )
 
 
-def initialize(model: PeftModel, init: LoraInit) -> None:
-    """Initialize the matrices of the adapter of `model`, which was attached with `init_for_peft`."""
+def initialize(model: PeftModel, init: LoraInit, residuals: QuantizationResiduals | None = None) -> None:
+    """Initialize the matrices of the adapter of `model`, which was attached with `init_for_peft`.
+
+    `residuals` are taken from the loading of the model if they are not given, and freed one after another.
+    """
     if init == LoraInit.PISSA:
         save_initial_factors(model)
     elif init == LoraInit.ORTHOGONAL:
         for _, layer in _lora_layers(model):
             _initialize_orthogonal(layer)
-    elif init == LoraInit.LOFTQ:
-        residuals = _residuals_of(model.get_base_model())
+    elif init.fits_quantization_error:
+        residuals = residuals or _residuals_of(model.get_base_model())
         assert residuals is not None, "checked before the adapter was attached"
         for name, layer in _lora_layers(model):
             factors = residuals.factors.pop(f"{name}.weight", None)
@@ -166,9 +174,12 @@ def _initialize_orthogonal(layer: LoraLayer) -> None:
 
 @torch.no_grad()
 def _set_factors(layer: LoraLayer, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Copy `left` to B and `right` to A; if the adapter's rank is larger, leave the remaining rows and columns."""
+    """Copy `left` to B and `right` to A; if the adapter's rank is larger, leave the remaining rows and columns.
+
+    A row of zeros leaves that of A, too: two zeros would have no gradient.
+    """
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    lora_a[: right.shape[0]] = right
+    lora_a[: right.shape[0]] = torch.where(right.any(1, keepdim=True), right.to(lora_a), lora_a[: right.shape[0]])
     lora_b[:, : left.shape[1]] = left
     if ADAPTER in layer.lora_magnitude_vector:  # the norm of the weight with its update
         layer.lora_magnitude_vector[ADAPTER].update_layer(

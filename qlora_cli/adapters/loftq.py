@@ -31,19 +31,35 @@ def plan_residuals(
     """
     if settings.init_lora_weights != LoraInit.LOFTQ:
         return None
+    return residuals_to_fit(shapes, layout, settings)
+
+
+def residuals_to_fit(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings) -> QuantizationResiduals:
+    """Return the residuals that the adapter of `settings` is fitted to, none of them computed yet.
+
+    Raises:
+        ModelError: no adapted layer has a residual.
+    """
+    init = settings.init_lora_weights.value
     if layout.prequantized is not None:
         raise ModelError(
-            "loftq needs the weights as they were before quantization, and the checkpoint holds them quantized",
+            f"{init} needs the weights as they were before quantization, and the checkpoint holds them quantized",
             hint="Give the 16-bit model, or use another lora.init_lora_weights.",
             setting=SETTING,
         )
-    modules, _ = target_modules(shapes, settings)
-    layers = [name for name in adapted_layers(shapes, modules) if name not in layout.unquantized]
-    if not layout.settings.method.traits.measures_error or not layers:
+    ranks = ranks_to_fit(shapes, layout, settings)
+    if not layout.settings.method.traits.measures_error or not ranks:
         measurable = quant_flag(method for method in METHODS if method.traits.measures_error)
         raise ModelError(
-            "loftq is initialized from the 4-bit quantization error, and no adapted layer is stored in 4 bit",
+            f"{init} is initialized from the 4-bit quantization error, and no adapted layer is stored in 4 bit",
             hint=f"Use {measurable}, or another lora.init_lora_weights.",
             setting=SETTING,
         )
-    return QuantizationResiduals(ranks={f"{name}.weight": rank_of(name, settings) for name in layers})
+    return QuantizationResiduals(ranks=ranks)
+
+
+def ranks_to_fit(shapes: PreTrainedModel, layout: StoragePlan, settings: LoraSettings) -> dict[str, int]:
+    """Return the rank of the adapter of each quantized weight that has one, by full name."""
+    modules, _ = target_modules(shapes, settings)
+    layers = [name for name in adapted_layers(shapes, modules) if name not in layout.unquantized]
+    return {f"{name}.weight": rank_of(name, settings) for name in layers}

@@ -8,6 +8,7 @@ weights computes the inputs of the next one. In memory are one layer with its su
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from bitsandbytes import functional
@@ -31,6 +32,7 @@ from qlora_cli.quantization.calibrated_weights import HOST, CalibratedWeights, C
 from qlora_cli.quantization.embedding import vocabulary_weights
 from qlora_cli.quantization.load_report import CalibrationReport
 from qlora_cli.quantization.methods import method_of
+from qlora_cli.quantization.residuals import QuantizationResiduals, weighted_approximation
 from qlora_cli.quantization.storage_plan import with_rows
 from qlora_cli.settings.choices import METHODS, BaseWeights, quant_flag
 from qlora_cli.settings.values import Datasets
@@ -77,15 +79,26 @@ def check_calibratable(load_plan: LoadPlan) -> None:
 
 
 class Calibration:
-    """Calibrates the weights that `load_plan` quantizes."""
+    """Calibrates the weights that `load_plan` quantizes, and the initial adapter of some of them."""
 
-    def __init__(self, load_plan: LoadPlan, rows: CalibrationRows, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        load_plan: LoadPlan,
+        rows: CalibrationRows,
+        reporter: Reporter,
+        *,
+        residuals: QuantizationResiduals | None = None,
+        chooses_codes: bool = True,
+    ) -> None:
         """Read the headers of the weights, which are downloaded if they are not in the cache.
+
+        `residuals` are filled in. Without `chooses_codes` each weight gets the nearest code, as by bitsandbytes.
 
         Raises:
             ModelError: the layers of the model can't be run one after another.
         """
         self._plan, self._rows, self._reporter = load_plan, rows, reporter
+        self._residuals, self._chooses_codes = residuals, chooses_codes
         base = _base_model(load_plan, reporter)
         self._quantized = base.quantized
         self._layout = load_plan.layout
@@ -140,14 +153,28 @@ class Calibration:
             values = weight.T.contiguous() if is_conv1d else weight
             slices = self._slices(name, values, sums)
             self._count(slices)
+            if not self._chooses_codes:
+                slices = [replace(one, moments=None) for one in slices]
             codes, state = self._layout.method.calibrate(slices, values.shape, self._layout.settings)
             restored = functional.dequantize_4bit(codes, state)
+            restored = self._with_adapter(name, values, restored, sums)
             weight.copy_(restored.T if is_conv1d else restored)
-            state.to(HOST)
-            made[name] = (codes.to(HOST), state)
+            if self._chooses_codes:
+                state.to(HOST)
+                made[name] = (codes.to(HOST), state)
         if not is_last:
             self._model.run(keep=True)
         return made
+
+    def _with_adapter(self, name: str, values: torch.Tensor, restored: torch.Tensor, sums: MomentSums) -> torch.Tensor:
+        """Record what the weight's adapter begins as, if it has one; return the weight that training begins with."""
+        moments = sums.of(name)
+        if self._residuals is None or moments is None or name not in self._residuals.ranks:
+            return restored
+        rank, residual = self._residuals.ranks[name], values.float() - restored.float()
+        factors = weighted_approximation(residual, moments, rank)
+        self._residuals.factors[name] = factors.to(HOST)
+        return restored + (factors.left @ factors.right).to(restored.dtype)
 
     def _count(self, slices: list[WeightSlice]) -> None:
         self._num_weights += len(slices)

@@ -5,6 +5,7 @@ transformers can't read them.
 """
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -47,10 +48,12 @@ def check_savable(planned: LoadPlan | LoadedModel, directory: Path) -> None:
     check_disk_space(directory, needed, hint="Free disk space, or choose another directory for --save.")
 
 
-def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> int:
+def save_quantized(
+    loaded: LoadedModel, directory: Path, reporter: Reporter, *, also: Callable[[Path], None] | None = None
+) -> int:
     """Write `loaded` with its tokenizer to `directory`, which must be empty or absent; return the bytes written.
 
-    Next to the model is `qlora.json`: source, commit, settings, versions.
+    Next to the model is `qlora.json`: source, commit, settings, versions; and what `also` writes into the directory.
 
     Raises:
         ModelError: there is nothing to save.
@@ -61,6 +64,8 @@ def save_quantized(loaded: LoadedModel, directory: Path, reporter: Reporter) -> 
 
     def fill(path: Path) -> None:
         _save_model(loaded, path)
+        if also is not None:
+            also(path)
         loaded.tokenizer.save_pretrained(path)
         for weights in path.glob("*.safetensors"):
             weights.chmod((path / "config.json").stat().st_mode)  # safetensors makes them private

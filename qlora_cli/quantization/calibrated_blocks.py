@@ -7,7 +7,7 @@ least weighted error, and what a weight loses by rounding is made up for by thos
 are to be, so that codes are chosen for the scales that are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,17 +40,33 @@ class InputMoments:
     @cached_property
     def inverse_factor(self) -> torch.Tensor:
         """The upper Cholesky factor of the inverse of the matrix, which is damped until it has one."""
-        mean = self.matrix.diagonal().mean().clamp_min(torch.finfo(self.matrix.dtype).tiny)
         upper = self.matrix
-        for damping in DAMPINGS:
-            damped = self.matrix.clone()
-            damped.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        for lower in self._lower_factors():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 break
         return upper
+
+    def root(self) -> torch.Tensor:
+        """Return a lower triangular L with L Lᵀ the damped matrix, or its diagonal without correlations."""
+        if self.has_correlations:
+            return next(self._lower_factors(), self._diagonal_root())
+        return self._diagonal_root()
+
+    def _diagonal_root(self) -> torch.Tensor:
+        return (self.matrix.diagonal() + DAMPINGS[0] * self._mean()).sqrt().diag()
+
+    def _lower_factors(self) -> Iterator[torch.Tensor]:
+        """Yield the lower Cholesky factor of the matrix, damped more and more, where there is one."""
+        for damping in DAMPINGS:
+            damped = self.matrix.clone()
+            damped.diagonal().add_(damping * self._mean())
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                yield lower
+
+    def _mean(self) -> torch.Tensor:
+        return self.matrix.diagonal().mean().clamp_min(torch.finfo(self.matrix.dtype).tiny)
 
     @property
     def has_correlations(self) -> bool:

@@ -1,9 +1,15 @@
-"""Low-rank approximations of quantization residuals, computed while weights are read (for LoftQ)."""
+"""Low-rank approximations of quantization residuals, by which adapters are initialized.
+
+Those for LoftQ are the best for the weights, and computed while these are read. Weighted ones are the best for what
+the layers compute, by the moments of their inputs (as QERA, arXiv 2410.06040, and CLoQ, arXiv 2501.18475).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from qlora_cli.quantization.calibrated_blocks import InputMoments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,10 +19,14 @@ class LowRankFactors:
     left: torch.Tensor
     right: torch.Tensor
 
+    def to(self, device: torch.device) -> "LowRankFactors":
+        """Return the same factors on `device`."""
+        return LowRankFactors(left=self.left.to(device), right=self.right.to(device))
+
 
 @dataclass
 class QuantizationResiduals:
-    """The residuals of some weights, `factors`, each at the rank that `ranks` requests, by full name.
+    """The residuals of some weights, `factors`, each at the rank that `ranks` says, by full name.
 
     Copying returns the same object: transformers copies the config that holds it.
     """
@@ -49,3 +59,17 @@ def low_rank_approximation(matrix: torch.Tensor, rank: int) -> LowRankFactors:
     return LowRankFactors(
         left=leading * roots, right=projected / roots.clamp_min(torch.finfo(roots.dtype).tiny)[:, None]
     )
+
+
+def weighted_approximation(residual: torch.Tensor, moments: InputMoments, rank: int) -> LowRankFactors:
+    """Return the approximation of `residual`, `(out, in)`, whose product with the inputs is nearest to its own.
+
+    With the moments of the inputs X as L Lᵀ, the error of the outputs, |(residual - approximation) X|, is that of the
+    matrices times L. Each column of the left factor has the norm of its row in the right one.
+    """
+    root = moments.root()
+    factors = low_rank_approximation(residual @ root, rank)
+    right = torch.linalg.solve_triangular(root, factors.right, upper=False, left=False)
+    tiny = torch.finfo(right.dtype).tiny
+    balance = (right.norm(dim=1) / factors.left.norm(dim=0).clamp_min(tiny)).clamp_min(tiny).sqrt()
+    return LowRankFactors(left=factors.left * balance, right=right / balance[:, None])

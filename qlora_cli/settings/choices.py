@@ -282,18 +282,24 @@ class Checkpointing(Choice):
 
 
 class LoraInit(Choice):
-    """The initialization of the LoRA matrices, by its name in PEFT; `default` is a random A and a B of zeros."""
+    """How LoRA matrices begin, by the name in PEFT if it has one; `default` is a random A and a B of zeros."""
 
     DEFAULT = "default"
     GAUSSIAN = "gaussian"
     ORTHOGONAL = "orthogonal"
     PISSA = "pissa"
     LOFTQ = "loftq"
+    CALIBRATED = "calibrated"
 
     @property
     def needs_layers(self) -> bool:
         """Whether it is defined for the weight of a single layer, `(out, in)`, only, not for stacked experts."""
-        return self in {LoraInit.ORTHOGONAL, LoraInit.PISSA, LoraInit.LOFTQ}
+        return self not in {LoraInit.DEFAULT, LoraInit.GAUSSIAN}
+
+    @property
+    def fits_quantization_error(self) -> bool:
+        """Whether it makes up for what 4-bit quantization lost."""
+        return self in {LoraInit.LOFTQ, LoraInit.CALIBRATED}
 
 
 class Strategy(Choice):

@@ -25,6 +25,7 @@ from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.model_files.digest import base_digest
 from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.quantization.methods.skip_modules import linear_layers
+from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
@@ -32,6 +33,7 @@ from qlora_cli.settings.open_method import is_method_open, with_provisional_meth
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
+from qlora_cli.training.calibrated_adapter import residuals_of_run
 from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
@@ -212,8 +214,12 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     return _SettledModel(outline=model, resolved=resolved, load_plan=load_plan, resume=resume)
 
 
-def load_run(settled: SettledRun, reporter: Reporter, group: ProcessGroup = ALONE) -> PreparedRun:
+def load_run(
+    settled: SettledRun, reporter: Reporter, group: ProcessGroup = ALONE, *, calibrates: bool = True
+) -> PreparedRun:
     """Read the weights of a settled run and attach its adapter; all processes of `group` call this.
+
+    Without `calibrates`, as for a run that is only planned, an adapter is not calibrated, which takes minutes.
 
     Raises:
         QloraError: of the type of the problem.
@@ -221,10 +227,13 @@ def load_run(settled: SettledRun, reporter: Reporter, group: ProcessGroup = ALON
     resolved, load_plan, rows = settled.resolved, settled.load_plan, settled.rows
     settings = resolved.settings
     shards = kept_shards(load_plan, group) if settings.training.shards_base else None
+    # A checkpoint's matrices replace those that the adapter begins with.
+    begins = calibrates and (settled.resume is None or settled.resume.checkpoint is None)
+    residuals = residuals_of_run(settings, load_plan, rows.train, reporter, begins=begins)
     loaded = load_planned(load_plan, reporter, trains_adapter=True, lora=settings.lora, shards=shards)
     # PEFT draws the initial LoRA matrices from the global generator.
     set_seed(settings.training.seed)
-    model = _attach(loaded, settings, reporter)
+    model = _attach(loaded, settings, residuals, reporter)
     if loaded.shards is not None:
         shard_base(model, group, loaded.shards)
     if settings.training.use_liger_kernel:
@@ -291,13 +300,16 @@ def with_memory_of(resolved: Resolved[TrainSettings], prepared: PreparedRun) -> 
     return replace(prepared, resolved=resolved, plan=plan, forecast=None)
 
 
-def _attach(loaded: LoadedModel, settings: TrainSettings, reporter: Reporter) -> PeftModel:
+def _attach(
+    loaded: LoadedModel, settings: TrainSettings, residuals: QuantizationResiduals | None, reporter: Reporter
+) -> PeftModel:
     """Return the model with the adapter to train: an existing or a new one."""
     model = loaded.model
     if isinstance(model, PeftModel):
         reporter.report(Noted(message=f"the adapter in {loaded.source.adapter} is trained further"))
     else:
-        model, notes = attach_adapter(model, settings.lora, loaded.new_token_ids, loaded.source.commit)
+        commit = loaded.source.commit
+        model, notes = attach_adapter(model, settings.lora, loaded.new_token_ids, commit, residuals)
         for note in notes:
             reporter.report(Noted(level="warning", message=note))
     switch_fused(model, enabled=settings.training.fused_lora)

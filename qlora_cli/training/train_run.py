@@ -85,7 +85,7 @@ def plan(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool =
     with without_launcher(), determinism(resolved.settings.training):
         settled = settle_run(resolved, reporter, force=force)
         note_previews(settled.rows, settled.load_plan.tokenizer.tokenizer, reporter)
-        return load_run(settled, reporter).plan
+        return load_run(settled, reporter, calibrates=False).plan
 
 
 @without_cudnn_attention()

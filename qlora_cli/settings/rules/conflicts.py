@@ -15,6 +15,7 @@ from qlora_cli.settings.models import (
     metadata_of,
 )
 from qlora_cli.settings.rules.conflict import Conflict
+from qlora_cli.settings.rules.conflicts_calibrating import calibrating_conflicts
 from qlora_cli.settings.rules.conflicts_commands import (
     calibration_conflicts,
     generation_conflicts,
@@ -25,7 +26,6 @@ from qlora_cli.settings.rules.conflicts_commands import (
 from qlora_cli.settings.rules.conflicts_lora import lora_conflicts
 from qlora_cli.settings.rules.conflicts_training import (
     attention_conflicts,
-    calibrated_conflicts,
     evaluation_conflicts,
     sharding_conflicts,
     training_conflicts,
@@ -40,6 +40,7 @@ def find_conflicts(validated: Mapping[str, Any], merged: Mapping[str, SettingEnt
     conflicts = [*_run_conflicts(validated), *_command_conflicts(validated)]
     if (lora := validated.get("lora")) is not None:
         conflicts += lora_conflicts(lora, validated["quantization"].method)
+        conflicts += calibrating_conflicts(validated)
     elif (quantization := validated.get("quantization")) is not None and "inspect_data" not in validated:
         conflicts += load_conflicts(quantization)
     for name, section in validated.items():
@@ -68,7 +69,6 @@ def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     data, training = (validated.get(section) for section in ("data", "training"))
     if training is not None:
         conflicts += training_conflicts(training)
-        conflicts += calibrated_conflicts(training, validated["model"])
         conflicts += attention_conflicts(training, validated["model"].attention)
         conflicts += sharding_conflicts(validated)
     # A prediction reads no data.

@@ -47,8 +47,8 @@ def _init_conflicts(lora: LoraSettings, method: Quantization) -> list[Conflict]:
             "residual would have to be quantized again, to a base that fits this adapter only"
         )
         return [(path, message, "Use --quant none, or loftq, which is initialized from the quantization error.")]
-    if init == LoraInit.LOFTQ and not method.traits.measures_error:
-        message = f"loftq is initialized from the error of 4-bit quantization, and --quant {method.value} has none"
+    if init.fits_quantization_error and not method.traits.measures_error:
+        message = f"{init.value} needs the error of 4-bit quantization, and --quant {method.value} has none"
         measurable = quant_flag(other for other in METHODS if other.traits.measures_error)
         return [(path, message, f"Use {measurable}, or another lora.init_lora_weights.")]
     odd = [rank for rank in (lora.rank, *(lora.rank_pattern or {}).values()) if rank % 2]

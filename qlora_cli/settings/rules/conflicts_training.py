@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_cli.settings.choices import METHODS, Attention, Checkpointing, LoraInit, Optimizer, Schedule, Strategy
-from qlora_cli.settings.models import DataSettings, ModelSettings, TrainingSettings
+from qlora_cli.settings.models import DataSettings, TrainingSettings
 from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.values import either
 from qlora_cli.units import counted
@@ -21,16 +21,7 @@ def training_conflicts(training: TrainingSettings) -> list[Conflict]:
         *_noise_conflicts(training),
         *_process_conflicts(training),
         *_sample_conflicts(training),
-        *_calibration_conflicts(training),
     ]
-
-
-def calibrated_conflicts(training: TrainingSettings, model: ModelSettings) -> Iterator[Conflict]:
-    """Yield what changes a base, where the run makes its own: it would change twice."""
-    for key, value in (("new_tokens", model.new_tokens), ("rope_scaling", model.rope_scaling)):
-        if training.calibrate and value:
-            message = f"model.{key} can't be used with --calibrate: the base that the run makes would have it already"
-            yield f"model.{key}", message, "Calibrate the base first: qlora load MODEL --calibrate DATA --save DIR"
 
 
 def attention_conflicts(training: TrainingSettings, attention: Attention) -> Iterator[Conflict]:
@@ -61,15 +52,6 @@ def evaluation_conflicts(training: TrainingSettings, data: DataSettings) -> list
         )
         if is_set
     ]
-
-
-def _calibration_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
-    if training.calibrate and training.num_gpus > 1:
-        message = "is done by one process, and --num-gpus starts several"
-        yield "training.calibrate", message, "Calibrate the base first: qlora load MODEL --calibrate DATA --save DIR"
-    if not training.calibrate:
-        message = "training.calibration_tokens has no effect without --calibrate"
-        yield "training.calibration_tokens", message, "Add --calibrate, or leave it out."
 
 
 def _schedule_conflicts(training: TrainingSettings) -> Iterator[Conflict]:

@@ -41,10 +41,10 @@ class LoraSettings(Section):
     use_dora: Annotated[bool, Metadata(affects_memory=True)] = Field(
         default=False, description="Train the magnitude of each weight separately from its direction (DoRA); slower."
     )
-    init_lora_weights: Annotated[LoraInit, Metadata(affects_memory=True)] = Field(
+    init_lora_weights: Annotated[LoraInit, Metadata(flag="--lora-init", affects_memory=True)] = Field(
         default=LoraInit.DEFAULT,
         description="Initialization of the LoRA matrices: pissa takes the principal components of an unquantized "
-        "base, loftq the error of 4-bit quantization.",
+        "base, loftq the error of 4-bit quantization, calibrated that error as your rows meet it.",
     )
     modules_to_save: Annotated[NameList, Metadata(affects_memory=True)] = Field(
         default=None, description="Comma-separated modules to train in full, in fp32, and save with the adapter."

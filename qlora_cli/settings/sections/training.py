@@ -124,7 +124,8 @@ class TrainingSettings(Section):
     calibration_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens of the rows to calibrate on; by default 8 for each feature of the widest layer.",
+        description="Tokens of the rows for --calibrate and --lora-init calibrated; by default 8 for each feature of "
+        "the widest layer.",
     )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,

@@ -15,6 +15,7 @@ from qlora_cli.adapters.loftq import plan_residuals
 from qlora_cli.adapters.reader import Adapter
 from qlora_cli.adapters.targets import adapted_layers, target_modules
 from qlora_cli.adapters.whole_modules import train_in_fp32
+from qlora_cli.calibrating.initial_adapter import check_initializable
 from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.device import TORCH_DTYPES
 from qlora_cli.loading.load_plan import LoadPlan
@@ -70,6 +71,8 @@ def outline(load_plan: LoadPlan, lora: LoraSettings) -> PeftModel:
         return _attach_existing(model, load_plan.adapter)
     if lora.init_lora_weights == LoraInit.LOFTQ:
         plan_residuals(load_plan.shapes, load_plan.layout, lora)
+    elif lora.init_lora_weights == LoraInit.CALIBRATED:
+        check_initializable(load_plan, lora)
     else:
         check_init(model, lora, adapted_layers(model, target_modules(model, lora)[0]))
     # Meta tensors have no values to initialize from.

@@ -1,6 +1,5 @@
 """Train on a base that the run calibrates first, and from then on as on any quantized base in a directory."""
 
-from qlora_cli.calibrating.calibration_rows import chosen_rows, tokens_needed
 from qlora_cli.calibrating.own_base import make_base
 from qlora_cli.errors import OutputDirectoryError
 from qlora_cli.events import Reporter
@@ -8,6 +7,7 @@ from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
+from qlora_cli.training.calibrated_adapter import rows_to_calibrate_on
 from qlora_cli.training.checks.memory_plan import decided
 from qlora_cli.training.run_plan import settle_run
 
@@ -31,7 +31,6 @@ def with_calibrated_base(
         )
     if not directory.is_run:
         settled = settle_run(resolved, reporter, force=force)
-        num_tokens = settings.training.calibration_tokens or tokens_needed(settled.load_plan)
-        rows = chosen_rows(settled.rows.train, settings.data.dataset, num_tokens)
-        make_base(settled.load_plan, rows, directory.base, reporter)
+        rows = rows_to_calibrate_on(settings, settled.load_plan, settled.rows.train)
+        make_base(settled.load_plan, settings.lora, rows, directory.base, reporter)
     return decided(resolved, {"model.name": str(directory.base), "model.revision": None}, CALIBRATED)
