@@ -7,7 +7,7 @@ compare names.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from qlora_cli.settings.choice import Choice, DtypeChoice
+from qlora_cli.settings.enumerated import Choice, DtypeChoice
 
 
 @dataclass(frozen=True, kw_only=True)

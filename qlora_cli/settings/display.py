@@ -8,7 +8,7 @@ from typing import Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from qlora_cli.settings.choice import Choice
+from qlora_cli.settings.enumerated import Choice
 from qlora_cli.settings.models import field_of, metadata_of
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import field_metadata

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.settings.choice import DTYPE_NAMES
 from qlora_cli.settings.display import choices_of, synonyms_of
+from qlora_cli.settings.enumerated import DTYPE_NAMES
 from qlora_cli.settings.models import all_settings, field_of, json_schema
 from qlora_cli.settings.resolve import Sources, describe
 

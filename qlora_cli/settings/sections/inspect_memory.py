@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from qlora_cli.settings.choice import Choice
 from qlora_cli.settings.choices import CardOrder, SdpaBackend
+from qlora_cli.settings.enumerated import Choice
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
 from qlora_cli.settings.values import Solvables, Words
