@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_cli.errors import OutputDirectoryError
 LEFTOVER = ".saving"  # left in a directory if the process that filled it was killed; the next one deletes it
 MARK = "written-by-qlora"  # a file in a staging folder, next to what will be moved out of it
 WHOLE = "whole"
+REPLACED = "replaced"  # next to it: what was in the directory that is filled again
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 USUAL_FILE = 0o666  # before the user's umask
 STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # the names that `_staging_path` gives
@@ -205,12 +206,12 @@ def _filled_concurrently(target: Path) -> OutputDirectoryError:
     )
 
 
-def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write the content of `target`, which is empty or does not exist: all of it or nothing.
+def fill_directory(target: Path, fill: Callable[[Path], None], replaced: Collection[str] = ()) -> None:
+    """Let `fill` write the content of `target`, which does not exist or holds only `replaced`: all of it or nothing.
 
     An empty directory is filled, not replaced, because it may be a working directory, a mount point or behind a link.
     `config.json`, without which a directory is not a model, is moved last: a process that is killed in between leaves
-    no model.
+    no model. What is `replaced` is deleted once all the rest is in place.
     """
     if not target.is_dir():
         write_directory(target, fill, may_replace=False)
@@ -218,20 +219,30 @@ def fill_directory(target: Path, fill: Callable[[Path], None]) -> None:
     inside = target / LEFTOVER
     if is_leftover(inside):
         _delete_marked(inside)
-    moved: list[Path] = []
     with _staging_folder(inside) as whole:
         fill(whole)
         _flush_all(whole)
-        try:
-            for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
-                if os.path.lexists(target / path.name):
-                    raise _filled_concurrently(target)
-                moved.append(path.rename(target / path.name))
-        except BaseException:
-            for path in moved:
-                path.rename(whole / path.name)
-            raise
+        _exchange(target, whole, replaced)
         flush(target)
+
+
+def _exchange(target: Path, whole: Path, replaced: Collection[str]) -> None:
+    """Move what is `replaced` out of `target`, and the content of `whole` into it; undo both if one fails."""
+    old = whole.with_name(REPLACED)
+    old.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    outward = [(target / name, old / name) for name in sorted(replaced, key=lambda name: name != "config.json")]
+    inward = sorted(whole.iterdir(), key=lambda path: path.name == "config.json")
+    try:
+        for source, end in (*outward, *((path, target / path.name) for path in inward)):
+            if os.path.lexists(end):
+                raise _filled_concurrently(target)
+            source.rename(end)
+            moved.append((source, end))
+    except BaseException:
+        for source, end in reversed(moved):
+            end.rename(source)
+        raise
 
 
 def staging(target: Path) -> AbstractContextManager[Path]:
@@ -292,7 +303,7 @@ def is_leftover(folder: Path) -> bool:
         return False
     if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         return False
-    return {path.name for path in folder.iterdir()} <= {MARK, WHOLE}
+    return {path.name for path in folder.iterdir()} <= {MARK, WHOLE, REPLACED}
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:

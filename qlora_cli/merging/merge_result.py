@@ -201,6 +201,7 @@ class MergeResult:
         verification: None if it was not requested.
         requantized: The requantized formats, by name.
         notes: The notes that were reported.
+        already_merged_at: When an earlier merge wrote all this, in ISO 8601; None if this one did.
     """
 
     output: Path
@@ -221,3 +222,4 @@ class MergeResult:
     requantized: Mapping[str, Requantized]
     pushed_to: str | None
     notes: tuple[str, ...]
+    already_merged_at: str | None = None

@@ -13,12 +13,13 @@ from qlora_cli.files import check_disk_space, size_of
 from qlora_cli.hardware.counters import peak_host_bytes
 from qlora_cli.hub.push import check_push, push_folder
 from qlora_cli.merging.companion_files import check_tokenizer, write_companion_files
+from qlora_cli.merging.earlier_merge import earlier_result
 from qlora_cli.merging.exports.hf import HfFormat
 from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.merging.merge_result import BaseChoice, MergeReport, MergeResult, Requantized, Verification
 from qlora_cli.merging.merger import Merger
 from qlora_cli.merging.model_card import write_record
-from qlora_cli.merging.output_directory import output_path, output_problem, result_name
+from qlora_cli.merging.output_directory import free_output_problem, names_to_replace, output_path, result_name
 from qlora_cli.merging.output_formats import RequestedFormats
 from qlora_cli.merging.planning.base_weights import Base
 from qlora_cli.merging.planning.inputs import Inputs, read_inputs
@@ -42,6 +43,7 @@ def plan(request: MergeCommandSettings, reporter: Reporter) -> MergeReport:
         QloraError: as `merge` does before it writes.
     """
     check_merge(request)
+    earlier_result(request, reporter)
     settled = _settle(request, reporter)
     return report_of(settled.inputs, settled.plans[0], output_path(request), settled.disk_bytes, settled.base)
 
@@ -57,6 +59,15 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     check_merge(request)
     notes = _Notes(reporter)
     check_push(request.merge, "merge.push_to_hub", notes)
+    result = earlier_result(request, notes) or _merge_anew(request, notes)
+    if request.merge.push_to_hub is not None:
+        folder, patterns = RequestedFormats.of(request).pushed(result.output)
+        address = push_folder(request.merge, folder, patterns, f"{folder} is done, but it", notes)
+        result = replace(result, pushed_to=address)
+    return replace(result, total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
+
+
+def _merge_anew(request: MergeCommandSettings, notes: Reporter) -> MergeResult:
     settled = _settle(request, notes)
     comparer = (
         ModelComparer(settled.inputs, notes) if request.merge.verify or settled.base == BaseWeights.AUTO else None
@@ -64,19 +75,13 @@ def merge(request: MergeCommandSettings, reporter: Reporter) -> MergeResult:
     choice = settled.choice or choose_base(_required(comparer), settled.plans, notes)
     chosen = next(one for one in settled.plans if one.base == choice.base)
     job = _Job(settled=settled, plan=chosen, choice=choice, comparer=comparer, reporter=notes)
-    output = output_path(request)
-    _fill(output, job)
-    result = replace(job.done(), total_seconds=time.monotonic() - start, notes=tuple(notes.messages))
-    if request.merge.push_to_hub is not None:
-        folder, patterns = settled.formats.pushed(output)
-        address = push_folder(request.merge, folder, patterns, f"{folder} is done, but it", notes)
-        result = replace(result, pushed_to=address)
-    return result
+    _fill(output_path(request), job, names_to_replace(request))
+    return job.done()
 
 
-def _fill(output: Path, job: "_Job") -> None:
+def _fill(output: Path, job: "_Job", replaced: frozenset[str]) -> None:
     try:
-        fill_directory(output, job.fill)
+        fill_directory(output, job.fill, replaced)
     except Exception as error:
         if isinstance(error, QloraError) or not _is_disk_full(error):
             raise
@@ -191,7 +196,7 @@ class _Job:
         for name, path in formats.directories(directory).items():
             write_record(path, inputs, result, formats.by_name[name])
         self._result = replace(result, bytes_written=size_of(directory))
-        if problem := output_problem(request):
+        if not request.merge.overwrite and (problem := free_output_problem(request)):
             raise problem  # something was written there meanwhile, such as another merge
 
     def _exported(self, directory: Path) -> Mapping[str, Requantized]:

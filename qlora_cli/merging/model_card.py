@@ -11,11 +11,12 @@ import yaml
 
 from qlora_cli import __version__
 from qlora_cli.merging.companion_files import write_json
+from qlora_cli.merging.earlier_merge import requested
 from qlora_cli.merging.exports.export_format import Format
 from qlora_cli.merging.merge_result import AppliedAdapter, Divergence, MergeResult
-from qlora_cli.merging.output_directory import result_name
+from qlora_cli.merging.output_directory import result_name, sizes_of_files
 from qlora_cli.merging.planning.inputs import Inputs
-from qlora_cli.model_files.digest import adapter_digest
+from qlora_cli.model_files.digest import adapter_digest, base_digest
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.units import counted
 from qlora_cli.visible import visible
@@ -31,6 +32,7 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
     Both may be published with the weights, so local paths are reduced to their last part.
     """
     data = _data(inputs)
+    (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
     content = {
         "written_by": f"qlora {__version__}",
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -57,10 +59,14 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
         "num_merged_tensors": result.num_merged_tensors,
         "verification": result.verification,
         "requantized": result.requantized.get(written.name),
+        "request": requested(inputs.request),
+        "base_model_digest": base_digest(inputs.source.path),
+        "files": sizes_of_files(target),
+        "merge_seconds": result.merge_seconds,
+        "peak_host_bytes": result.peak_host_bytes,
     }
     record = new_merge_record(content)
     write_json(target / MERGE_FILE, record.model_dump(mode="json", exclude_unset=True))
-    (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
 
 
 def _data(inputs: Inputs) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ several into one directory each.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,11 @@ from qlora_cli.settings.choices import ExportFormat
 from qlora_cli.settings.models import MergeCommandSettings
 
 MODEL = "model"  # the 16-bit model, if no requested format includes it
+
+
+def directories_of(formats: Sequence[ExportFormat], output: Path) -> Mapping[ExportFormat, Path]:
+    """Return the directory of each format in `output`: a single one is written into the output itself."""
+    return {name: output if len(formats) == 1 else output / name.value for name in formats}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class RequestedFormats:
 
     def directories(self, output: Path) -> Mapping[ExportFormat, Path]:
         """Return the directory of each format in `output`."""
-        return {name: self._directory(name, output) for name in self.asked}
+        return directories_of(self.asked, output)
 
     def model(self, output: Path) -> Path:
         """Return the directory of the 16-bit model: that of the first format that includes it, or its own."""
@@ -75,7 +80,7 @@ class RequestedFormats:
         return model_bytes + sum(int(model_bytes * one.share) for one in self.by_name.values())
 
     def _directory(self, name: ExportFormat, output: Path) -> Path:
-        return output if len(self.asked) == 1 else output / name.value
+        return self.directories(output)[name]
 
     def write(
         self, output: Path, name: str, comparer: ModelComparer | None, reporter: Reporter

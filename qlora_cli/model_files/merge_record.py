@@ -38,7 +38,10 @@ class MergedRows(_RecordPart):
 
 
 class MergeRecord(_RecordPart):
-    """The record of a merge. It may be published with the weights, so local paths are reduced to their last part."""
+    """The record of a merge. It may be published with the weights, so local paths are reduced to their last part.
+
+    `request` is the settings that change what is written, `files` the size in bytes of every other file next to it.
+    """
 
     schema_version: int = 0
     written_by: str | None = None
@@ -56,6 +59,11 @@ class MergeRecord(_RecordPart):
     num_merged_tensors: int | None = None
     verification: JsonValue = None
     requantized: JsonValue = None
+    request: Mapping[str, JsonValue] | None = None
+    base_model_digest: str | None = None
+    files: Mapping[str, int] | None = None
+    merge_seconds: float | None = None
+    peak_host_bytes: int | None = None
 
 
 def new_merge_record(content: Mapping[str, object]) -> MergeRecord:

@@ -26,7 +26,7 @@ from tests.support.runs.merge_command import adapter_alone, copy_run, merged, ql
 FLAGS = (
     *("--output", "--base", "--dtype", "--format", "--weight", "--verify", "--no-verify", "--max-divergence"),
     *("--dry-run", "--base-model", "--revision", "--device", "--llama-cpp", "--gguf-type", "--push-to-hub"),
-    *("--allow-pickle", "--trust-remote-code", "--json"),
+    *("--allow-pickle", "--trust-remote-code", "--overwrite", "--json"),
 )
 
 
@@ -174,7 +174,7 @@ def test_the_result_of_a_run_goes_into_its_directory_and_that_of_an_adapter_next
     own_run = copy_run(run, tmp_path / "own")
     plain = ("--no-verify", "--base", "original")
     assert merged(own_run, *plain)["output"] == str(own_run / "merged")
-    assert "contains other files" in refused(own_run, *plain)
+    assert "already holds another merge" in refused(own_run, *plain, "--dtype", "fp32")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert merged(adapter_alone(own_run), *plain)["output"] == "alone-merged"

@@ -34,17 +34,23 @@ def render_merge(result: MergeResult, *, in_detail: bool = False) -> None:
     title(f"{result.output}")
     adapters = ", ".join(adapter.name for adapter in result.adapters)
     tensors = f"{result.num_merged_tensors:,} of {counted(result.num_tensors, 'tensor')} merged, in {result.dtype}"
-    took = f"{format_duration(result.total_seconds)}, {format_bytes(result.peak_host_bytes)} at most"
     print_rows(
         [
             ("merged", f"{adapters} into {_describe_choice(result.base_choice)}"),
             ("written", f"{format_bytes(result.bytes_written)}: {tensors}"),
             ("verified", _verified_in_short(result.verification)),
-            ("took", f"{took}; all figures: {MERGE_FILE}"),
+            _work(result),
             *(_format_rows(result) if len(result.outputs) > 1 else ()),
             *([("on the hub", result.pushed_to)] if result.pushed_to else []),
         ]
     )
+
+
+def _work(result: MergeResult) -> Row:
+    if result.already_merged_at is not None:
+        return "before", f"{result.already_merged_at}: nothing was left to do; all figures: {MERGE_FILE}"
+    took = f"{format_duration(result.total_seconds)}, {format_bytes(result.peak_host_bytes)} at most"
+    return "took", f"{took}; all figures: {MERGE_FILE}"
 
 
 def _verified_in_short(verification: Verification | None) -> str:

@@ -85,7 +85,7 @@ def read_inputs(request: MergeCommandSettings, reporter: Reporter) -> Inputs:
     """
     transformers_logging.disable_progress_bar()
     reporter.report(PhaseStarted(title=f"Finding {request.merge.adapters[0]} and its base"))
-    sources = _find_all(request, reporter)
+    sources = find_sources(request, reporter)
     source = sources[0]
     record = source.record
     outline = read_model_outline(source, trust_remote_code=request.model.trust_remote_code)
@@ -169,7 +169,13 @@ def _model_settings(request: MergeCommandSettings, name: str) -> ModelSettings:
     )
 
 
-def _find_all(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSource]:
+def find_sources(request: MergeCommandSettings, reporter: Reporter) -> list[ModelSource]:
+    """Return where each adapter and its base are, in the order of the request.
+
+    Raises:
+        ModelNotFoundError: one of them does not exist.
+        ModelError: one is no adapter, or they belong to different bases.
+    """
     sources = [find_model(_model_settings(request, name), reporter) for name in request.merge.adapters]
     first = request.merge.adapters[0]
     for name, source in zip(request.merge.adapters, sources, strict=True):

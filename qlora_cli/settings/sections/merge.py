@@ -32,6 +32,9 @@ class MergeSettings(Section):
     output: Annotated[Path | None, Metadata(flag="--output", commands=MERGE)] = Field(
         default=None, description="Output directory; by default merged/ in the run, or NAME-merged here."
     )
+    overwrite: Annotated[bool, Metadata(flag="--overwrite", commands=MERGE)] = Field(
+        default=False, description="Replace an earlier merge in the output directory."
+    )
     base: Annotated[BaseWeights, Metadata(flag="--base", commands=MERGE)] = Field(
         default=BaseWeights.AUTO,
         description="Weights to merge into: as stored, or dequantized, as in training. auto measures both.",
