@@ -99,7 +99,7 @@ class Calibration:
         """
         self._plan, self._rows, self._reporter = load_plan, rows, reporter
         self._residuals, self._chooses_codes = residuals, chooses_codes
-        base = _base_model(load_plan, reporter)
+        base = base_model(load_plan, reporter)
         self._quantized = base.quantized
         self._layout = load_plan.layout
         self._experts = frozenset(load_plan.layout.experts)
@@ -213,8 +213,11 @@ def batches(rows: Sequence[torch.Tensor], pad_id: int, *, alone: bool = False) -
     return made
 
 
-def _base_model(load_plan: LoadPlan, reporter: Reporter) -> BaseModel:
-    """Return the base of a planned load, with its vocabulary extended as loading extends it."""
+def base_model(load_plan: LoadPlan, reporter: Reporter) -> BaseModel:
+    """Return the base of a planned load, with its vocabulary extended as loading extends it.
+
+    The headers of its weights are read, which are downloaded if they are not in the cache.
+    """
     checkpoint = read_headers(load_plan, reporter)
     config, settings, layout = deepcopy(load_plan.base.config), load_plan.settings.model, load_plan.layout
     needed = load_plan.num_rows if load_plan.num_own_rows is not None else 0

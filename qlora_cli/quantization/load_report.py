@@ -45,15 +45,34 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionError:
+    """What quantization costs on rows of the data sets `data`.
+
+    `mean_kl` is the divergence of the predictions from those of the unquantized model, in nats a token;
+    `top_token_agreement` the share of tokens after which both find the same one most likely. Perplexities are over the
+    actual next tokens. `layers` has the error of each layer's output, in order, relative to it (root mean square).
+    """
+
+    data: tuple[str, ...]
+    num_rows: int
+    num_tokens: int
+    mean_kl: float
+    top_token_agreement: float
+    unquantized_perplexity: float
+    perplexity: float
+    layers: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
     `quantization_settings` are those with an effect on the method `quantization`; `storage` describes both in words.
     `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
-    `float32_bytes` and `float16_bytes` are the bytes of the parameters alone if unquantized. `errors` are measured
-    on request; `saved` is the quantized checkpoint, if one was written. For a run, `adapter_step` is the step of its
-    weights, and `run_is_done` whether it was trained to its end.
+    `float32_bytes` and `float16_bytes` are the bytes of the parameters alone if unquantized. `errors` and
+    `prediction_error` are measured on request; `saved` is the quantized checkpoint, if one was written. For a run,
+    `adapter_step` is the step of its weights, and `run_is_done` whether it was trained to its end.
     """
 
     model: str
@@ -83,6 +102,7 @@ class LoadReport:
     kinds: tuple[KindCount, ...]
     dtype_bytes: Mapping[str, int]
     errors: tuple[WeightError, ...] | None
+    prediction_error: PredictionError | None = None
     calibration: CalibrationReport | None = None
     compute_dtype: str
     compute_dtype_reason: str

@@ -36,9 +36,9 @@ def load(context: typer.Context, json: options.Json = False) -> None:
         errors.add("model.name", problem.for_setting("model.name"))
     if given.save is not None and (problem := check_free_directory(given.save, "--save")):
         errors.add("load.save", problem.for_setting("load.save"))
-    for name in given.calibrate or ():
-        if wrong := check_dataset_name(name):
-            errors.add("load.calibrate", wrong.for_setting("load.calibrate"))
+    for path, names in (("load.calibrate", given.calibrate), ("load.error_on", given.error_on)):
+        for wrong in filter(None, map(check_dataset_name, names or ())):
+            errors.add(path, wrong.for_setting(path))
     errors.raise_collected()
     with reporting(volume_of(context)) as reporter:
         report = _load(resolved, reporter)
@@ -55,6 +55,10 @@ def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadR
     load_plan = plan_load(resolved, reporter)
     if given.save is not None:
         check_savable(load_plan, given.save)
+    if given.error_on is not None:
+        from qlora_cli.calibrating.prediction_error import check_comparable
+
+        check_comparable(load_plan)
     calibrated = None
     if given.calibrate is not None:
         from qlora_cli.calibrating.calibration import calibrate_on
@@ -62,6 +66,11 @@ def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadR
         calibrated = calibrate_on(given.calibrate, load_plan, reporter, num_tokens=given.calibration_tokens)
     loaded = load_planned(load_plan, reporter, measure_error=given.error, calibrated=calibrated, started=start)
     report = loaded.report()
+    if given.error_on is not None:
+        from qlora_cli.calibrating.prediction_error import measure_prediction_error
+
+        error = measure_prediction_error(loaded, load_plan, given.error_on, reporter)
+        report = dataclasses.replace(report, prediction_error=error)
     if given.save is not None:
         num_bytes = save_quantized(loaded, given.save, reporter)
         report = dataclasses.replace(report, saved=given.save, saved_bytes=num_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
-from qlora_cli.quantization.load_report import CalibrationReport, KindCount, LoadReport, WeightError
+from qlora_cli.quantization.load_report import CalibrationReport, KindCount, LoadReport, PredictionError, WeightError
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -25,6 +25,9 @@ def render_load(report: LoadReport) -> None:
     if report.errors:
         title("Quantization error, relative to the weights (root mean square)")
         print_rows(error_rows(report.errors))
+    if report.prediction_error is not None:
+        title("What quantization costs")
+        print_rows(prediction_error_rows(report.prediction_error))
     if report.unquantized_fits:
         size = format_bytes(report.unquantized_model_bytes)
         advice = (
@@ -111,6 +114,20 @@ def error_rows(errors: Sequence[WeightError]) -> list[Row]:
         ("all weights", f"{min(values):.2%} to {max(values):.2%}, on average {sum(values) / len(values):.2%}"),
         *(("largest", f"{error.relative_rms:.2%}  {error.name}") for error in worst),
     ]
+
+
+def prediction_error_rows(error: PredictionError) -> list[Row]:
+    """Return the error of the predictions, and that of the outputs of the layers as a line of bars."""
+    where = f"{counted(error.num_tokens, 'token')} of {', '.join(error.data)}"
+    perplexities = f"perplexity {error.perplexity:.2f}, and {error.unquantized_perplexity:.2f} unquantized"
+    rows = [
+        ("predictions", f"{error.mean_kl:.3g} nats a token from the unquantized model, on {where}"),
+        ("", f"the same token first at {error.top_token_agreement:.1%}; {perplexities}"),
+    ]
+    if error.layers:
+        low, high = min(error.layers), max(error.layers)
+        rows.append(("outputs of layers", f"{bars(error.layers)}  off by {low:.1%} to {high:.1%}"))
+    return rows
 
 
 def errors_by_layer(errors: Sequence[WeightError]) -> list[float]:

@@ -79,6 +79,11 @@ class StreamedModel:
         self._fill_placeholders()
         self._model.eval()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, without its adapter, whose weights are placeholders while nothing runs."""
+        return self._base
+
     def _module(self, path: str) -> nn.Module:
         inside = isinstance(self._model, PeftModel)
         return self._model.get_submodule(f"{BASE}{path}".removesuffix(".") if inside else path)

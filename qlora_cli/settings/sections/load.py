@@ -32,3 +32,10 @@ class SavingSettings(Section):
     error: Annotated[bool, Metadata(flag="--error", commands=(Command.LOAD,))] = Field(
         default=False, description="Measure the quantization error of every weight."
     )
+    error_on: Annotated[
+        Datasets | None, Metadata(flag="--error-on", commands=(Command.LOAD,), metavar="DATA", is_repeatable=True)
+    ] = Field(
+        default=None,
+        description="Measure what quantization costs on this data, named as for train: the divergence of the "
+        "predictions from those of the unquantized model, and the error of each layer's output.",
+    )

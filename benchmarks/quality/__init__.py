@@ -1,0 +1,1 @@
+"""Experiments on what a setting does to the trained model."""
