@@ -226,25 +226,33 @@ class Estimator:
         return self._cached((id(events), workspace_bytes), lambda: Replay(workspace_bytes).peaks(events))
 
     def resident_bytes(self, settings: EstimateSettings, gpu: Gpu) -> int:
-        """Return what the weights of the base and the CUDA context take of the memory of `gpu`."""
+        """Return what the weights of the base and the CUDA context take of the memory of `gpu`.
+
+        If several share the base, it is a little less: the constants of quantization are not shared.
+        """
         dtype = self.dtype_on(settings, gpu)
         on_host = set(self._on_host(settings, dtype))
         entries = self.layout(settings, dtype).inventory.entries
         stored = [entry.weight_bytes + entry.constant_bytes for entry in entries if entry.name not in on_host]
-        return gpu.context_bytes + sum(stored)
+        training = settings.training
+        return gpu.context_bytes + sum(stored) // (training.num_gpus if training.shards_base else 1)
 
     def host_memory(self, settings: EstimateSettings, gpu: Gpu, *, num_rows: int) -> HostMemory:
         """Return what the run takes from the host's memory, with `num_rows` rows of data."""
         shapes, traced = self.shapes(settings, self.dtype_on(settings, gpu)), self.traced(settings, gpu)
         sizes = [weight.numel() * weight.element_size() for weight in shapes.parameters()]
-        embedding = embedding_of(shapes).weight
+        embedding, ends = embedding_of(shapes).weight, 0
+        if traced.sharded is not None:  # what is in no layer is read to the host before it is sharded
+            names = [name for name, shard in traced.sharded.shards.items() if shard.is_of_end]
+            ends = sum(shapes.get_parameter(name).nbytes for name in names)
         return host_memory(
-            largest_weight_bytes=max(sizes),
+            largest_weight_bytes=max(*sizes, ends),
             embedding_bytes=embedding.nbytes if settings.model.offload_embedding else 0,
             pinned_bytes=traced.pinned_host_bytes,
             paged_bytes=traced.paged_bytes,
             files=traced.files,
             num_rows=num_rows,
+            num_processes=settings.training.num_gpus,
         )
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Make the report of `qlora inspect-memory`: predict, judge, solve, suggest. Only a new prediction imports torch."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from qlora_cli.memory.fitting.division import changes_results, is_given
 from qlora_cli.memory.fitting.method_choice import MethodChoice, choose_method
 from qlora_cli.memory.fitting.plan import PlannedRun, PlanOn, best_option, is_open, plan_run, planning
 from qlora_cli.memory.fitting.solver import solve, sweep
-from qlora_cli.memory.fitting.strategy import with_strategy
+from qlora_cli.memory.fitting.strategy import NUM_GPUS, on_more_gpus, with_strategy
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.host_run import as_host_memory, host_assumptions, on_cpu
@@ -374,16 +374,16 @@ def _cards(request: MemoryRequest, asked: EstimateSettings, estimator: "Estimato
     if order is None:
         return None
 
-    def plan(gpu: Gpu) -> PlannedOnCard:
-        plans = _plans(asked, replace(request, gpus=(gpu,)), estimator)
+    def plan(run: EstimateSettings, gpu: Gpu) -> PlannedOnCard:
+        plans = _plans(run, replace(request, gpus=(gpu,)), estimator)
         if plans:
             chosen = plans[0].chosen
             return PlannedOnCard(
                 settings=chosen.settings, estimate=chosen.estimate, step_seconds=chosen.step_seconds or 0.0
             )
-        estimate = estimator.estimate(asked, gpu)
+        estimate = estimator.estimate(run, gpu)
         assert estimate.time is not None, f"{gpu.name} has rates"
-        return PlannedOnCard(settings=asked, estimate=estimate, step_seconds=estimate.time.step_seconds)
+        return PlannedOnCard(settings=run, estimate=estimate, step_seconds=estimate.time.step_seconds)
 
     def batches_of(settings: EstimateSettings) -> RunBatches:
         fed = request.rows.feed(settings.training).batches if request.rows else None
@@ -391,15 +391,23 @@ def _cards(request: MemoryRequest, asked: EstimateSettings, estimator: "Estimato
         assert batches is not None, "checked with the flags"
         return batches
 
-    return rank_cards(
-        asked,
-        request.ranked_gpus,
-        order,
-        request.prices,
-        plan=plan,
-        predict=estimator.estimate,
-        batches_of=batches_of,
-    )
+    strategy, is_number_open = request.asked.settings.training.strategy, not request.asked.is_given(NUM_GPUS)
+    runs = tuple(on_more_gpus(asked, strategy=strategy, is_number_open=is_number_open))
+
+    def rank(runs: Sequence[EstimateSettings]) -> tuple[RankedCard, ...]:
+        return rank_cards(
+            runs,
+            request.ranked_gpus,
+            order,
+            request.prices,
+            plan=plan,
+            predict=estimator.estimate,
+            least_bytes=estimator.resident_bytes,
+            batches_of=batches_of,
+        )
+
+    # Of the whole catalogue, several cards are slow to predict, and never needed where one suffices.
+    return rank(runs) if request.gpus or request.prices else rank(runs[:1]) or rank(runs)
 
 
 def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str, str]:

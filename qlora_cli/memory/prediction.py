@@ -239,12 +239,15 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class RankedCard:
-    """A card on which a run fits, with the time, cost and energy of the whole run, as in `RunFigures`.
+    """A card, or several of it, on which a run fits, with the time, cost and energy of the whole run.
 
-    `price` is that of an hour; it and `cost` are None if none was given for the card.
+    These are as in `RunFigures`. `price` is that of an hour of one; it and `cost` are None if none was given for the
+    card. `strategy` is what each of several holds of the base.
     """
 
     gpu: str
+    num_gpus: int
+    strategy: str
     price: float | None
     run_seconds: float
     run_seconds_low: float
@@ -356,13 +359,14 @@ def figures_of_run(estimate: Estimate) -> RunFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """The parts of the memory that a run takes from the host, in bytes; they do not all peak at the same time.
+    """The parts of the memory that one process takes from its host, in bytes; they do not all peak at the same time.
 
     Attributes:
+        num_processes: Processes of the run on one host, each of which takes them; only the first one saves.
         process_bytes: Python, the libraries and the CUDA driver's part: a guess.
         embedding_bytes: Of an embedding that stays on the host.
         rows_bytes: What is known of each row of the data.
-        reading_bytes: The largest weight, while the base is read.
+        reading_bytes: The largest weight, while the base is read; the whole embedding and head, if they are sharded.
         pinned_bytes: Offloaded activations.
         saving_bytes: A checkpoint that is written.
         paged_bytes: Optimizer state that may move to the host.
@@ -375,6 +379,7 @@ class HostMemory:
     pinned_bytes: int
     saving_bytes: int
     paged_bytes: int
+    num_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

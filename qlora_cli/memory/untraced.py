@@ -28,7 +28,7 @@ def untraced(training: TrainingSettings, attention: Attention) -> list[str]:
         sentences.append(
             f"each of {training.num_gpus} GPUs holds {holds}: memory is that of one, tokens a second, cost and energy "
             "those of all; how fast they send each other weights and gradients is a guess by --link; NCCL's buffers, "
-            "some hundred MiB, are not counted, and host memory is that of one process"
+            "some hundred MiB, are not counted, and host memory is that of all processes of a host, which has up to 8"
         )
     if training.shards_base:
         sentences.append("weights of the next layer arrive while one computes, so that the longer of both counts")

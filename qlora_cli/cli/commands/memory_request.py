@@ -184,7 +184,7 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
     if training.shards_base and training.num_gpus == 1:
         hint = "Name several, as in --gpu 2x24GB, or give --num-gpus."
         yield Problem(where=resolved.where_of(STRATEGY), message="one GPU holds all of the base", hint=hint)
-    if asked.link != Link.PCIE and training.num_gpus == 1:
+    if asked.link != Link.PCIE and training.num_gpus == 1 and Solvable.GPU not in asked.solve:
         hint = "Name several GPUs, as in --gpu 2x24GB, or leave it out."
         yield Problem(where=resolved.where_of("inspect_memory.link"), message="one GPU sends nothing", hint=hint)
     if set(asked.solve) - {Solvable.GPU} and not asked.gpus:

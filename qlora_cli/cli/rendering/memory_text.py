@@ -29,7 +29,7 @@ from qlora_cli.memory.prediction import (
     Solution,
     Suggestion,
 )
-from qlora_cli.settings.choices import Quantization
+from qlora_cli.settings.choices import Quantization, Strategy
 from qlora_cli.timing.rates_file import DATA_SHEET
 from qlora_cli.timing.roofline import HOST
 from qlora_cli.timing.run_ratios import described
@@ -52,7 +52,7 @@ HOST_PARTS = {
     "process_bytes": "Python, libraries, driver (a guess)",
     "embedding_bytes": "the embedding",
     "rows_bytes": "numbers about the rows of the data",
-    "reading_bytes": "the largest weight, while reading",
+    "reading_bytes": "the largest weights, while reading",
     "pinned_bytes": "activations in pinned memory",
     "saving_bytes": "a checkpoint, while saving",
     "paged_bytes": "optimizer state, where the GPU is full",
@@ -74,7 +74,9 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bo
         is_host = any(gpu.is_host for gpu in gpus)
         _section("What it is for", component_lines(report.components, is_host=is_host))
         if not is_host:
-            _section("Host memory, not all at the same time", host_lines(report.host))
+            several = report.host.num_processes
+            of_each = f" of each of {several} processes" if several > 1 else ""
+            _section(f"Host memory{of_each}, not all at the same time", host_lines(report.host))
         _section("Phases", phase_lines(report.phases, report.ruling_phase, report.reason))
         _section("Where it fits, in GiB", fit_lines(report.fits, is_planned=report.plan is not None))
     if any(details or suggestion.fits != NO for suggestion in report.suggestions):
@@ -236,8 +238,9 @@ def _need_rows(figures: RunFigures) -> list[Row]:
 
 
 def host_lines(host: HostMemory) -> list[str]:
-    """Return the parts of the host's memory."""
-    return [f"  {HOST_PARTS[name]:<36} {gib(size):>10}" for name, size in asdict(host).items() if size]
+    """Return the parts of the host's memory that each process takes."""
+    sizes = [(text, getattr(host, name)) for name, text in HOST_PARTS.items()]
+    return [f"  {text:<36} {gib(size):>10}" for text, size in sizes if size]
 
 
 def component_lines(components: Components, *, is_host: bool = False) -> list[str]:
@@ -356,4 +359,6 @@ def card_lines(cards: Sequence[RankedCard]) -> list[str]:
 
 def _card_cells(card: RankedCard) -> list[str]:
     band = f"({format_duration(card.run_seconds_low)} to {format_duration(card.run_seconds_high)})"
-    return [card.gpu, *(_costs(card) or ["", ""]), format_duration(card.run_seconds), band]
+    shared = ", sharded" if card.strategy == Strategy.FSDP else ""
+    name = card.gpu if card.num_gpus == 1 else f"{card.num_gpus} {card.gpu}{shared}"
+    return [name, *(_costs(card) or ["", ""]), format_duration(card.run_seconds), band]

@@ -1,6 +1,7 @@
 """The answer of `qlora inspect-memory` in a sentence for each GPU that was named, or one for the whole catalogue."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qlora_cli.memory.fitting.suggestions import NO, YES
 from qlora_cli.memory.gpus import GPUS, Gpu, examples
@@ -27,7 +28,8 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
     if not gpus:
         return [_over_catalogue(report)]
     first, *others = zip(report.fits, gpus, strict=True)
-    lines = [_on_first(report, *first), *(f"{_on(fit, gpu)}{_time(fit)}." for fit, gpu in others)]
+    several = _several(report)
+    lines = [_on_first(report, *first), *(f"{_on(fit, gpu, several)}{_time(fit)}." for fit, gpu in others)]
     lines += _of_several(report)
     if gpus[0].is_host and report.predicted.step_seconds is None:
         lines.append(f"How long it takes is not known: {HOW_TO_MEASURE}.")
@@ -55,7 +57,10 @@ def _of_several(report: MemoryReport) -> list[str]:
     """Return what is of each of several GPUs and what of all, and what they send each other."""
     if (number := report.settings.get("num-gpus")) is None:
         return []
-    lines = [f"That is the memory of each of {number} GPUs, and the time of all together."]
+    lines = [f"The time is that of all {number} together."]
+    if report.host.num_processes > 1 and report.predicted.host_bytes is not None:
+        of_host = f"The {report.host.num_processes} processes of a host take {_gib(report.predicted.host_bytes)} GiB"
+        lines.append(f"{of_host} of its memory.")
     if (sharding := report.sharding) is not None:
         received, seconds = _gib(sharding.received_bytes_per_step), significant(sharding.receiving_seconds)
         hides = "more than" if report.predicted.limited_by == LINK else "hidden by"
@@ -92,7 +97,8 @@ def _over_catalogue(report: MemoryReport) -> str:
     own, smallest = report.predicted, report.smallest_class
     takes = f"Takes {_gib(own.process_bytes)} GiB, at most {_gib(own.process_high_bytes)}"
     if smallest is None:
-        return f"{takes}: fits on no class of cards in the catalogue."
+        several = "" if "num-gpus" in report.settings else "; --gpu 4x80GB asks about several"
+        return f"{takes}: fits on no class of cards in the catalogue{several}."
     usable = {gpu.name: gpu.usable_bytes for gpu in GPUS if gpu.has_kernels}
     lacking = [fit.gpu for fit in report.fits if fit.fits != YES and usable.get(fit.gpu, 0) > smallest.usable_bytes]
     but = f" but {examples(lacking)}" if lacking else ""
@@ -101,19 +107,22 @@ def _over_catalogue(report: MemoryReport) -> str:
 
 def _on_first(report: MemoryReport, fit: GpuFit, gpu: Gpu) -> str:
     """Return the answer for the first GPU, with what would make the run fit."""
+    several = _several(report)
     if fit.fits == YES:
-        return f"{_on(fit, gpu)}{_time_of_run(report) or _time(fit, report.predicted)}."
+        return f"{_on(fit, gpu, several)}{_time_of_run(report) or _time(fit, report.predicted)}."
     change = next((change for change in report.suggestions if change.fits != NO), None)
     if change is not None:
         surely = "fits" if change.fits == YES else "may fit"
-        return f"{_on(fit, gpu)}; it {surely} with {change.flags}."
+        return f"{_on(fit, gpu, several)}; it {surely} with {change.flags}."
     if fit.fits != NO:
-        return f"{_on(fit, gpu)}."
+        return f"{_on(fit, gpu, several)}."
     weights = report.components.weights_bytes
     if weights + report.components.context_bytes > fit.usable_bytes:
-        return f"Cannot fit {_named(gpu)}: the weights alone take {_gib(weights)} of {_gib(fit.usable_bytes)} GiB."
+        of_usable = f"{_gib(weights)} of {_gib(fit.usable_bytes)} GiB{several.each}"
+        return f"Cannot fit {_named(gpu, several)}: the weights alone take {of_usable}."
     least = min([fit.process_bytes, *(change.process_bytes for change in report.suggestions)])
-    return f"Cannot fit {_named(gpu)}: takes {_gib(least)} of {_gib(fit.usable_bytes)} GiB with every change there is."
+    of_usable = f"{_gib(least)} of {_gib(fit.usable_bytes)} GiB{several.each}"
+    return f"Cannot fit {_named(gpu, several)}: takes {of_usable} with every change there is."
 
 
 def _time_of_run(report: MemoryReport) -> str:
@@ -162,23 +171,47 @@ def _rounded(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
 
 
-def _on(fit: GpuFit, gpu: Gpu) -> str:
-    """Return the answer for one GPU, without its full stop."""
+@dataclass(frozen=True, kw_only=True)
+class _Several:
+    """How many GPUs of a kind a run is on, and whether they share its base."""
+
+    number: int
+    is_sharded: bool
+
+    @property
+    def each(self) -> str:
+        """A word after a figure that is of each of several."""
+        return " each" if self.number > 1 else ""
+
+
+def _several(report: MemoryReport) -> _Several:
+    return _Several(number=int(report.settings.get("num-gpus", "1")), is_sharded=report.sharding is not None)
+
+
+def _on(fit: GpuFit, gpu: Gpu, several: _Several) -> str:
+    """Return the answer for one kind of GPU, without its full stop."""
     at_most, usable = _apart(fit.process_high_bytes, fit.usable_bytes)
-    figures = f"{_gib(fit.process_bytes)} GiB, at most {at_most}, of {usable}"
+    named, figures = (
+        _named(gpu, several),
+        f"{_gib(fit.process_bytes)} GiB{several.each}, at most {at_most}, of {usable}",
+    )
     if fit.fits == YES:
-        return f"Fits {_named(gpu)}: {figures}; {RECOMPUTED[Checkpointing(fit.gradient_checkpointing)]}"
+        return f"Fits {named}: {figures}; {RECOMPUTED[Checkpointing(fit.gradient_checkpointing)]}"
     if fit.fits == NO:
-        return f"Does not fit {_named(gpu)}: {figures}, short of {_gib(-fit.margin_bytes)}"
-    return f"May not fit {_named(gpu)}: {figures}"
+        return f"Does not fit {named}: {figures}, short of {_gib(-fit.margin_bytes)}"
+    return f"May not fit {named}: {figures}"
 
 
-def _named(gpu: Gpu) -> str:
+def _named(gpu: Gpu, several: _Several) -> str:
+    """Return the GPUs of a run: `an RTX 4090`, `2 RTX 4090, sharded`, `a 24 GB card (RTX 3090, L4)`."""
     if gpu.is_host:
         return f"this machine's CPU ({gpu.name})"
-    if gpu.name.endswith("GiB"):
-        return f"a GPU of {gpu.name}"
-    return with_article(gpu.name) + (f" ({examples(gpu.cards)})" if gpu.cards else "")
+    cards = f" ({examples(gpu.cards)})" if gpu.cards else ""
+    of_size = gpu.name.endswith("GiB")
+    if several.number == 1:
+        return f"a GPU of {gpu.name}" if of_size else f"{with_article(gpu.name)}{cards}"
+    name = f"GPUs of {gpu.name}" if of_size else f"{gpu.name}{'s' if gpu.cards else ''}{cards}"
+    return f"{several.number} {name}{', sharded' if several.is_sharded else ''}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -11,6 +11,7 @@ PROCESS_BYTES, PROCESS_LOW_BYTES, PROCESS_HIGH_BYTES = 2 * GIB, 1 * GIB, 4 * GIB
 READING_HIGH_BYTES = 3 * GIB // 2  # what loading takes at most, as `tests/integration/loading` holds
 ROW_BYTES = 100  # lengths, digests and places of a row; its tokens stay on the disk
 PINNED_ROUNDING = 2  # PyTorch rounds pinned memory up to powers of two
+PROCESSES_OF_HOST = 8  # at most, as machines are sold
 
 
 def host_memory(
@@ -21,8 +22,9 @@ def host_memory(
     paged_bytes: int,
     files: FileSizes,
     num_rows: int,
+    num_processes: int = 1,
 ) -> HostMemory:
-    """Return the parts of the host's memory.
+    """Return the parts of a host's memory for each of `num_processes`, as many of which as possible it has.
 
     Weights are read one at a time, of at most `largest_weight_bytes`; `embedding_bytes` stay on the host. A checkpoint
     is copied to the host before it is written.
@@ -35,20 +37,23 @@ def host_memory(
         pinned_bytes=pinned_bytes,
         saving_bytes=files.adapter_bytes + files.optimizer_bytes,
         paged_bytes=paged_bytes,
+        num_processes=min(num_processes, PROCESSES_OF_HOST),
     )
 
 
 def with_host(figures: RunFigures, host: HostMemory) -> RunFigures:
     """Return `figures` with the host's memory at the peak of the run, which is while it loads or while it trains.
 
-    The upper end counts all of the paged optimizer state, which is on the host only where the GPU is full.
+    It is that of all processes on a host, which load at the same time. The upper end counts all of the paged optimizer
+    state, which is on the host only where the GPU is full.
     """
-    resident = host.embedding_bytes + host.rows_bytes
-    low = PROCESS_LOW_BYTES + resident + max(host.reading_bytes, host.pinned_bytes)
-    high_training = PINNED_ROUNDING * host.pinned_bytes + host.saving_bytes + host.paged_bytes
+    resident, number = host.embedding_bytes + host.rows_bytes, host.num_processes
+    training = number * host.pinned_bytes + host.saving_bytes
+    training_high = number * (PINNED_ROUNDING * host.pinned_bytes + host.paged_bytes) + host.saving_bytes
+    reading, reading_high = number * host.reading_bytes, number * max(host.reading_bytes, READING_HIGH_BYTES)
     return replace(
         figures,
-        host_bytes=host.process_bytes + resident + max(host.reading_bytes, host.pinned_bytes + host.saving_bytes),
-        host_bytes_low=low,
-        host_bytes_high=PROCESS_HIGH_BYTES + resident + max(host.reading_bytes, READING_HIGH_BYTES, high_training),
+        host_bytes=number * (host.process_bytes + resident) + max(reading, training),
+        host_bytes_low=number * (PROCESS_LOW_BYTES + resident + max(host.reading_bytes, host.pinned_bytes)),
+        host_bytes_high=number * (PROCESS_HIGH_BYTES + resident) + max(reading_high, training_high),
     )

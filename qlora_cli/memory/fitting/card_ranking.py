@@ -10,7 +10,7 @@ from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import Estimate, RankedCard, RunFigures, figures_of_run
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import RunBatches
-from qlora_cli.settings.choices import CardOrder, Checkpointing
+from qlora_cli.settings.choices import CardOrder, Checkpointing, Strategy
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.settle import with_settings
 
@@ -28,41 +28,54 @@ class PlannedOnCard:
 
 
 # Plans a run for a card whose speed is known.
-PlanOnCard = Callable[[Gpu], PlannedOnCard]
+PlanOnCard = Callable[[EstimateSettings, Gpu], PlannedOnCard]
+# Returns the bytes of a card that the weights of a run, and the CUDA context, take at least.
+LeastBytes = Callable[[EstimateSettings, Gpu], int]
 
 
 def rank_cards(
-    settings: EstimateSettings,
+    runs: Sequence[EstimateSettings],
     cards: Sequence[Gpu],
     order: CardOrder,
     prices: Mapping[str, float],
     *,
     plan: PlanOnCard,
     predict: Predict,
+    least_bytes: LeastBytes,
     batches_of: Callable[[EstimateSettings], RunBatches],
 ) -> tuple[RankedCard, ...]:
     """Return the first few of the `cards` on which the run fits with its whole error band, best first.
 
-    `prices` are those of an hour, by the names of cards; with `CardOrder.COST`, each of the cards has one. Cards are
-    compared by a step first, and the best of them by the whole run.
+    `runs` are those to try on a card, one after another: the run on one of it, then on several. `prices` are those of
+    an hour, by the names of cards; with `CardOrder.COST`, each of the cards has one. Cards are compared by a step
+    first, and the best of them by the whole run.
     """
-    planned = [(gpu, plan(gpu)) for gpu in cards if _may_fit(settings, gpu, predict)]
-    fitting = [(gpu, run) for gpu, run in planned if judge_fit(run.estimate, gpu).fits == YES]
-    weight = prices if order == CardOrder.COST else dict.fromkeys((gpu.name for gpu in cards), 1.0)
-    fitting.sort(key=lambda pair: weight[pair[0].name] * pair[1].step_seconds)
+
+    def fitting_on(gpu: Gpu) -> PlannedOnCard | None:
+        planned = (plan(run, gpu) for run in runs if _may_fit(run, gpu, predict, least_bytes))
+        return next((run for run in planned if judge_fit(run.estimate, gpu).fits == YES), None)
+
+    def weight(gpu: Gpu, run: PlannedOnCard) -> float:
+        return run.settings.training.num_gpus * prices[gpu.name] if order == CardOrder.COST else 1.0
+
+    fitting = [(gpu, run) for gpu in cards if (run := fitting_on(gpu)) is not None]
+    fitting.sort(key=lambda pair: weight(*pair) * pair[1].step_seconds)
     ranked = [
         _ranked(gpu, run, _whole_run(gpu, run, predict, batches_of, prices.get(gpu.name)), prices.get(gpu.name))
         for gpu, run in fitting[:MAX_RANKED]
     ]
-    return tuple(sorted(ranked, key=lambda card: weight[card.gpu] * card.run_seconds))
+    by_cost = order == CardOrder.COST
+    return tuple(sorted(ranked, key=lambda card: (card.cost or 0.0) if by_cost else card.run_seconds))
 
 
-def _may_fit(settings: EstimateSettings, gpu: Gpu, predict: Predict) -> bool:
+def _may_fit(settings: EstimateSettings, gpu: Gpu, predict: Predict, least_bytes: LeastBytes) -> bool:
     """Return whether the run fits in the way that takes the least memory, which is quicker than to plan it."""
     asked = settings.training.gradient_checkpointing
     is_open = asked in (Checkpointing.AUTO, Checkpointing.SELECTIVE)
     leanest = (Checkpointing.ON, Checkpointing.OFFLOAD) if is_open else (asked,)
     try:
+        if least_bytes(settings, gpu) > gpu.usable_bytes:
+            return False
         tried = (predict(with_settings(settings, {CHECKPOINTING: kind}), gpu) for kind in leanest)
         return any(judge_fit(estimate, gpu).fits == YES for estimate in tried)
     except HardwareError:  # bf16 before Ampere, for example
@@ -86,8 +99,11 @@ def _ranked(gpu: Gpu, run: PlannedOnCard, figures: RunFigures, price: float | No
     assert figures.run_seconds is not None, f"{gpu.name} has rates"
     assert figures.run_seconds_low is not None
     assert figures.run_seconds_high is not None
+    training = run.settings.training
     return RankedCard(
         gpu=gpu.name,
+        num_gpus=training.num_gpus,
+        strategy=Strategy.FSDP.value if training.shards_base else Strategy.DDP.value,
         price=price,
         run_seconds=figures.run_seconds,
         run_seconds_low=figures.run_seconds_low,
@@ -99,5 +115,5 @@ def _ranked(gpu: Gpu, run: PlannedOnCard, figures: RunFigures, price: float | No
         process_bytes=figures.process_bytes,
         process_high_bytes=figures.process_high_bytes,
         gradient_checkpointing=run.estimate.gradient_checkpointing,
-        micro_batch_tokens=run.settings.training.micro_batch_tokens,
+        micro_batch_tokens=training.micro_batch_tokens,
     )

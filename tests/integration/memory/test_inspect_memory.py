@@ -349,9 +349,15 @@ def test_the_answer_for_several_gpus_says_what_is_of_each_and_what_of_all(config
     with pytest.MonkeyPatch.context() as patch:
         leave_out_catalogue(patch)
         done = CliRunner().invoke(app, command, env=alone)
-    assert "That is the memory of each of 4 GPUs, and the time of all together." in done.stdout
-    result = asked(config, alone, "--num-gpus", "4")
+    assert done.stdout.startswith("Fits 4 RTX 4090: ")
+    assert " GiB each, at most " in done.stdout
+    assert "The time is that of all 4 together." in done.stdout
+    assert "The 4 processes of a host take " in done.stdout
+    one, result = asked(config, alone), asked(config, alone, "--num-gpus", "4")
     assert result["settings"]["num-gpus"] == "4"
+    assert (one["host"]["num_processes"], result["host"]["num_processes"]) == (1, 4)
+    # Each reads weights by itself; the first one saves.
+    assert result["predicted"]["host_bytes"] == pytest.approx(4 * one["predicted"]["host_bytes"], rel=0.05)
     assert [line for line in result["assumptions"] if line.startswith("each of 4 GPUs holds all of the model")]
 
 

@@ -27,6 +27,7 @@ from qlora_cli.memory.prediction import (
     PlanOption,
     RankedCard,
     RunFigures,
+    Sharding,
     Solution,
 )
 from qlora_cli.settings.choices import Checkpointing
@@ -127,6 +128,29 @@ def test_each_gpu_that_was_named_has_its_answer() -> None:
     assert verdict_lines(replace(REPORT, fits=(in_size,)), (size,)) == [
         "Fits a GPU of 24.00 GiB: 23.5 GiB, at most 23.96, of 24.00; each layer is recomputed."
     ]
+
+
+def test_the_answer_for_several_gpus_is_of_each_and_says_whether_they_share_the_base() -> None:
+    whole = replace(REPORT, settings={**REPORT.settings, "num-gpus": "2"})
+    first, *rest = verdict_lines(whole, (RTX_4090,))
+    assert first == "Fits 2 RTX 4090: 8.3 GiB each, at most 8.9, of 23.5; each layer is recomputed."
+    assert rest == ["The time is that of all 2 together."]
+    shard = Sharding(num_gpus=2, shard_bytes=GIB, received_bytes_per_step=GIB, link="pcie", receiving_seconds=0.1)
+    host = replace(REPORT.host, num_processes=2)
+    needs = replace(REPORT.predicted, host_bytes=6 * GIB)
+    sharded = replace(whole, sharding=shard, host=host, predicted=needs)
+    first, *rest = verdict_lines(sharded, (RTX_4090,))
+    assert first == "Fits 2 RTX 4090, sharded: 8.3 GiB each, at most 8.9, of 23.5; each layer is recomputed."
+    assert rest[1] == "The 2 processes of a host take 6.0 GiB of its memory."
+    assert rest[2].startswith("The base is sharded: each holds 1.0 GiB of it, and receives 1.0 GiB a step over PCIe")
+    kinds = {
+        find_gpu("24GB"): "Fits 2 24 GB cards (RTX 3090, ",
+        find_gpu("24GiB"): "Fits 2 GPUs of 24.00 GiB, sharded: ",
+    }
+    for gpu, begins in kinds.items():
+        assert verdict_lines(replace(sharded, fits=(fit(gpu, GIB, GIB),)), (gpu,))[0].startswith(begins)
+    hopeless = replace(HOPELESS, settings=whole.settings, sharding=shard)
+    assert verdict_lines(hopeless, (T4,))[0].startswith("Cannot fit 2 T4, sharded: ")
 
 
 def test_the_answer_has_the_time_of_a_step_where_it_is_known() -> None:
@@ -232,7 +256,7 @@ def test_without_a_gpu_the_answer_is_the_smallest_class() -> None:
         f"{takes}: fits a 10 GB card (RTX 3080 10GB) and larger ones but T4."
     ]
     assert verdict_lines(replace(report, smallest_class=None), ()) == [
-        f"{takes}: fits on no class of cards in the catalogue."
+        f"{takes}: fits on no class of cards in the catalogue; --gpu 4x80GB asks about several."
     ]
 
 
@@ -355,9 +379,11 @@ def test_the_rows_that_were_read_are_shown(capsys: pytest.CaptureFixture[str]) -
     assert "of 1,987, packed into 300 rows; 50 rows held out; 0.0% padding" in joined
 
 
-def ranked_card(gpu: str, *, cost: float | None, seconds: float) -> RankedCard:
+def ranked_card(gpu: str, *, cost: float | None, seconds: float, num_gpus: int = 1) -> RankedCard:
     return RankedCard(
         gpu=gpu,
+        num_gpus=num_gpus,
+        strategy="ddp" if num_gpus == 1 else "fsdp",
         price=None if cost is None else 1.0,
         run_seconds=seconds,
         run_seconds_low=0.75 * seconds,
@@ -378,6 +404,8 @@ def test_the_best_cards_are_shown_with_cost_and_time_within_80_columns() -> None
     priced = card_lines([ranked_card(name, cost=1234.5, seconds=99 * 3600) for name in names])
     assert [line.split()[:2] for line in priced] == [["cost", "time"], ["RTX", "PRO"], ["L4", "1,234.50"]]
     assert all(len(line) <= 80 for line in card_lines([ranked_card(names[0], cost=12.5, seconds=99 * 3600)]))
+    several = card_lines([ranked_card("L4", cost=12.5, seconds=3600, num_gpus=4)])
+    assert several[1].split()[:4] == ["4", "L4,", "sharded", "12.50"]
     without = card_lines([ranked_card("L4", cost=None, seconds=3600.0)])
     assert [line.split() for line in without] == [["time"], ["L4", "1:00:00", "(45:00", "to", "1:18:00)"]]
     assert card_lines([]) == ["  it fits on none of those that were asked about"]
@@ -399,7 +427,7 @@ def test_what_a_run_needs_besides_the_gpu_is_shown(capsys: pytest.CaptureFixture
     )
     joined = " ".join(shown(replace(REPORT, predicted=figures), capsys).split())
     assert "needs 3.00 GiB of host memory (2.00 to 5.00), 1.00 GiB of disk for the run smallest" in joined
-    assert "the largest weight, while reading 0.98 GiB a checkpoint, while saving 0.47 GiB" in joined
+    assert "the largest weights, while reading 0.98 GiB a checkpoint, while saving 0.47 GiB" in joined
     remote = replace(REPORT, predicted=replace(figures, download_bytes=15 * GIB))
     assert "disk for the run, a download of 15.00 GiB" in " ".join(shown(remote, capsys).split())
 

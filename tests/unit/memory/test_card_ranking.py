@@ -1,6 +1,6 @@
 """The best cards for a run: those on which it fits, by what it costs or how long it takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 import pytest
@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from qlora_cli.errors import HardwareError, ModelError, QloraError
 from qlora_cli.memory.fitting.card_ranking import MAX_RANKED, PlannedOnCard, rank_cards
+from qlora_cli.memory.fitting.strategy import on_more_gpus
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import Estimate, Figures, RankedCard, StepTime
 from qlora_cli.memory.run_batches import RunBatches
-from qlora_cli.settings.choices import CardOrder
+from qlora_cli.settings.choices import CardOrder, Strategy
 from qlora_cli.settings.models import EstimateSettings
+from qlora_cli.settings.settle import with_settings
 from qlora_cli.timing.run_ratios import RunKey
 from qlora_cli.units import GIB
 from tests.support.models.predictions import COMPONENTS, FIGURES
@@ -66,17 +68,37 @@ def ranked(
     seconds: Mapping[str, float],
     process_bytes: int = 0,
     failures: Mapping[str, QloraError] | None = None,
+    runs: Sequence[EstimateSettings] = (SETTINGS,),
+    predicted_on: Callable[[int], None] = lambda _: None,
 ) -> tuple[RankedCard, ...]:
-    def predict(_: EstimateSettings, gpu: Gpu) -> Estimate:
+    """Rank `cards`; a run on one takes `process_bytes`, a sharded one 1 GiB on each and an equal part of the rest."""
+
+    def predict(settings: EstimateSettings, gpu: Gpu) -> Estimate:
+        predicted_on(settings.training.num_gpus)
         if failures and gpu.name in failures:
             raise failures[gpu.name]
-        return estimate(gpu, seconds.get(gpu.name, 1.0), process_bytes)
+        return estimate(gpu, seconds.get(gpu.name, 1.0), held_by(settings, process_bytes))
 
-    def plan(gpu: Gpu) -> PlannedOnCard:
+    def plan(settings: EstimateSettings, gpu: Gpu) -> PlannedOnCard:
         own = seconds.get(gpu.name, 1.0)
-        return PlannedOnCard(settings=SETTINGS, estimate=estimate(gpu, own, process_bytes), step_seconds=own)
+        taken = estimate(gpu, own, held_by(settings, process_bytes))
+        return PlannedOnCard(settings=settings, estimate=taken, step_seconds=own)
 
-    return rank_cards(SETTINGS, cards, order, prices, plan=plan, predict=predict, batches_of=lambda _: BATCHES)
+    return rank_cards(
+        runs,
+        cards,
+        order,
+        prices,
+        plan=plan,
+        predict=predict,
+        least_bytes=lambda settings, _: held_by(settings, process_bytes) * 9 // 10,
+        batches_of=lambda _: BATCHES,
+    )
+
+
+def held_by(settings: EstimateSettings, process_bytes: int) -> int:
+    training = settings.training
+    return GIB + (process_bytes - GIB) // training.num_gpus if training.shards_base else process_bytes
 
 
 @given(
@@ -120,10 +142,83 @@ def test_a_model_that_cannot_be_checkpointed_is_planned_without() -> None:
             raise ModelError("no checkpointing")
         return estimate(gpu, 1.0, 0)
 
-    def plan(gpu: Gpu) -> PlannedOnCard:
+    def plan(_: EstimateSettings, gpu: Gpu) -> PlannedOnCard:
         return PlannedOnCard(settings=SETTINGS, estimate=estimate(gpu, 1.0, 0), step_seconds=1.0)
 
     (card,) = rank_cards(
-        SETTINGS, CARDS[:1], CardOrder.TIME, {}, plan=plan, predict=refuse, batches_of=lambda _: BATCHES
+        (SETTINGS,),
+        CARDS[:1],
+        CardOrder.TIME,
+        {},
+        plan=plan,
+        predict=refuse,
+        least_bytes=lambda *_: 0,
+        batches_of=lambda _: BATCHES,
     )
     assert card.gpu == CARDS[0].name
+
+
+@given(
+    cards=st.lists(st.sampled_from(CARDS), min_size=1, max_size=12, unique=True),
+    gib=st.integers(1, 400),
+    data=st.data(),
+)
+def test_a_run_that_is_too_large_for_a_card_is_on_the_fewest_that_share_it(
+    cards: list[Gpu], gib: int, data: st.DataObject
+) -> None:
+    prices = {card.name: data.draw(st.floats(0.01, 100)) for card in cards}
+    runs = tuple(on_more_gpus(SETTINGS, strategy=Strategy.AUTO, is_number_open=True))
+    assert [run.training.num_gpus for run in runs] == [1, 2, 4, 8]
+    ranked_cards = ranked(cards, CardOrder.COST, prices, seconds={}, process_bytes=gib * GIB, runs=runs)
+    usable = {card.name: card.usable_bytes for card in cards}
+    fewest = {
+        name: next((run.training.num_gpus for run in runs if held_by(run, gib * GIB) <= usable[name]), None)
+        for name in usable
+    }
+    assert len(ranked_cards) == min(MAX_RANKED, sum(number is not None for number in fewest.values()))
+    assert [card.cost for card in ranked_cards] == sorted(card.cost or 0.0 for card in ranked_cards)
+    for card in ranked_cards:
+        assert card.num_gpus == fewest[card.gpu]
+        assert card.strategy == ("ddp" if card.num_gpus == 1 else "fsdp")
+        assert card.cost == pytest.approx(card.num_gpus * prices[card.gpu] * card.run_seconds / 3600)
+
+
+def test_what_cannot_fit_by_its_weights_alone_is_not_predicted() -> None:
+    runs, numbers = tuple(on_more_gpus(SETTINGS, strategy=Strategy.AUTO, is_number_open=True)), list[int]()
+    (card,) = ranked(
+        [find_gpu("RTX 4090")],
+        CardOrder.TIME,
+        {},
+        seconds={},
+        process_bytes=70 * GIB,
+        runs=runs,
+        predicted_on=numbers.append,
+    )
+    assert card.num_gpus == 4
+    assert not set(numbers) & {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("training", "numbers"),
+    [
+        ({"gradient_accumulation_steps": 4}, [1, 2, 4]),
+        ({"gradient_accumulation_steps": 1}, [1]),
+        ({"strategy": "ddp"}, [1]),
+        ({"torch_compile": True}, [1]),
+    ],
+)
+def test_more_gpus_are_only_tried_where_the_base_may_be_sharded_and_each_has_rows(
+    training: dict[str, object], numbers: list[int]
+) -> None:
+    settings = EstimateSettings.model_validate({"model": {"name": "m"}, "training": training})
+    strategy = settings.training.strategy
+    runs = list(on_more_gpus(settings, strategy=strategy, is_number_open=True))
+    assert [run.training.num_gpus for run in runs] == numbers
+    assert [run.training.shards_base for run in runs] == [False] + [True] * (len(numbers) - 1)
+    assert list(on_more_gpus(settings, strategy=strategy, is_number_open=False)) == [settings]
+
+
+def test_a_number_of_gpus_that_was_given_is_kept() -> None:
+    settings = with_settings(SETTINGS, {"training.num_gpus": 3})
+    runs = list(on_more_gpus(settings, strategy=Strategy.AUTO, is_number_open=False))
+    assert [(run.training.num_gpus, run.training.shards_base) for run in runs] == [(3, False), (3, True)]

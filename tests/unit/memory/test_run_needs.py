@@ -10,7 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.memory.costs.host_memory import PROCESS_LOW_BYTES, host_memory, with_host
+from qlora_cli.memory.costs.host_memory import PROCESS_LOW_BYTES, PROCESSES_OF_HOST, host_memory, with_host
 from qlora_cli.memory.costs.run_files import FileSizes, has_weights, weights_bytes
 from qlora_cli.memory.model_facts import find_model_facts
 from qlora_cli.memory.prediction import HostMemory
@@ -40,6 +40,7 @@ def band(host: HostMemory) -> tuple[int, int, int]:
         paged_bytes=SIZES,
         files=st.builds(FileSizes, adapter_bytes=SIZES, optimizer_bytes=SIZES),
         num_rows=st.integers(0, 10**8),
+        num_processes=st.integers(1, 64),
     ),
     name=st.sampled_from(
         ["embedding_bytes", "rows_bytes", "reading_bytes", "pinned_bytes", "saving_bytes", "paged_bytes"]
@@ -50,8 +51,11 @@ def test_the_hosts_memory_lies_in_its_band_and_no_part_makes_it_less(host: HostM
     assert PROCESS_LOW_BYTES <= low <= middle <= high
     more = band(replace(host, **{name: getattr(host, name) + GIB}))
     assert all(after >= before for before, after in zip((low, middle, high), more, strict=True))
-    parts = sum(size for part, size in vars(host).items() if part != "paged_bytes")
-    assert middle <= parts
+    parts = sum(size for part, size in vars(host).items() if part not in ("paged_bytes", "num_processes"))
+    alone = band(replace(host, num_processes=1))[1]
+    assert alone <= middle <= host.num_processes * alone
+    assert alone <= parts
+    assert 1 <= host.num_processes <= PROCESSES_OF_HOST
 
 
 def test_loading_and_training_do_not_add_up() -> None:
