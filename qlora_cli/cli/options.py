@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from pydantic.fields import FieldInfo
 
+from qlora_cli.cli.completion import completion_of, completion_of_assignment
 from qlora_cli.cli.failures import WHERE
 from qlora_cli.cli.volume import Quiet, Verbose
 from qlora_cli.cli.without_cache import ensure_cache
@@ -65,9 +66,12 @@ def takes(command: Command, *, has_volume: bool = True) -> Callable[[Function], 
 
         fields = dict(sorted(settings_of(command), key=lambda entry: not entry[1].is_required()))
         arguments = [path for path in fields if command in metadata_of(path).argument_of]
-        parameters = [own["context"], *(_argument(path, fields.pop(path)) for path in arguments)]
-        parameters += [_option(path, field) for path, field in fields.items()]
-        parameters += [_parameter("config", Config), _parameter("assignments", Assign)]
+        parameters = [own["context"], *(_argument(path, fields.pop(path), command) for path in arguments)]
+        parameters += [_option(path, field, command) for path, field in fields.items()]
+        parameters += [
+            _parameter("config", Config),
+            _parameter("assignments", Annotated[list[str] | None, _assign_option(command)]),
+        ]
         if has_volume:
             parameters += [_parameter("quiet", Quiet, default=False), _parameter("verbose", Verbose, default=False)]
         parameters += [
@@ -83,7 +87,7 @@ def takes(command: Command, *, has_volume: bool = True) -> Callable[[Function], 
     return give
 
 
-def _option(path: str, field: FieldInfo) -> inspect.Parameter:
+def _option(path: str, field: FieldInfo, command: Command) -> inspect.Parameter:
     """Return the parameter for the flag of a setting."""
     metadata = metadata_of(path)
     flag = cast(str, metadata.flag)
@@ -99,17 +103,33 @@ def _option(path: str, field: FieldInfo) -> inspect.Parameter:
             help=describe(field),
             metavar=metavar(field),
             show_default=False,
+            autocompletion=completion_of(path, field, command),
             rich_help_panel=group_of(path),
         )
     return _parameter(parameter_of(path), Annotated[kind, option])
 
 
-def _argument(path: str, field: FieldInfo) -> inspect.Parameter:
+def _argument(path: str, field: FieldInfo, command: Command) -> inspect.Parameter:
     """Return the parameter for a setting that is an argument."""
     metadata = metadata_of(path)
-    argument = typer.Argument(metavar=argument_name(metadata), help=describe(field), show_default=False)
+    argument = typer.Argument(
+        metavar=argument_name(metadata),
+        help=describe(field),
+        show_default=False,
+        autocompletion=completion_of(path, field, command),
+    )
     kind: Any = list[str] | None if metadata.is_repeatable else str | None
     return _parameter(parameter_of(path), Annotated[kind, argument])
+
+
+def _assign_option(command: Command | None = None) -> Any:
+    return typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting, by its full name; may be repeated.",
+        rich_help_panel=HelpGroup.ESSENTIALS,
+        autocompletion=None if command is None else completion_of_assignment(command),
+    )
 
 
 def _parameter(name: str, annotation: Any, default: object = None) -> inspect.Parameter:
@@ -146,15 +166,7 @@ Config = Annotated[
         rich_help_panel=HelpGroup.ESSENTIALS,
     ),
 ]
-Assign = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Any setting, by its full name; may be repeated.",
-        rich_help_panel=HelpGroup.ESSENTIALS,
-    ),
-]
+Assign = Annotated[list[str] | None, _assign_option()]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 

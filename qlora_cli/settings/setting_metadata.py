@@ -50,6 +50,14 @@ class OnResume(StrEnum):
     SAME = "same"
 
 
+class Named(StrEnum):
+    """What the value of a setting is the name of, for completion in a shell."""
+
+    MODEL = "model"
+    RUN = "run"
+    CARD = "card"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EffectiveWith:
     """The values of another setting in the same section without which a setting has no effect; `why` explains it.
@@ -78,6 +86,7 @@ class Metadata:
         on_resume: Whether it may change when a run resumes.
         is_inherited: Whether loading a run uses the value that the run was trained with, unless another is given.
         group: The group of its flag in help, if not that of its section.
+        names: What its value names, if a shell can complete that.
         effective_with: The other setting that it needs to have an effect.
         is_forbidden_in_files: Whether a settings file must not enable it, because it runs code from the model.
     """
@@ -92,6 +101,7 @@ class Metadata:
     on_resume: OnResume = OnResume.SAME
     is_inherited: bool = False
     group: HelpGroup | None = None
+    names: Named | None = None
     effective_with: EffectiveWith | None = None
     is_forbidden_in_files: bool = False
 

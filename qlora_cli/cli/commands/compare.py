@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli import options
+from qlora_cli.cli.completion import complete_run
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError, UsageError
@@ -32,7 +33,12 @@ def _flag(path: str, flag: str, description: str | None = None) -> typer.models.
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar=RUN_ARGUMENT, help="Run directories, the reference first.", show_default=False),
+        typer.Argument(
+            metavar=RUN_ARGUMENT,
+            help="Run directories, the reference first.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ],
     fail_if_worse: Annotated[
         float | None,

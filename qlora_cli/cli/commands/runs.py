@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_cli.cli import options
+from qlora_cli.cli.completion import complete_run
 from qlora_cli.cli.help_page import HelpfulCommand, HelpfulGroup
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
@@ -67,7 +68,7 @@ def list_runs(
 
 @runs_app.command(cls=HelpfulCommand)
 def show(
-    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False, autocompletion=complete_run)],
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write all of it as a web page, in one file.", show_default=False),

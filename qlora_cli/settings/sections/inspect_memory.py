@@ -9,7 +9,7 @@ from pydantic import Field
 from qlora_cli.settings.choices import CardOrder, SdpaBackend
 from qlora_cli.settings.enumerated import Choice
 from qlora_cli.settings.section import Section
-from qlora_cli.settings.setting_metadata import Command, Metadata
+from qlora_cli.settings.setting_metadata import Command, Metadata, Named
 from qlora_cli.settings.values import Solvables, Words
 
 MIN_TOKENS = 8  # of a row, as for data.max_length
@@ -34,7 +34,8 @@ class PredictionSettings(Section):
     } | {"gpus": NUMBER, "num_gpus": "It is training.num_gpus."}
 
     gpus: Annotated[
-        Words, Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto|cpu", is_repeatable=True)
+        Words,
+        Metadata(flag="--gpu", commands=INSPECT, metavar="NAME|SIZE|auto|cpu", is_repeatable=True, names=Named.CARD),
     ] = Field(
         default=(),
         description="GPU to fit on: 'RTX 4090', 24GB (any card of that size), 24GiB, auto for this machine's; may be "

@@ -9,7 +9,7 @@ from qlora_cli.settings.choices import BaseWeights, ExportFormat, GgufType, Merg
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.sections.pushing import HubPrivate, PushToHub
-from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata
+from qlora_cli.settings.setting_metadata import Command, EffectiveWith, Metadata, Named
 from qlora_cli.settings.values import Datasets, Formats, Nats, Weights
 
 MERGE = (Command.MERGE,)
@@ -19,9 +19,9 @@ OF_GGUF = EffectiveWith(key="formats", values=(ExportFormat.GGUF,))
 class MergeSettings(Section):
     """Settings of `qlora merge`. Merging itself runs on the CPU."""
 
-    adapters: Annotated[Datasets, Metadata(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True)] = Field(
-        description="Run directory, adapter directory or hub id of an adapter; several are added together."
-    )
+    adapters: Annotated[
+        Datasets, Metadata(metavar="RUN_OR_ADAPTER", argument_of=MERGE, is_repeatable=True, names=Named.RUN)
+    ] = Field(description="Run directory, adapter directory or hub id of an adapter; several are added together.")
     weights: Annotated[Weights, Metadata(flag="--weight", commands=MERGE, metavar="NUMBER", is_repeatable=True)] = (
         Field(
             default=(),

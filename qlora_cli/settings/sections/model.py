@@ -14,6 +14,7 @@ from qlora_cli.settings.setting_metadata import (
     TOKENIZERS,
     Command,
     Metadata,
+    Named,
     OnResume,
 )
 from qlora_cli.settings.values import NameList, RopeScaling
@@ -29,6 +30,7 @@ class ModelSettings(Section):
         str,
         Metadata(
             flag="--model",
+            names=Named.MODEL,
             group=HelpGroup.ESSENTIALS,
             commands=(Command.TRAIN, Command.INSPECT_DATA),
             argument_of=(Command.LOAD, Command.INSPECT_MEMORY, Command.GENERATE, Command.CHAT, Command.EVALUATE),
@@ -40,7 +42,7 @@ class ModelSettings(Section):
     )
     base_model: Annotated[
         str | None,
-        Metadata(flag="--base-model", commands=BASES, affects_memory=True, on_resume=OnResume.FREE),
+        Metadata(flag="--base-model", commands=BASES, affects_memory=True, on_resume=OnResume.FREE, names=Named.MODEL),
     ] = Field(
         default=None,
         min_length=1,
