@@ -143,9 +143,6 @@ def plan_memory(
     gpu = current_gpu(load_plan)
     if gpu is None:
         return resolved, None
-    if resolved.settings.training.shards_base:
-        reporter.report(Noted(message="the memory of a sharded base is not predicted, and nothing is planned by it"))
-        return resolved, None
     outlook = check_memory(
         resolved.settings,
         load_plan,

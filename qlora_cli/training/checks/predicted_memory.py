@@ -172,11 +172,9 @@ def _judge(outlook: Outlook, settings: TrainSettings, reporter: Reporter, *, for
         f"{format_bytes(fit.process_high_bytes)}) on {fit.gpu}, and {format_bytes(fit.usable_bytes)} are usable"
     )
     if fit.fits == NO and not force and not settings.training.auto_micro_batch:
-        hint = (
-            f"It would fit with {suggestions}."
-            if suggestions
-            else "No change of flags makes it fit: use a larger GPU."
-        )
+        larger = "larger GPUs, or more of them" if settings.training.shards_base else "a larger GPU"
+        none = f"No change of flags makes it fit: use {larger}."
+        hint = f"It would fit with {suggestions}." if suggestions else none
         raise OutOfMemoryError(what, hint=f"{hint} --force tries nevertheless.")
     more = f"; more headroom with {suggestions}" if suggestions else ""
     verdict = "it is predicted not to fit" if fit.fits == NO else "memory is tight"

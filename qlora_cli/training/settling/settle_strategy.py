@@ -16,15 +16,18 @@ DOES_NOT_FIT = inferred_origin("--strategy auto: it does not fit on one device")
 def settle_by_strategy(resolved: Resolved[TrainSettings], reporter: Reporter, *, force: bool) -> SettledRun:
     """Settle a run as `settle_run` does; with several processes, with a sharded base if it would not fit otherwise.
 
+    With `force`, too, a base that may be sharded is, before a run is tried that is predicted not to fit.
+
     Raises:
         QloraError: of the type of the problem.
     """
     settings = resolved.settings
     is_open = settings.training.strategy == Strategy.AUTO and settings.training.num_gpus > 1
+    may_shard = is_open and not any(True for _ in sharding_problems(dict(settings)))
     try:
-        return settle_run(resolved, reporter, force=force)
+        return settle_run(resolved, reporter, force=force and not may_shard)
     except OutOfMemoryError as error:
-        if not is_open or any(True for _ in sharding_problems(dict(settings))):
+        if not may_shard:
             raise
         message = f"{error}. So the base is sharded among the {settings.training.num_gpus} processes"
         reporter.report(Noted(level="warning", message=message))
