@@ -23,6 +23,7 @@ TABLE_SIZE = 4097  # values from -1 to 1, zero among them
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # shares of the mean of the diagonal that are added to it
 # Blocks whose scales are searched at a time: 4 million weights, a few copies of them in fp32.
 PIECE_BLOCKS = 65_536
+AT_ONCE = 32 * 1024**2  # weights of several experts whose codes are chosen together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def calibrate(slices: Sequence[WeightSlice], shape: torch.Size, how: FourBitForm
     )
     state = nest(state) if how.double_quant else state
     parts = torch.split(restored_scales(state), [weight.num_blocks for weight in weights])
-    indices = [weight.indices(scales, levels) for weight, scales in zip(weights, parts, strict=True)]
-    return _pack(order[torch.cat(indices)]).view(how.storage).unsqueeze(1), state
+    indices = [part for group in _groups(weights, parts) for part in _chosen(group, levels)]
+    return _pack(order[torch.cat(indices).int()]).view(how.storage).unsqueeze(1), state
 
 
 class _Weighted:
@@ -138,17 +139,52 @@ class _Weighted:
         pieces = zip(torch.split(blocks, PIECE_BLOCKS), torch.split(importance, PIECE_BLOCKS), strict=True)
         return torch.cat([_best_scales(piece.float(), important, levels) for piece, important in pieces])
 
-    def indices(self, scales: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """Return the index of the level of each weight, flat, for the `scales` of its blocks."""
+    def matrix(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight, `(out, in)` in fp32, and next to each value the scale of its block."""
         values = self._part.values.float()
         wide = scales.repeat_interleave(BLOCK_SIZE)[: values.numel()].view(values.shape)
-        if self._factor is None:
-            indices = _nearest(values, wide, levels)
-        elif self._part.is_transposed:
-            indices = _with_feedback(values.T, wide.T, self._factor, levels).T
-        else:
-            indices = _with_feedback(values, wide, self._factor, levels)
-        return indices.reshape(-1)
+        return (values.T, wide.T) if self._part.is_transposed else (values, wide)
+
+    def flat(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return what was chosen for the `matrix`, `(out, in)`, in the order in which the weight is stored."""
+        return (indices.T if self._part.is_transposed else indices).reshape(-1)
+
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """The factor by which errors are distributed; None if they are not."""
+        return self._factor
+
+    def goes_with(self, other: "_Weighted") -> bool:
+        """Return whether the codes of both can be chosen at once."""
+        one, two = self._part, other._part
+        is_same = one.values.shape == two.values.shape and one.is_transposed == two.is_transposed
+        return is_same and self._factor is not None and other._factor is not None
+
+
+def _groups(
+    weights: Sequence[_Weighted], scales: Sequence[torch.Tensor]
+) -> Iterator[list[tuple[_Weighted, torch.Tensor]]]:
+    """Yield the weights, those that follow one another and can be worked on at once together, with their scales."""
+    group: list[tuple[_Weighted, torch.Tensor]] = []
+    for weight, own in zip(weights, scales, strict=True):
+        num_weights = (len(group) + 1) * weight.num_blocks * BLOCK_SIZE
+        if group and not (weight.goes_with(group[0][0]) and num_weights <= AT_ONCE):
+            yield group
+            group = []
+        group.append((weight, own))
+    yield group
+
+
+def _chosen(group: Sequence[tuple[_Weighted, torch.Tensor]], levels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the indices of the levels of each weight, flat, for the scales of its blocks."""
+    values, scales = (torch.stack(list(of)) for of in zip(*(one.matrix(own) for one, own in group), strict=True))
+    factors = [one.factor for one, _ in group if one.factor is not None]
+    if not factors:
+        indices = _nearest(values, scales, levels)
+    else:
+        together = torch.stack(factors) if len(factors) > 1 else factors[0][None]  # a copy may be large
+        indices = _with_feedback(values, scales, together, levels)
+    return [one.flat(chosen) for (one, _), chosen in zip(group, indices, strict=True)]
 
 
 def restored_scales(state: QuantState) -> torch.Tensor:
@@ -203,24 +239,27 @@ def _nearest(values: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor) -
 
 
 def _with_feedback(
-    values: torch.Tensor, scales: torch.Tensor, factor: torch.Tensor, levels: torch.Tensor
+    values: torch.Tensor, scales: torch.Tensor, factors: torch.Tensor, levels: torch.Tensor
 ) -> torch.Tensor:
-    """Return the indices of the levels, column by column, each error distributed over the columns that follow."""
-    values = values.clone()
-    indices = torch.empty(values.shape[::-1], dtype=torch.long, device=values.device)
-    for start in range(0, values.shape[1], BLOCK_SIZE):
-        stop = min(start + BLOCK_SIZE, values.shape[1])
+    """Return the indices of the levels, column by column, each error distributed over the columns that follow.
+
+    `values` and `scales` are `(weights, out, in)`, and changed; `factors` `(weights, in, in)`.
+    """
+    indices = torch.empty_like(values, dtype=torch.uint8)
+    for start in range(0, values.shape[2], BLOCK_SIZE):
+        block = slice(start, min(start + BLOCK_SIZE, values.shape[2]))
         # Column by column, each of which lies together here.
-        columns, column_scales = values[:, start:stop].T.contiguous(), scales[:, start:stop].T.contiguous()
-        own = factor[start:stop, start:stop]
-        errors = torch.empty_like(columns)
+        columns, column_scales = (whole[..., block].permute(2, 0, 1).contiguous() for whole in (values, scales))
+        own = factors[:, block, block].permute(1, 2, 0)[..., None].contiguous()  # (column, later column, weight, 1)
+        errors, nearest = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.uint8)
         for number, (exact, scale) in enumerate(zip(columns, column_scales, strict=True)):
-            nearest = _nearest(exact, scale, levels)
-            indices[start + number] = nearest
-            errors[number] = (exact - scale * levels[nearest]) / own[number, number]
-            columns[number + 1 :].addr_(own[number, number + 1 :], errors[number], alpha=-1)
-        values[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
-    return indices.T
+            chosen = _nearest(exact, scale, levels)
+            nearest[number] = chosen
+            torch.div(exact - scale * levels[chosen], own[number, number], out=errors[number])
+            columns[number + 1 :].addcmul_(own[number, number + 1 :], errors[number], value=-1)
+        indices[..., block] = nearest.permute(1, 2, 0)
+        values[..., block.stop :].baddbmm_(errors.permute(1, 2, 0), factors[:, block, block.stop :], alpha=-1)
+    return indices
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
