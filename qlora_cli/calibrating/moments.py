@@ -1,7 +1,7 @@
 """Sum up the second moments of what the weights of a layer are multiplied with."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_cli.quantization.calibrated_blocks import InputMoments
 
+FLOAT_BYTES = 4
 LINEAR = nn.functional.linear
 PRODUCTS = (
     *(torch.matmul, torch.mm, torch.bmm),
@@ -76,13 +77,26 @@ class MomentSums:
         self._add(name, expert, tokens[tokens.any(-1)])  # zeros stand for tokens of other experts
 
     def _add(self, name: str, expert: int, tokens: torch.Tensor) -> None:
-        values = tokens.float()
+        values, is_narrow = tokens.float(), tokens.dtype.itemsize < FLOAT_BYTES
         known = self._sums.get((name, expert))
         if known is None:
             width = values.shape[1]
             known = InputMoments(matrix=torch.zeros(width, width, device=values.device), num_tokens=0)
-        matrix = known.matrix.addmm_(values.T, values)
+        with _tensor_cores() if is_narrow else nullcontext():
+            matrix = known.matrix.addmm_(values.T, values)
         self._sums[name, expert] = InputMoments(matrix=matrix, num_tokens=known.num_tokens + len(values))
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU multiply fp32 values as TF32, which holds all bits of a value that was bf16 or fp16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Products(TorchFunctionMode):

@@ -91,3 +91,23 @@ def test_experts_of_equal_width_and_height_are_told_apart_by_how_they_are_multip
             torch.testing.assert_close(moments.matrix, tokens.T @ tokens)
             assert sums.is_transposed("experts") is is_transposed
             assert sums.of("experts", 0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_cores_round_no_input_and_are_off_again_afterwards(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 has 10 bits of a fraction: as fp16, and more than bf16."""
+    layer, used, add = nn.Linear(8, 8, bias=False, dtype=dtype), set[str](), torch.Tensor.addmm_
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def watched(*given: torch.Tensor) -> torch.Tensor:
+        used.add(torch.backends.cuda.matmul.fp32_precision)
+        return add(*given)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", watched)
+    sums = MomentSums({"layer": layer}, {})
+    with sums.watching():
+        layer(torch.randn(1, 5, 8, dtype=dtype))
+    assert used == {before if dtype == torch.float32 else "tf32"}
+    assert torch.backends.cuda.matmul.fp32_precision == before != "tf32"
