@@ -15,6 +15,7 @@ from bitsandbytes import functional
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.calibrating.calibration_cost import calibrated_shapes, calibration_seconds, rates_of_device
 from qlora_cli.calibrating.calibration_rows import CalibrationRows, read_rows, tokens_needed
 from qlora_cli.calibrating.moments import MomentSums
 from qlora_cli.calibrating.staged_model import Batch, StagedModel
@@ -36,7 +37,8 @@ from qlora_cli.quantization.residuals import QuantizationResiduals, weighted_app
 from qlora_cli.quantization.storage_plan import with_rows
 from qlora_cli.settings.choices import METHODS, BaseWeights, quant_flag
 from qlora_cli.settings.values import Datasets
-from qlora_cli.units import counted
+from qlora_cli.timing.rates_file import DATA_SHEET
+from qlora_cli.units import counted, format_duration
 
 ORIGINAL_WEIGHTS = "Give the 16-bit model that it was made from"
 BATCH_TOKENS = 2048  # of padded rows that a layer computes at a time
@@ -119,6 +121,8 @@ class Calibration:
         codes: Codes = {}
         title, count, start = f"Calibrating {self._plan.settings.model.name}", self._model.num_stages, time.monotonic()
         self._reporter.report(PhaseStarted(title=title))
+        for note in self._time_notes():
+            self._reporter.report(Noted(message=note))
         for index in range(count):
             with self._model.stage(index) as slots:
                 quantized = {name: slot for name, slot in slots.items() if name in self._quantized}
@@ -137,6 +141,15 @@ class Calibration:
             seconds=time.monotonic() - start,
         )
         return CalibratedWeights(codes, report)
+
+    def _time_notes(self) -> Iterator[str]:
+        """Yield how long it takes, if that can be told before the first layer is done."""
+        known, num_tokens = rates_of_device(self._plan.device), self._rows.num_tokens
+        if known is not None:
+            weights = calibrated_shapes(self._plan.shapes, self._layout)
+            seconds = calibration_seconds(weights, num_tokens, known.rates)
+            basis = "by the GPU's data sheet" if known.source == DATA_SHEET else f"by rates {known.source}"
+            yield f"calibrating on {num_tokens:,} tokens takes about {format_duration(seconds)}, {basis}"
 
     def _calibrate_layer(self, slots: dict[str, Slot], *, is_last: bool) -> Codes:
         """Return codes for the weights of the open stage, which then computes the inputs of the next one with them."""

@@ -1,6 +1,7 @@
 """A base with calibrated codes: an ordinary quantized checkpoint, whose predictions are nearer to those of 16 bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from qlora_cli.events import Noted
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
+from qlora_cli.memory.gpus import this_cpu
+from qlora_cli.timing.rates import rates_of
+from qlora_cli.timing.rates_file import store_rates
 from tests.conftest import ASSETS, Recorder, RunQlora
 from tests.support.models.experts import save_moe
 from tests.support.models.loading import asked_load, logits, save_model
@@ -154,3 +158,23 @@ def test_data_that_does_not_exist_is_refused_before_the_model_is_read(base_model
     assert finished.code == 2
     assert "absent.jsonl" in finished.stderr
     assert "--calibrate" in finished.stderr
+
+
+def test_how_long_it_takes_is_said_beforehand_where_the_rates_of_the_machine_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = save_model(tmp_path / "llama", "llama")
+
+    def notes() -> list[str]:
+        recorder = Recorder()
+        calibrated(path, recorder)
+        messages = [event.message for event in recorder.events if isinstance(event, Noted)]
+        return [message for message in messages if "takes about" in message]
+
+    assert notes() == []
+    rates = rates_of("T4", 1)
+    assert rates is not None
+    store_rates(this_cpu().measured_as, "fp32", replace(rates, watts=0, is_host=True))
+    (note,) = notes()
+    assert "measured on this machine on" in note
