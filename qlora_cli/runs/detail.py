@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_cli.events import EvalDone, Noted, StepSkipped
 from qlora_cli.files import as_json
+from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.find_runs import Run
 from qlora_cli.runs.record import SettingUsed
@@ -24,6 +25,7 @@ class RunDetail:
         samples: Prompts with their answers, in order of steps.
         skipped_steps: Steps that changed nothing because they were not finite.
         resumed_from: The steps after which training was resumed.
+        adapter_health: What training made of the adapter; None if it was not measured.
         notes: Notes and warnings.
         next_step: What to do next, in a sentence; None while the run is running.
     """
@@ -34,6 +36,7 @@ class RunDetail:
     samples: tuple[Sample, ...]
     skipped_steps: tuple[StepSkipped, ...]
     resumed_from: tuple[int, ...]
+    adapter_health: AdapterHealth | None
     notes: tuple[Noted, ...]
     next_step: str | None
 
@@ -55,6 +58,7 @@ def detail_of(run: Run) -> RunDetail:
         samples=answers_by_prompt(run.history),
         skipped_steps=run.history.skipped,
         resumed_from=tuple(event.step for event in run.history.resumes),
+        adapter_health=run.record.result.adapter_health if run.record.result else None,
         notes=run.history.notes,
         next_step=_next_step(run),
     )

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, Valid
 
 from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, existing_path, read_small
+from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import BASE, RUN_FILE, RunDirectory
 from qlora_cli.units import LARGEST, Whole
 from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
@@ -131,6 +133,7 @@ class RecordedResult(RecordSection):
     best_step: Whole | None = None
     step_seconds: float | None = None
     peak_memory: RecordedPeak | None = None
+    adapter_health: AdapterHealth | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,9 +396,12 @@ def _read(directory: Path, content: dict[str, Any]) -> RunRecord:
         try:
             record = RunRecord.model_validate(content)
         except ValidationError as error:
+            left_out: set[tuple[str, ...]] = set()
             for problem in error.errors(include_url=False):
-                problems.append(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
-                _leave_out(content, problem["loc"])
+                location = tuple(map(str, problem["loc"]))
+                problems.append(f"{'.'.join(location)}: {problem['msg']}")
+                if not any(location[:length] in left_out for length in range(1, len(location) + 1)):
+                    left_out.add(_leave_out(content, location))
             continue
         record._directory, record._problems = directory, tuple(problems)
         return record
@@ -417,15 +423,20 @@ def _bounded(value: Any, path: str, problems: list[str], depth: int = 1) -> Any:
     return {key: _bounded(part, f"{path}.{key}", problems, depth + 1) for key, part in value.items()}
 
 
-def _leave_out(content: dict[str, Any], location: tuple[int | str, ...]) -> None:
-    """Remove the value at a location: a list as a whole, and a part as a whole if it lacks a required value."""
-    parent, key = content, str(location[0])
-    for inner_key in map(str, location[1:]):
+def _leave_out(content: dict[str, Any], location: tuple[str, ...]) -> tuple[str, ...]:
+    """Remove the value at a location: a list as a whole, and a part as a whole if it lacks a required value.
+
+    Returns:
+        The location of what was removed.
+    """
+    parent, depth = content, 0
+    for key, inner_key in pairwise(location):
         inner = parent.get(key)
         if not isinstance(inner, dict) or inner_key not in inner:
             break
-        parent, key = inner, inner_key
-    parent.pop(key, None)
+        parent, depth = inner, depth + 1
+    parent.pop(location[depth], None)
+    return location[: depth + 1]
 
 
 def as_name(value: object) -> str | None:

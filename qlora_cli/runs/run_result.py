@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord, recorded_path
@@ -132,7 +133,8 @@ class TrainResult:
     ten steps after the first one in this process. The peaks of a resumed run are those of its
     last process; all other figures count each step once: what a killed process did after its last checkpoint is in
     neither tokens nor seconds. `best_step` is the step with the lowest held-out loss, `pushed_to` the adapter's
-    repository on the hub, and `notes` are those on model and tokenizer. Values that an older version did not record
+    repository on the hub, and `notes` are those on model and tokenizer. `adapter_health` is None for a run that
+    was stopped. Values that an older version did not record
     are None, or else 0.
     """
 
@@ -162,6 +164,7 @@ class TrainResult:
     notes: tuple[str, ...] = ()
     step_seconds: float | None = None
     predicted_time: PredictedTime | None = None
+    adapter_health: AdapterHealth | None = None
 
     def recorded(self) -> dict[str, object]:
         """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -21,6 +22,7 @@ from qlora_cli.events import (
     TrainingStarted,
 )
 from qlora_cli.hardware.counters import (
+    is_out_of_memory,
     peak_device_allocated_bytes,
     peak_device_reserved_bytes,
     peak_host_bytes,
@@ -28,6 +30,7 @@ from qlora_cli.hardware.counters import (
 )
 from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.ranks.group import ALONE, ProcessGroup
+from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
@@ -44,6 +47,7 @@ from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSi
 from qlora_cli.training.checks.adapter_check import check_saved, check_trained
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
+from qlora_cli.training.outcome.measured_adapter import measure_adapter
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.resuming.loop_state import Progress
 from qlora_cli.training.run_plan import PreparedRun
@@ -227,7 +231,19 @@ class Session:
         train_seconds = time.monotonic() - start
         self._write_adapter(is_whole=is_whole)
         self._reporter.report(TrainingEnded(step=self.step, num_steps=num_steps, interrupted_by=interrupted_by))
-        return self._result(train_seconds, interrupted_by)
+        result = self._result(train_seconds, interrupted_by)
+        return replace(result, adapter_health=self._measure_adapter()) if is_whole and self.group.is_first else result
+
+    def _measure_adapter(self) -> AdapterHealth | None:
+        """Return what training made of the adapter; None if a dequantized weight does not fit in memory."""
+        try:
+            return measure_adapter(self._prepared.model)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "the updates of the adapter were not measured: there is no memory for a dequantized weight"
+            self._reporter.report(Noted(level="warning", message=message))
+            return None
 
     def _announce(self) -> None:
         plan, resume = self._prepared.plan, self._prepared.resume

@@ -52,6 +52,7 @@ from qlora_cli.merging.merge_result import (
     Verification,
 )
 from qlora_cli.quantization.load_report import LoadReport
+from qlora_cli.runs.adapter_health import AdapterHealth, ModuleHealth
 from qlora_cli.runs.detail import RunDetail
 from qlora_cli.runs.metrics import EVENT_NAMES
 from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime, TrainPlan, TrainResult
@@ -180,7 +181,11 @@ MEMORY = (
 
 
 @pytest.mark.parametrize(
-    "result", [LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, PredictedTime, DemoResult]
+    "result",
+    [
+        *(LoadReport, TrainPlan, TrainResult, PeakMemory, PredictedMemory, PredictedTime, DemoResult),
+        *(AdapterHealth, ModuleHealth),
+    ],
 )
 def test_every_json_key_is_documented(result: type) -> None:
     page = (REFERENCE / "json.md").read_text(encoding="utf-8")

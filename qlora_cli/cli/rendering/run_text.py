@@ -99,6 +99,8 @@ def _end_rows(detail: RunDetail) -> Iterator[Row]:
         yield "checkpoints", _shown(", ".join(path.name for path in summary.checkpoints))
     if detail.resumed_from:
         yield "resumed", f"after step {', '.join(f'{step:,}' for step in detail.resumed_from)}"
+    if detail.adapter_health:
+        yield "adapter", _shown(detail.adapter_health.sentence)
     if summary.error:
         yield "error", _shown(summary.error)
     if detail.next_step:

@@ -98,6 +98,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("time", _describe_time(result)),
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
+        *([("update", result.adapter_health.sentence)] if result.adapter_health else []),
         ("report", str(result.output / REPORT_FILE)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]

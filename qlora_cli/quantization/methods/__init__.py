@@ -51,6 +51,14 @@ def auxiliary_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
         yield from method.auxiliary_tensors(module)
 
 
+def held_weight(layer: nn.Module) -> torch.Tensor:
+    """Return the weight of a layer in the shape of its products, dequantized if it is quantized."""
+    found = (method.held_weight(layer) for method in all_methods())
+    weight = next((weight for weight in found if weight is not None), layer.weight)
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def dora_problem(layer: nn.Module) -> str | None:
     """Return in words why DoRA can't train the magnitudes of `layer`; None if it can."""
     return next((reason for method in all_methods() if (reason := method.dora_problem(layer))), None)

@@ -287,6 +287,14 @@ class FourBitMethod(Method):
             if isinstance(state, QuantState):
                 yield from _constants(state)
 
+    def held_weight(self, layer: nn.Module) -> torch.Tensor | None:
+        """Return the weight of a 4-bit layer."""
+        weight: Any = layer.weight
+        if not isinstance(weight, bnb.Params4bit) or weight.quant_state is None:
+            return None
+        held: torch.Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return held
+
     def round_trip(self, weight: torch.Tensor, settings: QuantizationSettings) -> torch.Tensor:
         """Return `weight`, `(out, in)` or stacked, quantized and dequantized as in every pass."""
         return quantized([weight], weight.shape, _four_bit(settings)).dequantized()

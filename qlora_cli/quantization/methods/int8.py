@@ -383,6 +383,15 @@ class Int8(Method):
         (scales,) = (tensor for name, tensor in constants.items() if name.endswith(f".{SCALES}"))
         return _dequantized(codes, scales, dtype)
 
+    def held_weight(self, layer: nn.Module) -> torch.Tensor | None:
+        """Return the weight of an 8-bit layer. PEFT's function for it separates the weight from its scales."""
+        weight = layer.weight
+        if not isinstance(weight, Int8Params) or weight.dtype != torch.int8:
+            return None
+        assert isinstance(layer, Linear8bitLt)
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return _dequantized(weight.data, scales, torch.float32)
+
     def dora_problem(self, layer: nn.Module) -> str | None:
         """Return why PEFT can't compute the norm of the weight of `layer`: the scales are lost on the first pass."""
         if isinstance(layer, Linear8bitLt) and (layer.weight.device.type == "cpu" or layer.state.has_fp16_weights):

@@ -306,6 +306,10 @@ class Method(ABC):
         """Return the weight `name` in `dtype`, dequantized from its `codes` and `constants` in a checkpoint."""
         raise NotImplementedError(f"{type(self).__name__} claims no checkpoint")
 
+    def held_weight(self, layer: nn.Module) -> torch.Tensor | None:
+        """Return the weight of `layer`, dequantized, without an effect on it; None if it is not stored so."""
+        return None
+
     # What it refuses.
 
     def dora_problem(self, layer: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from qlora_cli.charts.line_chart import Rule
 from qlora_cli.charts.series import Series, is_drawable
 from qlora_cli.runs.history import RunHistory
 from qlora_cli.runs.record import RunRecord
+from qlora_cli.runs.report.adapter_chart import adapter_charts
 from qlora_cli.runs.report.loss_chart import loss_chart
 from qlora_cli.runs.report.step_chart import Labels, LegendEntry, Line, RunChart, chart_of
 from qlora_cli.runs.summary import RunSummary
@@ -24,7 +25,8 @@ def charts_of(history: RunHistory, summary: RunSummary, record: RunRecord) -> li
         speed_chart(history, summary),
         memory_chart(history, summary),
     )
-    return [chart for chart in builders if chart is not None]
+    health = record.result.adapter_health if record.result else None
+    return [*(chart for chart in builders if chart is not None), *(adapter_charts(health) if health else ())]
 
 
 def learning_rate_chart(history: RunHistory) -> RunChart | None:

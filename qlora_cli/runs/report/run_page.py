@@ -17,6 +17,7 @@ from qlora_cli import __version__
 from qlora_cli.charts.canvas import ChartSize, drawing_style
 from qlora_cli.charts.line_chart import embedded_line_chart
 from qlora_cli.charts.page_svg import PAGE_CSS
+from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.find_runs import Run, read_run
 from qlora_cli.runs.history import RunHistory, parse_time
@@ -111,7 +112,7 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         history=history,
         state=summary.sentence,
         about=about(summary, record),
-        tiles=list(tiles_of(summary, history)),
+        tiles=list(tiles_of(summary, history, record.result.adapter_health if record.result else None)),
         charts=drawn_charts(charts_of(history, summary, record)),
         chart_css=Markup(PAGE_CSS),  # noqa: S704 - ours
         memory=list(memory_rows(summary)),
@@ -161,7 +162,7 @@ def about(summary: RunSummary, record: RunRecord) -> Pairs:
     return [(name, value) for name, value in pairs if value]
 
 
-def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
+def tiles_of(summary: RunSummary, history: RunHistory, health: AdapterHealth | None = None) -> Iterator[Tile]:
     """Yield the main figures."""
     if summary.loss is not None:
         yield Tile("Loss", f"{summary.loss:.4f}", "at the last step")
@@ -178,6 +179,15 @@ def tiles_of(summary: RunSummary, history: RunHistory) -> Iterator[Tile]:
         yield Tile("Peak memory", format_bytes(summary.peak_reserved_bytes), remark)
     elif summary.peak_host_bytes is not None:
         yield Tile("Peak memory", format_bytes(summary.peak_host_bytes), "of the process on the host")
+    if health is not None:
+        yield Tile("Effective rank", f"{health.effective_rank:.1f}", _of_adapter(health))
+
+
+def _of_adapter(health: AdapterHealth) -> str:
+    """Return the remark on the effective rank: the rank, and the size of the update where it is known."""
+    size = "" if health.relative_norm is None else f"; the update is {health.relative_norm:.2%} of the weights"
+    lost = "" if health.lost_share is None else f", {health.lost_share:.1%} of it lost in {health.merge_dtype}"
+    return f"of {health.rank:,}{size}{lost}"
 
 
 def _of_step(summary: RunSummary) -> str:

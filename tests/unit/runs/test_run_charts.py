@@ -157,3 +157,41 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
         edges = [note.x for note in chart.notes if isinstance(note.x, tuple)]
         assert (edges[0][0], edges[-1][1]) == (chart.x.low, chart.x.high)
         assert all(left[1] == right[0] for left, right in pairwise(edges))
+
+
+def health(names: list[str], **changed: object) -> dict[str, object]:
+    """Return what a run records of modules of rank 8, of which the nth has an effective rank of n + 1."""
+    module = {"rank": 8, "update_norm": 1.0, "weight_norm": 50.0, "lost_share": 0.1}
+    modules = [{**module, "name": name, "effective_rank": at + 1.0, **changed} for at, name in enumerate(names)]
+    whole = {"rank": 8, "effective_rank": 2.5, "relative_norm": 0.02, "lost_share": 0.1, "merge_dtype": "bf16"}
+    return {"adapter_health": {**whole, "num_unmeasured": 0, "modules": modules}}
+
+
+def test_an_adapter_has_charts_by_layer_of_its_modules(tmp_path: Path) -> None:
+    names = ["model.layers.10.q_proj", "model.layers.2.q_proj", "model.layers.2.k_proj", "lm_head"]
+    named = charts(tmp_path, [step_done(1)], a_record(result=health(names)))
+    ranks, norms = named["effective_rank"].chart, named["update_norm"].chart
+    assert points_of(ranks, "first") == [(2, 2.5), (10, 1.0)]
+    assert (points_of(ranks, "second")[0], points_of(ranks, "third")[0]) == ((2, 3.0), (2, 2.0))
+    assert [rule.at for rule in ranks.rules] == [8]
+    assert ranks.y.contains(8)
+    assert ranks.notes[0].text == "layer 2\nq_proj 2.0\nk_proj 3.0"
+    assert points_of(norms, "first") == [(2, 2.0), (10, 2.0)]
+    assert drawn_charts(list(named.values()))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, None])
+def test_modules_whose_figures_can_not_be_drawn_have_no_chart(value: float | None, tmp_path: Path) -> None:
+    record = a_record(result=health(["model.layers.0.q_proj", f"model.layers.{9**40}.q_proj"], weight_norm=value))
+    named = charts(tmp_path, [step_done(1)], record)
+    assert ("update_norm" in named) == (value == INF)  # by which the update is nothing
+    assert drawn_charts(list(named.values()))
+
+
+def test_a_damaged_record_of_an_adapter_is_left_out_and_the_rest_is_shown(tmp_path: Path) -> None:
+    record = a_record(result={"steps": 3, "adapter_health": {"x": 1}})
+    assert "effective_rank" not in charts(tmp_path, [step_done(1)], record)
+    run = read_run(tmp_path)
+    assert run.record.result is not None
+    assert (run.record.result.steps, run.record.result.adapter_health) == (3, None)
+    assert any("adapter_health" in problem for problem in run.summary.problems)

@@ -1,0 +1,1 @@
+"""What became of a run, measured at its end."""
