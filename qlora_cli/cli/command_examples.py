@@ -10,6 +10,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "./base --sweep max-length=512..32768 micro-batch-size=1..8 --plot memory.png",
     ),
     "load": ("meta-llama/Llama-3.1-8B", "./my-model --save ./my-model-nf4 --error"),
+    "presets": ("", "--json"),
     "train": (
         "--model ./my-model --dataset train.jsonl --output runs/first",
         "--config configs/llama-3.1-8b-24gb.yaml --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",

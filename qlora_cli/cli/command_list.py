@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "inspect-data": CommandEntry(
         heading=BEFORE, summary="Show which tokens are trained, and what is lost or wrong.", function="inspect_data"
     ),
+    "presets": CommandEntry(
+        heading=BEFORE, summary="List settings for common models and cards, and their memory.", function="presets"
+    ),
     "train": CommandEntry(
         heading=TRAINING, summary="Fine-tune an adapter on a base in 4 bit; resumes by itself.", function="train"
     ),

@@ -14,6 +14,7 @@ from qlora_cli.memory.gpus import GPUS, classes
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.display import choices_of, is_switch
 from qlora_cli.settings.models import KINDS, metadata_of
+from qlora_cli.settings.preset_files import presets
 from qlora_cli.settings.resolve import sections_of
 from qlora_cli.settings.setting_metadata import Command, Named
 
@@ -73,6 +74,11 @@ def complete_card(incomplete: str) -> list[str]:
     """Return the cards of the catalogue and their classes."""
     names = ["auto", "cpu", *(one.name for one in classes()), *(one.name for one in GPUS)]
     return _starting(incomplete, names)
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Return the names of presets."""
+    return _starting(incomplete, [preset.name for preset in presets()])
 
 
 def _complete_model(incomplete: str) -> list[str]:

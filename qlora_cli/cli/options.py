@@ -12,15 +12,16 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 from pydantic.fields import FieldInfo
 
-from qlora_cli.cli.completion import completion_of, completion_of_assignment
+from qlora_cli.cli.completion import complete_preset, completion_of, completion_of_assignment
 from qlora_cli.cli.failures import WHERE
 from qlora_cli.cli.volume import Quiet, Verbose
 from qlora_cli.cli.without_cache import ensure_cache
 from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import KINDS, Section, metadata_of
+from qlora_cli.settings.preset_files import preset_file
 from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
-from qlora_cli.settings.setting_metadata import Command, Metadata
+from qlora_cli.settings.setting_metadata import TRAINING_DATA, Command, Metadata
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -72,6 +73,8 @@ def takes(command: Command, *, has_volume: bool = True) -> Callable[[Function], 
             _parameter("config", Config),
             _parameter("assignments", Annotated[list[str] | None, _assign_option(command)]),
         ]
+        if command in TRAINING_DATA:
+            parameters += [_parameter("preset", PresetName)]
         if has_volume:
             parameters += [_parameter("quiet", Quiet, default=False), _parameter("verbose", Verbose, default=False)]
         parameters += [
@@ -166,13 +169,23 @@ Config = Annotated[
         rich_help_panel=HelpGroup.ESSENTIALS,
     ),
 ]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Settings for a common model and card, which all others override; qlora presets lists them.",
+        rich_help_panel=HelpGroup.ESSENTIALS,
+        autocompletion=complete_preset,
+    ),
+]
 Assign = Annotated[list[str] | None, _assign_option()]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
 def is_setting_parameter(parameter: Any) -> bool:
     """Return whether a parameter of a command sets settings."""
-    return SEPARATOR in parameter.name or parameter.name in {"config", "assignments"}
+    return SEPARATOR in parameter.name or parameter.name in {"config", "assignments", "preset"}
 
 
 def read_sources(context: typer.Context) -> Sources:
@@ -185,7 +198,9 @@ def read_sources(context: typer.Context) -> Sources:
             path = f"{section}.{key}"
             flags[path] = (_flag_as_given(context, path, value), value)
     assignments: Iterable[str] = given.get("assignments") or ()
-    return Sources(config=given.get("config"), assignments=tuple(assignments), flags=flags)
+    preset = given.get("preset")
+    file = None if preset is None else preset_file(preset)
+    return Sources(preset=file, config=given.get("config"), assignments=tuple(assignments), flags=flags)
 
 
 def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[SettingsT]:

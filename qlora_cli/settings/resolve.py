@@ -34,8 +34,12 @@ MAX_SHOWN_CHARACTERS = 300  # of a value that a message shows
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What the command line contains: a settings file, `--set` assignments, and flags by `section.key`."""
+    """What the command line contains: a settings file, `--set` assignments, and flags by `section.key`.
 
+    `preset` is a settings file that all others override.
+    """
+
+    preset: Path | None = None
     config: Path | None = None
     assignments: Sequence[str] = ()
     flags: Mapping[str, tuple[str, Any]] | None = None
@@ -103,8 +107,10 @@ def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
     """
     entries: list[SettingEntry] = []
     problems: list[Problem] = []
-    if sources.config is not None:
-        entries, problems = read_file(sources.config)
+    for file in (sources.preset, sources.config):
+        if file is not None:
+            read, more = read_file(file)
+            entries, problems = entries + read, problems + more
     assigned, more = read_assignments(sources.assignments)
     entries += assigned + read_flags(sources.flags or {})
     return {entry.path: entry for entry in entries}, problems + more

@@ -400,3 +400,15 @@ def test_libraries_say_nothing_when_they_are_imported_and_no_environment_is_need
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("40 is imported\n")
+
+
+def test_presets_are_listed_without_torch_and_a_wrong_name_is_answered(light_qlora: LightQlora) -> None:
+    listed = light_qlora("presets", "--json")
+    assert (listed.code, listed.heavy, listed.stderr) == (0, [], "")
+    entries = json.loads(listed.stdout)["presets"]
+    shown = light_qlora("presets")
+    assert [entry["name"] for entry in entries if entry["name"] not in shown.stdout] == []
+    wrong = light_qlora("train", "--preset", "qwen3-8b-25gb", "--dataset", "x.jsonl", "--output", "y")
+    assert (wrong.code, wrong.heavy, wrong.stdout) == (2, [], "")
+    assert "qwen3-8b-24gb" in wrong.stderr
+    assert "qlora presets lists all" in wrong.stderr

@@ -9,12 +9,14 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Sources, resolve
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PRESETS = sorted((ROOT / "qlora_cli" / "presets").glob("*.yaml"))
+CONFIGS = [*sorted((ROOT / "configs").rglob("*.yaml")), *PRESETS]
 LEFT_TO_THE_USER = {"data.dataset": ("--dataset", "train.jsonl"), "output.directory": ("--output", "run")}
 
 
 def test_there_are_configs() -> None:
-    assert len(CONFIGS) >= 2
+    assert len(CONFIGS) - len(PRESETS) >= 2
+    assert len(PRESETS) >= 15
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
