@@ -12,7 +12,7 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from qlora_cli.cli.app import app
-from qlora_cli.cli.commands.sweep_values import read_sweeps, read_values
+from qlora_cli.cli.parsing.sweep_values import read_sweeps, read_values
 from qlora_cli.events import Reporter
 from qlora_cli.memory.prediction import COMPONENTS, GpuFit, MemoryReport, RunFigures
 from qlora_cli.memory.request import MemoryRequest, lengths_up_to, runs_evaluation

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from qlora_cli.cli import options
-from qlora_cli.cli.commands.sweep_values import read_sweeps
+from qlora_cli.cli.parsing.sweep_values import read_sweeps
 from qlora_cli.errors import (
     HardwareError,
     OutputDirectoryError,
@@ -219,7 +219,7 @@ def _read_prices(resolved: Resolved[InspectMemorySettings]) -> tuple[dict[str, f
     path = resolved.settings.inspect_memory.prices
     if path is None:
         return {}, []
-    from qlora_cli.cli.commands.price_list import read_prices
+    from qlora_cli.cli.parsing.price_list import read_prices
 
     return read_prices(path, resolved.where_of("inspect_memory.prices"))
 
