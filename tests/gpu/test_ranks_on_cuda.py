@@ -1,0 +1,68 @@
+"""A run on two GPUs is that of one, over NCCL: with the whole base on each, and with a base that they share."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.training.test_ranks import distance
+from tests.support.processes.killed_runs import metrics_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
+]
+
+SECONDS = 240.0
+# Twelve rows, of which two are held out; in fp32, in which sums of two processes differ least from those of one.
+FLAGS = (
+    "--dtype=fp32",
+    "--micro-batch-size=1",
+    "--gradient-accumulation-steps=5",
+    "--max-steps=4",
+    "--eval-split=2",
+    "--eval-steps=2",
+    "--gradient-checkpointing=on",
+)
+SHARDED = ("--num-gpus=2", "--strategy=fsdp")
+
+
+def train(model: Path, rows: Path, run: Path, *flags: str) -> Path:
+    """Train to the end, by the program itself and torch's launcher, and return the run."""
+    given = (f"--model={model}", f"--dataset={rows}", f"--output={run}", *FLAGS, *flags)
+    command = [sys.executable, "-m", "qlora_cli", "train", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return run
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("flags", [("--num-gpus=2", "--strategy=ddp"), SHARDED], ids=["ddp", "fsdp"])
+def test_two_gpus_train_the_adapter_of_one(
+    base_model: Path, rows: Path, tmp_path: Path, quant: str, flags: tuple[str, ...]
+) -> None:
+    one = train(base_model, rows, tmp_path / "one", f"--quant={quant}")
+    two = train(base_model, rows, tmp_path / "two", f"--quant={quant}", *flags)
+    assert record_of(two)["plan"]["num_devices"] == 2
+    assert distance(two, one) < 1e-4
+    steps, others = metrics_of(two), metrics_of(one)
+    assert len(steps) == len(others) > 0
+    for mine, its in zip(steps, others, strict=True):
+        assert mine == pytest.approx(its, rel=1e-3)
+
+
+def test_a_sharded_run_resumes_on_one_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    constant = "--schedule=constant"  # the same for a run of two steps
+    one = train(base_model, rows, tmp_path / "one", constant)
+    run = train(base_model, rows, tmp_path / "run", *SHARDED, constant, "--max-steps=2")
+    assert distance(run, one) > 1e-3
+    assert distance(train(base_model, rows, run, constant), one) < 1e-4
