@@ -15,9 +15,9 @@ TABLE = "predicted.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A preset: `predicted_bytes` is the most that its run is predicted to take on any card sold with `card_gb`.
+    """A preset: `predicted_bytes` is what its run is predicted to need on any card sold with `card_gb`, at most.
 
-    `usable_bytes` is the memory of the smallest such card.
+    That is with each layer recomputed: a run keeps more where it fits, which is faster. `usable_bytes` is the memory of the smallest such card.
     """
 
     name: str

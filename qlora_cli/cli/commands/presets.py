@@ -9,7 +9,7 @@ AFTER_PRESETS = ("qlora train --preset NAME --dataset FILE --output DIRECTORY",)
 
 
 def presets(json: options.Json = False) -> None:
-    """List the presets of train: model, card, the longest rows that fit, and the memory predicted at most."""
+    """List the presets of train: model, card, the longest rows that fit, and the memory needed as predicted."""
     if json:
         print_json({"presets": all_presets()})
         return

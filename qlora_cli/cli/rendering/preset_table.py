@@ -14,7 +14,7 @@ def render_presets(presets: Sequence[Preset]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("preset", no_wrap=True)
     table.add_column("model", overflow="fold")
-    for heading in ("card", "tokens a row", "at most"):
+    for heading in ("card", "tokens a row", "needs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in presets:
         most = format_bytes(one.predicted_bytes)
