@@ -17,7 +17,8 @@ TABLE = "predicted.json"
 class Preset:
     """A preset: `predicted_bytes` is what its run is predicted to need on any card sold with `card_gb`, at most.
 
-    That is with each layer recomputed: a run keeps more where it fits, which is faster. `usable_bytes` is the memory of the smallest such card.
+    That is with each layer recomputed: a run keeps more where it fits, which is faster. `usable_bytes` is the memory
+    of the smallest such card.
     """
 
     name: str
