@@ -1,11 +1,14 @@
 """A run on two GPUs is that of one, over NCCL: with the whole base on each, and with a base that they share."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -31,11 +34,15 @@ FLAGS = (
 SHARDED = ("--num-gpus=2", "--strategy=fsdp")
 
 
+def command(model: Path, rows: Path, run: Path, *flags: str) -> list[str]:
+    given = (f"--model={model}", f"--dataset={rows}", f"--output={run}", *FLAGS, *flags)
+    return [sys.executable, "-m", "qlora_cli", "train", *given]
+
+
 def train(model: Path, rows: Path, run: Path, *flags: str) -> Path:
     """Train to the end, by the program itself and torch's launcher, and return the run."""
-    given = (f"--model={model}", f"--dataset={rows}", f"--output={run}", *FLAGS, *flags)
-    command = [sys.executable, "-m", "qlora_cli", "train", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    arguments = command(model, rows, run, *flags)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     return run
 
@@ -66,3 +73,20 @@ def test_a_sharded_run_resumes_on_one_gpu(base_model: Path, rows: Path, tmp_path
     run = train(base_model, rows, tmp_path / "run", *SHARDED, constant, "--max-steps=2")
     assert distance(run, one) > 1e-3
     assert distance(train(base_model, rows, run, constant), one) < 1e-4
+
+
+def test_a_process_that_is_killed_ends_the_other_one(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", tmp_path / "stderr"
+    arguments = command(base_model, rows, run, *SHARDED, "--max-steps=100000", "--save-steps=2")
+    with said.open("w") as stderr, subprocess.Popen(arguments, stderr=stderr) as launcher:
+        until = time.monotonic() + SECONDS
+        while not list(run.glob("checkpoints/step-*")):
+            assert launcher.poll() is None, said.read_text()
+            assert time.monotonic() < until, "nothing came"
+            time.sleep(0.1)
+        processes = psutil.Process(launcher.pid).children()
+        assert len(processes) == 2
+        processes[1].send_signal(signal.SIGKILL)
+        assert launcher.wait(timeout=SECONDS) != 0
+    assert "was killed by SIGKILL" in said.read_text()
+    assert not psutil.wait_procs(processes, timeout=10)[1]
