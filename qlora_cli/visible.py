@@ -6,6 +6,7 @@ Data is untrusted: characters that reverse text, hide in it, or control a termin
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 LINE_BREAK, TAB, SPACE_AT_END = "⏎", "→", "·"
@@ -24,6 +25,7 @@ _NUMBERED = f"[{_CONTROLS}{_IGNORABLE}{_ODD_SPACES}{_NO_CHARACTERS}]"
 _SPACES = r"(?<!\ )\ ++"
 # Joiners and unusual spaces, which many languages use, and line breaks stay.
 _CONTROLLING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MARKUP = re.compile(r"[`|<>\[\]]")
 _UNSEEN = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n])|{_NUMBERED}")
 _UNSEEN_AT_END = re.compile(rf"\n|\t|{_SPACES}(?=[\r\n]|\Z)|{_NUMBERED}")
 
@@ -59,6 +61,14 @@ def visible(text: str, *, is_end: bool = True) -> str:
     its number in brackets: `[U+200B]`. `is_end` says that a line ends with the text.
     """
     return "".join(part.text for part in parts(text, is_end=is_end))
+
+
+def public_name(name: str) -> str:
+    """Return a name for publication: of a local path only its last part.
+
+    It may be somebody else's, and must not break out of a line, cell or code span of a card.
+    """
+    return _MARKUP.sub("_", visible(Path(name).name if Path(name).is_absolute() else name))
 
 
 def parts(text: str, *, is_end: bool = True) -> Iterator[TextPart]:

@@ -1,6 +1,5 @@
 """Describe a merged model: in a record for programs, and in a model card for people."""
 
-import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,10 +18,9 @@ from qlora_cli.merging.planning.inputs import Inputs
 from qlora_cli.model_files.digest import adapter_digest, base_digest
 from qlora_cli.model_files.merge_record import MERGE_FILE, new_merge_record
 from qlora_cli.units import counted
-from qlora_cli.visible import visible
+from qlora_cli.visible import public_name
 
 CARD = "README.md"
-MARKUP = re.compile(r"[`|<>\[\]]")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -38,11 +36,11 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in LIBRARIES},
         "format": written.name,
-        "base_model": _public_name(result.base_model),
+        "base_model": public_name(result.base_model),
         "commit": result.commit,
         "adapters": [
             {
-                "name": _public_name(adapter.name),
+                "name": public_name(adapter.name),
                 "weight": adapter.weight,
                 "kind": adapter.kind,
                 "sha256": adapter_digest(adapter.path),
@@ -75,7 +73,7 @@ def _data(inputs: Inputs) -> list[dict[str, Any]]:
     if train is None:
         return []
     figures = {key: train.integer(key) for key in ("rows_trained", "supervised_tokens")}
-    return [{"name": _public_name(str(train.name)), **figures, "fingerprint": train.fingerprint}]
+    return [{"name": public_name(str(train.name)), **figures, "fingerprint": train.fingerprint}]
 
 
 def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], written: Format) -> Iterator[str]:
@@ -86,13 +84,13 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield f"# {result_name(result.output)}"
     yield ""
     at = f" at commit `{result.commit}`" if result.commit else ""
-    yield f"`{_public_name(result.base_model)}`{at}, with the adapter merged into its weights."
+    yield f"`{public_name(result.base_model)}`{at}, with the adapter merged into its weights."
     yield ""
     yield "| | |"
     yield "|---|---|"
     for adapter in result.adapters:
         weight = "" if adapter.weight == 1 else f", counting {adapter.weight:g}"
-        yield f"| adapter | `{_public_name(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
+        yield f"| adapter | `{public_name(adapter.name)}`: {adapter.kind}{weight}{_unfinished(adapter)} |"
     for one in data:
         rows = counted(one["rows_trained"], "row")
         yield f"| trained on | `{one['name']}`, {rows}, fingerprint `{one['fingerprint']}` |"
@@ -123,14 +121,6 @@ def _front_matter(inputs: Inputs, result: MergeResult, written: Format) -> dict[
     if inputs.source.commit is not None:  # else it is a local path
         front["base_model"] = result.base_model
     return front
-
-
-def _public_name(name: str) -> str:
-    """Return a name for publication: of a local path only its last part.
-
-    It may come from somebody else's run, and must not break out of a line, cell or code span of the card.
-    """
-    return MARKUP.sub("_", visible(Path(name).name if Path(name).is_absolute() else name))
 
 
 def _from_merged(divergence: Divergence | None) -> str:
