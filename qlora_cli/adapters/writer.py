@@ -34,12 +34,11 @@ def save_adapter(model: PeftModel, directory: Path, state: dict[str, torch.Tenso
 
 
 def save_trained_adapter(model: PeftModel, directory: Path) -> None:
-    """Write the adapter of `model` to `directory` with a model card, for the base before the adapter was attached.
+    """Write the adapter of `model` to `directory`, for the base before the adapter was attached.
 
     PiSSA subtracts components from the base: what `save_adapter` writes is only for PEFT and for further training.
     """
     save_adapter(model, directory)
-    model.create_or_update_model_card(str(directory))
     if is_pissa(model.peft_config[ADAPTER]):
         to_plain_lora(model, directory)
         _copy_permissions(directory)

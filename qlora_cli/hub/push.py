@@ -16,7 +16,7 @@ from qlora_cli.settings.sections.pushing import Pushed
 
 LOG_IN = "Run: hf auth login (with a token that can write), or set HF_TOKEN."
 # An adapter or a model, configs, the tokenizer and its chat template.
-PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+PUSHED = ("README.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 WRITES, CAN_WRITE = "repo.write", {"admin", "write", "contributor"}  # a permission of tokens, roles in organizations
 
 

@@ -47,6 +47,7 @@ from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSi
 from qlora_cli.training.checks.adapter_check import check_saved, check_trained
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
+from qlora_cli.training.outcome.adapter_card import TrainedSteps, write_card
 from qlora_cli.training.outcome.measured_adapter import measure_adapter
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.resuming.loop_state import Progress
@@ -101,6 +102,7 @@ class Session:
             if training.divides_steps
             else self._collate
         )
+        self._restored_step: int | None = None
         self._guard = StepGuard(prepared.settings.training, self._batches().name_rows, reporter)
         self.trainer = self._make_trainer()
         for callback in (*self._callbacks(), *trackers):
@@ -327,7 +329,16 @@ class Session:
                     level="warning", message=f"another program wrote {self._directory.adapter}, which is now {moved}"
                 )
             )
-        save_adapter(self._prepared, self._directory)
+        save_adapter(self._prepared, self._directory, self._trained_steps())
+
+    def _trained_steps(self) -> TrainedSteps:
+        step = self.step if self._restored_step is None else self._restored_step
+        return TrainedSteps(
+            steps=step,
+            num_steps=self._prepared.plan.num_steps,
+            loss=self.progress.last_loss if step == self.step else None,
+            eval_loss=self.progress.eval_losses.get(step),
+        )
 
     def _restore_best(self) -> None:
         """Restore the weights of the best evaluation, if the settings say so."""
@@ -340,6 +351,7 @@ class Session:
                 hint="Without training.load_best_model_at_end the run ends with the adapter of its last step.",
             )
         restore_adapter(self._prepared.model, self.store.path_of(best))
+        self._restored_step = best
         self._reporter.report(Noted(message=f"adapter/ is that of step {best:,}, the best evaluation"))
 
     def _result(self, train_seconds: float, interrupted_by: str | None) -> TrainResult:
@@ -379,11 +391,12 @@ class Session:
         )
 
 
-def save_adapter(prepared: PreparedRun, directory: RunDirectory) -> None:
-    """Write `adapter/`: the PEFT adapter, the tokenizer and its chat template, complete or absent."""
+def save_adapter(prepared: PreparedRun, directory: RunDirectory, trained: TrainedSteps) -> None:
+    """Write `adapter/`: the PEFT adapter, its card, the tokenizer and its chat template, complete or absent."""
 
     def fill(path: Path) -> None:
         save_trained_adapter(prepared.model, path)
         prepared.loaded.tokenizer.save_pretrained(path)
+        write_card(path, prepared, trained)
 
     write_directory(directory.adapter, fill)

@@ -49,7 +49,8 @@ def adapter(tmp_path: Path) -> Path:
     save_file({"lora_A": torch.ones(4)}, path / "adapter_model.safetensors")
     for name, content in (("adapter_config.json", "{}"), ("chat_template.jinja", "{{ x }}"), ("merges.txt", "a b")):
         (path / name).write_text(content)
-    for name in ("README.md", "training_args.bin", ".env"):
+    (path / "README.md").write_text("# The card")
+    for name in ("notes.md", "training_args.bin", ".env"):
         (path / name).write_text("mine")
     return path
 
@@ -65,7 +66,8 @@ def test_the_adapter_is_pushed_to_a_repository_created_for_it(writable: Hub, ada
     assert address == f"http://127.0.0.1:{writable.port}/me/tiny-lora"
     assert repo.is_private
     files = repo.commits[COMMIT]
-    assert sorted(files) == ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "merges.txt"]
+    weights = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "merges.txt"]
+    assert sorted(files) == ["README.md", *weights]
     assert all(content == (adapter / name).read_bytes() for name, content in files.items())
     assert any(isinstance(event, Noted) and address in event.message for event in recorder.events)
 
@@ -229,6 +231,7 @@ def test_train_pushes_the_adapter_it_made(
     made = tmp_path / "run" / "adapter"
     assert pushed["adapter_model.safetensors"] == (made / "adapter_model.safetensors").read_bytes()
     assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= set(pushed)
+    assert str(base_model.parent) not in pushed["README.md"].decode()
     assert done.json["pushed_to"] == f"http://127.0.0.1:{hub.port}/me/trained"
     assert TOKEN not in done.stdout + done.stderr + (tmp_path / "run" / "run.json").read_text()
 
