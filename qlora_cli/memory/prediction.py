@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from qlora_cli.memory.lock_check import LockCheck
 from qlora_cli.timing.run_ratios import RunKey
 
 # The error bands, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the largest errors
@@ -441,6 +442,7 @@ class MemoryReport:
         fitting_model: The largest model of the catalogue that fits on that GPU, if no change does it.
         cards: The best cards for the run, best first; None if they were not asked for.
         assumptions: What the prediction takes for granted, in sentences.
+        check: The comparison with an earlier prediction, if one was asked for.
     """
 
     model: str
@@ -476,3 +478,4 @@ class MemoryReport:
     sweep: tuple[SweepPoint, ...]
     assumptions: tuple[str, ...]
     estimate_seconds: float
+    check: LockCheck | None = None

@@ -65,6 +65,8 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         raise SettingsError(problems)
     if asked.plot is not None and (wrong := check_plot(asked.plot)):
         raise wrong.for_setting("inspect_memory.plot")
+    if asked.write_lock is not None and (wrong := check_writable(asked.write_lock)):
+        raise wrong.for_setting("inspect_memory.write_lock")
     prices, wrong_prices = _read_prices(resolved)
     if wrong_prices:
         raise SettingsError(wrong_prices)
@@ -128,6 +130,11 @@ def check_plot(path: Path) -> QloraError | None:
     if path.suffix.lower() not in PLOT_FORMATS:
         hint = f"Let its name end in {', '.join(PLOT_FORMATS[:-1])} or {PLOT_FORMATS[-1]}."
         return UsageError(f"{path}: unknown kind of picture {path.suffix or path.name!r}", hint=hint)
+    return check_writable(path)
+
+
+def check_writable(path: Path) -> QloraError | None:
+    """Return why no file can be written to `path`."""
     if path.is_dir():
         return OutputDirectoryError(f"{path} is a directory", hint="Name a file.")
     folder = path.absolute().parent

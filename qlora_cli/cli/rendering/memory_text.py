@@ -11,6 +11,7 @@ from textwrap import wrap
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_lines, print_rows, title
+from qlora_cli.cli.rendering.lock_text import check_lines
 from qlora_cli.cli.rendering.memory_verdict import NEXT, described_class, significant, verdict_lines, with_article
 from qlora_cli.cli.rendering.sweep_table import render_sweep
 from qlora_cli.memory.fitting.method_choice import MethodChoice, describe_choice
@@ -87,6 +88,8 @@ def render_memory(report: MemoryReport, gpus: Sequence[Gpu] = (), *, details: bo
         _section("The best cards for the run", card_lines(report.cards))
     if report.sweep:
         render_sweep(report, gpus[0] if gpus else None)
+    if report.check is not None:
+        _section("The peak of the process against an earlier one", list(check_lines(report.check)))
     console().print()
     if details:
         title("Taken for granted")

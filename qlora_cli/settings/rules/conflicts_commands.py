@@ -32,7 +32,12 @@ def calibration_conflicts(saving: SavingSettings) -> Iterator[Conflict]:
 
 
 def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:
-    """Yield the length of rows if their number is not given."""
+    """Yield the settings of a prediction that have no effect without others."""
+    if prediction.check is None:
+        yield "inspect_memory.max_change", "has no effect without --check", "Add --check FILE, or leave it out."
+    elif prediction.write_lock is not None:
+        message = "the peak would be compared with itself: --write-lock writes what --check reads"
+        yield "inspect_memory.write_lock", message, "Leave one of them out."
     if prediction.rows is None:
         hint = "Add --rows N, the rows of the training data."
         yield "inspect_memory.mean_tokens", "has no effect without --rows", hint

@@ -70,6 +70,16 @@ class PredictionSettings(Section):
     plot: Annotated[Path | None, Metadata(flag="--plot", commands=INSPECT, metavar="FILE")] = Field(
         default=None, description="Draw memory against --max-length into this file (.png, .svg, .pdf)."
     )
+    write_lock: Annotated[Path | None, Metadata(flag="--write-lock", commands=INSPECT, metavar="FILE")] = Field(
+        default=None, description="Write the predicted peak to this file, for --check."
+    )
+    check: Annotated[Path | None, Metadata(flag="--check", commands=INSPECT, metavar="FILE")] = Field(
+        default=None,
+        description="Compare the predicted peak with that in a file of --write-lock; exit with 1 if it moved.",
+    )
+    max_change: Annotated[float, Metadata(flag="--max-change", commands=INSPECT)] = Field(
+        default=0.01, ge=0, description="Share of the peak by which it may move for --check, up or down."
+    )
     rows: Annotated[int | None, Metadata(flag="--rows", commands=INSPECT)] = Field(
         default=None, ge=1, description="Rows of the training data: predicts the time and energy of the whole run."
     )

@@ -103,7 +103,7 @@ def interrupted(job: Job, train: str, metrics: Path) -> None:
 
 def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
     """Run the blocks that check whether it fits and trains; a GPU that is too small ends them with exit code 3."""
-    fit, tight, smoke = steps
+    fit, tight, moved, smoke = steps
     job.run(fit)
     job.run(tight)
     assert json.loads(job.path("memory.json").read_text())["fits"][0]["fits"] == "yes"
@@ -111,6 +111,10 @@ def fits_and_trains(job: Job, steps: Sequence[str]) -> None:
     assert small != fit
     job.run(small, code=3)
     job.run(tight, code=1)
+    assert "Write it: the same command" in job.run(moved, code=2)
+    job.run(moved.replace("--check", "--write-lock"))
+    job.run(moved)
+    assert "the predicted peak moved by +" in job.run(f"{moved.rstrip()} --rank 64\n", code=1)
     job.run(smoke, is_forked=False)  # as a workflow starts it; what follows need not wait for the imports again
     assert json.loads(job.path("runs/17-smoke/run.json").read_text())["result"]["steps"] == 2
 
@@ -170,9 +174,9 @@ def compares(job: Job, compare: str, keep: str) -> None:
 
 def test_every_command_of_the_page_does_what_it_says(job: Job) -> None:
     steps = blocks("bash")
-    assert len(steps) == 7, "run what was added"
-    fit, tight, smoke, train, merge, compare, keep = steps
-    fits_and_trains(job, (fit, tight, smoke))
+    assert len(steps) == 8, "run what was added"
+    fit, tight, moved, smoke, train, merge, compare, keep = steps
+    fits_and_trains(job, (fit, tight, moved, smoke))
     resumes(job, train)
     job.run(merge)
     merged_is_what_was_trained(job)
