@@ -45,7 +45,7 @@ def preset_file(name: str) -> Path:
     if name not in names:
         near = get_close_matches(name, names, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"--preset: there is no preset {name}", hint=f"{hint}qlora presets lists all.")
+        raise UsageError(f"there is no preset {name}", hint=f"{hint}qlora presets lists all.")
     return _file(f"{name}.yaml")
 
 
