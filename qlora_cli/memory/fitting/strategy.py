@@ -22,7 +22,7 @@ def with_strategy(settings: EstimateSettings, gpu: Gpu, plan: PlanOn) -> Estimat
 
     `plan` predicts a run as it would be planned.
     """
-    is_open = _may_shard(settings) and settings.training.num_gpus > 1
+    is_open = settings.training.num_gpus > 1 and _may_shard(settings)
     if is_open and plan(settings, gpu).fits == NO:
         return with_settings(settings, {STRATEGY: Strategy.FSDP})
     return settings

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -119,6 +119,16 @@ def make_case(
     block_tokens=st.integers(1, 40),
     seed=st.integers(0, 1000),
 )
+@example(  # logits at the cap
+    sizes=(1, 10, 7, 25),
+    ignored=0.0,
+    trains={"hidden"},
+    scale=3.0,
+    soft_cap=2.0,
+    chunk_tokens=1,
+    block_tokens=1,
+    seed=0,
+)
 def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
     sizes: tuple[int, ...],
     ignored: float,
@@ -156,7 +166,9 @@ def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
     torch.testing.assert_close(losses.total.double(), nll.sum(), rtol=1e-4, atol=1e-3)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     assert_close(losses.entropy.double(), entropy)
-    assert torch.equal(losses.is_top1, logits.argmax(-1) == case.targets)
+    largest = logits.topk(2).values
+    is_clear = largest[:, 0] - largest[:, 1] > 1e-5  # a soft cap makes large logits equal in fp32 that are not in fp64
+    assert torch.equal(losses.is_top1[is_clear], (logits.argmax(-1) == case.targets)[is_clear])
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         exact = expected[name]
