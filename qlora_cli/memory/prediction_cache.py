@@ -35,7 +35,8 @@ PARTS = (
     "tokenizing",
     "hardware",
 )
-UNKEYED = ("gpus", "sweep", "prices", "plot")  # their parsed values are in the key; the file of a plot changes nothing
+# Parsed values are in the key; the file of a plot, and what a prediction is compared with, change nothing.
+UNKEYED = ("gpus", "sweep", "prices", "plot", "write_lock", "check", "max_change")
 OF_RUN = ("training.epochs", "training.max_steps", "output.max_checkpoints")  # on which memory does not depend
 MAX_PREDICTIONS = 500
 

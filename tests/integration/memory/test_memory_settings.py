@@ -77,6 +77,8 @@ def test_the_key_of_a_cached_prediction_has_only_what_it_depends_on(
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "one"))  # in that of the session another run may have measured
     assert key() == key(training__learning_rate="1e-5", lora__alpha="8", data__on_long="drop")
+    assert key() == key(inspect_memory__write_lock=str(tmp_path / "memory.lock"))
+    assert key() == key(inspect_memory__check=str(tmp_path / "memory.lock"), inspect_memory__max_change="0.1")
     unmeasured = key()
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other"))
     assert key() == unmeasured
