@@ -91,6 +91,10 @@ class QloraConfig(BitsAndBytesConfig):
             content.pop(key, None)
         return content
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the content, whole: the defaults that transformers' own subtracts have none of our keys."""
+        return self.to_dict()
+
     def plain(self) -> BitsAndBytesConfig:
         """Return the equivalent config for transformers' own quantizer."""
         content = self.to_dict()

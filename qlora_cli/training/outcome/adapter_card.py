@@ -18,6 +18,7 @@ from qlora_cli import __version__
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import NOTE
 from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.quantization.methods.four_bit_quantizer import QloraConfig
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.run_plan import PreparedRun
 from qlora_cli.units import counted
@@ -118,8 +119,11 @@ def _how_to_load(loaded: LoadedModel, settings: TrainSettings, name: str, commit
         yield "The base was calibrated by the run, and is in `base/` of its directory: the adapter fits it alone."
         yield ""
         base, revision = "base", ""
-    config = getattr(loaded.base.config, "quantization_config", None)
-    plain = config if isinstance(config, BitsAndBytesConfig) and loaded.layout.prequantized is None else None
+    plain = _plain_quantization(loaded)
+    if loaded.layout.experts and (plain is None or settings.training.calibrate):
+        yield "The base holds quantized experts, which plain transformers can't load. `qlora generate` and"
+        yield "`qlora evaluate` load it with this adapter, and `qlora merge` makes a plain model of both."
+        return
     if loaded.layout.experts:
         yield "qlora quantizes the experts, too; plain transformers loads them in 16 bit."
         yield ""
@@ -140,6 +144,14 @@ def _how_to_load(loaded: LoadedModel, settings: TrainSettings, name: str, commit
         yield f"model.resize_token_embeddings({loaded.base.config.get_text_config().vocab_size})"
     yield "model = PeftModel.from_pretrained(model, adapter)"
     yield "```"
+
+
+def _plain_quantization(loaded: LoadedModel) -> BitsAndBytesConfig | None:
+    """Return how plain transformers quantizes the base while it reads it, if it is to do so."""
+    config = getattr(loaded.base.config, "quantization_config", None)
+    if loaded.layout.prequantized is not None or not isinstance(config, BitsAndBytesConfig):
+        return None
+    return config.plain() if isinstance(config, QloraConfig) else config
 
 
 def _arguments(config: BitsAndBytesConfig) -> dict[str, Any]:

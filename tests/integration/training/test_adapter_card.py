@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_cli.training.outcome.adapter_card import CARD, TrainedSteps, write_card
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, short_settings
-from tests.support.models.loading import load, logits
+from tests.support.models.loading import load, logits, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +27,11 @@ TRAINED = TrainedSteps(steps=3, num_steps=3, loss=2.5, eval_loss=float("nan"))
 
 def trained(model: Path, output: Path, **flags: Any) -> Path:
     return train(short_settings(model, ROWS, output, **flags), Recorder()).adapter
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("moe") / "base", "qwen3_moe", max_position_embeddings=512)
 
 
 def code_of(card: str) -> str:
@@ -70,6 +77,25 @@ def test_its_code_loads_the_adapter_as_it_was_trained(
     assert (data["library_name"], data.get("base_model")) == ("peft", None)
     assert "fingerprint" in card
     assert "| steps | 3, of" in card
+
+
+def test_its_code_loads_the_adapter_on_experts_in_16_bit(moe: Path, tmp_path: Path) -> None:
+    adapter = trained(moe, tmp_path / "run", lora__target_modules=["q_proj"], lora__target_parameters="all-experts")
+    card = (adapter / CARD).read_text(encoding="utf-8")
+    assert "qlora quantizes the experts, too" in card
+    theirs = get_peft_model_state_dict(run_code(card, moe, adapter))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert any(".experts." in name for name in saved)
+    assert theirs.keys() == saved.keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(theirs[name].float(), tensor.float(), rtol=0, atol=0)
+
+
+def test_quantized_experts_are_left_to_qlora(moe: Path, tmp_path: Path) -> None:
+    flags = {"lora.target_modules": ["q_proj"], "training.calibrate": True, "training.calibration_tokens": 300}
+    card = (trained(moe, tmp_path / "run", **flags) / CARD).read_text(encoding="utf-8")
+    assert "plain transformers can't load" in card
+    assert "```" not in card
 
 
 def test_a_base_that_the_run_made_goes_with_it(shallow_base: Path, tmp_path: Path) -> None:
