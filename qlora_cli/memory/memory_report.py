@@ -10,11 +10,11 @@ from qlora_cli.errors import HardwareError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.garbage import gc_disabled
 from qlora_cli.memory import prediction_cache
+from qlora_cli.memory.assumptions import assumptions
 from qlora_cli.memory.catalogue import CatalogueModel
 from qlora_cli.memory.costs.host_memory import with_host
 from qlora_cli.memory.costs.run_files import has_weights
 from qlora_cli.memory.costs.run_time import with_run
-from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.alternatives import (
     SLOW_TO_PREDICT,
     largest_model,
@@ -47,14 +47,12 @@ from qlora_cli.memory.prediction import (
 )
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
-from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.choices import Solvable
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
 from qlora_cli.settings.settle import with_settings
 from qlora_cli.timing.links import gather_seconds
-from qlora_cli.units import counted
 
 if TYPE_CHECKING:
     from qlora_cli.memory.estimator import Estimator
@@ -201,7 +199,7 @@ def _report(
         assumptions=(
             *facts.notes,
             *traced.notes,
-            *_assumptions(request, asked, gpu, incapable, max_checkpoints),
+            *assumptions(request, asked, gpu, incapable, max_checkpoints),
             *(host_assumptions(gpu, is_timed=estimate.time is not None) if request.is_on_host else ()),
         ),
         estimate_seconds=0.0,
@@ -430,67 +428,3 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
         "attention": settings.model.attention.value,
         "optimizer": settings.training.optimizer.value,
     }
-
-
-def _assumptions_of_run(request: MemoryRequest, settings: EstimateSettings, gpu: Gpu) -> list[str]:
-    """Return sentences on what the prediction of a whole run takes for granted."""
-    if rates_on(gpu) is None and gpu.is_host:
-        return []
-    if rates_on(gpu) is None:
-        return [f"no time is predicted for {gpu.name}: name a card with --gpu"]
-    if request.rows is not None:
-        of_rows = "the time of the run is that of the micro-batches of its data"
-    else:
-        are = "are packed without gaps" if settings.data.packing else "all have the mean length"
-        of_rows = f"for the time of the run, rows {are}"
-    return [f"{of_rows}; loading, evaluations and checkpoints come in addition"]
-
-
-def _assumed_rows(settings: EstimateSettings, *, is_read: bool) -> str:
-    """Return a sentence on the lengths of rows; `is_read`: the longest of a data set is known."""
-    length, tokens = settings.data.max_length, settings.training.micro_batch_tokens
-    own = "the longest row of the data" if is_read else "every row"
-    if settings.data.packing:
-        return "rows are packed to the full length, and attention does not cross from one to another"
-    if tokens is not None:
-        return (
-            f"the rows of a step, of up to {length:,} tokens, fill micro-batches of {tokens:,}, and attention does "
-            "not cross from one to another"
-        )
-    if settings.training.micro_batch_size > 1:
-        return f"each micro-batch has a row of {length:,} tokens and shorter, padded ones"
-    return f"{own} has {length:,} tokens"
-
-
-def _assumptions(
-    request: MemoryRequest, settings: EstimateSettings, gpu: Gpu, incapable: tuple[str, ...], max_checkpoints: int
-) -> list[str]:
-    """Return sentences on what the prediction takes for granted."""
-    sentences = []
-    if not request.gpus:
-        sentences.append(f"no GPU was named: kernels, speed and CUDA context are those of the {gpu.name}")
-    if is_open(settings) and (request.solve or request.sweep or not request.gpus):
-        sentences.append(
-            "gradient checkpointing is chosen by the GPU; where its choice is not shown, figures are for on, which "
-            "takes the least without the host's memory"
-        )
-    if incapable:
-        sentences.append(f"not judged, since they can't compute with these settings: {', '.join(incapable)}")
-    sentences.append(_assumed_rows(settings, is_read=request.rows is not None))
-    if request.prediction.rows is not None or request.rows is not None:
-        sentences += _assumptions_of_run(request, settings, gpu)
-    sentences.append(f"the disk holds {counted(max_checkpoints, 'checkpoint')} and the one being written")
-    if not request.is_on_host:
-        sentences.append("what Python, libraries and the driver take from the host is a guess: 2 GiB, 1 to 4")
-    sentences.append("every token is trained; a loss on answers only takes a little less")
-    if settings.model.new_tokens:
-        sentences.append("new tokens have rows in the embedding already")
-    if (known := rates_on(gpu)) is not None and known.note:
-        sentences.append(known.note)
-    sentences += untraced(settings.training, settings.model.attention)
-    sentences += [f"{gpu.name}: {gpu.note}" for gpu in request.gpus if gpu.note]
-    if not request.is_on_host:
-        sentences.append(
-            "one GPU, nothing else on it, PyTorch's allocator with its defaults (no PYTORCH_CUDA_ALLOC_CONF)"
-        )
-    return sentences

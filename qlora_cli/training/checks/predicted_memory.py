@@ -7,6 +7,7 @@ from typing import TypeVar
 from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
+from qlora_cli.memory.assumptions import untraced
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.fitting.plan import (
     PlannedRun,
@@ -23,7 +24,6 @@ from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate
 from qlora_cli.memory.request import Predict
 from qlora_cli.memory.run_batches import StepRows
-from qlora_cli.memory.untraced import untraced
 from qlora_cli.model_files.adapter_files import read_outline
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.given_model import CONFIG

@@ -10,11 +10,11 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
+from qlora_cli.memory.assumptions import untraced
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
-from qlora_cli.memory.untraced import untraced
 from qlora_cli.settings.choices import Attention
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
 from tests.conftest import RunQlora
