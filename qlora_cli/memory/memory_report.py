@@ -17,6 +17,7 @@ from qlora_cli.memory.costs.run_files import has_weights
 from qlora_cli.memory.costs.run_time import with_run
 from qlora_cli.memory.fitting.alternatives import (
     SLOW_TO_PREDICT,
+    larger_model,
     largest_model,
     smallest_classes,
     smallest_gpu,
@@ -37,6 +38,7 @@ from qlora_cli.memory.prediction import (
     FittingModel,
     GpuFit,
     HostMemory,
+    LargerModel,
     MemoryReport,
     PlanOption,
     RankedCard,
@@ -192,6 +194,7 @@ def _report(
         roomy_class=roomy,
         suggestions=suggestions,
         longer_rows=_longer_rows(request, facts, asked, estimator) if request.gpus and fits[0].fits == YES else None,
+        larger_model=_larger_model(request, facts, num_parameters) if request.gpus and fits[0].fits == YES else None,
         fitting_model=_largest_model(request, facts, asked, gpu, estimator) if is_hopeless else None,
         solutions=_solutions(request, asked, estimator),
         cards=_cards(request, asked, estimator),
@@ -327,6 +330,14 @@ def _largest_model(
     estimate = estimator.estimate(settings, gpu)
     num_parameters = estimator.layout(settings, estimator.dtype_on(settings, gpu)).inventory.num_parameters
     return largest_model(settings, gpu, estimate, num_parameters, predict)
+
+
+def _larger_model(request: MemoryRequest, facts: ModelFacts, num_parameters: int) -> LargerModel | None:
+    """Return a larger model for the first GPU; None for the adapter or the run of one model, or several GPUs."""
+    asked = request.asked.settings
+    if facts.adapter is not None or facts.settings or request.is_on_host or asked.training.num_gpus > 1:
+        return None
+    return larger_model(request.gpus[0], num_parameters, asked.data.max_length)
 
 
 def _solutions(request: MemoryRequest, settings: EstimateSettings, estimator: "Estimator") -> tuple[Solution, ...]:

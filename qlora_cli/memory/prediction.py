@@ -289,6 +289,16 @@ class FittingModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LargerModel:
+    """A larger model that fits, too, with the settings of its `preset`, and rows of up to `max_length_tokens`."""
+
+    preset: str
+    num_parameters: int
+    max_length_tokens: int
+    process_high_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
     """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes.
 
@@ -439,6 +449,7 @@ class MemoryReport:
         longer_rows: The longest rows that fit on the first requested GPU, if the run fits there and they are longer
             than those of the run; whole layers are recomputed for them where checkpointing is open. `limited_by` is
             None if even longer ones were not tried.
+        larger_model: The largest model with a preset that fits on that GPU, if the requested one does.
         fitting_model: The largest model of the catalogue that fits on that GPU, if no change does it.
         cards: The best cards for the run, best first; None if they were not asked for.
         assumptions: What the prediction takes for granted, in sentences.
@@ -472,6 +483,7 @@ class MemoryReport:
     roomy_class: CardClass | None
     suggestions: tuple[Suggestion, ...]
     longer_rows: Solution | None
+    larger_model: LargerModel | None
     fitting_model: FittingModel | None
     solutions: tuple[Solution, ...]
     cards: tuple[RankedCard, ...] | None

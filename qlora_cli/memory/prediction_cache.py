@@ -21,7 +21,7 @@ from qlora_cli.timing.rates_file import rates_digest
 from qlora_cli.writing import PRIVATE_FILE, private_folder, unsafe_reason, write_file
 
 COMPUTING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-# The packages of this project that a prediction depends on.
+# The packages and data of this project that a prediction depends on.
 PARTS = (
     "memory",
     "timing",
@@ -34,6 +34,8 @@ PARTS = (
     "settings",
     "tokenizing",
     "hardware",
+    "memory/models.json",
+    "presets/predicted.json",
 )
 # Parsed values are in the key; the file of a plot, and what a prediction is compared with, change nothing.
 UNKEYED = ("gpus", "sweep", "prices", "plot", "write_lock", "check", "max_change")

@@ -45,6 +45,12 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         at_most = "" if longer.limited_by in (MEMORY, None) else f", {longer.limited_by}"
         more = "" if longer.limited_by is not None else "; --solve max-length finds the longest"
         lines.append(f"Rows of up to {longer.value:,} tokens fit, too{at_most}{_recomputed_for(report)}{more}.")
+    if (larger := report.larger_model) is not None:
+        rows = f"rows of up to {larger.max_length_tokens:,} tokens"
+        lines.append(
+            f"A larger model fits, too: --preset {larger.preset}, {format_count(larger.num_parameters)} parameters in "
+            f"nf4 and {rows}, takes at most {_gib(larger.process_high_bytes)} GiB."
+        )
     if report.fitting_model is not None:
         model = report.fitting_model
         takes, at_most = _gib(model.process_bytes), _gib(model.process_high_bytes)

@@ -6,18 +6,20 @@ Imports no torch.
 from collections.abc import Callable, Iterator
 
 from qlora_cli.errors import HardwareError, QloraError
-from qlora_cli.memory.catalogue import CatalogueModel, catalogue
+from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalogue
 from qlora_cli.memory.fitting.plan import PlanOn
 from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
-from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, PlanOption
+from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, LargerModel, PlanOption
 from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD
+from qlora_cli.settings.preset_files import Preset, presets
 from qlora_cli.settings.settle import with_settings
 
 ROOMY_SHARE = 0.75  # of the usable memory, at most, by a run that fits with ease
+CLEARLY_LARGER = 1.25  # times as many parameters
 MAX_PREDICTIONS = 3  # each takes a second or more
 SLOW_TO_PREDICT = "linear_conv_kernel_dim"  # linear attention goes through rows in small steps: a minute and more
 EMBEDDING_BYTES = 2  # of a value in 16 bit, as in embedding and head, which are not quantized
@@ -90,6 +92,34 @@ def unquantized_run(settings: EstimateSettings, gpu: Gpu, num_parameters: int, p
     except QloraError:  # a checkpoint that is quantized itself
         return None
     return option if option.fits == YES else None
+
+
+def larger_model(gpu: Gpu, num_parameters: int, max_length: int) -> LargerModel | None:
+    """Return the largest model that has a preset for cards with no more memory than `gpu`, without a prediction.
+
+    None if none is clearly larger than one of `num_parameters`, or trains on rows of `max_length` tokens. Presets
+    compute in bf16, and their memory is that of cards which do.
+    """
+    if gpu.capability < AMPERE:
+        return None
+    candidates = [
+        _as_larger_model(preset)
+        for preset in presets()
+        if preset.usable_bytes <= gpu.usable_bytes and preset.max_length_tokens >= max_length
+    ]
+    larger = [model for model in candidates if model.num_parameters >= CLEARLY_LARGER * num_parameters]
+    return max(larger, key=lambda model: (model.num_parameters, model.max_length_tokens), default=None)
+
+
+def _as_larger_model(preset: Preset) -> LargerModel:
+    model = find_in_catalogue(preset.model)
+    assert model is not None and model.num_parameters is not None, f"{preset.model} is in the catalogue"  # noqa: PT018
+    return LargerModel(
+        preset=preset.name,
+        num_parameters=model.num_parameters,
+        max_length_tokens=preset.max_length_tokens,
+        process_high_bytes=preset.predicted_bytes,
+    )
 
 
 def largest_model(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_cli.memory.fitting.alternatives import larger_model
 from qlora_cli.memory.fitting.solver import LENGTH_STEP
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import MOST_TOKENS, inspect_memory
@@ -64,6 +65,13 @@ def test_the_positions_of_a_model_bound_its_rows() -> None:
 def test_longer_rows_are_not_looked_for_where_rows_are_joined_or_do_not_fit() -> None:
     assert report_on("RTX 4090", 512, data__packing="true").longer_rows is None
     assert longer_on("512MiB", 4096) is None
+
+
+def test_a_larger_model_is_proposed_where_the_run_fits_and_one_has_a_preset() -> None:
+    larger = report_on("RTX 4090", 512).larger_model
+    assert larger == larger_model(find_gpu("RTX 4090"), 135_000_000, 512)
+    assert larger is not None
+    assert report_on("1GiB", 512).larger_model is None
 
 
 def test_rows_beyond_a_bound_are_looked_for_only_if_asked() -> None:

@@ -169,6 +169,7 @@ REPORT = MemoryReport(
     ),
     suggestions=(),
     longer_rows=None,
+    larger_model=None,
     fitting_model=None,
     solutions=(),
     cards=None,

@@ -22,6 +22,7 @@ from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
     DataSummary,
     FittingModel,
+    LargerModel,
     MemoryReport,
     Plan,
     PlanOption,
@@ -231,6 +232,16 @@ def test_longer_rows_that_fit_are_part_of_the_answer() -> None:
     bound = replace(longer, limited_by="the positions of the model")
     assert verdict_lines(replace(REPORT, longer_rows=bound, plan=None), (RTX_4090,))[1:] == [
         "Rows of up to 12,288 tokens fit, too, the positions of the model."
+    ]
+
+
+def test_a_larger_model_that_fits_is_part_of_the_answer() -> None:
+    larger = LargerModel(
+        preset="phi-4-24gb", num_parameters=14_659_507_200, max_length_tokens=8192, process_high_bytes=18 * GIB
+    )
+    assert verdict_lines(replace(REPORT, larger_model=larger), (RTX_4090,))[1:] == [
+        "A larger model fits, too: --preset phi-4-24gb, 14.66B parameters in nf4 and rows of up to 8,192 tokens, "
+        "takes at most 18.0 GiB."
     ]
 
 
