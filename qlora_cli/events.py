@@ -52,10 +52,12 @@ class TrainingStarted:
     """The first step is next.
 
     The predictions are its peaks on the GPU, in bytes, and the seconds of a step; None where they are not known.
+    `num_epochs` is None for a stream, of which nobody knows the end.
     """
 
     num_steps: Whole
     output: Path
+    num_epochs: float | None = None
     predicted_allocated_bytes: Whole | None = None
     predicted_reserved_bytes: Whole | None = None
     predicted_step_seconds: float | None = None

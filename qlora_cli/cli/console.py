@@ -13,6 +13,7 @@ from qlora_cli.visible import escape_controls
 
 Row = tuple[str, str]
 CONTINUATION = "  "  # the indentation of a continued line
+LEFT_OUT = "…"
 MIN_VALUE_WIDTH = 20  # columns: in fewer, wrapped values are harder to read than broken ones
 
 
@@ -76,6 +77,14 @@ def print_lines(lines: Sequence[str]) -> None:
         available = out.width - len(indent) - len(CONTINUATION) if out.is_terminal else 0
         for number, part in enumerate(_wrapped(line.strip(), available)):
             out.print(Text(f"{indent}{CONTINUATION if number else ''}{part}"), soft_wrap=True)
+
+
+def shortened(name: str, width: int) -> str:
+    """Return a name without its middle, because the ends of names distinguish runs."""
+    if len(name) <= width:
+        return name
+    end = (width - len(LEFT_OUT)) // 2
+    return name[: width - len(LEFT_OUT) - end] + LEFT_OUT + name[len(name) - end :]
 
 
 def _wrapped(value: str, available: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_cli.events import Noted, Rehearsed, Reporter
+from qlora_cli.events import Noted, PhaseStarted, Rehearsed, Reporter
 from qlora_cli.hardware.counters import is_out_of_memory, peak_device_allocated_bytes, peak_device_reserved_bytes
 from qlora_cli.ranks.group import Failure, PeerError, ProcessGroup
 from qlora_cli.training.batches import Row
@@ -59,6 +59,7 @@ class RehearsalCallback(TrainerCallback):
             RehearsalError: they do not fit, here or in another process.
         """
         start = time.monotonic()
+        self._reporter.report(PhaseStarted(title=self._title))
         failure: Exception | None = None
         try:
             self._try_out(args.device)
@@ -85,6 +86,11 @@ class RehearsalCallback(TrainerCallback):
                 device_reserved_bytes=peak_device_reserved_bytes(args.device),
             )
         )
+
+    @property
+    def _title(self) -> str:
+        title = "Trying the largest micro-batch"
+        return f"{title} and compiling the layers" if self._trainer.is_compiled else title
 
     def _try_out(self, device: torch.device) -> None:
         rehearsal = self._rehearsal

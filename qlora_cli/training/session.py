@@ -253,6 +253,7 @@ class Session:
         self._reporter.report(
             TrainingStarted(
                 num_steps=plan.num_steps,
+                num_epochs=plan.num_epochs,
                 output=self._directory.path,
                 predicted_allocated_bytes=predicted.allocated_bytes if predicted else None,
                 predicted_reserved_bytes=predicted.reserved_bytes if predicted else None,

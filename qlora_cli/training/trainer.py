@@ -457,6 +457,11 @@ class QloraTrainer(TrainerSeam):
         """Return a context in which no compiled code runs."""
         return nullcontext() if self._compiled is None else self._compiled.paused()
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layers are compiled, or will be when they are first called."""
+        return self._compiled is not None
+
     def end_compiling(self) -> None:
         """Run no compiled code from now on: what is computed after training is compared with other models."""
         if self._compiled is not None:

@@ -75,7 +75,7 @@ def compare(
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.comparison_text import failure_line, render_comparison
 
-    with reporting() as reporter:
+    with reporting(imports_torch=False) as reporter:
         from qlora_cli.evaluating.run_comparison import compare as compare_runs
 
         comparison = compare_runs(asked, fail_if_worse or 0.0, reporter)

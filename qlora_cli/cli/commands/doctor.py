@@ -27,7 +27,7 @@ def doctor(measure: Measure = False, json: options.Json = False) -> None:
     from qlora_cli.cli.rendering.next_steps import AFTER_DOCTOR
     from qlora_cli.doctor.all_checks import diagnose
 
-    with reporting() as reporter:
+    with reporting(imports_torch=False) as reporter:
         report = diagnose(reporter, measures=measure)
     print_json(_redacted(dataclasses.asdict(report))) if json else render_doctor(report)
     if not report.can_train:

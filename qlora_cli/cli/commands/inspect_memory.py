@@ -45,7 +45,7 @@ def inspect_memory(
 
     # Nothing is compiled here, and the compiler of PyTorch takes a second to import (bitsandbytes asks for it).
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with reporting(volume_of(context)) as reporter:
+    with reporting(volume_of(context), imports_torch=False) as reporter:
         from qlora_cli.memory.memory_lock import compare, read_lock, write_lock
         from qlora_cli.memory.memory_report import inspect_memory as predict
 

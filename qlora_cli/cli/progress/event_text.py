@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from qlora_cli.cli.progress.smoothed_loss import SmoothedLoss
 from qlora_cli.cli.sparkline import sparkline
 from qlora_cli.events import (
     CheckpointSaved,
@@ -65,14 +66,24 @@ def describe_event(event: Event) -> str | None:
             return None
 
 
-def describe_step(step: StepDone, arrow: str) -> list[str]:
-    """Return the figures of a step, the most important first."""
+def describe_step(step: StepDone, loss: str) -> list[str]:
+    """Return the figures of a step, with a described loss, the most important first."""
     return [
-        f"loss {step.loss:.4f} {arrow}",
+        loss,
         f"lr {step.learning_rate:.2e}",
         f"grad {step.grad_norm:.3f}",
         f"{step.tokens_per_second:,.0f} tok/s",
     ]
+
+
+def describe_loss(step: StepDone, smoothed: SmoothedLoss) -> str:
+    """Return the smoothed loss with its direction; that of the step itself if it is not finite."""
+    return f"loss {smoothed.value if math.isfinite(step.loss) else step.loss:.4f} {smoothed.arrow}"
+
+
+def describe_epoch(step: StepDone, num_epochs: float | None) -> list[str]:
+    """Return the epochs that are done and how many there are; nothing for a stream."""
+    return [] if num_epochs is None else [f"epoch {step.epoch:.2f} of {num_epochs:.2f}"]
 
 
 def describe_memory(memory: MemoryUse, *, is_short: bool = False) -> str:

@@ -3,7 +3,6 @@
 import time
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,7 +19,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_cli.cli.progress.event_text import describe_event, describe_losses, sample_texts
-from qlora_cli.cli.progress.live_lines import NARROW, training_lines
+from qlora_cli.cli.progress.live_lines import NARROW, headline, training_lines
+from qlora_cli.cli.progress.resized_display import ResizedLive
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import TRANSFERS
 from qlora_cli.cli.sparkline import can_show_blocks
@@ -96,7 +96,7 @@ class LiveReporter:
             },
         )
         self._transfers: dict[str, TaskID] = {}
-        self.live = Live(get_renderable=self._draw, console=console, refresh_per_second=8, transient=True)
+        self.live = ResizedLive(self._draw, console)
 
     def report(self, event: Event) -> None:
         """Handle an event; the display is redrawn several times per second, notes at once."""
@@ -136,9 +136,7 @@ class LiveReporter:
 
     def _draw(self) -> RenderableType:
         state = self._state
-        lines: list[RenderableType] = [
-            Text(sanitize(state.status), style="dim", no_wrap=True, overflow="ellipsis"),
-        ]
+        lines: list[RenderableType] = [headline(state, self._console.width)]
         if self._transfers:
             lines.append(self._bytes)
         if self._task is not None:

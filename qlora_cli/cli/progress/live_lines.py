@@ -4,14 +4,18 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
+from qlora_cli.cli.console import shortened
 from qlora_cli.cli.progress.event_text import (
     describe_age,
+    describe_epoch,
+    describe_loss,
     describe_losses,
     describe_memory,
     describe_prediction,
     describe_step,
 )
 from qlora_cli.cli.progress.run_state import RunState
+from qlora_cli.cli.stderr import sanitize
 from qlora_cli.events import MemoryUse
 from qlora_cli.units import counted
 
@@ -21,11 +25,20 @@ BAR_WIDTH, LEAST_BAR_WIDTH = 32, 10
 ALLOCATED, RESERVED, FREE, PREDICTED = "█", "▒", "░", "│"
 
 
+def headline(state: RunState, width: int) -> Text:
+    """Return what is being done and, once it trains, for which run."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    if state.started is not None:
+        line.append(shortened(sanitize(str(state.started.output)), width // 2), "bold").append(GAP)
+    return line.append(sanitize(state.status), "dim")
+
+
 def training_lines(state: RunState, width: int, now: float, *, can_show_blocks: bool) -> Iterator[Text]:
     """Yield the figures of a run at `now`, in lines of at most `width` columns."""
     if state.last_step is not None:
         step = state.last_step
-        yield from flow([*describe_step(step, state.arrow), f"epoch {step.epoch:.2f}"], width)
+        figures = describe_step(step, describe_loss(step, state.loss))
+        yield from flow([*figures, *describe_epoch(step, state.num_epochs)], width)
         if can_show_blocks and (curve := describe_losses(state.losses.means(), width)) is not None:
             yield Text(curve, style="cyan", no_wrap=True)
     yield from flow(_evaluation_parts(state), width)

@@ -4,7 +4,9 @@ import time
 from typing import TextIO
 
 from qlora_cli.cli.progress.event_text import (
+    describe_epoch,
     describe_event,
+    describe_loss,
     describe_losses,
     describe_memory,
     describe_prediction,
@@ -55,7 +57,9 @@ class PlainReporter:
         self._write("  ".join([f"step {step.step}/{step.num_steps}", *self._figures(step)]))
 
     def _figures(self, step: StepDone) -> list[str]:
-        figures = [*describe_step(step, self._state.arrow), describe_memory(step.memory)]
+        loss = f"{describe_loss(step, self._state.loss)} ({step.loss:.4f} in this step)"
+        figures = [*describe_step(step, loss), *describe_epoch(step, self._state.num_epochs)]
+        figures.append(describe_memory(step.memory))
         if predicted := describe_prediction(step.memory, self._state.predicted_reserved_bytes):
             figures.append(predicted)
         if (seconds := self._state.seconds_left) is not None:

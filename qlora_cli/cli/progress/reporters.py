@@ -12,12 +12,25 @@ from qlora_cli.cli.progress.live_display import LiveReporter
 from qlora_cli.cli.progress.plain_lines import PlainReporter, WarningReporter
 from qlora_cli.cli.robust_stream import RobustStream
 from qlora_cli.cli.volume import Volume
-from qlora_cli.events import Reporter
+from qlora_cli.events import PhaseStarted, Reporter
+
+IMPORTING = PhaseStarted(title="Loading PyTorch and other libraries")  # which takes as long as their disk is slow
 
 
 @contextmanager
-def reporting(volume: Volume = Volume.NORMAL) -> Iterator[Reporter]:
-    """Yield the reporter for the kind of stderr, and restore the terminal at the end."""
+def reporting(volume: Volume = Volume.NORMAL, *, imports_torch: bool = True) -> Iterator[Reporter]:
+    """Yield the reporter for the kind of stderr, and restore the terminal at the end.
+
+    `imports_torch`: the command does so next, which is then the first thing that is shown.
+    """
+    with _reporter(volume) as reporter:
+        if imports_torch and "torch" not in sys.modules:
+            reporter.report(IMPORTING)
+        yield reporter
+
+
+@contextmanager
+def _reporter(volume: Volume) -> Iterator[Reporter]:
     if sys.stderr is None:  # closed by `2>&-`
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             yield PlainReporter(nowhere)

@@ -1,9 +1,9 @@
 """The state of a run in progress, computed from its events, for both displays."""
 
-import math
 from dataclasses import dataclass, field
 
 from qlora_cli.cli.progress.event_text import describe_event
+from qlora_cli.cli.progress.smoothed_loss import SmoothedLoss
 from qlora_cli.cli.sparkline import SparklineCurve
 from qlora_cli.events import (
     CheckpointSaved,
@@ -11,34 +11,14 @@ from qlora_cli.events import (
     EvalStarted,
     Event,
     PhaseStarted,
+    Rehearsed,
     StepDone,
     StepSkipped,
     TrainingResumed,
     TrainingStarted,
     WorkAdvanced,
 )
-
-SMOOTHING = 0.9  # of the exponential mean of the loss, which the arrow compares with
-STEADY = 0.005  # relative change below which the loss counts as level
-
-
-class Direction:
-    """The direction of a noisy series, by an exponential mean: down, up or level."""
-
-    def __init__(self) -> None:
-        self._smoothed: float | None = None
-
-    def update(self, value: float) -> str:
-        """Add a value and return an arrow; the first value and those that are not finite have no direction."""
-        if not math.isfinite(value):
-            return " "
-        if self._smoothed is None:
-            self._smoothed = value
-            return " "
-        before = self._smoothed
-        self._smoothed = SMOOTHING * before + (1 - SMOOTHING) * value
-        change = (value - before) / max(abs(before), 1e-12)
-        return "→" if abs(change) < STEADY else ("↓" if change < 0 else "↑")
+from qlora_cli.units import counted
 
 
 @dataclass(kw_only=True)
@@ -49,12 +29,12 @@ class RunState:
     the run; `checkpoint_time` is a time of the clock that `update` gets.
     """
 
-    status: str = "Starting …"
+    status: str = ""
     started: TrainingStarted | None = None
     resumed: TrainingResumed | None = None
     step: int = 0
     last_step: StepDone | None = None
-    arrow: str = " "
+    loss: SmoothedLoss = field(default_factory=SmoothedLoss)
     losses: SparklineCurve = field(default_factory=SparklineCurve)
     last_eval: EvalDone | None = None
     best_eval: EvalDone | None = None
@@ -62,13 +42,17 @@ class RunState:
     checkpoint_time: float = 0.0
     num_skipped: int = 0
     seconds_left: float | None = None
-    _direction: Direction = field(default_factory=Direction)
     _pace_since: tuple[int, float] | None = (0, 0.0)  # step and its elapsed seconds
 
     @property
     def predicted_reserved_bytes(self) -> int | None:
         """The predicted peak of the caching allocator; None without a prediction."""
         return None if self.started is None else self.started.predicted_reserved_bytes
+
+    @property
+    def num_epochs(self) -> float | None:
+        """The number of epochs; None of a stream."""
+        return None if self.started is None else self.started.num_epochs
 
     def update(self, event: Event, now: float) -> None:
         """Handle an event, which arrived at `now` of a monotonic clock, in seconds."""
@@ -85,6 +69,8 @@ class RunState:
                 self.resumed, self.step = event, event.step
                 self._pace_since = None  # elapsed seconds may or may not count those of the earlier process
                 self._expect(event.num_steps - event.step)
+            case Rehearsed():
+                self._show_training()
             case StepSkipped():
                 self.step = event.step
                 self.num_skipped += 1
@@ -104,7 +90,7 @@ class RunState:
             self.seconds_left = num_steps * seconds
 
     def _take_step(self, step: StepDone) -> None:
-        self.arrow = self._direction.update(step.loss)
+        self.loss.add(step.loss)
         self.losses.add(step.loss)
         self.step, self.last_step = step.step, step
         if self._pace_since is None:
@@ -117,4 +103,4 @@ class RunState:
 
     def _show_training(self) -> None:
         if self.started is not None:
-            self.status = describe_event(self.started) or ""
+            self.status = f"Training {counted(self.started.num_steps, 'step')}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from qlora_cli.cli.console import console
+from qlora_cli.cli.console import console, shortened
 from qlora_cli.runs.history import parse_time
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.units import format_bytes
@@ -20,7 +20,6 @@ MOST_MODEL = 24  # columns of a model's or a data set's name
 STYLES = {"running": "cyan", "done": "green", "interrupted": "yellow", "failed": "red", "killed": "yellow"}
 GAP = "  "
 LEAST_NAME, SHORT_NAME = 12, 20  # columns of a name that is shortened: at least, and before details are left out
-LEFT_OUT = "…"
 NOTHING = "-"
 
 
@@ -56,7 +55,7 @@ def row_of(run: RunSummary, directory: Path) -> tuple[str, ...]:
 def _last_part(name: str | None) -> str:
     """Return the end of a path or hub id, which tells it from others."""
     last = visible((name or "").rstrip("/").rpartition("/")[2]).replace("\n", "")
-    return _shortened(last, MOST_MODEL) or NOTHING
+    return shortened(last, MOST_MODEL) or NOTHING
 
 
 def table_lines(rows: Sequence[tuple[str, ...]], width: int | None) -> list[Text]:
@@ -84,19 +83,11 @@ def _line(row: tuple[str, ...], widths: Sequence[int], shown: Sequence[int], *, 
     for column in shown:
         text, width = row[column], widths[column]
         is_figure = NUM_TEXTS <= column <= FIRST_OF_DETAILS
-        cell = f"{text:>{width}}" if is_figure else f"{_shortened(text, width):<{width}}"
+        cell = f"{text:>{width}}" if is_figure else f"{shortened(text, width):<{width}}"
         cells += [GAP if cells else "", (cell, state_style) if HEADINGS[column] == "state" else cell]
     line = Text.assemble(*cells)
     line.rstrip()
     return line
-
-
-def _shortened(name: str, width: int) -> str:
-    """Return a name without its middle, because the ends of names distinguish runs."""
-    if len(name) <= width:
-        return name
-    end = (width - len(LEFT_OUT)) // 2
-    return name[: width - len(LEFT_OUT) - end] + LEFT_OUT + name[len(name) - end :]
 
 
 def _loss(loss: float | None) -> str:

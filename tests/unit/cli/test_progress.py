@@ -13,7 +13,7 @@ from rich.console import Console
 from qlora_cli.cli.progress.event_text import describe_age, describe_event, describe_memory, describe_prediction
 from qlora_cli.cli.progress.live_display import LiveReporter
 from qlora_cli.cli.progress.plain_lines import PlainReporter
-from qlora_cli.cli.progress.run_state import Direction, RunState
+from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import TRANSFERS, Transfer
 from qlora_cli.events import (
     BytesDone,
@@ -60,13 +60,16 @@ def test_steps_have_plain_lines_for_the_first_the_last_and_one_per_interval() ->
     file = io.StringIO()
     reporter = PlainReporter(file, interval_seconds=1000)
     reporter.report(PhaseStarted(title="Loading"))
-    reporter.report(TrainingStarted(num_steps=10, output=Path("run"), predicted_reserved_bytes=GPU_PREDICTED))
+    reporter.report(
+        TrainingStarted(num_steps=10, num_epochs=1.0, output=Path("run"), predicted_reserved_bytes=GPU_PREDICTED)
+    )
     for number in range(1, 11):
         reporter.report(step(number))
     lines = file.getvalue().splitlines()
     assert lines[:2] == ["Loading …", "Training 10 steps into run"]
     assert [line.split()[1] for line in lines[2:]] == ["1/10", "10/10"]
-    assert "loss 0.0000 ↓" in lines[-1]
+    assert "loss 1.8233 ↓ (0.0000 in this step)  lr " in lines[-1]
+    assert "  epoch 1.00 of 1.00  VRAM" in lines[-1]
     assert "VRAM 6.00 allocated / 7.00 reserved of 24.00 GiB  " in lines[-1]
     assert "predicted 7.14 (+2.0 %)" in lines[-1]
     assert "\x1b" not in file.getvalue()
@@ -141,16 +144,6 @@ def test_a_gpu_figure_is_compared_with_its_prediction() -> None:
     assert describe_prediction(GPU, 7 * GIB) == "predicted 7.00 (+0.0 %)"
     assert describe_prediction(GPU, None) is None
     assert describe_prediction(MemoryUse(host_bytes=GIB), 7 * GIB) is None
-
-
-def test_direction_follows_the_trend() -> None:
-    direction = Direction()
-    assert [direction.update(value) for value in (4.0, 3.0, 3.9, 5.0)] == [" ", "↓", "→", "↑"]
-
-
-def test_a_loss_that_is_not_finite_does_not_affect_later_arrows() -> None:
-    direction = Direction()
-    assert [direction.update(value) for value in (4.0, float("nan"), float("inf"), 3.0)] == [" ", " ", " ", "↓"]
 
 
 def rehearsed(device_bytes: int | None) -> Rehearsed:
@@ -241,7 +234,7 @@ def test_the_state_follows_the_events() -> None:
     state.update(EvalStarted(step=1), 0.0)
     assert state.status == "Evaluating …"
     state.update(EvalDone(step=1, loss=1.0, seconds=1, is_best=True), 0.0)
-    assert state.status == "Training 10 steps into run"
+    assert state.status == "Training 10 steps"
     state.update(EvalDone(step=2, loss=2.0, seconds=1, is_best=False), 0.0)
     assert state.last_eval is not None
     assert state.best_eval is not None

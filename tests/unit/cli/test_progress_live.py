@@ -32,6 +32,7 @@ GPU = MemoryUse(
 )
 STARTED = TrainingStarted(
     num_steps=1_000_000,
+    num_epochs=3.0,
     output=Path("runs/a-name-that-is-long-enough-for-any-terminal"),
     predicted_allocated_bytes=6 * GIB,
     predicted_reserved_bytes=8 * GIB,
@@ -101,7 +102,7 @@ def test_the_live_display_shows_progress_loss_rate_and_memory() -> None:
     shown = file.getvalue()
     for expected in (
         "2/10",
-        "loss 4.0000 ↓",
+        "loss 4.2368  ",
         "lr 2.00e-04",
         "grad 0.500",
         "1,234 tok/s",
@@ -115,11 +116,11 @@ def test_the_live_display_shows_progress_loss_rate_and_memory() -> None:
 
 def test_a_busy_run_on_a_wide_terminal() -> None:
     status, bar, *lines = busy_screen(120).lines()
-    assert status == "Training 1,000,000 steps into runs/a-name-that-is-long-enough-for-any-terminal"
+    assert status == "runs/a-name-that-is-long-enough-for-any-terminal  Training 1,000,000 steps"
     assert bar.startswith("step  800301/1000000 ━")
     assert " 80 % 0:00:0" in bar
     figures, losses, held_out, memory, history = lines
-    assert figures == "loss 2.0000 ↓  lr 2.00e-04  grad 0.500  1,234 tok/s  epoch 0.80"
+    assert figures == "loss 2.0900 ↓  lr 2.00e-04  grad 0.500  1,234 tok/s  epoch 0.80 of 3.00"
     assert losses.startswith("losses █")
     assert losses.endswith("▁  2 to 4.99")
     assert len(losses) == 120
@@ -135,16 +136,17 @@ def test_no_line_is_wrapped_at_any_width(width: int) -> None:
     lines = busy_screen(width).lines()
     assert max(map(cell_len, lines)) <= width
     assert len(lines) <= 12
-    assert lines[0].startswith("Training 1,000,000 steps")
+    assert lines[0].startswith("runs/a-")
+    assert "  Training 1,000,0" in lines[0]
     assert lines[1].startswith("step  800301/1000000 ")
     shown = "\n".join(lines)
-    for expected in ("ETA", "loss 2.0000 ↓", "losses █", "held-out 1.5000", "VRAM 6.00", "predicted 8.00", "skipped"):
+    for expected in ("ETA", "loss 2.0900 ↓", "losses █", "held-out 1.5000", "VRAM 6.00", "predicted 8.00", "skipped"):
         assert expected in shown
 
 
 def test_a_narrow_terminal_omits_words_not_figures() -> None:
     lines = busy_screen(40).lines()
-    assert lines[0] == "Training 1,000,000 steps into runs/a-na…"
+    assert lines[0] == "runs/a-nam…-terminal  Training 1,000,00…"
     assert "VRAM 6.00 / 7.00 of 24.00 GiB" in lines
     assert "best 1.2500 at step 800,200" in lines
     assert "checkpoint step 800,300, 0s ago" in lines
@@ -190,9 +192,9 @@ def test_the_display_shows_training_again_after_an_evaluation() -> None:
     screen = Screen(80)
     screen.report(TrainingStarted(num_steps=10, output=Path("run")))
     screen.report(EvalStarted(step=5))
-    assert screen.lines()[0] == "Evaluating …"
+    assert screen.lines()[0] == "run  Evaluating …"
     screen.report(EvalDone(step=5, loss=1.0, seconds=1, is_best=True))
-    assert screen.lines()[0] == "Training 10 steps into run"
+    assert screen.lines()[0] == "run  Training 10 steps"
     assert "held-out 1.0000 at step 5 (best)" in screen.lines()
 
 
