@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from qlora_cli.errors import Problem, SettingsError
 from qlora_cli.settings.foreign_names import Foreign, foreign_of, spelling_of
 from qlora_cli.settings.models import SECTIONS, TrainSettings, metadata_of, value_adapter
+from qlora_cli.settings.settings_file import in_one_line, settings_lines
 from qlora_cli.settings.value_sources import read_yaml
 from qlora_cli.settings.yaml_limits import UNREADABLE
-from qlora_cli.visible import visible
 
 METHOD, DATASET, FORMAT, SPLIT = "quantization.method", "data.dataset", "data.format", "data.split"
 WARMUP_KEYS = frozenset({"warmup_steps", "warmup_ratio", "num_warmup_steps", "warmup"})
@@ -259,22 +259,7 @@ def _add_defaults(migration: Migration, tool: Tool, given: set[str]) -> None:
 
 def as_yaml(migration: Migration, source: Path) -> str:
     """Return a settings file, in which each value says where it comes from."""
-    lines = [f"# From {_one_line(source.name)}, a configuration of {migration.tool}, by qlora migrate."]
+    lines = [f"# From {in_one_line(source.name)}, a configuration of {migration.tool}, by qlora migrate."]
     missed = [entry for entry in migration.left_out if not entry.is_needless]
-    lines += [f"# Left out: {_one_line(entry.key)}: {_one_line(entry.reason)}" for entry in missed]
-    for section, model in SECTIONS.items():
-        keys = [key for key in model.model_fields if f"{section}.{key}" in migration.values]
-        lines += [f"{section}:"] if keys else []
-        for key in keys:
-            path = f"{section}.{key}"
-            lines.append(f"  {key}: {_inline(migration.values[path])}  # {_one_line(migration.sources[path])}")
-    return "\n".join(lines) + "\n"
-
-
-def _inline(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _one_line(text: str) -> str:
-    return visible(" ".join(text.split()), is_end=False)
+    lines += [f"# Left out: {in_one_line(entry.key)}: {in_one_line(entry.reason)}" for entry in missed]
+    return "\n".join([*lines, *settings_lines(migration.values, migration.sources)]) + "\n"
