@@ -123,7 +123,7 @@ class WorkAdvanced:
     """Work without steps, such as "Evaluating the base", progressed to `num_done` of `num_all` units."""
 
     title: str
-    unit: Literal["row", "request", "layer"]
+    unit: Literal["row", "request", "layer", "step"]
     num_done: Whole
     num_all: Whole
     seconds_left: float

@@ -1,4 +1,4 @@
-"""A chart of lines over steps, with marks, rules across it, and notes as tooltips."""
+"""A chart of lines over steps, or over a logarithmic axis, with marks, rules across it, and notes as tooltips."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class LineChart:
     """The content of a chart.
 
     Attributes:
-        x: The range of steps.
+        x: The range of steps; of any values if it is logarithmic.
         y: The range of values.
         x_name: The label of the axis of steps.
         num_levels: The largest number of ticks on the axis of values.
@@ -99,10 +99,13 @@ def _rule_notes(chart: LineChart) -> Iterator[Note]:
 
 def draw_line_chart(chart: LineChart, size: ChartSize) -> "Figure":
     """Return the figure of a chart. Call it within `drawing_style`."""
-    x_ticks, y_ticks = chart.x.ticks(size.num_ticks, is_whole=True), chart.y.ticks(chart.num_levels)
+    is_whole = not chart.x.is_log
+    x_ticks, y_ticks = chart.x.ticks(size.num_ticks, is_whole=is_whole), chart.y.ticks(chart.num_levels)
     figure, axes = page_figure(
         size, left_labels=[label for _, label in y_ticks], low_labels=[label for _, label in x_ticks]
     )
+    if chart.x.is_log:
+        axes.set_xscale("log")
     if chart.y.is_log:
         axes.set_yscale("log")
     axes.set(xlim=(chart.x.low, chart.x.high), ylim=(chart.y.low, chart.y.high), xlabel=chart.x_name)

@@ -15,6 +15,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "--model ./my-model --dataset train.jsonl --output runs/first",
         "--config configs/llama-3.1-8b-24gb.yaml --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",
     ),
+    "tune": (
+        "--model ./my-model --dataset train.jsonl --eval-split 5% --output runs/tune",
+        "--config configs/demo.yaml --output runs/tune --learning-rates 1e-4,3e-4,1e-3 --dry-run",
+    ),
     "merge": (
         "runs/llama-8b",
         "runs/llama-8b --output llama-8b-merged --base original --format hf --format nf4",

@@ -38,6 +38,9 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "presets": CommandEntry(
         heading=BEFORE, summary="List settings for common models and cards, and their memory.", function="presets"
     ),
+    "tune": CommandEntry(
+        heading=TRAINING, summary="Find the learning rate of a run by short trials.", function="tune"
+    ),
     "train": CommandEntry(
         heading=TRAINING, summary="Fine-tune an adapter on a base in 4 bit; resumes by itself.", function="train"
     ),

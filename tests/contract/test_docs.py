@@ -60,6 +60,7 @@ from qlora_cli.runs.samples import Sample, SampleAnswer
 from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import describe
+from qlora_cli.tuning.tuning_result import TrialResult, TunePlan, TuneResult
 
 ROOT = Path(__file__).parent.parent.parent
 ABOUT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
@@ -222,6 +223,13 @@ def test_every_json_key_of_a_comparison_is_documented_in_its_section() -> None:
     page = (REFERENCE / "json.md").read_text(encoding="utf-8")
     section = page.partition("## qlora compare\n")[2].partition("\n## ")[0]
     keys = {field.name for result in (RunComparison, ComparedRun, DifferingSetting) for field in fields(result)}
+    assert sorted(key for key in keys if f"`{key}`" not in section) == []
+
+
+def test_every_json_key_of_a_search_is_documented_in_its_section() -> None:
+    page = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    section = page.partition("## qlora tune\n")[2].partition("\n## ")[0]
+    keys = {field.name for result in (TuneResult, TrialResult, TunePlan) for field in fields(result)}
     assert sorted(key for key in keys if f"`{key}`" not in section) == []
 
 

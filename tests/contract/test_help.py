@@ -59,9 +59,9 @@ def test_commands_are_listed_in_the_order_of_use_under_their_headings() -> None:
     positions = [shown.index(f"\n  {name} ") for name in COMMANDS]
     assert positions == sorted(positions)
     names = list(COMMANDS)
-    assert names[:11] == [
-        *("doctor", "inspect-memory", "inspect-data", "presets", "train", "runs", "evaluate", "compare", "generate"),
-        *("chat", "merge"),
+    assert names[:12] == [
+        *("doctor", "inspect-memory", "inspect-data", "presets", "tune", "train", "runs", "evaluate", "compare"),
+        *("generate", "chat", "merge"),
     ]
     headings = list(dict.fromkeys(entry.heading for entry in COMMANDS.values()))
     assert [line[:-1] for line in shown.splitlines() if line[:-1] in headings] == headings

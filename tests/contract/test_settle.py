@@ -27,6 +27,7 @@ SETTLES = {
     "cli/commands/memory_request.py": 1,  # the number of GPUs that is named with their card
     "loading/model_outline.py": 3,  # loads of a model, which give its number of positions; and a merge's base
     "memory/estimator.py": 2,  # a prediction, which needs no files: the same two steps
+    "tuning/tuning_checks.py": 1,  # what trials leave to the run, and the rows that they are measured on
     "training/checks/memory_plan.py": 1,  # what memory decides: a plan, a leaner one, a smaller micro-batch
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
@@ -51,6 +52,7 @@ VARIES = {
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
     "quantization/memory_check.py": 1,  # loads that would fit instead
     "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
+    "tuning/trial_bench.py": 1,  # a trial: another learning rate, and fewer steps
 }
 
 

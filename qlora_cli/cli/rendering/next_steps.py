@@ -7,6 +7,7 @@ from qlora_cli.evaluating.evaluation_result import Evaluation
 from qlora_cli.merging.merge_result import MergeResult
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.choices import ExportFormat
+from qlora_cli.tuning.tuning_result import TuneResult
 
 AFTER_PLAN = ("the same command without --dry-run",)
 AFTER_PREDICTION = ("qlora train with the same settings, and --model, --dataset and --output",)
@@ -24,6 +25,11 @@ def after_training(result: TrainResult) -> list[str]:
         return []
     run = result.output
     return [command("chat", run), command("evaluate", run), command("merge", run)]
+
+
+def after_tuning(result: TuneResult) -> list[str]:
+    """Return how to train with the settings that were found."""
+    return [command("train", "--config", result.settings_file, "--output", "DIRECTORY")]
 
 
 def after_evaluation(result: Evaluation) -> list[str]:

@@ -1,0 +1,1 @@
+"""`qlora tune`: a learning rate chosen by short runs on the same rows."""
