@@ -28,6 +28,9 @@ class ComparedRun:
         tokens_per_second, duration_seconds: Speed and duration of training.
         peak_device_bytes: Peak of PyTorch's allocator in training; None without a GPU.
         peak_host_bytes: Largest resident set of the process.
+        adapter_rank, effective_rank: The largest rank of the final adapter, and how much of it the updates use, as a
+            mean over modules; None if the run did not measure it, or its weights are not the final ones.
+        relative_update_norm: The norm of all updates as a share of that of the weights; None without either.
     """
 
     path: Path
@@ -48,6 +51,9 @@ class ComparedRun:
     duration_seconds: float
     peak_device_bytes: int | None
     peak_host_bytes: int | None
+    adapter_rank: int | None
+    effective_rank: float | None
+    relative_update_norm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,7 @@ def _reference_run(run: Run, losses: RunLosses) -> ComparedRun:
 
 def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: float) -> ComparedRun:
     summary, rows = run.summary, losses.rows
+    health = run.record.result.adapter_health if run.record.result and losses.weights.is_result else None
     return ComparedRun(
         path=summary.path,
         state=summary.state,
@@ -84,6 +85,9 @@ def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: 
         duration_seconds=summary.duration_seconds,
         peak_device_bytes=summary.peak_reserved_bytes,
         peak_host_bytes=summary.peak_host_bytes,
+        adapter_rank=health.rank if health else None,
+        effective_rank=finite(health.effective_rank) if health else None,
+        relative_update_norm=finite(health.relative_norm) if health else None,
     )
 
 

@@ -143,6 +143,18 @@ def test_the_table_has_a_line_for_each_run_within_80_columns(run_qlora: RunQlora
     assert f"failed: {runs['idle']}: worse than {runs['good']} by more than 0.01 nats" in done.stderr
 
 
+def test_the_updates_of_the_final_adapters_are_those_that_the_runs_measured(runs: dict[str, Path]) -> None:
+    report = compared(runs["good"], runs["idle"])
+    for run in report["runs"]:
+        health = json.loads((Path(run["path"]) / "run.json").read_text())["result"]["adapter_health"]
+        expected = [health["rank"], health["effective_rank"], health["relative_norm"]]
+        assert [run["adapter_rank"], run["effective_rank"], run["relative_update_norm"]] == expected
+    good, idle = report["runs"]
+    assert good["relative_update_norm"] > 100 * idle["relative_update_norm"]
+    shown = qlora(runs["good"], runs["idle"], "--device", "cpu").stdout
+    assert f"good  rank {good['adapter_rank']} uses {good['effective_rank']:.1f}; " in shown
+
+
 def test_json_is_one_object_with_every_key(runs: dict[str, Path]) -> None:
     report = compared(runs["good"], runs["idle"])
     assert list(report) == [field.name for field in fields(RunComparison)]

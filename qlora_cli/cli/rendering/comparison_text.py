@@ -26,6 +26,9 @@ def render_comparison(comparison: RunComparison, *, has_margin: bool) -> None:
     verdicts = VERDICTS if has_margin else VERDICTS_OF_NONE
     cells = [run_cells(name, run, verdicts) for name, run in zip(names, comparison.runs, strict=True)]
     print_table([HEADINGS, *cells], num_names=1)
+    if updates := list(_update_rows(names, comparison.runs)):
+        title("Updates of the adapters")
+        print_rows(updates)
     if comparison.differing_settings:
         title("Settings that differ")
         print_rows(list(_setting_rows(comparison)))
@@ -69,6 +72,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
         name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
         for name in map(visible, short if len(set(short)) == len(set(parts)) else parts)
     ]
+
+
+def _update_rows(names: Sequence[str], runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str]]:
+    for name, run in zip(names, runs, strict=True):
+        if run.adapter_rank is not None and run.effective_rank is not None:
+            norm = "" if run.relative_update_norm is None else f"; {run.relative_update_norm:.2%} of the weights"
+            yield name, f"rank {run.adapter_rank} uses {run.effective_rank:.1f}{norm}"
 
 
 def _setting_rows(comparison: RunComparison) -> Iterator[tuple[str, str]]:

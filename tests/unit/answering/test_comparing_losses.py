@@ -172,6 +172,9 @@ def compared(path: str, verdict: Verdict) -> ComparedRun:
         duration_seconds=1.0,
         peak_device_bytes=None,
         peak_host_bytes=None,
+        adapter_rank=None,
+        effective_rank=None,
+        relative_update_norm=None,
     )
 
 
