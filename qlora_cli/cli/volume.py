@@ -46,6 +46,11 @@ def volume_of(context: Any) -> Volume:
     return given[0] if given else Volume.NORMAL
 
 
+def quiet_or_normal(quiet: bool) -> Volume:
+    """Return how much a command says that has `--quiet` only."""
+    return Volume.QUIET if quiet else Volume.NORMAL
+
+
 def print_next(steps: Sequence[str], volume: Volume = Volume.NORMAL, *, as_json: bool = False) -> None:
     """Say what comes next, in one line: nothing if only the result is asked for."""
     if steps and volume != Volume.QUIET and not as_json:

@@ -1,13 +1,17 @@
 """Commands end with what comes next, as commands that can be typed; --quiet leaves out all but the result."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
 
 from qlora_cli.cli.app import app
+from qlora_cli.cli.rendering.next_steps import after_show
+from qlora_cli.runs.find_runs import read_run
+from qlora_cli.runs.summary import State
 from tests.conftest import RunQlora
 from tests.contract.test_docs import parse
 
@@ -35,7 +39,7 @@ def trained(run_qlora: RunQlora, base_model: Path, tmp_path_factory: pytest.Temp
     done = run_qlora(*arguments)
     quiet = run_qlora(*arguments[:5], "--output", folder / "quiet", *ONE_STEP, "--quiet")
     assert (dry.code, done.code, quiet.code) == (0, 0, 0), dry.stderr + done.stderr + quiet.stderr
-    return {"run": folder / "run", "dry": dry, "done": done, "quiet": quiet}
+    return {"run": folder / "run", "dry": dry, "done": done, "quiet": quiet, "quiet_run": folder / "quiet"}
 
 
 def test_a_run_ends_with_its_page_and_the_commands_that_use_it(trained: dict[str, Any], run_qlora: RunQlora) -> None:
@@ -59,6 +63,42 @@ def test_rows_are_shown_by_a_dry_run_only(trained: dict[str, Any]) -> None:
 def test_quiet_leaves_the_result_alone(trained: dict[str, Any]) -> None:
     assert trained["quiet"].stdout.startswith("Trained 1 step\n")
     assert [line for line in trained["quiet"].stderr.splitlines() if not line.startswith("warning: ")] == []
+
+
+def test_every_command_about_runs_and_models_says_what_is_next(trained: dict[str, Any], run_qlora: RunQlora) -> None:
+    run = trained["run"]
+    quoted = shlex.quote(str(run))
+    answering = ("--device", "cpu", "--max-new-tokens", "1")
+    expected = {
+        ("generate", run, "--prompt", "hello", *answering): [f"qlora chat {quoted}"],
+        ("chat", run, *answering): [f"qlora evaluate {quoted}", f"qlora merge {quoted}"],
+        ("runs", run.parent): [f"qlora runs show {shlex.quote(str(trained['quiet_run']))}"],
+        ("runs", run.parent, "--sort", "name"): [f"qlora runs show {shlex.quote(str(trained['quiet_run']))}"],
+        ("runs", "show", run): [f"qlora {word} {quoted}" for word in ("chat", "evaluate", "merge")],
+        ("config", "show", "merge"): ["qlora merge with the same flags"],
+        ("config", "show", "--rank", "8"): ["qlora train with the same flags"],
+        ("presets",): ["qlora train --preset NAME --dataset FILE --output DIRECTORY"],
+    }
+    for arguments, steps in expected.items():
+        done = run_qlora(*arguments)
+        assert (done.code, commands_in(done.stderr)) == (0, steps), (arguments, done.stderr)
+        assert done.stderr.count("next: ") == 1
+        quiet = run_qlora(*arguments, "--quiet")
+        assert (quiet.code, quiet.stderr) == (0, ""), arguments
+        assert quiet.stdout == done.stdout
+
+
+def test_without_runs_the_next_one_is_trained(run_qlora: RunQlora, tmp_path: Path) -> None:
+    done = run_qlora("runs", tmp_path)
+    assert commands_in(done.stderr) == ["qlora train --model MODEL --dataset FILE --output DIRECTORY"]
+
+
+@pytest.mark.parametrize("state", get_args(State))
+def test_a_run_has_a_next_step_in_every_state(trained: dict[str, Any], state: State) -> None:
+    steps = after_show(replace(read_run(trained["run"]).summary, state=state))
+    resumes = steps == ["the same qlora train command, which goes on where the run ended"]
+    assert resumes == (state in ("interrupted", "failed", "killed"))
+    assert steps
 
 
 def test_quiet_and_verbose_together_are_refused(run_qlora: RunQlora) -> None:

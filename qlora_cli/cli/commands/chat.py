@@ -17,7 +17,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.commands.generate import check_request
 from qlora_cli.cli.stderr import print_line
-from qlora_cli.cli.volume import volume_of
+from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.models import ChatSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -48,19 +48,21 @@ def chat(context: typer.Context) -> None:
     /help lists what else can be typed: /reset, /undo, /system TEXT, /save FILE, /exit. Ctrl-C stops an answer.
     """
     resolved = options.resolve_settings(context, ChatSettings)
-    settings = resolved.settings
+    settings, volume = resolved.settings, volume_of(context)
     if sys.stdin is None:
         raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
     check_request(resolved)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.rendering.next_steps import after_chat
 
-    with reporting(volume_of(context)) as reporter:
+    with reporting(volume) as reporter:
         from qlora_cli.answering.conversation import Chat
         from qlora_cli.answering.open_model import open_model
 
         opened = open_model(resolved, settings.generate, reporter, is_chat=True)
     _converse(opened, Chat(opened, settings.generate), settings.generate.max_new_tokens)
+    print_next(after_chat(settings.model.name), volume)
 
 
 def _converse(opened: "OpenModel", chat: "Chat", max_new_tokens: int) -> None:

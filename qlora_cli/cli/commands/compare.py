@@ -10,6 +10,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.completion import complete_run
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError, UsageError
 from qlora_cli.evaluating.evaluation_checks import check_evaluation
 from qlora_cli.runs.directory import RunDirectory
@@ -57,6 +58,7 @@ def compare(
     device: Annotated[Text, _flag("model.device", "--device")] = None,
     batch_size: Annotated[Text, _flag("evaluate.batch_size", "--batch-size")] = None,
     assignments: options.Assign = None,
+    quiet: Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Compare runs on the same held-out rows: loss by row, speed, memory, and the settings that differ.
@@ -74,8 +76,10 @@ def compare(
 
     from qlora_cli.cli.progress.reporters import reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.comparison_text import failure_line, render_comparison
+    from qlora_cli.cli.rendering.next_steps import after_comparison
 
-    with reporting(imports_torch=False) as reporter:
+    volume = quiet_or_normal(quiet)
+    with reporting(volume, imports_torch=False) as reporter:
         from qlora_cli.evaluating.run_comparison import compare as compare_runs
 
         comparison = compare_runs(asked, fail_if_worse or 0.0, reporter)
@@ -84,6 +88,7 @@ def compare(
         print_line(line)
     if fail_if_worse is not None and comparison.is_worse:
         raise typer.Exit(1)
+    print_next(after_comparison(comparison), volume, as_json=json)
 
 
 def _asked(

@@ -7,10 +7,13 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.help_page import COMMANDS, HelpfulCommand, HelpfulGroup, Row
 from qlora_cli.cli.json_output import print_json
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.models import KINDS, json_schema, metadata_of
 from qlora_cli.settings.resolve import describe
 from qlora_cli.settings.setting_metadata import Command
+
+OWN = ("quiet", "json")  # what `config show` takes itself
 
 
 class ShownSettings(HelpfulCommand):
@@ -41,9 +44,9 @@ class ShowGroup(HelpfulGroup):
         """Return the subcommand that shows the settings of a command; None if it takes none."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        shown = next(parameter for parameter in self.params if parameter.name == "json")
+        own = [parameter for parameter in self.params if parameter.name in OWN]
         real = ctx.find_root().command.commands[cmd_name].params
-        return ShownSettings(Command(cmd_name), [*filter(options.is_setting_parameter, real), shown])
+        return ShownSettings(Command(cmd_name), [*filter(options.is_setting_parameter, real), *own])
 
 
 config_app = typer.Typer(
@@ -59,7 +62,11 @@ config_app.add_typer(show_app)
 
 @show_app.callback()
 @options.takes(Command.TRAIN, has_volume=False)
-def show(context: typer.Context, json: options.Json = False) -> None:  # noqa: ARG001 - read from the context
+def show(  # what it is given is read from the context
+    context: typer.Context,
+    quiet: Quiet = False,  # noqa: ARG001
+    json: options.Json = False,  # noqa: ARG001
+) -> None:
     """Print every setting, its value and where the value comes from. Takes the flags of train.
 
     Behind the name of a command its own flags are taken, and what it has a use for is shown.
@@ -88,6 +95,8 @@ def _print(context: typer.Context, command: Command | None) -> None:
     from qlora_cli.cli.rendering.training_text import render_settings
 
     render_settings(rows)
+    shown = (command or Command.TRAIN).value
+    print_next([f"qlora {shown} with the same flags"], quiet_or_normal(context.params["quiet"]))
 
 
 def _is_used_by(path: str, command: Command) -> bool:

@@ -7,7 +7,7 @@ import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.cli.volume import print_next
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 
 
 def demo(
@@ -15,6 +15,7 @@ def demo(
         Path | None,
         typer.Option("--output", metavar="DIRECTORY", help="Keep the run directory here.", show_default=False),
     ] = None,
+    quiet: Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Fine-tune the bundled tiny model with NF4 and LoRA, and compare it before and after."""
@@ -27,7 +28,8 @@ def demo(
     from qlora_cli.cli.rendering.next_steps import AFTER_DEMO
     from qlora_cli.cli.rendering.training_text import render_demo
 
-    with reporting() as reporter:
+    volume = quiet_or_normal(quiet)
+    with reporting(volume) as reporter:
         from qlora_cli.demo.demonstration import run_demo
 
         result = run_demo(output, reporter)
@@ -36,4 +38,4 @@ def demo(
         import signal
 
         raise typer.Exit(128 + signal.Signals[result.train.interrupted_by])
-    print_next(AFTER_DEMO, as_json=json)
+    print_next(AFTER_DEMO, volume, as_json=json)

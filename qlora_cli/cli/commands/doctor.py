@@ -8,7 +8,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import redact
-from qlora_cli.cli.volume import print_next
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 
 Measure = Annotated[
     bool,
@@ -20,19 +20,20 @@ Measure = Annotated[
 ]
 
 
-def doctor(measure: Measure = False, json: options.Json = False) -> None:
+def doctor(measure: Measure = False, quiet: Quiet = False, json: options.Json = False) -> None:
     """Check whether this machine can train: packages, GPU, bitsandbytes, hub, disk. Exit code 1 if it can't."""
     from qlora_cli.cli.progress.reporters import reporting
     from qlora_cli.cli.rendering.doctor_text import render_doctor
     from qlora_cli.cli.rendering.next_steps import AFTER_DOCTOR
     from qlora_cli.doctor.all_checks import diagnose
 
-    with reporting(imports_torch=False) as reporter:
+    volume = quiet_or_normal(quiet)
+    with reporting(volume, imports_torch=False) as reporter:
         report = diagnose(reporter, measures=measure)
     print_json(_redacted(dataclasses.asdict(report))) if json else render_doctor(report)
     if not report.can_train:
         raise typer.Exit(1)
-    print_next(AFTER_DOCTOR, as_json=json)
+    print_next(AFTER_DOCTOR, volume, as_json=json)
 
 
 def _redacted(value: Any) -> Any:

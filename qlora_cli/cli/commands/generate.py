@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -9,13 +10,16 @@ from qlora_cli.answering.answer_checks import check_merged
 from qlora_cli.answering.answers import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
-from qlora_cli.cli.volume import volume_of
+from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.errors import UsageError
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.error_collector import ErrorCollector
-from qlora_cli.settings.models import ChatSettings, GenerateSettings
+from qlora_cli.settings.models import AnswerSettings, ChatSettings, GenerateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
+
+if TYPE_CHECKING:
+    from qlora_cli.answering.open_model import OpenModel
 
 FROM_STDIN = "-"
 PROMPTS = "generate.prompts"
@@ -27,16 +31,18 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
 
     MODEL is a model, an adapter or a run directory. The answer alone is on stdout.
     """
+    volume = volume_of(context)
     resolved = options.resolve_settings(context, GenerateSettings)
     request = resolved.settings.generate
     prompts = _read_prompts(request.prompts)
     check_request(resolved)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
-    from qlora_cli.cli.rendering.answer_text import AnswerPrinter, print_prompt, render_answers, to_terminal
+    from qlora_cli.cli.rendering.answer_text import render_answers, to_terminal
+    from qlora_cli.cli.rendering.next_steps import after_answers
 
     streams = to_terminal() and not (json or request.compare)
-    with reporting(volume_of(context)) as reporter:
+    with reporting(volume) as reporter:
         from qlora_cli.answering import answer_prompts as answering
         from qlora_cli.answering.open_model import open_model
 
@@ -46,13 +52,22 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
             report = answering.generate(resolved, request, prompts, reporter)
     if not streams:
         print_json(report) if json else render_answers(report)
-        return
+    else:
+        _stream(opened, request, prompts)
+    print_next(after_answers(resolved.settings.model.name), volume, as_json=json)
+
+
+def _stream(opened: "OpenModel", request: AnswerSettings, prompts: Sequence[str]) -> None:
+    """Print each answer as it comes."""
+    from qlora_cli.answering.answer_prompts import answer_prompt
+    from qlora_cli.cli.rendering.answer_text import AnswerPrinter, print_prompt
+
     for number, text in enumerate(prompts, start=1):
         if len(prompts) > 1:
             print_prompt(text)
         name = prompt_name(number, len(prompts))
         printer = AnswerPrinter(is_headed=False, max_new_tokens=request.max_new_tokens, prompt=name)
-        answering.answer_prompt(opened, request, text, printer)
+        answer_prompt(opened, request, text, printer)
 
 
 def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:

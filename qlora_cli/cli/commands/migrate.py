@@ -8,9 +8,11 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.settings.migration import as_yaml
 from qlora_cli.settings.migration import migrate as read_foreign
 
+AFTER_MIGRATION = ("save it as qlora.yaml, then qlora train --config qlora.yaml --dry-run",)
 Source = Annotated[
     Path,
     typer.Argument(
@@ -19,7 +21,7 @@ Source = Annotated[
 ]
 
 
-def migrate(file: Source, json: options.Json = False) -> None:
+def migrate(file: Source, quiet: Quiet = False, json: options.Json = False) -> None:
     """Turn a configuration of axolotl, LLaMA-Factory or TRL into a settings file, on stdout.
 
     What has no counterpart is named, and stands in the file as a comment. Values that the other tool has by default,
@@ -38,4 +40,4 @@ def migrate(file: Source, json: options.Json = False) -> None:
     needless = [entry.key for entry in migration.left_out if entry.is_needless]
     if needless:
         print_line(f"not needed here: {', '.join(needless)}")
-    print_line("next: save it as qlora.yaml, then qlora train --config qlora.yaml --dry-run")
+    print_next(AFTER_MIGRATION, quiet_or_normal(quiet))

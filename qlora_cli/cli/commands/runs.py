@@ -11,6 +11,7 @@ from qlora_cli.cli.completion import complete_run
 from qlora_cli.cli.help_page import HelpfulCommand, HelpfulGroup
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
+from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 from qlora_cli.runs.ordering import Order, ordered, selected
@@ -55,15 +56,18 @@ def list_runs(
             show_default=False,
         ),
     ] = None,
+    quiet: Quiet = False,
     json: options.Json = False,
 ) -> None:
     """List the runs in a directory, the oldest first; more about each where the window is wide enough."""
     _check_directory(directory, "Name the directory that your runs are in: qlora runs DIR")
+    from qlora_cli.cli.rendering.next_steps import after_list
     from qlora_cli.cli.rendering.run_table import render_runs
     from qlora_cli.runs.find_runs import find_runs
 
     runs = ordered(selected(find_runs(directory), words or ()), sort)
     print_json({"runs": runs}) if json else render_runs(runs, directory)
+    print_next(after_list(runs, sort), quiet_or_normal(quiet), as_json=json)
 
 
 @runs_app.command(cls=HelpfulCommand)
@@ -73,10 +77,12 @@ def show(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write all of it as a web page, in one file.", show_default=False),
     ] = None,
+    quiet: Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Show one run in detail, and write it as a web page with --html."""
     _check_directory(run, _nearest_run(run))
+    from qlora_cli.cli.rendering.next_steps import after_show
     from qlora_cli.cli.rendering.run_text import render_run
     from qlora_cli.data.showing.page_file import check_page
     from qlora_cli.runs.detail import detail_of
@@ -97,6 +103,7 @@ def show(
         print_line(f"the page is in {html}")
     detail = detail_of(loaded)
     print_json(detail.as_json()) if json else render_run(detail, loaded.history)
+    print_next(after_show(loaded.summary), quiet_or_normal(quiet), as_json=json)
 
 
 def _check_directory(directory: Path, hint: str) -> None:
