@@ -1,6 +1,13 @@
 """Run all checks, each after those that it depends on, and summarize them."""
 
-from qlora_cli.doctor import checks_bitsandbytes, checks_hardware, checks_hub, checks_install, checks_speed
+from qlora_cli.doctor import (
+    checks_bitsandbytes,
+    checks_hardware,
+    checks_hub,
+    checks_install,
+    checks_platform,
+    checks_speed,
+)
 from qlora_cli.doctor.findings import Check, Outcome, Report, Status, skipped
 from qlora_cli.doctor.isolation import CheckFunction, Isolation
 from qlora_cli.events import PhaseStarted, Reporter
@@ -81,6 +88,7 @@ def _examine_installation(examination: Examination) -> None:
     examination.check("python", checks_install.check_python, advice=REINSTALL)
     examination.check("packages", checks_install.check_packages, advice=REINSTALL)
     examination.check("torch", checks_hardware.check_torch, advice=REINSTALL_TORCH)
+    examination.check("platform", checks_platform.check_platform, advice=REPORT_IT, needs=("torch",), vital=False)
     # Before the libraries, because some of them import it.
     examination.check(
         "bitsandbytes", checks_bitsandbytes.check_import, advice=REINSTALL_BITSANDBYTES, needs=("torch",)
@@ -106,6 +114,7 @@ def _examine_hardware(examination: Examination, *, measures: bool) -> None:
             vital=vital,
         )
     examination.check("attention", checks_hardware.check_attention, advice=REINSTALL_TORCH, needs=("bitsandbytes",))
+    examination.check("kernels", checks_platform.check_kernels, advice=REPORT_IT, needs=("torch",), vital=False)
     if measures:
         used = next(device for device, vital in devices if vital)
         needs = ("libraries", _check_of(used))

@@ -1,7 +1,6 @@
 """Check the hardware through PyTorch: the driver, CUDA, each GPU and its memory, attention kernels."""
 
 import contextlib
-import importlib
 import os
 import platform
 import shutil
@@ -9,15 +8,15 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from qlora_cli.doctor.findings import Json, Outcome, Status, failed, ok, skipped, warning
-from qlora_cli.doctor.isolation import attempt, without_home
+from qlora_cli.doctor.findings import Json, Outcome, failed, ok, skipped, warning
+from qlora_cli.doctor.isolation import without_home
 from qlora_cli.errors import HardwareError
 from qlora_cli.hardware.driver import DRIVER_LIBRARIES, INSTALL_TORCH, dotted, driver_cuda_version, explain_no_cuda
+from qlora_cli.hardware.platforms import is_of_windows
 from qlora_cli.settings.choices import Device, Dtype
-from qlora_cli.units import format_bytes
+from qlora_cli.units import counted, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +108,8 @@ def check_cuda() -> Outcome:
     built_for = torch.version.cuda
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        finding = f"PyTorch reaches {count} {'GPU' if count == 1 else 'GPUs'} through CUDA {built_for}"
+        through = f"CUDA {built_for}" if built_for else f"ROCm {torch.version.hip}"
+        finding = f"PyTorch reaches {counted(count, 'GPU')} through {through}"
         return ok(finding, built_for_cuda=built_for, num_gpus=count)
     if driver is None:
         advice = "Nothing to do without an NVIDIA GPU; with one, see driver."
@@ -147,7 +147,7 @@ def check_gpu() -> Outcome:
 
 def pages_gpu_memory() -> bool:
     """Return whether the driver is that of Windows, also within WSL: it can move GPU memory to host memory."""
-    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return sys.platform == "win32" or is_of_windows(platform.release())
 
 
 def _detect_gpu(index: int) -> DetectedGpu:
@@ -170,28 +170,21 @@ def _detect_gpu(index: int) -> DetectedGpu:
 
 
 def check_attention() -> Outcome:
-    """Run each backend of PyTorch's attention once, forward and backward, and look for the package flash-attn."""
+    """Run each backend of PyTorch's attention once, forward and backward."""
 
     from qlora_cli.hardware.device import choose_compute_dtype, choose_device
 
     device = choose_device(Device.AUTO)
     dtype = choose_compute_dtype(Dtype.AUTO, device)
     backends = [name for name in SDPA_BACKENDS if _runs(name, device, dtype.torch_dtype)]
-    package, package_error = _flash_attn()
     details: dict[str, Json] = {
         "device": device.type,
         "compute_dtype": dtype.name,
         "eager": True,
         "sdpa_backends": [name.lower() for name in backends],
-        "flash_attn_version": package,
-        "flash_attn_error": package_error,
     }
     names = ", ".join(name.lower().removesuffix("_attention") for name in backends) or "no backend"
-    flash = f"flash-attn {package or 'not installed'}"
-    finding = f"on {device.type} in {dtype.name}: eager, sdpa ({names}), {flash}"
-    if package_error is not None:
-        advice = "Rebuild flash-attn for this PyTorch, or leave --attention at sdpa."
-        return warning(f"{finding}, which can't be imported: {package_error}", advice, **details)
+    finding = f"on {device.type} in {dtype.name}: eager, sdpa ({names})"
     if device.type == "cuda" and set(backends) <= {"MATH"}:
         advice = "Long rows will take much memory: lower --max-length, or use a newer GPU or PyTorch."
         return warning(f"{finding}: no backend that saves memory", advice, **details)
@@ -210,18 +203,3 @@ def _runs(backend: str, device: "torch.device", dtype: "torch.dtype") -> bool:
             return bool(heads.grad is not None and heads.grad.isfinite().all())
         except RuntimeError:
             return False
-
-
-def _flash_attn() -> tuple[str | None, str | None]:
-    """Return the version of the package, and why it can't be imported; both are None if it is not installed."""
-    try:
-        installed = version("flash-attn")
-    except PackageNotFoundError:
-        return None, None
-    outcome = attempt(_import_flash_attn, advice="")
-    return installed, None if outcome.status == Status.OK else outcome.finding
-
-
-def _import_flash_attn() -> Outcome:
-    importlib.import_module("flash_attn")
-    return ok("can be imported")

@@ -40,8 +40,8 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
-BEFORE_DEVICES = ["python", "packages", "torch", "bitsandbytes", "libraries", "driver", "cuda", "gpu"]
-AFTER_DEVICES = ["attention", "hub", "token", "disk"]
+BEFORE_DEVICES = ["python", "packages", "torch", "platform", "bitsandbytes", "libraries", "driver", "cuda", "gpu"]
+AFTER_DEVICES = ["attention", "kernels", "hub", "token", "disk"]
 
 
 def break_import(directory: Path, name: str, action: str) -> dict[str, str]:
