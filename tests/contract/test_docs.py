@@ -272,7 +272,7 @@ def make_reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_generated_pages_are_fresh(make_reference: ModuleType) -> None:
-    assert set(make_reference.PAGES) == {"settings.md", "commands.md", "gpus.md"}
+    assert set(make_reference.PAGES) == {"settings.md", "commands.md", "gpus.md", "platforms.md"}
     for name, page in make_reference.PAGES.items():
         assert (REFERENCE / name).read_text(encoding="utf-8") == page(), "run: make reference"
 

@@ -80,7 +80,7 @@ def test_a_machine_that_can_train_is_one_object_and_exit_code_0(done: Finished) 
     assert done.json["can_train"] is True
     checks = checks_of(done)
     names = list(checks)
-    assert names.pop(-len(AFTER_DEVICES)) == "speed"
+    assert names.pop(names.index("kernels") + 1) == "speed"
     devices = names[len(BEFORE_DEVICES) : -len(AFTER_DEVICES)]
     assert names == [*BEFORE_DEVICES, *devices, *AFTER_DEVICES]
     assert devices[0] == "bitsandbytes_cpu"
@@ -140,7 +140,11 @@ def test_without_json_there_is_a_line_for_each_check_and_no_colour(monkeypatch: 
 @pytest.mark.parametrize(
     ("library", "failed", "skipped"),
     [
-        ("torch", ["torch"], ["bitsandbytes", "libraries", "cuda", "gpu", "bitsandbytes_cpu", "attention"]),
+        (
+            "torch",
+            ["torch"],
+            ["bitsandbytes", "platform", "libraries", "cuda", "gpu", "bitsandbytes_cpu", "attention", "kernels"],
+        ),
         ("bitsandbytes", ["bitsandbytes"], ["bitsandbytes_cpu", "attention"]),
         ("transformers", ["libraries"], []),
     ],
@@ -157,7 +161,7 @@ def test_a_library_that_cannot_be_imported_is_a_finding_and_exit_code_1(
     assert f"no {library} today" in checks[failed[0]]["finding"]
     assert checks[failed[0]]["advice"]
     assert [name for name in skipped if checks[name]["status"] != "skipped"] == []
-    assert list(checks)[-4:] == AFTER_DEVICES
+    assert list(checks)[-len(AFTER_DEVICES) :] == AFTER_DEVICES
 
 
 def test_a_library_that_kills_its_process_is_a_finding_and_exit_code_1(run_qlora: RunQlora, tmp_path: Path) -> None:
