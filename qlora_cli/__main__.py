@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-from qlora_cli.hardware.platforms import WINDOWS
+from qlora_cli.platforms import WINDOWS
 
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -15,8 +15,8 @@ from qlora_cli.cli.app import app
 from qlora_cli.cli.command_examples import EXAMPLES
 from qlora_cli.cli.options import SEPARATOR, off_flag
 from qlora_cli.errors import EXIT_CODES
-from qlora_cli.hardware.platforms import PLATFORMS
 from qlora_cli.memory.gpus import GPUS, classes
+from qlora_cli.platforms import PLATFORMS
 from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.enumerated import DTYPE_NAMES
 from qlora_cli.settings.models import SECTIONS, field_of

@@ -14,7 +14,7 @@ from qlora_cli.doctor.findings import Json, Outcome, failed, ok, skipped, warnin
 from qlora_cli.doctor.isolation import without_home
 from qlora_cli.errors import HardwareError
 from qlora_cli.hardware.driver import DRIVER_LIBRARIES, INSTALL_TORCH, dotted, driver_cuda_version, explain_no_cuda
-from qlora_cli.hardware.platforms import is_of_windows
+from qlora_cli.platforms import is_of_windows
 from qlora_cli.settings.choices import Device, Dtype
 from qlora_cli.units import counted, format_bytes
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from qlora_cli.doctor.findings import Outcome, Status, failed, ok, warning
 from qlora_cli.doctor.isolation import attempt
-from qlora_cli.hardware.platforms import Backend, Platform, Support, find_platform
+from qlora_cli.platforms import Backend, Platform, Support, find_platform
 
 # Packages that a setting uses where they are installed: the module, and the setting.
 KERNEL_PACKAGES = {

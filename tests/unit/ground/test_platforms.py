@@ -10,7 +10,7 @@ from qlora_cli.__main__ import refuse_windows
 from qlora_cli.doctor import checks_platform
 from qlora_cli.doctor.checks_platform import KERNEL_PACKAGES, check_kernels, check_platform, judge_platform
 from qlora_cli.doctor.findings import Status
-from qlora_cli.hardware.platforms import (
+from qlora_cli.platforms import (
     CPU,
     CUDA,
     MAC,
