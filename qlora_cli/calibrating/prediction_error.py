@@ -3,16 +3,18 @@
 The loaded model runs as it is; the unquantized one runs next to it with the weights of one layer at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.calibrating.calibration import base_model
 from qlora_cli.calibrating.calibration_rows import read_rows
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import DataError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel
@@ -51,44 +53,103 @@ def check_comparable(load_plan: LoadPlan) -> None:
         raise ModelError("nothing is quantized, so nothing is lost", hint="Leave it out.", setting=setting)
 
 
-def measure_prediction_error(
-    loaded: LoadedModel, load_plan: LoadPlan, names: Datasets, reporter: Reporter
-) -> PredictionError:
-    """Return the error of the predictions of `loaded` on rows of the data sets `names`.
+@dataclass(frozen=True, kw_only=True)
+class UnquantizedPredictions:
+    """What the unquantized model predicts on rows of the data sets `data`, with the outputs of its layers.
+
+    `ids` and `mask` are `(rows, seq)`, padded on the right; `logits`, `(tokens, vocabulary)`, and the `layers`,
+    `(tokens, width)` each, are on the CPU, for the tokens that the mask leaves. `read` returns the model's weights.
+    """
+
+    data: tuple[str, ...]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    logits: torch.Tensor
+    layers: tuple[torch.Tensor, ...]
+    read: Callable[[str], torch.Tensor]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The next token after each, `(tokens,)`; -100 after the last of a row."""
+        known = torch.where(self.mask, self.ids, NO_TARGET)
+        return nn.functional.pad(known[:, 1:], (0, 1), value=NO_TARGET)[self.mask]
+
+    def logits_of(self, model: PreTrainedModel) -> torch.Tensor:
+        """Return the logits of another model for the same tokens, `(tokens, vocabulary)` in fp32 on its device."""
+        ids, mask = self.ids.to(model.device), self.mask.to(model.device)
+        logits: torch.Tensor = model(ids, attention_mask=mask.long(), use_cache=False).logits
+        return logits[mask].float()
+
+    def halves(self) -> tuple["UnquantizedPredictions", "UnquantizedPredictions"]:
+        """Return the predictions on the first half of the rows, and on the others.
+
+        Raises:
+            DataError: there is one row alone.
+        """
+        middle = len(self.ids) // 2
+        if not middle:
+            raise DataError(
+                f"{', '.join(self.data)}: has one row, and layers that are chosen by one are to be judged by another",
+                hint="Name more data.",
+                setting="load.error_on",
+            )
+        return self._of_rows(0, middle), self._of_rows(middle, len(self.ids))
+
+    def _of_rows(self, begin: int, end: int) -> "UnquantizedPredictions":
+        first, last = int(self.mask[:begin].sum()), int(self.mask[:end].sum())
+        return replace(
+            self,
+            ids=self.ids[begin:end],
+            mask=self.mask[begin:end],
+            logits=self.logits[first:last],
+            layers=tuple(layer[first:last] for layer in self.layers),
+        )
+
+
+def predict_unquantized(
+    load_plan: LoadPlan, names: Datasets, reporter: Reporter, *, num_tokens: int = NUM_TOKENS
+) -> UnquantizedPredictions:
+    """Return what the unquantized model of `load_plan` predicts on about `num_tokens` of the data sets `names`.
 
     Raises:
         DatasetNotFoundError: no such data set.
         DataError: it can't be read.
     """
-    rows = [row[:MOST_TOKENS] for row in read_rows(names, load_plan, NUM_TOKENS, reporter).rows]
+    rows = [row[:MOST_TOKENS] for row in read_rows(names, load_plan, num_tokens, reporter).rows]
     reporter.report(PhaseStarted(title=f"Comparing {load_plan.source.base_name} with itself unquantized"))
-    base, device = base_model(load_plan, reporter), load_plan.device
+    base = base_model(load_plan, reporter)
+    read = base_reader(base, Base(base, BaseWeights.ORIGINAL))
     exact = StreamedModel(
         base.model.config,
-        base_reader(base, Base(base, BaseWeights.ORIGINAL)),
-        device=device,
+        read,
+        device=load_plan.device,
         dtype=load_plan.layout.dtype,
         trust_remote_code=load_plan.settings.model.trust_remote_code,
     )
     exact.model.set_attn_implementation(load_plan.attention.implementation)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    with _outputs(exact.model, mask) as unquantized:
-        reference = exact.logits(ids, mask.long())
-    with _outputs(loaded.base, mask) as quantized, torch.no_grad():
-        output = loaded.base(ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
-    logits = output.logits[mask.to(device)].float().cpu()
-    targets = nn.functional.pad(torch.where(mask, ids, NO_TARGET)[:, 1:], (0, 1), value=NO_TARGET)[mask]
-    figures = divergence(reference, logits, targets)
+    with _outputs(exact.model, mask) as layers:
+        logits = exact.logits(ids, mask.long())
+    return UnquantizedPredictions(
+        data=tuple(names), ids=ids, mask=mask, logits=logits, layers=tuple(layers), read=read
+    )
+
+
+def measure_prediction_error(loaded: LoadedModel, exact: UnquantizedPredictions) -> PredictionError:
+    """Return the error of the predictions of `loaded`, which is quantized, against those of the model as it was."""
+    with _outputs(loaded.base, exact.mask) as layers, torch.no_grad():
+        logits = exact.logits_of(loaded.base).cpu()
+    figures = divergence(exact.logits, logits, exact.targets)
     return PredictionError(
-        data=tuple(names),
-        num_rows=len(rows),
+        data=exact.data,
+        num_rows=len(exact.ids),
         num_tokens=figures.num_tokens,
         mean_kl=figures.mean_kl,
         top_token_agreement=figures.top_token_agreement,
         unquantized_perplexity=figures.reference_perplexity,
         perplexity=figures.perplexity,
-        layers=tuple(_relative(one, two) for one, two in zip(unquantized, quantized, strict=True)),
+        layers=tuple(_relative(one, two) for one, two in zip(exact.layers, layers, strict=True)),
     )
 
 

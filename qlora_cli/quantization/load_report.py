@@ -64,6 +64,23 @@ class PredictionError:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptPrecision:
+    """The linear layers, by full name, that stay in 16 bit since `budget_bytes` of weights allow it.
+
+    Of `num_layers` that would be quantized, these take `extra_bytes` more. `mean_kl_quantized` is the divergence from
+    the unquantized model, in nats a token, with all of them quantized, and `expected_kl` that with these in 16 bit, on
+    the rows that they were chosen by.
+    """
+
+    budget_bytes: int
+    extra_bytes: int
+    num_layers: int
+    modules: tuple[str, ...]
+    mean_kl_quantized: float
+    expected_kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """A loaded model in numbers; sizes in bytes, exact.
 
@@ -71,8 +88,9 @@ class LoadReport:
     `total_bytes` is the sum of `quantized_weight_bytes` (packed codes), `quantization_constant_bytes` (block scales,
     their own scales, offsets and code tables) and `unquantized_bytes` (all other parameters and buffers).
     `float32_bytes` and `float16_bytes` are the bytes of the parameters alone if unquantized. `errors` and
-    `prediction_error` are measured on request; `saved` is the quantized checkpoint, if one was written. For a run,
-    `adapter_step` is the step of its weights, and `run_is_done` whether it was trained to its end.
+    `prediction_error` are measured on request, and `kept` are layers in 16 bit by a budget; `saved` is the quantized
+    checkpoint, if one was written. For a run, `adapter_step` is the step of its weights, and `run_is_done` whether it
+    was trained to its end.
     """
 
     model: str
@@ -103,6 +121,7 @@ class LoadReport:
     dtype_bytes: Mapping[str, int]
     errors: tuple[WeightError, ...] | None
     prediction_error: PredictionError | None = None
+    kept: KeptPrecision | None = None
     calibration: CalibrationReport | None = None
     compute_dtype: str
     compute_dtype_reason: str

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from math import inf
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from qlora_cli.settings.choices import Checkpointing, ExportFormat, Solvable
@@ -60,6 +60,16 @@ def _read_pairs(value: object) -> object:
     if not pairs or any(not equals or not ours.strip() or not theirs.strip() for ours, equals, theirs in pairs):
         raise ValueError("expected pairs such as name=value,other=value")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _read_bytes(value: object) -> object:
+    """Parse a size such as `6GiB` or `500 MB`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError as error:
+        raise ValueError("expected a size such as 6GiB or 500MB") from error
 
 
 def value_error(message: str, hint: str) -> PydanticCustomError:
@@ -158,6 +168,7 @@ Prompts = Annotated[_SomePrompts, BeforeValidator(as_list, json_schema_input_typ
 _Numbers = tuple[Annotated[float, Field(allow_inf_nan=True)], ...]
 Weights = Annotated[_Numbers, BeforeValidator(_as_numbers, json_schema_input_type=float | _Numbers)]
 Repository = Annotated[str, AfterValidator(_check_repository)]
+NumBytes = Annotated[int, BeforeValidator(_read_bytes, json_schema_input_type=int | str), Field(gt=0)]
 Nats = Annotated[float, BeforeValidator(_check_nats)]
 _SomeFormats = Annotated[tuple[ExportFormat, ...], Field(min_length=1)]
 Formats = Annotated[

@@ -11,11 +11,13 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import command, print_next, volume_of
 from qlora_cli.events import Reporter
 from qlora_cli.settings.error_collector import ErrorCollector
-from qlora_cli.settings.models import LoadCommandSettings
+from qlora_cli.settings.models import LoadCommandSettings, SavingSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
 
 if TYPE_CHECKING:
+    from qlora_cli.loading.load_plan import LoadPlan
+    from qlora_cli.loading.loader import LoadedModel
     from qlora_cli.quantization.load_report import LoadReport
 
 
@@ -59,6 +61,10 @@ def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadR
         from qlora_cli.calibrating.prediction_error import check_comparable
 
         check_comparable(load_plan)
+    if given.memory_budget is not None:
+        from qlora_cli.calibrating.precision_budget import check_budget
+
+        check_budget(given.memory_budget, load_plan)
     calibrated = None
     if given.calibrate is not None:
         from qlora_cli.calibrating.calibration import calibrate_on
@@ -67,11 +73,27 @@ def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadR
     loaded = load_planned(load_plan, reporter, measure_error=given.error, calibrated=calibrated, started=start)
     report = loaded.report()
     if given.error_on is not None:
-        from qlora_cli.calibrating.prediction_error import measure_prediction_error
-
-        error = measure_prediction_error(loaded, load_plan, given.error_on, reporter)
-        report = dataclasses.replace(report, prediction_error=error)
+        loaded, report = _compared(loaded, load_plan, given, reporter)
     if given.save is not None:
         num_bytes = save_quantized(loaded, given.save, reporter)
         report = dataclasses.replace(report, saved=given.save, saved_bytes=num_bytes)
     return report
+
+
+def _compared(
+    loaded: "LoadedModel", load_plan: "LoadPlan", given: SavingSettings, reporter: Reporter
+) -> tuple["LoadedModel", "LoadReport"]:
+    """Return the model, with as many layers in 16 bit as a budget allows, and the report with its error on text."""
+    from qlora_cli.calibrating.precision_budget import keep_precision
+    from qlora_cli.calibrating.prediction_error import NUM_TOKENS, measure_prediction_error, predict_unquantized
+
+    assert given.error_on is not None
+    budget_bytes, kept = given.memory_budget, None
+    if budget_bytes is None:
+        exact = predict_unquantized(load_plan, given.error_on, reporter)
+    else:
+        both = predict_unquantized(load_plan, given.error_on, reporter, num_tokens=2 * NUM_TOKENS)
+        chosen_by, exact = both.halves()  # what was chosen is measured on other rows
+        loaded, kept = keep_precision(loaded, load_plan, chosen_by, budget_bytes, reporter)
+    error = measure_prediction_error(loaded, exact)
+    return loaded, dataclasses.replace(loaded.report(), prediction_error=error, kept=kept)

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import Row, console, print_rows, title
-from qlora_cli.quantization.load_report import CalibrationReport, KindCount, LoadReport, PredictionError, WeightError
+from qlora_cli.quantization.load_report import (
+    CalibrationReport,
+    KeptPrecision,
+    KindCount,
+    LoadReport,
+    PredictionError,
+    WeightError,
+)
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -27,7 +34,7 @@ def render_load(report: LoadReport) -> None:
         print_rows(error_rows(report.errors))
     if report.prediction_error is not None:
         title("What quantization costs")
-        print_rows(prediction_error_rows(report.prediction_error))
+        print_rows([*prediction_error_rows(report.prediction_error), *kept_rows(report.kept)])
     if report.unquantized_fits:
         size = format_bytes(report.unquantized_model_bytes)
         advice = (
@@ -128,6 +135,16 @@ def prediction_error_rows(error: PredictionError) -> list[Row]:
         low, high = min(error.layers), max(error.layers)
         rows.append(("outputs of layers", f"{bars(error.layers)}  off by {low:.1%} to {high:.1%}"))
     return rows
+
+
+def kept_rows(kept: KeptPrecision | None) -> list[Row]:
+    """Return the layers in 16 bit, what they take, and what was expected of them."""
+    if kept is None:
+        return []
+    layers = f"{len(kept.modules):,} of {counted(kept.num_layers, 'linear layer')}"
+    more = f"{format_bytes(kept.extra_bytes)} more, within {format_bytes(kept.budget_bytes)}"
+    expected = f"{kept.mean_kl_quantized:.3g} nats a token without them, {kept.expected_kl:.3g} expected with them"
+    return [("kept in 16 bit", f"{layers}, {more}"), ("", f"on the rows that they were chosen by: {expected}")]
 
 
 def errors_by_layer(errors: Sequence[WeightError]) -> list[float]:

@@ -17,9 +17,9 @@ from qlora_cli.settings.models import (
 from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.rules.conflicts_calibrating import calibrating_conflicts
 from qlora_cli.settings.rules.conflicts_commands import (
-    calibration_conflicts,
     generation_conflicts,
     load_conflicts,
+    loading_conflicts,
     prediction_conflicts,
     push_conflicts,
 )
@@ -84,7 +84,7 @@ def _command_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
     checks: Mapping[str, Callable[[Any], Iterable[Conflict]]] = {
         "generate": generation_conflicts,
         "inspect_memory": prediction_conflicts,
-        "load": calibration_conflicts,
+        "load": loading_conflicts,
         "output": partial(push_conflicts, "output"),
         "merge": partial(push_conflicts, "merge"),
     }

@@ -25,10 +25,13 @@ def load_conflicts(quantization: QuantizationSettings) -> Iterator[Conflict]:
         yield "quantization.method", message, f"Use {quant_flag(LEAST_FIRST)}."
 
 
-def calibration_conflicts(saving: SavingSettings) -> Iterator[Conflict]:
-    """Yield the number of tokens if nothing is calibrated."""
+def loading_conflicts(saving: SavingSettings) -> Iterator[Conflict]:
+    """Yield the number of tokens if nothing is calibrated, and a budget that no data says how to spend."""
     if saving.calibrate is None:
         yield "load.calibration_tokens", "has no effect without --calibrate", "Add --calibrate DATA, or leave it out."
+    if saving.memory_budget is not None and saving.error_on is None:
+        hint = "Add --error-on DATA, text of the kind that the model will see."
+        yield "load.memory_budget", "is spent by what quantization costs on data, and none is named", hint
 
 
 def prediction_conflicts(prediction: PredictionSettings) -> Iterator[Conflict]:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import Command, Metadata
-from qlora_cli.settings.values import Datasets
+from qlora_cli.settings.values import Datasets, NumBytes
 
 
 class SavingSettings(Section):
@@ -38,4 +38,11 @@ class SavingSettings(Section):
         default=None,
         description="Measure what quantization costs on this data, named as for train: the divergence of the "
         "predictions from those of the unquantized model, and the error of each layer's output.",
+    )
+    memory_budget: Annotated[
+        NumBytes | None, Metadata(flag="--memory-budget", commands=(Command.LOAD,), metavar="SIZE")
+    ] = Field(
+        default=None,
+        description="What the weights may take, such as 6GiB: layers stay in 16 bit as far as it allows, those first "
+        "that cost predictions on --error-on's data most for their bytes.",
     )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.calibrating.calibration import calibrate_on
 from qlora_cli.calibrating.calibration_rows import read_rows
-from qlora_cli.calibrating.prediction_error import check_comparable, measure_prediction_error
+from qlora_cli.calibrating.prediction_error import check_comparable, measure_prediction_error, predict_unquantized
 from qlora_cli.cli.app import app
 from qlora_cli.errors import ModelError
 from qlora_cli.loading.load_plan import plan_load
@@ -32,7 +32,7 @@ def measured(model: Path, *, calibrate_first: bool = False, **flags: object) -> 
     check_comparable(load_plan)
     codes = calibrate_on((f"{ASSETS / 'train.jsonl'}#60",), load_plan, Recorder()) if calibrate_first else None
     loaded = load_planned(load_plan, Recorder(), calibrated=codes)
-    return measure_prediction_error(loaded, load_plan, DATA, Recorder())
+    return measure_prediction_error(loaded, predict_unquantized(load_plan, DATA, Recorder()))
 
 
 @pytest.fixture(scope="module")
