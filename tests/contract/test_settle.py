@@ -32,6 +32,7 @@ SETTLES = {
 }
 # The modules that ask about another load, run or inspection of data, which differs from this one in a value.
 VARIES = {
+    "calibrating/precision_budget.py": 1,  # the same load with more layers in 16 bit
     "cli/commands/predicted_data.py": 1,  # the repository with the tokenizer of a model of the catalogue
     "data/showing/inspection.py": 2,  # the rows themselves are inspected, not packed ones; in another order
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
