@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from qlora_cli.answering.answers import FinishReason
 from qlora_cli.answering.prompts import encode, messages_of
+from qlora_cli.quantization.sharded_units import device_of
 from qlora_cli.settings.models import AnswerSettings
 from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
@@ -147,8 +148,7 @@ class Answerer:
 def _device_of(model: Model) -> torch.device:
     """Return the device of the model: that of its head, since the embedding may be in host memory."""
     head = model.get_output_embeddings()
-    device: torch.device = model.device if head is None else head.weight.device
-    return device
+    return model.device if head is None else device_of(head.weight)
 
 
 @contextmanager

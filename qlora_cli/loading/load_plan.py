@@ -21,7 +21,7 @@ from qlora_cli.model_files.adapter_files import notes_on_ignored_keys
 from qlora_cli.model_files.model_config import ModelConfig
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.quantization.embedding import check_offload, embedding_of
-from qlora_cli.quantization.memory_check import check_fit, free_bytes
+from qlora_cli.quantization.memory_check import WHOLE, Shards, check_fit, free_bytes
 from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
 from qlora_cli.settings.choices import Attention, Device, Dtype
@@ -205,14 +205,14 @@ def _check_fit(
         on_both,
         offload_embedding=settings.model.offload_embedding,
         grows=num_rows > embedding_of(shapes).num_embeddings,
-        num_shards=_num_shards(settings),
+        shards=_shards(settings),
     )
 
 
-def _num_shards(settings: LoadSettings) -> int:
-    if isinstance(settings, TrainSettings) and settings.training.shards_base:
-        return settings.training.num_gpus
-    return 1
+def _shards(settings: LoadSettings) -> Shards:
+    if not isinstance(settings, TrainSettings) or not settings.training.shards_base:
+        return WHOLE
+    return Shards(number=settings.training.num_gpus, on_host=settings.training.offload_base)
 
 
 def attention_on(

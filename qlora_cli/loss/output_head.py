@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
+from qlora_cli.quantization.sharded_units import device_of
 
 # Attributes of configs: what logits are multiplied with, divided by, and capped at.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -151,7 +152,7 @@ def check_head(model: PreTrainedModel) -> None:
     """
     backbone, hidden = backbone_of(model), list[torch.Tensor]()
     was_training = model.training
-    ids = torch.arange(CHECKED_TOKENS, device=output_head(model).weight.device)[None]
+    ids = torch.arange(CHECKED_TOKENS, device=device_of(output_head(model).weight))[None]
     handle = backbone.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
     model.eval()
     try:

@@ -155,6 +155,7 @@ class Estimator:
             gradient_bytes=traced.files.adapter_bytes,
             num_processes=settings.training.num_gpus,
             received_bytes=0 if traced.sharded is None else traced.sharded.received_bytes,
+            copied_bytes=0 if traced.sharded is None else traced.sharded.copied_bytes,
             link=self._link,
             pinned_host_bytes=traced.pinned_host_bytes,
             kind=kind_of_step(settings, dtype),
@@ -233,9 +234,12 @@ class Estimator:
         dtype = self.dtype_on(settings, gpu)
         on_host = set(self._on_host(settings, dtype))
         entries = self.layout(settings, dtype).inventory.entries
-        stored = [entry.weight_bytes + entry.constant_bytes for entry in entries if entry.name not in on_host]
-        training = settings.training
-        return gpu.context_bytes + sum(stored) // (training.num_gpus if training.shards_base else 1)
+        held = [entry for entry in entries if entry.name not in on_host]
+        constants = sum(entry.constant_bytes for entry in held)
+        if _keeps_shards_on_host(settings, gpu):
+            return gpu.context_bytes + constants
+        stored, training = constants + sum(entry.weight_bytes for entry in held), settings.training
+        return gpu.context_bytes + stored // (training.num_gpus if training.shards_base else 1)
 
     def host_memory(self, settings: EstimateSettings, gpu: Gpu, *, num_rows: int) -> HostMemory:
         """Return what the run takes from the host's memory, with `num_rows` rows of data."""
@@ -248,6 +252,7 @@ class Estimator:
         return host_memory(
             largest_weight_bytes=max(*sizes, ends),
             embedding_bytes=embedding.nbytes if settings.model.offload_embedding else 0,
+            shard_bytes=0 if traced.sharded is None else traced.sharded.host_bytes,
             pinned_bytes=traced.pinned_host_bytes,
             paged_bytes=traced.paged_bytes,
             files=traced.files,
@@ -292,7 +297,7 @@ class Estimator:
         own, shapes = gpu.capability, self.shapes(settings, dtype)
         key = ("capability", own, id(shapes))
         capability = self._cached(key, lambda: representative_capability(own, shapes))
-        step = self._step(settings, dtype, capability, self._attention(settings, dtype, gpu.capability))
+        step = self._step(settings, dtype, capability, gpu)
         training = settings.training
         # Of weight decay and LoRA+ only whether they are used: how much changes values, not sizes.
         optimizer = (training.optimizer, training.loraplus_lr_ratio is None, training.weight_decay > 0)
@@ -304,12 +309,12 @@ class Estimator:
         layout = self.layout(settings, dtype)
         meta_model, passes, traced = self._trace_step(settings, dtype, step)
         trained = trained_parameters(meta_model.model, meta_model.stack, meta_model.chosen)
-        sharded = self._sharded(settings, dtype, meta_model)
+        sharded = self._sharded(settings, dtype, meta_model, is_on_host=step.shards_on_host)
         resident = load_weights(
             layout,
             num_experts=self._num_experts(settings, dtype),
             on_host=self._on_host(settings, dtype),
-            shards=None if sharded is None else sharded.shards,
+            sharded=sharded,
         )
         adapter = self._adapter(settings, dtype)
         load_adapter(resident, trained, [] if adapter is None else _copied_bytes(adapter, TORCH_DTYPES[dtype]))
@@ -346,12 +351,20 @@ class Estimator:
             notes=meta_model.notes,
         )
 
-    def _sharded(self, settings: EstimateSettings, dtype: Dtype, meta_model: MetaModel) -> ShardedBase | None:
+    def _sharded(
+        self, settings: EstimateSettings, dtype: Dtype, meta_model: MetaModel, *, is_on_host: bool
+    ) -> ShardedBase | None:
         if not settings.training.shards_base:
             return None
         entries = {entry.name: entry for entry in self.layout(settings, dtype).inventory.entries}
         adapted = meta_model.model.get_base_model()
-        return sharded_base(self.shapes(settings, dtype), adapted, entries, settings.training.num_gpus)
+        return sharded_base(
+            self.shapes(settings, dtype),
+            adapted,
+            entries,
+            settings.training.num_gpus,
+            is_on_host=is_on_host,
+        )
 
     def _trace_step(
         self, settings: EstimateSettings, dtype: Dtype, step: StepSettings
@@ -409,16 +422,14 @@ class Estimator:
             model.new_tokens,
         )
 
-    def _step(
-        self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int], attention: str
-    ) -> StepSettings:
+    def _step(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int], gpu: Gpu) -> StepSettings:
         self._check_length(settings)
         training = settings.training
         return StepSettings(
             **micro_batches_of(settings),
             checkpointing=checkpointing_of(settings),
             kept_products=training.kept_products,
-            attention=attention,
+            attention=self._attention(settings, dtype, gpu.capability),
             backend=self._backend,
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
@@ -427,6 +438,7 @@ class Estimator:
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=runs_evaluation(settings, self._evaluates),
             num_shards=training.num_gpus if training.shards_base else 1,
+            shards_on_host=_keeps_shards_on_host(settings, gpu),
         )
 
     def _attention(self, settings: EstimateSettings, dtype: Dtype, capability: tuple[int, int]) -> str:
@@ -467,6 +479,11 @@ class Estimator:
             self._cache[key] = make()
         value: Value = self._cache[key]
         return value
+
+
+def _keeps_shards_on_host(settings: EstimateSettings, gpu: Gpu) -> bool:
+    """Return whether the shards of the base are elsewhere than where the run computes."""
+    return settings.training.offload_base and not gpu.is_host
 
 
 def _copied_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:

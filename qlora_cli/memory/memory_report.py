@@ -15,6 +15,7 @@ from qlora_cli.memory.catalogue import CatalogueModel
 from qlora_cli.memory.costs.host_memory import with_host
 from qlora_cli.memory.costs.run_files import has_weights
 from qlora_cli.memory.costs.run_time import with_run
+from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.alternatives import (
     SLOW_TO_PREDICT,
     larger_model,
@@ -49,7 +50,7 @@ from qlora_cli.memory.prediction import (
 )
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
-from qlora_cli.settings.choices import Solvable
+from qlora_cli.settings.choices import Solvable, Strategy
 from qlora_cli.settings.display import display_flags
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
@@ -184,7 +185,7 @@ def _report(
         paged_bytes=estimate.paged_bytes,
         pinned_host_bytes=estimate.pinned_host_bytes,
         host=host,
-        sharding=_sharding(request, traced.sharded, estimator.num_micro_batches(settings)),
+        sharding=_sharding(request, gpu, traced.sharded, estimator.num_micro_batches(settings)),
         plan=plans[0].plan if plans else None,
         methods=None if choice is None else choice.options,
         unquantized=unquantized(),
@@ -239,17 +240,20 @@ def _figures(
     return as_host_memory(figures) if request.is_on_host else with_host(figures, host)
 
 
-def _sharding(request: MemoryRequest, sharded: "ShardedBase | None", number: int) -> Sharding | None:
+def _sharding(request: MemoryRequest, gpu: Gpu, sharded: "ShardedBase | None", number: int) -> Sharding | None:
     """Return what `number` micro-batches of a step send; None without a sharded base."""
     if sharded is None:
         return None
-    link = request.prediction.link
+    link, known, copied_bytes = request.prediction.link, rates_on(gpu), number * sharded.copied_bytes
     return Sharding(
         num_gpus=sharded.num_processes,
         shard_bytes=sharded.shard_bytes,
         received_bytes_per_step=number * sharded.received_bytes,
         link=link.value,
         receiving_seconds=gather_seconds(number * sharded.received_bytes, link),
+        is_on_host=sharded.is_on_host,
+        copied_bytes_per_step=copied_bytes,
+        copying_seconds=None if known is None else copied_bytes / known.rates.host_copy_bytes,
     )
 
 
@@ -433,7 +437,8 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
         "gradient-accumulation-steps": str(settings.training.gradient_accumulation_steps),
         **({} if tokens is None else {"micro-batch-tokens": str(tokens)}),
         **({} if settings.training.num_gpus == 1 else {"num-gpus": str(settings.training.num_gpus)}),
-        **({"strategy": settings.training.strategy.value} if settings.training.shards_base else {}),
+        **({"strategy": Strategy.FSDP.value} if settings.training.shards_base else {}),
+        **({"offload-base": "on"} if settings.training.offload_base else {}),
         "max-length": str(settings.data.max_length),
         "gradient-checkpointing": estimate.gradient_checkpointing,
         "attention": settings.model.attention.value,

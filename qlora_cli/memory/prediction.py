@@ -376,6 +376,7 @@ class HostMemory:
         num_processes: Processes of the run on one host, each of which takes them; only the first one saves.
         process_bytes: Python, the libraries and the CUDA driver's part: a guess.
         embedding_bytes: Of an embedding that stays on the host.
+        shard_bytes: Of the base, if it is kept on the host.
         rows_bytes: What is known of each row of the data.
         reading_bytes: The largest weight, while the base is read; the whole embedding and head, if they are sharded.
         pinned_bytes: Offloaded activations.
@@ -390,6 +391,7 @@ class HostMemory:
     pinned_bytes: int
     saving_bytes: int
     paged_bytes: int
+    shard_bytes: int = 0
     num_processes: int = 1
 
 
@@ -402,6 +404,10 @@ class Sharding:
         received_bytes_per_step: Weights that each GPU receives in an optimizer step, forward and backward.
         link: What they are sent over.
         receiving_seconds: Of a step, at the rate of the link; hidden by computation where that takes longer.
+        is_on_host: Whether the shard is kept in host memory.
+        copied_bytes_per_step: Of the shard, from there to the GPU in an optimizer step; 0 if it is on the GPU.
+        copying_seconds: Of a step, at the rate of the GPU's own link to the host, before what the others hold is
+            received; None if that rate is not known.
     """
 
     num_gpus: int
@@ -409,6 +415,9 @@ class Sharding:
     received_bytes_per_step: int
     link: str
     receiving_seconds: float
+    is_on_host: bool = False
+    copied_bytes_per_step: int = 0
+    copying_seconds: float | None = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Keep of each weight that is read only the part of one process."""
 
 from collections.abc import Iterator
-from math import prod
 
 import torch
 from torch import nn
@@ -16,9 +15,15 @@ class KeptShards:
     element of memory. Copying returns the same object: transformers copies the config that holds it.
     """
 
-    def __init__(self, *, rank: int, size: int, device: torch.device, layers: tuple[str, ...]) -> None:
-        """Keep shards of the weights whose full names begin with the name of one of `layers`, on `device`."""
+    def __init__(
+        self, *, rank: int, size: int, device: torch.device, layers: tuple[str, ...], on_host: bool = False
+    ) -> None:
+        """Keep shards of the weights whose full names begin with the name of one of `layers`.
+
+        They are kept on `device`, where they are quantized; or `on_host`, in memory that a GPU copies from.
+        """
         self.device = device
+        self.on_host = on_host
         self._rank = rank
         self._size = size
         self._prefixes = tuple(f"{layer}." for layer in layers)
@@ -41,8 +46,18 @@ class KeptShards:
         if self.device.type == "cpu":  # whose heap would keep the room of whole weights between the shards
             return_freed_memory()
         placeholder = weight.new_zeros((1,) * weight.ndim)
-        self._parts[_address(placeholder)] = (placeholder, part.clone())
+        self._parts[_address(placeholder)] = (placeholder, self._copied(part))
         return placeholder.expand(weight.shape)
+
+    def _copied(self, part: torch.Tensor) -> torch.Tensor:
+        if not self.on_host:
+            return part.clone()
+        return torch.empty(part.shape, dtype=part.dtype, pin_memory=self.pins).copy_(part)
+
+    @property
+    def pins(self) -> bool:
+        """Whether shards are in pinned memory, from which a GPU copies while it computes."""
+        return self.on_host and self.device.type == "cuda"
 
     def take(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return the shard of the weight that `parameter` holds the place of, and forget it; None if it is whole."""
@@ -62,11 +77,6 @@ class KeptShards:
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    """Return the strides of a tensor of `shape` whose elements lie one after another."""
-    return tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
 def layer_names(model: nn.Module, layer_type: type[nn.Module]) -> Iterator[str]:

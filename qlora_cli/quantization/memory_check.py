@@ -1,7 +1,7 @@
 """Check before a weight is read whether a model fits in memory; if not, find the smallest change that makes it fit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.settings.settle import with_values
 from qlora_cli.units import format_bytes
 
-OFFLOAD = "--offload-embedding"
+OFFLOAD, OFFLOAD_BASE = "--offload-embedding", "--offload-base"
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -40,6 +40,17 @@ CGROUP_FILES = (  # of version 2 and of version 1
         "total_inactive_file",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The number of processes that hold a part of a model each, and whether these are on the host."""
+
+    number: int = 1
+    on_host: bool = False
+
+
+WHOLE = Shards()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +84,21 @@ def _cgroup_headrooms() -> list[int]:
 
 
 def needed_bytes(
-    layout: StoragePlan, *, offload_embedding: bool = False, grows: bool = False, num_shards: int = 1
+    layout: StoragePlan,
+    *,
+    offload_embedding: bool = False,
+    grows: bool = False,
+    shards: Shards = WHOLE,
 ) -> int:
     """Return the peak of loading: the model, or one of its shards, and one weight before it is quantized.
 
-    If the embedding `grows`, that is, gets new rows, it is in memory twice for a moment.
+    If the embedding `grows`, that is, gets new rows, it is in memory twice for a moment. Of shards on the host, only
+    the constants are on the device.
     """
-    embedding = _embedding_bytes(layout)
-    total = layout.inventory.total_bytes // num_shards + max(layout.transient_bytes, embedding if grows else 0)
-    return total - (embedding if offload_embedding else 0)
+    embedding, inventory = _embedding_bytes(layout), layout.inventory
+    constants = sum(entry.constant_bytes for entry in inventory.entries)
+    held = constants if shards.on_host else inventory.total_bytes // shards.number
+    return held + max(layout.transient_bytes, embedding if grows else 0) - (embedding if offload_embedding else 0)
 
 
 def check_fit(
@@ -93,19 +110,19 @@ def check_fit(
     *,
     offload_embedding: bool,
     grows: bool = False,
-    num_shards: int = 1,
+    shards: Shards = WHOLE,
 ) -> None:
-    """Check that `model`, which is on the meta device, or one of `num_shards`, fits into `free` bytes on `device`.
+    """Check that `model`, which is on the meta device, or one of its `shards`, fits into `free` bytes on `device`.
 
     `grows` says whether the embedding gets new rows.
 
     Raises:
         OutOfMemoryError: it does not; gives both sizes and the smallest change that fits.
     """
-    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows, num_shards=num_shards)
+    needed = needed_bytes(layout, offload_embedding=offload_embedding, grows=grows, shards=shards)
     if needed <= free:
         return
-    changes = list(_changes(model, layout, device, offload_embedding=offload_embedding))
+    changes = list(_changes(model, layout, device, offload_embedding=offload_embedding, shards=shards))
     fitting = [change for change in changes if change.needed_bytes <= free]
     if fitting:
         hint = f"{fitting[0].flags} would fit: {format_bytes(fitting[0].needed_bytes)}."
@@ -119,10 +136,19 @@ def check_fit(
 
 
 def _changes(
-    model: PreTrainedModel, layout: StoragePlan, device: torch.device, *, offload_embedding: bool
+    model: PreTrainedModel,
+    layout: StoragePlan,
+    device: torch.device,
+    *,
+    offload_embedding: bool,
+    shards: Shards,
 ) -> Iterator[SettingChange]:
     """Yield possible changes, those that change the model least first."""
-    can_offload = device.type == "cuda" and not offload_embedding and not is_tied(model)
+    is_sharded, on_gpu = shards != WHOLE, device.type == "cuda"
+    can_offload = on_gpu and not is_sharded and not offload_embedding and not is_tied(model)
+    if is_sharded and on_gpu and not shards.on_host:
+        on_host = replace(shards, on_host=True)
+        yield SettingChange(flags=OFFLOAD_BASE, needed_bytes=needed_bytes(layout, shards=on_host))
     if can_offload:
         yield SettingChange(flags=OFFLOAD, needed_bytes=needed_bytes(layout, offload_embedding=True))
     if layout.prequantized is not None:
@@ -132,7 +158,8 @@ def _changes(
             variant = plan_layout(model, settings, layout.dtype, device=device)
         except QloraError:  # a format that this model can't be stored in is not proposed
             continue
-        yield SettingChange(flags=flags, needed_bytes=needed_bytes(variant, offload_embedding=offload_embedding))
+        num_bytes = needed_bytes(variant, offload_embedding=offload_embedding, shards=shards)
+        yield SettingChange(flags=flags, needed_bytes=num_bytes)
         if can_offload:
             yield SettingChange(flags=f"{flags} {OFFLOAD}", needed_bytes=needed_bytes(variant, offload_embedding=True))
 

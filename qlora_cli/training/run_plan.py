@@ -226,7 +226,8 @@ def load_run(
     """
     resolved, load_plan, rows = settled.resolved, settled.load_plan, settled.rows
     settings = resolved.settings
-    shards = kept_shards(load_plan, group) if settings.training.shards_base else None
+    training = settings.training
+    shards = kept_shards(load_plan, group, on_host=training.offload_base) if training.shards_base else None
     # A checkpoint's matrices replace those that the adapter begins with.
     begins = calibrates and (settled.resume is None or settled.resume.checkpoint is None)
     residuals = residuals_of_run(settings, load_plan, rows.train, reporter, begins=begins)

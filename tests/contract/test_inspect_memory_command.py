@@ -259,6 +259,7 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         ),
         (["base", "--gpu", "64x24GB"], "--gpu: 64 GPUs would share the 16 rows of a step, so that some have none"),
         (["base", "--gpu", "24GB", "--strategy", "fsdp"], "--strategy: one GPU holds all of the base"),
+        (["base", "--gpu", "24GB", "--offload-base"], "--offload-base: one GPU holds all of the base"),
         (["base", "--gpu", "24GB", "--link", "nvlink"], "--link: one GPU sends nothing"),
         (["base", "--gpus", "2"], "no such option: --gpus\n  hint: Name the card with --gpu"),
         (["base", "--set", "inspect_memory.num_gpus=2"], "hint: It is training.num_gpus."),

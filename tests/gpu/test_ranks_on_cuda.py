@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.integration.training.test_ranks import distance
+from tests.support.models.loading import save_model
 from tests.support.processes.killed_runs import metrics_of
 
 pytestmark = [
@@ -32,6 +33,7 @@ FLAGS = (
     "--gradient-checkpointing=on",
 )
 SHARDED = ("--num-gpus=2", "--strategy=fsdp")
+OFFLOADED = ("--num-gpus=2", "--offload-base")
 
 
 def command(model: Path, rows: Path, run: Path, *flags: str) -> list[str]:
@@ -53,7 +55,9 @@ def record_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])
-@pytest.mark.parametrize("flags", [("--num-gpus=2", "--strategy=ddp"), SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "flags", [("--num-gpus=2", "--strategy=ddp"), SHARDED, OFFLOADED], ids=["ddp", "fsdp", "offloaded"]
+)
 def test_two_gpus_train_the_adapter_of_one(
     base_model: Path, rows: Path, tmp_path: Path, quant: str, flags: tuple[str, ...]
 ) -> None:
@@ -67,10 +71,23 @@ def test_two_gpus_train_the_adapter_of_one(
         assert mine == pytest.approx(its, rel=1e-3)
 
 
-def test_a_sharded_run_resumes_on_one_gpu(base_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_shards_that_wait_on_the_host_take_no_memory_of_the_gpu(rows: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=16, hidden_size=512, intermediate_size=4096)
+    peaks = []
+    for name, flags in (("sharded", SHARDED), ("offloaded", OFFLOADED)):
+        run = train(model, rows, tmp_path / name, *flags, "--quant=none", "--rank=1", "--max-steps=1")
+        peaks.append(record_of(run)["result"]["peak_memory"]["device_allocated_bytes"])
+    of_layers = 16 * 4 * (4 * 512 * 512 + 3 * 512 * 4096)
+    assert peaks[0] - peaks[1] > 0.4 * of_layers, "half of the layers, but for a copy of one of them"
+
+
+@pytest.mark.parametrize("flags", [SHARDED, OFFLOADED], ids=["fsdp", "offloaded"])
+def test_a_sharded_run_resumes_on_one_gpu(
+    base_model: Path, rows: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     constant = "--schedule=constant"  # the same for a run of two steps
     one = train(base_model, rows, tmp_path / "one", constant)
-    run = train(base_model, rows, tmp_path / "run", *SHARDED, constant, "--max-steps=2")
+    run = train(base_model, rows, tmp_path / "run", *flags, constant, "--max-steps=2")
     assert distance(run, one) > 1e-3
     assert distance(train(base_model, rows, run, constant), one) < 1e-4
 

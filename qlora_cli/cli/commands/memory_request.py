@@ -25,7 +25,6 @@ from qlora_cli.settings.choices import Attention, CardOrder, Checkpointing, Quan
 from qlora_cli.settings.display import flag_of
 from qlora_cli.settings.models import InspectMemoryOfDataSettings, InspectMemorySettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.rules.conflicts_training import STRATEGY
 from qlora_cli.settings.sections.inspect_memory import Link
 from qlora_cli.settings.setting_metadata import Command
 from qlora_cli.settings.settle import InferredSettings, settle
@@ -190,7 +189,8 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
     training = resolved.settings.training
     if training.shards_base and training.num_gpus == 1:
         hint = "Name several, as in --gpu 2x24GB, or give --num-gpus."
-        yield Problem(where=resolved.where_of(STRATEGY), message="one GPU holds all of the base", hint=hint)
+        where = resolved.where_of(training.sharding_setting)
+        yield Problem(where=where, message="one GPU holds all of the base", hint=hint)
     if asked.link != Link.PCIE and training.num_gpus == 1 and Solvable.GPU not in asked.solve:
         hint = "Name several GPUs, as in --gpu 2x24GB, or leave it out."
         yield Problem(where=resolved.where_of("inspect_memory.link"), message="one GPU sends nothing", hint=hint)

@@ -52,6 +52,7 @@ RESERVED, PROCESS = "reserved", "process"
 HOST_PARTS = {
     "process_bytes": "Python, libraries, driver (a guess)",
     "embedding_bytes": "the embedding",
+    "shard_bytes": "a shard of the base, in pinned memory",
     "rows_bytes": "numbers about the rows of the data",
     "reading_bytes": "the largest weights, while reading",
     "pinned_bytes": "activations in pinned memory",

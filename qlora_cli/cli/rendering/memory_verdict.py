@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qlora_cli.memory.fitting.suggestions import NO, YES
 from qlora_cli.memory.gpus import GPUS, Gpu, examples
 from qlora_cli.memory.host_run import HOW_TO_MEASURE
-from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures
+from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures, Sharding
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.timing.roofline import HOST, MEMORY
 from qlora_cli.units import GIB, format_count
@@ -69,12 +69,23 @@ def _of_several(report: MemoryReport) -> list[str]:
         lines.append(f"{of_host} of its memory.")
     if (sharding := report.sharding) is not None:
         received, seconds = _gib(sharding.received_bytes_per_step), significant(sharding.receiving_seconds)
-        hides = "more than" if report.predicted.limited_by == LINK else "hidden by"
+        holds, copies = f"each holds {_gib(sharding.shard_bytes)} GiB of it", ""
+        if sharding.is_on_host:
+            holds, copies = f"{holds} in host memory", f"copies {_copied(sharding)} to the GPU, "
+        are = " together" if sharding.is_on_host else ""
+        hides = f"{are} more than" if report.predicted.limited_by == LINK else f"{are} hidden by"
         lines.append(
-            f"The base is sharded: each holds {_gib(sharding.shard_bytes)} GiB of it, and receives {received} GiB a "
-            f"step over {LINKS[sharding.link]}, {seconds} s, {hides} the computation."
+            f"The base is sharded: {holds}, {copies}and receives {received} GiB a step over {LINKS[sharding.link]}, "
+            f"{seconds} s,{hides} the computation."
         )
     return lines
+
+
+def _copied(sharding: Sharding) -> str:
+    """Return what a GPU copies from the host in a step, and how long that takes."""
+    seconds = sharding.copying_seconds
+    took = "" if seconds is None else f", {significant(seconds)} s,"
+    return f"{_gib(sharding.copied_bytes_per_step)} GiB a step{took}"
 
 
 def _recomputed_for(report: MemoryReport) -> str:

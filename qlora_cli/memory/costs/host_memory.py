@@ -18,6 +18,7 @@ def host_memory(
     *,
     largest_weight_bytes: int,
     embedding_bytes: int,
+    shard_bytes: int = 0,
     pinned_bytes: int,
     paged_bytes: int,
     files: FileSizes,
@@ -26,12 +27,13 @@ def host_memory(
 ) -> HostMemory:
     """Return the parts of a host's memory for each of `num_processes`, as many of which as possible it has.
 
-    Weights are read one at a time, of at most `largest_weight_bytes`; `embedding_bytes` stay on the host. A checkpoint
-    is copied to the host before it is written.
+    Weights are read one at a time, of at most `largest_weight_bytes`; `embedding_bytes` and
+    `shard_bytes` of the base stay on the host. A checkpoint is copied to the host before it is written.
     """
     return HostMemory(
         process_bytes=PROCESS_BYTES,
         embedding_bytes=embedding_bytes,
+        shard_bytes=shard_bytes,
         rows_bytes=ROW_BYTES * num_rows,
         reading_bytes=largest_weight_bytes,
         pinned_bytes=pinned_bytes,
@@ -47,7 +49,7 @@ def with_host(figures: RunFigures, host: HostMemory) -> RunFigures:
     It is that of all processes on a host, which load at the same time. The upper end counts all of the paged optimizer
     state, which is on the host only where the GPU is full.
     """
-    resident, number = host.embedding_bytes + host.rows_bytes, host.num_processes
+    resident, number = host.embedding_bytes + host.shard_bytes + host.rows_bytes, host.num_processes
     training = number * host.pinned_bytes + host.saving_bytes
     training_high = number * (PINNED_ROUNDING * host.pinned_bytes + host.paged_bytes) + host.saving_bytes
     reading, reading_high = number * host.reading_bytes, number * max(host.reading_bytes, READING_HIGH_BYTES)

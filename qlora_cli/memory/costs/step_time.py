@@ -34,6 +34,7 @@ def step_time(
     pinned_host_bytes: int,
     gradient_bytes: int = 0,
     received_bytes: int = 0,
+    copied_bytes: int = 0,
     num_processes: int = 1,
     link: Link = Link.PCIE,
     kind: str = "",
@@ -42,7 +43,8 @@ def step_time(
 
     `num_tokens` are those of a micro-batch, and `pinned_host_bytes` what it copies to the host and back. Each of
     several processes has so many micro-batches, and sums its gradients with the others', as part of the update. While
-    it computes one, it receives `received_bytes` of weights for the next layers, whichever takes longer.
+    it computes one, it copies `copied_bytes` of weights for the next layers from the host, and receives
+    `received_bytes` of them; the step takes as long as the computation or both, whichever is longer.
     Earlier runs of the same `kind` on this machine correct the time.
     """
     known = rates_on(gpu)
@@ -54,7 +56,7 @@ def step_time(
     correction = corrections.of_limit(of_micro_batch)
     low, high = _band(known, correction)
     update_seconds = of_update.seconds + exchange_seconds(gradient_bytes, num_processes, link)
-    of_link = gather_seconds(received_bytes, link)
+    of_link = gather_seconds(received_bytes, link) + copied_bytes / known.rates.host_copy_bytes
     micro_batch_seconds = max(of_micro_batch.seconds, of_link)
     seconds = num_micro_batches * micro_batch_seconds + update_seconds
     tokens_per_second = num_processes * num_micro_batches * num_tokens / seconds

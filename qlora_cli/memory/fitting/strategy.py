@@ -30,7 +30,9 @@ def with_strategy(settings: EstimateSettings, gpu: Gpu, plan: PlanOn) -> Estimat
 
 def _may_shard(settings: EstimateSettings) -> bool:
     """Return whether the base may be sharded among several GPUs."""
-    return settings.training.strategy == Strategy.AUTO and not any(True for _ in sharding_problems(dict(settings)))
+    training = settings.training
+    is_open = training.strategy == Strategy.AUTO and not training.shards_base
+    return is_open and not any(True for _ in sharding_problems(dict(settings)))
 
 
 def on_more_gpus(

@@ -228,6 +228,7 @@ def _changes(settings: EstimateSettings, base: Estimate, gpu: Gpu) -> Iterator[F
         _denser_storage(settings),
         _smaller_optimizer(settings, pages=not gpu.is_host),
         () if gpu.is_host else _offload(settings, base),
+        () if gpu.is_host else _offload_base(settings),
         _attention(settings),
     )
     other = (_fewer_bits(settings), _lower_rank(settings), _shorter_rows(settings), _fewer_targets(settings))
@@ -304,6 +305,14 @@ def _offload(settings: EstimateSettings, base: Estimate) -> Iterator[ChangeStep]
         yield ChangeStep(
             values={"training.gradient_checkpointing": Checkpointing.OFFLOAD},
             effect="same result, slower: activations wait in host memory",
+        )
+
+
+def _offload_base(settings: EstimateSettings) -> Iterator[ChangeStep]:
+    if settings.training.shards_base and not settings.training.offload_base:
+        yield ChangeStep(
+            values={"training.offload_base": True},
+            effect="same result, slower: the shards wait in host memory",
         )
 
 

@@ -5,13 +5,13 @@ allocator's pool. Later tensors go into such blocks, so they decide how much the
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from qlora_cli.memory.tracing.layers import LayerStack, represented_by
 from qlora_cli.memory.tracing.passes import Passes, Recorder
-from qlora_cli.memory.tracing.shards import WeightShard
+from qlora_cli.memory.tracing.shards import ShardedBase
 from qlora_cli.quantization.entries import WeightEntry
 from qlora_cli.quantization.methods.method import WeightPart
 from qlora_cli.quantization.storage_plan import StoragePlan
@@ -31,19 +31,19 @@ def load_weights(
     *,
     num_experts: int = 1,
     on_host: Iterable[str] = (),
-    shards: Mapping[str, WeightShard] | None = None,
+    sharded: ShardedBase | None = None,
 ) -> Passes:
     """Return the allocations and releases of loading, as pass `load`.
 
-    `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory. Of those with a
-    shard, only that stays; those outside of the layers are loaded after them.
+    `num_experts` are stacked in a fused weight; `on_host` names the weights that stay in host memory. Of those that
+    are `sharded`, only the shard stays, if not on the host; those outside of the layers are loaded after them.
     """
     passes = Passes()
     load = Recorder(passes, LOAD, UNQUANTIZED)
     skipped = set(on_host)
     entries = [entry for entry in layout.inventory.entries if entry.name not in skipped]
-    if shards:
-        _load_shards(load, sorted(entries, key=_natural_key), layout, num_experts, shards)
+    if sharded is not None:
+        _load_shards(load, sorted(entries, key=_natural_key), layout, num_experts, sharded)
     else:
         for entry in warm_up(load, entries):
             load_weight(load, entry, layout, num_experts)
@@ -65,14 +65,15 @@ def _load_shards(
     entries: Sequence[WeightEntry],
     layout: StoragePlan,
     num_experts: int,
-    shards: Mapping[str, WeightShard],
+    sharded: ShardedBase,
 ) -> None:
     """Record the loading of weights of which shards are kept, each as soon as it is whole."""
+    shards = sharded.shards
     is_of_layer = {entry.name: entry.name in shards and not shards[entry.name].is_of_end for entry in entries}
     for entry in sorted(entries, key=lambda entry: not is_of_layer[entry.name]):
         whole = load_weight(load, entry, layout, num_experts)
         if shard := shards.get(entry.name):
-            for _ in range(shard.num_units):
+            for _ in range(0 if sharded.is_on_host else shard.num_units):
                 load.allocate(shard.num_bytes, QUANTIZED if entry.is_quantized else UNQUANTIZED)
             load.free(*whole)
 

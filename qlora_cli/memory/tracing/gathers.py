@@ -3,8 +3,10 @@
 A unit is a layer, the embedding or the head: its weights are gathered from all processes before it computes, forward
 and backward, into one buffer, and copied from there into the weights. Where that happens is read from
 `torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py`, with its defaults: the buffer of a forward pass lives
-until the next unit is gathered, and the next unit of a backward pass is gathered while one computes. What is trained
-is not sharded, and its gradients pass by.
+until the next unit is gathered, and the next unit of a backward pass is gathered while one computes. Shards that are
+kept on the host are copied to the device one weight after another, and from there into the buffer, before any is
+released (`_get_param_all_gather_inputs` in `_fsdp_collectives.py`). What is trained is not sharded, and its gradients
+pass by.
 """
 
 from collections.abc import Iterator
@@ -47,8 +49,13 @@ def padded_bytes(parameter: torch.Tensor, num_processes: int) -> int:
 class Gathers:
     """The units of a model, and when their weights are gathered and released."""
 
-    def __init__(self, trace: MemoryTrace, base: PreTrainedModel, num_processes: int) -> None:
+    def __init__(
+        self, trace: MemoryTrace, base: PreTrainedModel, num_processes: int, *, from_host: bool = False
+    ) -> None:
+        """Gather the units of `base` from `num_processes`, which keep their shards on the device or the host."""
         self._trace = trace
+        self._num_processes = num_processes
+        self._from_host = from_host
         embedding, head = ends_of(base)
         self._layers = [Unit(layer, num_processes) for layer in layers_of(base)]
         self._embedding = None if embedding is None else Unit(embedding, num_processes)
@@ -129,8 +136,13 @@ class Gathers:
             self._start(self._in_order[-1])
 
     def _start(self, unit: Unit, label: str = GATHER_BUFFERS) -> None:
-        if unit.buffer is None and not unit.weights:
-            unit.buffer = self._trace.allocate_temporary(sum(unit.sizes), label)
+        if unit.buffer is not None or unit.weights:
+            return
+        copied = unit.sizes if self._from_host else []
+        copies = [self._trace.allocate_temporary(size // self._num_processes, label) for size in copied]
+        unit.buffer = self._trace.allocate_temporary(sum(unit.sizes), label)
+        for number in copies:
+            self._trace.free_temporary(number)
 
     def _finish(self, unit: Unit, *, in_forward: bool) -> None:
         if unit.buffer is None:

@@ -32,10 +32,14 @@ class WeightShard:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedBase:
-    """The weights of a base that is sharded, by name; those without a shard are whole on every process."""
+    """The weights of a base that is sharded, by name; those without a shard are whole on every process.
+
+    `is_on_host`: shards are kept in host memory, and copied to the device when they are gathered.
+    """
 
     shards: Mapping[str, WeightShard]
     num_processes: int
+    is_on_host: bool
 
     @property
     def shard_bytes(self) -> int:
@@ -48,8 +52,26 @@ class ShardedBase:
 
         The embedding is not needed backward, but gathered for it by `fully_shard`.
         """
-        gathered = sum(shard.num_bytes * self._times(shard) for shard in self.shards.values())
-        return (self.num_processes - 1) * gathered
+        return (self.num_processes - 1) * self._gathered_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """What each process copies from the host to its device for a micro-batch: its own share of what it gathers."""
+        return self._gathered_bytes if self.is_on_host else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """What the shards of each process take of the host's memory, as PyTorch pins it: each in a power of two.
+
+        `c10/core/CachingHostAllocator.h`, `allocate`.
+        """
+        if not self.is_on_host:
+            return 0
+        return sum((1 << (shard.num_bytes - 1).bit_length()) * shard.num_units for shard in self.shards.values())
+
+    @property
+    def _gathered_bytes(self) -> int:
+        return sum(shard.num_bytes * self._times(shard) for shard in self.shards.values())
 
     @staticmethod
     def _times(shard: WeightShard) -> int:
@@ -57,7 +79,12 @@ class ShardedBase:
 
 
 def sharded_base(
-    shapes: PreTrainedModel, adapted: PreTrainedModel, entries: Mapping[str, WeightEntry], num_processes: int
+    shapes: PreTrainedModel,
+    adapted: PreTrainedModel,
+    entries: Mapping[str, WeightEntry],
+    num_processes: int,
+    *,
+    is_on_host: bool = False,
 ) -> ShardedBase:
     """Return how the weights of `shapes`, stored as `entries` say, are divided.
 
@@ -73,7 +100,7 @@ def sharded_base(
         num_bytes = -(-rows // num_processes) * (entry.weight_bytes // rows)
         shares_head = unit == EMBEDDING and is_tied(shapes) and ends_of(adapted)[1] is not None
         shards[name] = WeightShard(unit, num_bytes, 2 if shares_head else 1)
-    return ShardedBase(shards=shards, num_processes=num_processes)
+    return ShardedBase(shards=shards, num_processes=num_processes, is_on_host=is_on_host)
 
 
 def _units(shapes: PreTrainedModel, adapted: PreTrainedModel) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,7 @@ class StepSettings:
         fuses_lora: Whether layers compute together with their adapters where they can.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
         num_shards: The processes that hold a part of the base each; 1 if it is not sharded.
+        shards_on_host: Whether these parts are kept in host memory.
     """
 
     batch_size: int
@@ -69,6 +70,7 @@ class StepSettings:
     adds_noise: bool = False
     evaluates: bool = False
     num_shards: int = 1
+    shards_on_host: bool = False
     device: torch.device = META  # another one only in tests, which compare with real tensors
 
 
@@ -141,7 +143,8 @@ class TrainingStep:
         self.pinned_host_bytes = 0
         self.operations = OperationCount(trace, settings.batch_size * settings.length)
         shards = settings.num_shards
-        self._gathers = Gathers(trace, self.base, shards) if shards > 1 else None
+        from_host = settings.shards_on_host
+        self._gathers = Gathers(trace, self.base, shards, from_host=from_host) if shards > 1 else None
         # Where values are computed, every chunk is needed.
         self._chunks = LossChunks(trace, self.operations) if settings.device == META else slices
         self._phase = ""

@@ -9,7 +9,7 @@ from qlora_cli.settings.rules.conflict import Conflict
 from qlora_cli.settings.values import either
 from qlora_cli.units import counted
 
-STRATEGY = "training.strategy"
+STRATEGY, OFFLOAD_BASE = "training.strategy", "training.offload_base"
 
 
 def training_conflicts(training: TrainingSettings) -> list[Conflict]:
@@ -117,12 +117,17 @@ def _sample_conflicts(training: TrainingSettings) -> Iterator[Conflict]:
 
 
 def sharding_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
-    """Yield what `--strategy fsdp` can't be used with; `validated` are the sections of a run."""
+    """Yield what a sharded base can't be used with; `validated` are the sections of a run."""
     training = validated["training"]
-    if training.strategy != Strategy.FSDP:
+    if training.offload_base and training.strategy == Strategy.DDP:
+        message = "--offload-base can't be used with --strategy ddp, where each GPU holds all of the base"
+        yield OFFLOAD_BASE, message, "Use --strategy fsdp, or leave --offload-base out."
         return
+    if not training.shards_base:
+        return
+    flag = "--strategy fsdp" if training.strategy == Strategy.FSDP else "--offload-base"
     for what, why, hint in sharding_problems(validated):
-        yield STRATEGY, f"--strategy fsdp can't be used with {what}: {why}", hint
+        yield training.sharding_setting, f"{flag} can't be used with {what}: {why}", hint
 
 
 def sharding_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -116,6 +116,13 @@ class TrainingSettings(Section):
         description="What each of several GPUs holds of the base: all of it (ddp), or a shard, and a layer at a time "
         "while it computes (fsdp). auto: ddp, or fsdp if it does not fit on one.",
     )
+    offload_base: Annotated[
+        bool, Metadata(flag="--offload-base", group=HelpGroup.MEMORY, affects_memory=True, on_resume=OnResume.FREE)
+    ] = Field(
+        default=False,
+        description="Keep the shards of a base that several GPUs share (fsdp) in host memory, and copy a layer to the "
+        "GPU while it computes: the least memory of a GPU, and slower.",
+    )
     calibrate: Annotated[bool, Metadata(flag="--calibrate", group=HelpGroup.MEMORY)] = Field(
         default=False,
         description="Choose the 4-bit codes of the base by what it computes on the rows to train: nearer to 16 bit in "
@@ -239,7 +246,12 @@ class TrainingSettings(Section):
     @property
     def shards_base(self) -> bool:
         """Whether each process holds a shard of the base; settled where that was `auto`."""
-        return self.strategy == Strategy.FSDP
+        return self.strategy == Strategy.FSDP or self.offload_base
+
+    @property
+    def sharding_setting(self) -> str:
+        """The path of the setting by which the base is sharded."""
+        return "training.strategy" if self.strategy == Strategy.FSDP else "training.offload_base"
 
     @property
     def rows_per_process(self) -> int:

@@ -22,6 +22,7 @@ from qlora_cli.errors import TrainingError
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.quantization.embedding import vocabulary_weights
+from qlora_cli.quantization.sharded_units import device_of
 from qlora_cli.quantization.storage_plan import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")
@@ -132,7 +133,8 @@ def _changed_base(model: PeftModel, vocabulary: Collection[str], loaded: LoadedM
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     """Return a weight as a whole, of which processes may hold a part each."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    moved = parameter.to(device_of(parameter))  # a part in host memory can't be sent
+    return moved.full_tensor() if isinstance(moved, DTensor) else moved
 
 
 def _other_scales(model: PeftModel, written: PeftModel) -> str | None:
@@ -153,6 +155,6 @@ def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
 
 def _logits(model: PeftModel, num_tokens: int) -> torch.Tensor:
     chance = torch.Generator().manual_seed(0)
-    ids = torch.randint(num_tokens, (1, NUM_PROBES), generator=chance).to(model.device)
+    ids = torch.randint(num_tokens, (1, NUM_PROBES), generator=chance).to(device_of(next(model.parameters())))
     logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits.float()

@@ -22,13 +22,14 @@ def settle_by_strategy(resolved: Resolved[TrainSettings], reporter: Reporter, *,
         QloraError: of the type of the problem.
     """
     settings = resolved.settings
-    is_open = settings.training.strategy == Strategy.AUTO and settings.training.num_gpus > 1
+    training = settings.training
+    is_open = training.strategy == Strategy.AUTO and not training.shards_base and training.num_gpus > 1
     may_shard = is_open and not any(True for _ in sharding_problems(dict(settings)))
     try:
         return settle_run(resolved, reporter, force=force and not may_shard)
     except OutOfMemoryError as error:
         if not may_shard:
             raise
-        message = f"{error}. So the base is sharded among the {settings.training.num_gpus} processes"
+        message = f"{error}. So the base is sharded among the {training.num_gpus} processes"
         reporter.report(Noted(level="warning", message=message))
     return settle_run(decided(resolved, {STRATEGY: Strategy.FSDP}, DOES_NOT_FIT), reporter, force=force)

@@ -2,9 +2,9 @@
 
 from qlora_cli.errors import HardwareError, ModelError, UsageError
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
-from qlora_cli.settings.rules.conflicts_training import STRATEGY, sharding_problems
+from qlora_cli.settings.rules.conflicts_training import sharding_problems
 
-NOT_SHARDED = "Leave --strategy out."
+NOT_SHARDED = "Leave --strategy and --offload-base out."
 
 
 def check_processes(training: TrainingSettings) -> None:
@@ -17,7 +17,7 @@ def check_processes(training: TrainingSettings) -> None:
         raise HardwareError(
             "there is one process, which would hold all of the base",
             hint=f"Give --num-gpus. {NOT_SHARDED}",
-            setting=STRATEGY,
+            setting=training.sharding_setting,
         )
 
 
@@ -31,7 +31,7 @@ def check_dry_run(training: TrainingSettings) -> None:
         raise UsageError(
             "can't be used with --dry-run, which loads the model in one process",
             hint="Leave one of them out. A run tries its largest micro-batches before the first step.",
-            setting=STRATEGY,
+            setting=training.sharding_setting,
         )
 
 
@@ -41,6 +41,7 @@ def check_shardable(settings: TrainSettings) -> None:
     Raises:
         ModelError: it can't.
     """
-    problems = sharding_problems(dict(settings)) if settings.training.shards_base else ()
+    training = settings.training
+    problems = sharding_problems(dict(settings)) if training.shards_base else ()
     for what, why, _ in problems:
-        raise ModelError(f"can't be used with {what}: {why}", hint=NOT_SHARDED, setting=STRATEGY)
+        raise ModelError(f"can't be used with {what}: {why}", hint=NOT_SHARDED, setting=training.sharding_setting)

@@ -10,29 +10,32 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loss.output_head import backbone_of
-from qlora_cli.quantization.kept_shards import KeptShards, contiguous_stride, layer_names
+from qlora_cli.quantization.kept_shards import KeptShards, layer_names
 from qlora_cli.quantization.sharded_units import ends_of, layers_of
 from qlora_cli.ranks.group import ProcessGroup
 
 
-def kept_shards(load_plan: LoadPlan, group: ProcessGroup) -> KeptShards:
-    """Return what keeps the shards of this process of the layers' weights, while a model is loaded by `load_plan`."""
+def kept_shards(load_plan: LoadPlan, group: ProcessGroup, *, on_host: bool) -> KeptShards:
+    """Return what keeps the shards of this process of the layers' weights, while a model is loaded by `load_plan`.
+
+    `on_host`: in host memory, from which a layer is copied to the device when it is gathered.
+    """
     layers = tuple(layer_names(load_plan.shapes, GradientCheckpointingLayer))
-    return KeptShards(rank=group.rank, size=group.size, device=load_plan.device, layers=layers)
+    return KeptShards(rank=group.rank, size=group.size, device=load_plan.device, layers=layers, on_host=on_host)
 
 
 def shard_base(model: PeftModel, group: ProcessGroup, shards: KeptShards) -> None:
     """Replace the frozen weights of `model` by the shards of this process; all processes of `group` call it.
 
-    `shards` keeps those of the layers. What is in host memory otherwise is moved to the device.
+    `shards` keeps those of the layers. What is in host memory otherwise is moved to the device; the shards of
+    embedding and head are where those of the layers are.
 
     Raises:
         ModelError: the model has no layers that can be gathered one by one.
@@ -40,15 +43,16 @@ def shard_base(model: PeftModel, group: ProcessGroup, shards: KeptShards) -> Non
     base: PreTrainedModel = model.get_base_model()
     units, shared = list(_units(base)), group.weights()
     kept = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    policy = CPUOffloadPolicy(pin_memory=shards.pins) if shards.on_host else OffloadPolicy()
     for unit in units:
         parts = _take_parts(unit, shards)
         # The head is no part of the backbone, and would stay gathered by default; in some processes only, since saving
         # the weights of a model shards it again.
-        fully_shard(unit, mesh=shared.mesh, reshard_after_forward=True, ignored_params=kept)
+        fully_shard(unit, mesh=shared.mesh, reshard_after_forward=True, ignored_params=kept, offload_policy=policy)
         assert isinstance(unit, FSDPModule)
         unit.set_custom_all_gather(shared.gather)
         for part in parts:
-            part.put(shared.mesh)
+            part.put()
     assert shards.num_left == 0, "each is of a layer"
     # The backbone gathers nothing itself: what is in no unit stays whole. As the root, it lets its layers prefetch.
     backbone = backbone_of(base)
@@ -75,23 +79,21 @@ def _units(base: PreTrainedModel) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """The shard of this process of a weight, the attribute `name` of `module`, of `shape` as a whole."""
+    """The shard of this process of a weight, the attribute `name` of `module`."""
 
     module: nn.Module
     name: str
-    shape: torch.Size
     shard: torch.Tensor
 
-    def put(self, mesh: DeviceMesh) -> None:
-        """Give the module the shard."""
-        tensor = DTensor.from_local(
-            self.shard,
-            mesh,
-            (Shard(0),),
-            run_check=False,
-            shape=self.shape,
-            stride=contiguous_stride(self.shape),
-        )
+    @torch.no_grad()
+    def put(self) -> None:
+        """Give the module the shard, in place of one without memory.
+
+        It stays where it is: `DTensor.from_local` would move one in host memory to the device.
+        """
+        tensor = torch.empty_like(getattr(self.module, self.name), device=self.shard.device)
+        assert isinstance(tensor, DTensor), "of a module that `fully_shard` has sharded"
+        tensor.to_local().data = self.shard
         setattr(self.module, self.name, nn.Parameter(tensor, requires_grad=False))
 
 
@@ -107,7 +109,7 @@ def _take_parts(unit: nn.Module, shards: KeptShards) -> list[_Part]:
                 continue
             values = parameter.data
             if (shard := shards.take(parameter)) is not None:
-                parts.append(_Part(module=module, name=name, shape=parameter.shape, shard=shard))
+                parts.append(_Part(module=module, name=name, shard=shard))
                 values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             setattr(module, name, nn.Parameter(values, requires_grad=False))
     return parts

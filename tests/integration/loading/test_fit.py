@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.synthetic import SHAPES, config_of, num_parameters, write_model
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.quantization.memory_check import check_fit, needed_bytes
+from qlora_cli.quantization.memory_check import Shards, check_fit, needed_bytes
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
 from qlora_cli.settings.models import QuantizationSettings
 from qlora_cli.units import GIB, format_bytes
@@ -241,3 +241,18 @@ def test_an_offloaded_embedding_is_subtracted_from_what_the_device_needs() -> No
     layout = plan(model, CUDA)
     assert needed_bytes(layout) - needed_bytes(layout, offload_embedding=True) == 2 * 128 * 64
     assert needed_bytes(layout) == layout.inventory.total_bytes + layout.transient_bytes
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_of_a_sharded_model_less_is_proposed_and_of_the_same_shards(llama: PreTrainedModel, number: int) -> None:
+    shards, layout = Shards(number=number), plan(llama, CUDA)
+    on_host = Shards(number=number, on_host=True)
+    enough = needed_bytes(layout, shards=on_host)
+    constants = sum(entry.constant_bytes for entry in layout.inventory.entries)
+    assert enough == constants + layout.transient_bytes
+    for free, hint in ((enough, f"--offload-base would fit: {format_bytes(enough)}."), (enough - 1, "in no format")):
+        with pytest.raises(OutOfMemoryError) as caught:
+            check_fit("a-model", llama, layout, CUDA, free, offload_embedding=False, shards=shards)
+        assert hint in (caught.value.hint or "")
+        assert "--offload-embedding" not in (caught.value.hint or "")
+    check_fit("a-model", llama, layout, CUDA, enough, offload_embedding=False, shards=on_host)

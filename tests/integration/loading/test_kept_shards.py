@@ -12,7 +12,7 @@ from qlora_cli.events import SilentReporter
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import LoadedModel, load_model, load_planned
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.quantization.kept_shards import KeptShards, contiguous_stride, layer_names
+from qlora_cli.quantization.kept_shards import KeptShards, layer_names
 from tests.support.models.experts import save_moe
 from tests.support.models.loading import asked_load, load, load_settings, save_model
 
@@ -107,9 +107,3 @@ def spoil(model: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("shape", [(), (5,), (7, 1), (2, 3, 4), (0, 3)])
-def test_strides_are_those_of_contiguous_tensors(shape: tuple[int, ...]) -> None:
-    if 0 not in shape:  # of which PyTorch's own differ, and nothing is read
-        assert contiguous_stride(torch.Size(shape)) == torch.empty(shape).stride()

@@ -91,6 +91,31 @@ def test_a_sharded_run_that_fits_no_way_is_refused(
     assert "larger GPUs, or more of them" in (caught.value.hint or "")
 
 
+def test_shards_that_do_not_fit_are_proposed_to_be_kept_on_the_host(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=2048)
+    # Of the weights, nothing is read before they are loaded.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 128}))
+    figures = {}
+    for offloads in (False, True):
+        changed: dict[str, Any] = {"training__strategy": "fsdp", "training__offload_base": offloads}
+        run, _ = settled(model, rows, monkeypatch, card(GIB), lora__rank=1, **changed)
+        assert run.outlook is not None
+        figures[offloads] = run.outlook.estimate.predicted
+    least, sharded = figures[True].process_high_bytes, figures[False].allocated_low_bytes
+    assert least < sharded
+    small = card((least + sharded) // 2)
+    for strategy in ("auto", "fsdp"):
+        with pytest.raises(OutOfMemoryError) as caught:
+            settled(model, rows, monkeypatch, small, lora__rank=1, training__strategy=strategy)
+        assert "--offload-base" in (caught.value.hint or "")
+    fits, _ = settled(model, rows, monkeypatch, small, lora__rank=1, training__offload_base=True)
+    assert fits.outlook is not None
+    assert fits.outlook.predicted.fits == "yes"
+
+
 @dataclass(frozen=True)
 class OnCard:
     """Lets each process see a card with as much memory for each as `sizes` say."""

@@ -154,6 +154,33 @@ def test_the_answer_for_several_gpus_is_of_each_and_says_whether_they_share_the_
     assert verdict_lines(hopeless, (T4,))[0].startswith("Cannot fit 2 T4, sharded: ")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "limited_by", "expected"),
+    [
+        (0.5, "compute", "copies 3.0 GiB a step, 0.50 s, to the GPU, and receives 1.0 GiB a step over PCIe, 0.10 s, "),
+        (None, "link", "copies 3.0 GiB a step to the GPU, and receives 1.0 GiB a step over PCIe, 0.10 s, "),
+    ],
+)
+def test_the_answer_says_what_a_base_in_host_memory_copies(
+    seconds: float | None, limited_by: str, expected: str
+) -> None:
+    shard = Sharding(
+        num_gpus=2,
+        shard_bytes=GIB,
+        received_bytes_per_step=GIB,
+        link="pcie",
+        receiving_seconds=0.1,
+        is_on_host=True,
+        copied_bytes_per_step=3 * GIB,
+        copying_seconds=seconds,
+    )
+    figures = replace(REPORT.predicted, limited_by=limited_by)
+    report = replace(REPORT, settings={**REPORT.settings, "num-gpus": "2"}, sharding=shard, predicted=figures)
+    hides = "more than" if limited_by == "link" else "hidden by"
+    line = f"The base is sharded: each holds 1.0 GiB of it in host memory, {expected}together {hides} the computation."
+    assert line in verdict_lines(report, (RTX_4090,))
+
+
 def test_the_answer_has_the_time_of_a_step_where_it_is_known() -> None:
     timed = replace(REPORT.fits[0], step_seconds=11.413)
     run = replace(REPORT, fits=(timed, timed))

@@ -36,6 +36,7 @@ def band(host: HostMemory) -> tuple[int, int, int]:
         host_memory,
         largest_weight_bytes=SIZES,
         embedding_bytes=SIZES,
+        shard_bytes=SIZES,
         pinned_bytes=SIZES,
         paged_bytes=SIZES,
         files=st.builds(FileSizes, adapter_bytes=SIZES, optimizer_bytes=SIZES),
@@ -43,7 +44,10 @@ def band(host: HostMemory) -> tuple[int, int, int]:
         num_processes=st.integers(1, 64),
     ),
     name=st.sampled_from(
-        ["embedding_bytes", "rows_bytes", "reading_bytes", "pinned_bytes", "saving_bytes", "paged_bytes"]
+        [
+            *("embedding_bytes", "shard_bytes", "rows_bytes", "reading_bytes"),
+            *("pinned_bytes", "saving_bytes", "paged_bytes"),
+        ]
     ),
 )
 def test_the_hosts_memory_lies_in_its_band_and_no_part_makes_it_less(host: HostMemory, name: str) -> None:

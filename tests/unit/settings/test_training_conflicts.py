@@ -158,6 +158,18 @@ def test_what_needs_whole_weights_is_refused_with_a_sharded_base(values: dict[st
     assert problem.hint is not None
 
 
+def test_a_base_in_host_memory_is_a_sharded_one() -> None:
+    offloaded = {"training.offload_base": "true", "training.num_gpus": "2"}
+    for strategy in ("auto", "fsdp"):
+        assert problems({**offloaded, "training.strategy": strategy}) == []
+    for kind in (TrainSettings, InspectMemorySettings):
+        (problem,) = problems({**offloaded, "training.strategy": "ddp"}, kind)
+        assert "--offload-base can't be used with --strategy ddp" in problem.message
+        assert "--strategy fsdp" in (problem.hint or "")
+    (problem,) = problems({**offloaded, "lora.use_dora": "true"})
+    assert "--offload-base can't be used with lora.use_dora" in problem.message
+
+
 def test_a_prediction_refuses_what_a_sharded_base_can_not_be_used_with() -> None:
     sharded = {"training.strategy": "fsdp", "training.num_gpus": "2"}
     assert problems(sharded, InspectMemorySettings) == []
