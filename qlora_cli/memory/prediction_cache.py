@@ -40,6 +40,8 @@ PARTS = (
 # Parsed values are in the key; the file of a plot, and what a prediction is compared with, change nothing.
 UNKEYED = ("gpus", "sweep", "prices", "plot", "write_lock", "check", "max_change")
 OF_RUN = ("training.epochs", "training.max_steps", "output.max_checkpoints")  # on which memory does not depend
+OF_STRATEGY = ("training.auto_micro_batch",)  # with which `--strategy auto` does not shard the base
+KEYED = (*OF_RUN, *OF_STRATEGY)  # in addition to settings that say so themselves
 MAX_PREDICTIONS = 500
 
 
@@ -51,7 +53,7 @@ def key_of(request: MemoryRequest, content: Mapping[str, Any]) -> str:
     asked = {**prediction, "gpus": [dataclasses.asdict(gpu) for gpu in request.gpus], "sweep": request.sweep}
     asked["prices"] = dict(request.prices)
     asked["rows of the data"] = None if request.rows is None else request.rows.digest
-    for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in OF_RUN):
+    for path in (path for path in all_settings() if metadata_of(path).affects_memory or path in KEYED):
         section, key = path.split(".")
         asked[path] = values[section][key]
         # The default of a setting that is not given may depend on the model.

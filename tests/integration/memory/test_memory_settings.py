@@ -11,7 +11,7 @@ import pytest
 from qlora_cli.events import SilentReporter
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.memory_report import inspect_memory
-from qlora_cli.memory.prediction_cache import OF_RUN, key_of
+from qlora_cli.memory.prediction_cache import KEYED, key_of
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.models import SECTIONS, InspectMemorySettings, Section, all_settings, metadata_of
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
@@ -50,6 +50,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         {},
         {"quantization__method": "int8", "training__optimizer": "paged_adamw_8bit", "model__attention": "eager"},
         {"quantization__method": "none", "lora__use_dora": "true", "data__packing": "true"},
+        {"training__num_gpus": "2"},
+        {"training__num_gpus": "2", "training__offload_base": "true"},
     ],
 )
 def test_a_prediction_reads_no_setting_without_the_mark(
@@ -65,7 +67,7 @@ def test_a_prediction_reads_no_setting_without_the_mark(
     inspect_memory(MemoryRequest(asked=asked, gpus=(find_gpu("RTX 4090"),)), SilentReporter())
     marked = {path for path in all_settings() if metadata_of(path).affects_memory}
     question = {path for path in all_settings() if path.startswith("inspect_memory.")}
-    assert read - marked - SCALES - set(OF_RUN) - question == set()
+    assert read - marked - SCALES - set(KEYED) - question == set()
     assert {"lora.rank", "data.max_length", "quantization.method", "training.optimizer"} <= read
 
 
@@ -87,5 +89,5 @@ def test_the_key_of_a_cached_prediction_has_only_what_it_depends_on(
     store_rates("RTX 4090", "bf16", rates)
     assert key() != unmeasured  # by which its time is predicted
     other = [{"lora__rank": "8"}, {"data__max_length": "2048"}, {"model__attention": "eager"}]
-    keys = {key(), *(key(**values) for values in [*other, {"output__max_checkpoints": "3"}])}
-    assert len(keys) == 5
+    other += [{"output__max_checkpoints": "3"}, {"training__auto_micro_batch": "true"}]
+    assert len({key(), *(key(**values) for values in other)}) == 6
