@@ -251,7 +251,6 @@ def _sharding(request: MemoryRequest, gpu: Gpu, sharded: "ShardedBase | None", n
         received_bytes_per_step=number * sharded.received_bytes,
         link=link.value,
         receiving_seconds=gather_seconds(number * sharded.received_bytes, link),
-        is_on_host=sharded.is_on_host,
         copied_bytes_per_step=copied_bytes,
         copying_seconds=None if known is None else copied_bytes / known.rates.host_copy_bytes,
     )

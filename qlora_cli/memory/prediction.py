@@ -404,10 +404,8 @@ class Sharding:
         received_bytes_per_step: Weights that each GPU receives in an optimizer step, forward and backward.
         link: What they are sent over.
         receiving_seconds: Of a step, at the rate of the link; hidden by computation where that takes longer.
-        is_on_host: Whether the shard is kept in host memory.
-        copied_bytes_per_step: Of the shard, from there to the GPU in an optimizer step; 0 if it is on the GPU.
-        copying_seconds: Of a step, at the rate of the GPU's own link to the host, before what the others hold is
-            received; None if that rate is not known.
+        copied_bytes_per_step: Of the shard, from host memory to the GPU in a step; 0 if it is kept on the GPU.
+        copying_seconds: Of a step, at the rate of the GPU's own link to the host; None if that is not known.
     """
 
     num_gpus: int
@@ -415,7 +413,6 @@ class Sharding:
     received_bytes_per_step: int
     link: str
     receiving_seconds: float
-    is_on_host: bool = False
     copied_bytes_per_step: int = 0
     copying_seconds: float | None = 0.0
 

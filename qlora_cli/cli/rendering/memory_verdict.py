@@ -70,9 +70,9 @@ def _of_several(report: MemoryReport) -> list[str]:
     if (sharding := report.sharding) is not None:
         received, seconds = _gib(sharding.received_bytes_per_step), significant(sharding.receiving_seconds)
         holds, copies = f"each holds {_gib(sharding.shard_bytes)} GiB of it", ""
-        if sharding.is_on_host:
+        if sharding.copied_bytes_per_step:
             holds, copies = f"{holds} in host memory", f"copies {_copied(sharding)} to the GPU, "
-        are = " together" if sharding.is_on_host else ""
+        are = " together" if copies else ""
         hides = f"{are} more than" if report.predicted.limited_by == LINK else f"{are} hidden by"
         lines.append(
             f"The base is sharded: {holds}, {copies}and receives {received} GiB a step over {LINKS[sharding.link]}, "

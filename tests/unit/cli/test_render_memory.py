@@ -170,7 +170,6 @@ def test_the_answer_says_what_a_base_in_host_memory_copies(
         received_bytes_per_step=GIB,
         link="pcie",
         receiving_seconds=0.1,
-        is_on_host=True,
         copied_bytes_per_step=3 * GIB,
         copying_seconds=seconds,
     )
