@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from qlora_cli.answering.answers import FinishReason
 from qlora_cli.answering.prompts import encode, messages_of
-from qlora_cli.quantization.sharded_units import device_of
+from qlora_cli.hardware.device import device_of
 from qlora_cli.settings.models import AnswerSettings
 from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 

@@ -121,3 +121,9 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
     # Emulated bf16 products are several times slower than fp32 ones.
     native = bool(has_avx512bf16())
     return native, f"this CPU {'multiplies' if native else 'does not multiply'} bf16 natively"
+
+
+def device_of(weight: torch.Tensor) -> torch.device:
+    """Return where a weight is used; that of a sharded base may be in host memory until it is gathered."""
+    mesh = getattr(weight, "device_mesh", None)  # of a `DTensor`, whose import takes time
+    return weight.device if mesh is None else torch.device(mesh.device_type)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from qlora_cli.errors import ModelError
-from qlora_cli.quantization.sharded_units import device_of
+from qlora_cli.hardware.device import device_of
 
 # Attributes of configs: what logits are multiplied with, divided by, and capped at.
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -1,8 +1,6 @@
 """The units of a sharded base: modules whose weights are gathered together, from all processes, while they compute."""
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,11 +21,6 @@ def layers_of(base: PreTrainedModel) -> list[nn.Module]:
             setting="training.strategy",
         )
     return layers
-
-
-def device_of(weight: torch.Tensor) -> torch.device:
-    """Return where a weight is used; that of a sharded base may be in host memory until it is gathered."""
-    return torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
 
 
 def ends_of(base: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:

@@ -19,10 +19,10 @@ from qlora_cli.adapters.reader import fit, open_adapter
 from qlora_cli.adapters.state import difference, peft_state, put_values
 from qlora_cli.adapters.targets import ADAPTER
 from qlora_cli.errors import TrainingError
+from qlora_cli.hardware.device import device_of
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.checkpoint import read_checkpoint
 from qlora_cli.quantization.embedding import vocabulary_weights
-from qlora_cli.quantization.sharded_units import device_of
 from qlora_cli.quantization.storage_plan import build_on_meta
 
 OUTPUT = re.compile(r"\.lora_(embedding_)?B\b")

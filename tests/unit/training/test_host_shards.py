@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from qlora_cli.hardware.device import device_of
 from qlora_cli.quantization.kept_shards import KeptShards
-from qlora_cli.quantization.sharded_units import device_of
 from qlora_cli.training.sharding.sharded_base import _Part
 
 SIZE = 3
