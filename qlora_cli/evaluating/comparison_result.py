@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_cli.runs.forgetting import Forgetting
+
 # Beyond so many standard errors a difference is not called chance.
 NUM_STDERRS = 2
 Verdict = Literal["reference", "worse", "not_worse", "unclear"]
@@ -30,6 +32,7 @@ class ComparedRun:
         peak_host_bytes: Largest resident set of the process.
         adapter_rank, effective_rank: The largest rank of the final adapter, and how much of it the updates use, as a
             mean over modules; None if the run did not measure it, or its weights are not the final ones.
+        forgetting: The loss of the base and of the final adapter on general text; None if the run did not measure it.
         relative_update_norm: The norm of all updates as a share of that of the weights; None without either.
     """
 
@@ -54,6 +57,7 @@ class ComparedRun:
     adapter_rank: int | None
     effective_rank: float | None
     relative_update_norm: float | None
+    forgetting: Forgetting | None
 
 
 @dataclass(frozen=True, kw_only=True)

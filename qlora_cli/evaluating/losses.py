@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_cli.data.feeding.collate import make_collator
-from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.feeding.token_table import Numbers
 from qlora_cli.data.rows.examples import IGNORE_INDEX
 from qlora_cli.errors import OutOfMemoryError
@@ -26,6 +25,18 @@ from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.loss.chunked_loss import token_losses, trained_tokens
 from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, output_head
 from qlora_cli.settings.choices import DEFAULT_METHOD, quant_flag
+
+
+class MeasuredRows(Protocol):
+    """Rows of `input_ids` and `labels`, and their lengths in tokens, `(rows,)`."""
+
+    @property
+    def dataset(self) -> Any:
+        """The rows by index."""
+
+    @property
+    def lengths(self) -> Numbers:
+        """The length of each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,7 @@ class RowLosses:
 @torch.no_grad()
 def measure_losses(
     model: PreTrainedModel | PeftModel,
-    data: PreparedData,
+    data: MeasuredRows,
     *,
     pad_token_id: int | None,
     dtype: torch.dtype,

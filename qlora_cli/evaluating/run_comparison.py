@@ -12,6 +12,7 @@ from qlora_cli.evaluating.run_losses import RunLosses, losses_of_run
 from qlora_cli.evaluating.statistics import finite
 from qlora_cli.events import Reporter
 from qlora_cli.runs.find_runs import Run, read_run
+from qlora_cli.runs.record import RecordedResult
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
 
@@ -65,7 +66,8 @@ def _reference_run(run: Run, losses: RunLosses) -> ComparedRun:
 
 def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: float) -> ComparedRun:
     summary, rows = run.summary, losses.rows
-    health = run.record.result.adapter_health if run.record.result and losses.weights.is_result else None
+    result = run.record.result if run.record.result and losses.weights.is_result else RecordedResult()
+    health = result.adapter_health
     return ComparedRun(
         path=summary.path,
         state=summary.state,
@@ -88,6 +90,7 @@ def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: 
         adapter_rank=health.rank if health else None,
         effective_rank=finite(health.effective_rank) if health else None,
         relative_update_norm=finite(health.relative_norm) if health else None,
+        forgetting=result.forgetting,
     )
 
 
@@ -124,5 +127,8 @@ def _notes(runs: Sequence[Run], losses: Sequence[RunLosses]) -> Iterator[str]:
     ):
         if len(values) > 1:
             yield f"the losses were measured on different {what} ({', '.join(sorted(values))})"
+    results = [run.record.result or RecordedResult() for run in runs]
+    if len({result.forgetting.fingerprint for result in results if result.forgetting}) > 1:
+        yield "the losses on general text are of different texts or tokenizers, and can't be compared"
     if len(losses[0].rows.nll) == 1:
         yield "a single row has no standard error: hold out more"

@@ -9,6 +9,7 @@ from qlora_cli.files import as_json
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.find_runs import Run
+from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.runs.record import SettingUsed
 from qlora_cli.runs.samples import Sample, answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
@@ -26,6 +27,7 @@ class RunDetail:
         skipped_steps: Steps that changed nothing because they were not finite.
         resumed_from: The steps after which training was resumed.
         adapter_health: What training made of the adapter; None if it was not measured.
+        forgetting: What was forgotten; None if it was not measured.
         notes: Notes and warnings.
         next_step: What to do next, in a sentence; None while the run is running.
     """
@@ -37,6 +39,7 @@ class RunDetail:
     skipped_steps: tuple[StepSkipped, ...]
     resumed_from: tuple[int, ...]
     adapter_health: AdapterHealth | None
+    forgetting: Forgetting | None
     notes: tuple[Noted, ...]
     next_step: str | None
 
@@ -59,6 +62,7 @@ def detail_of(run: Run) -> RunDetail:
         skipped_steps=run.history.skipped,
         resumed_from=tuple(event.step for event in run.history.resumes),
         adapter_health=run.record.result.adapter_health if run.record.result else None,
+        forgetting=run.record.result.forgetting if run.record.result else None,
         notes=run.history.notes,
         next_step=_next_step(run),
     )

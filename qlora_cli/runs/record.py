@@ -18,6 +18,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.files import as_json, existing_path, read_small
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import BASE, RUN_FILE, RunDirectory
+from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.units import LARGEST, Whole
 from qlora_cli.writing import PRIVATE_FILE, USUAL_FILE, write_file
 
@@ -134,6 +135,7 @@ class RecordedResult(RecordSection):
     step_seconds: float | None = None
     peak_memory: RecordedPeak | None = None
     adapter_health: AdapterHealth | None = None
+    forgetting: Forgetting | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
+from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.runs.record import RunRecord, recorded_path
 from qlora_cli.units import counted
 
@@ -134,7 +135,7 @@ class TrainResult:
     last process; all other figures count each step once: what a killed process did after its last checkpoint is in
     neither tokens nor seconds. `best_step` is the step with the lowest held-out loss, `pushed_to` the adapter's
     repository on the hub, and `notes` are those on model and tokenizer. `adapter_health` is None for a run that
-    was stopped. Values that an older version did not record
+    was stopped, and `forgetting` where general text was not measured. Values that an older version did not record
     are None, or else 0.
     """
 
@@ -165,6 +166,7 @@ class TrainResult:
     step_seconds: float | None = None
     predicted_time: PredictedTime | None = None
     adapter_health: AdapterHealth | None = None
+    forgetting: Forgetting | None = None
 
     def recorded(self) -> dict[str, object]:
         """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""

@@ -192,6 +192,9 @@ Alphas = Annotated[_Alphas, BeforeValidator(_read_pairs, json_schema_input_type=
 _Columns = Mapping[str, Name] | None
 Columns = Annotated[_Columns, BeforeValidator(_read_pairs, json_schema_input_type=str | _Columns)]
 HeldOut = Annotated[Name | None, BeforeValidator(check_eval_split, json_schema_input_type=Name | float | None)]
+# `auto`, `on`, `off`, or the path of a file.
+ON, OFF, WHERE_CHEAP = "on", "off", "auto"
+SwitchOrFile = Annotated[Name, BeforeValidator(read_switch, json_schema_input_type=Name | bool)]
 CheckpointingSwitch = Annotated[
     Checkpointing, BeforeValidator(read_switch, json_schema_input_type=Checkpointing | bool)
 ]

@@ -33,6 +33,7 @@ from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
+from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.choices import Attention, Checkpointing
 from qlora_cli.training.arguments import training_arguments
@@ -49,6 +50,7 @@ from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.outcome.adapter_card import TrainedSteps, write_card
 from qlora_cli.training.outcome.measured_adapter import measure_adapter
+from qlora_cli.training.outcome.measured_forgetting import measure_forgetting
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.resuming.loop_state import Progress
 from qlora_cli.training.run_plan import PreparedRun
@@ -234,7 +236,15 @@ class Session:
         self._write_adapter(is_whole=is_whole)
         self._reporter.report(TrainingEnded(step=self.step, num_steps=num_steps, interrupted_by=interrupted_by))
         result = self._result(train_seconds, interrupted_by)
-        return replace(result, adapter_health=self._measure_adapter()) if is_whole and self.group.is_first else result
+        if not is_whole or not self.group.is_first:
+            return result
+        return replace(result, adapter_health=self._measure_adapter(), forgetting=self._measure_forgetting(result))
+
+    def _measure_forgetting(self, result: TrainResult) -> Forgetting | None:
+        """Return what was forgotten; None if it is not measured, such as with a base that others hold a part of."""
+        if self._is_sharded:
+            return None
+        return measure_forgetting(self._prepared, result.num_tokens, self._reporter)
 
     def _measure_adapter(self) -> AdapterHealth | None:
         """Return what training made of the adapter; None if a dequantized weight does not fit in memory."""

@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "training.save_steps",
     "training.early_stopping_patience",
     "training.load_best_model_at_end",
+    "training.general_text",
     "training.sample_prompts",
     "training.sample_tokens",
     "training.on_nan",

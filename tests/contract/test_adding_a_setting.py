@@ -156,7 +156,7 @@ def derived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_commands_that_it_names_take_the_flag_with_its_help(derived: dict[str, Any]) -> None:
-    assert sorted(derived["takes"]) == ["inspect-data", "inspect-memory", "train"]
+    assert sorted(derived["takes"]) == ["inspect-data", "inspect-memory", "train", "tune"]
     assert "--surprise-ratio NUMBER Share of the steps that surprise. [default: 0.25]" in derived["help"]
 
 
@@ -185,7 +185,8 @@ def test_the_prediction_cache_key_has_exactly_the_values_that_memory_depends_on(
 
 
 def test_a_setting_of_quantization_applies_to_the_methods_that_its_field_names(derived: dict[str, Any]) -> None:
-    assert sorted(derived["quantization takes"]) == ["chat", "evaluate", "generate", "inspect-memory", "load", "train"]
+    takes = ["chat", "evaluate", "generate", "inspect-memory", "load", "train", "tune"]
+    assert sorted(derived["quantization takes"]) == takes
     assert "quantization.int8_surprise has no effect with --quant nf4" in derived["without 8 bit"]
     assert "Leave it out, or use --quant int8." in derived["without 8 bit"]
     assert derived["in effect"]["int8_surprise"] is True

@@ -29,6 +29,10 @@ def render_comparison(comparison: RunComparison, *, has_margin: bool) -> None:
     if updates := list(_update_rows(names, comparison.runs)):
         title("Updates of the adapters")
         print_rows(updates)
+    named = list(zip(names, comparison.runs, strict=True))
+    if forgetting := [(name, visible(run.forgetting.sentence)) for name, run in named if run.forgetting]:
+        title("General text")
+        print_rows(forgetting)
     if comparison.differing_settings:
         title("Settings that differ")
         print_rows(list(_setting_rows(comparison)))

@@ -101,6 +101,8 @@ def _end_rows(detail: RunDetail) -> Iterator[Row]:
         yield "resumed", f"after step {', '.join(f'{step:,}' for step in detail.resumed_from)}"
     if detail.adapter_health:
         yield "adapter", _shown(detail.adapter_health.sentence)
+    if detail.forgetting:
+        yield "general text", _shown(detail.forgetting.sentence)
     if summary.error:
         yield "error", _shown(summary.error)
     if detail.next_step:

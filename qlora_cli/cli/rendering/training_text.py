@@ -13,6 +13,7 @@ from qlora_cli.runs.run_result import PeakMemory, PredictedMemory, PredictedTime
 from qlora_cli.settings.value_sources import Origin
 from qlora_cli.timing.run_ratios import described
 from qlora_cli.units import counted, format_bytes, format_count, format_duration
+from qlora_cli.visible import visible
 
 
 def render_plan(plan: TrainPlan) -> None:
@@ -99,6 +100,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("peak memory", _describe_peak(result.peak_memory, result.predicted_memory)),
         ("adapter", str(result.adapter)),
         *([("update", result.adapter_health.sentence)] if result.adapter_health else []),
+        *([("general text", visible(result.forgetting.sentence))] if result.forgetting else []),
         ("report", str(result.output / REPORT_FILE)),
     ]
     return rows if result.eval_loss is not None else [row for row in rows if row[0] != "held-out loss"]

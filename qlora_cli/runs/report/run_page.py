@@ -21,12 +21,12 @@ from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.find_runs import Run, read_run
 from qlora_cli.runs.history import RunHistory, parse_time
-from qlora_cli.runs.record import RecordedRows, RunRecord, as_name, as_text
+from qlora_cli.runs.record import RecordedResult, RecordedRows, RunRecord, as_name, as_text
 from qlora_cli.runs.report.run_charts import charts_of
 from qlora_cli.runs.report.step_chart import Labels, RunChart
 from qlora_cli.runs.samples import answers_by_prompt
 from qlora_cli.runs.summary import RunSummary
-from qlora_cli.units import format_bytes, format_count, format_duration
+from qlora_cli.units import counted, format_bytes, format_count, format_duration
 from qlora_cli.visible import visible
 from qlora_cli.writing import PRIVATE_FILE, write_file
 
@@ -112,7 +112,7 @@ def report_page(summary: RunSummary, history: RunHistory, record: RunRecord) -> 
         history=history,
         state=summary.sentence,
         about=about(summary, record),
-        tiles=list(tiles_of(summary, history, record.result.adapter_health if record.result else None)),
+        tiles=list(tiles_of(summary, history, record.result)),
         charts=drawn_charts(charts_of(history, summary, record)),
         chart_css=Markup(PAGE_CSS),  # noqa: S704 - ours
         memory=list(memory_rows(summary)),
@@ -162,8 +162,9 @@ def about(summary: RunSummary, record: RunRecord) -> Pairs:
     return [(name, value) for name, value in pairs if value]
 
 
-def tiles_of(summary: RunSummary, history: RunHistory, health: AdapterHealth | None = None) -> Iterator[Tile]:
+def tiles_of(summary: RunSummary, history: RunHistory, result: RecordedResult | None = None) -> Iterator[Tile]:
     """Yield the main figures."""
+    result = result or RecordedResult()
     if summary.loss is not None:
         yield Tile("Loss", f"{summary.loss:.4f}", "at the last step")
     if summary.best_loss is not None:
@@ -179,8 +180,11 @@ def tiles_of(summary: RunSummary, history: RunHistory, health: AdapterHealth | N
         yield Tile("Peak memory", format_bytes(summary.peak_reserved_bytes), remark)
     elif summary.peak_host_bytes is not None:
         yield Tile("Peak memory", format_bytes(summary.peak_host_bytes), "of the process on the host")
-    if health is not None:
+    if (health := result.adapter_health) is not None:
         yield Tile("Effective rank", f"{health.effective_rank:.1f}", _of_adapter(health))
+    if (forgetting := result.forgetting) is not None:
+        remark = f"{forgetting.base_loss:.4f} before, on {counted(forgetting.num_tokens, 'token')}"
+        yield Tile("Loss on general text", f"{forgetting.loss:.4f}", remark)
 
 
 def _of_adapter(health: AdapterHealth) -> str:

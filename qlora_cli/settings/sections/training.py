@@ -16,7 +16,7 @@ from qlora_cli.settings.setting_metadata import (
     Metadata,
     OnResume,
 )
-from qlora_cli.settings.values import CheckpointingSwitch, NameList, Texts
+from qlora_cli.settings.values import WHERE_CHEAP, CheckpointingSwitch, NameList, SwitchOrFile, Texts
 
 TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
 
@@ -227,6 +227,14 @@ class TrainingSettings(Section):
     )
     load_best_model_at_end: Annotated[bool, Metadata(on_resume=OnResume.FREE)] = Field(
         default=False, description="Write the adapter of the best evaluation, not of the last step."
+    )
+    general_text: Annotated[
+        SwitchOrFile,
+        Metadata(flag="--general-text", group=HelpGroup.OUTPUT, on_resume=OnResume.FREE, metavar="auto|on|off|FILE"),
+    ] = Field(
+        default=WHERE_CHEAP,
+        description="Measure at the end what was forgotten: the loss of base and result on a text of ours (on), or on "
+        "a text file. auto: on ours, if the run trains at least twenty times as many tokens.",
     )
     sample_prompts: Annotated[
         Texts, Metadata(flag="--sample-prompt", group=HelpGroup.OUTPUT, on_resume=OnResume.FREE, is_repeatable=True)

@@ -175,6 +175,7 @@ def compared(path: str, verdict: Verdict) -> ComparedRun:
         adapter_rank=None,
         effective_rank=None,
         relative_update_norm=None,
+        forgetting=None,
     )
 
 
