@@ -17,7 +17,14 @@ import typer
 from qlora_cli.cli.robust_stream import RobustStream
 from qlora_cli.visible import escape_controls
 
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "COMET_API_KEY",
+    "SWANLAB_API_KEY",
+)
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{10,}")
 # In an address: credentials before its host, and signatures. A port is not a password.
 CREDENTIALS = re.compile(r"(?<=://)(?:(?![^\s/@:]+:\d+/)[^\s/@:]+:\S*@|[^/\s@]+@)")

@@ -375,6 +375,8 @@ class ReportTo(Choice):
     WANDB = "wandb"
     TRACKIO = "trackio"
     MLFLOW = "mlflow"
+    COMET = "comet_ml"
+    SWANLAB = "swanlab"
 
 
 class BaseWeights(Choice):

@@ -4,16 +4,12 @@ They write into the run directory and print to stderr. A missing login or networ
 run continues without a tracker that fails.
 """
 
-import netrc
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -22,11 +18,10 @@ from qlora_cli.events import Noted, Reporter
 from qlora_cli.runs.directory import TRACKED_FILE
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
+from qlora_cli.training.callbacks.tracker_services import SERVICES
 from qlora_cli.writing import private_file, private_folder
 
 PROJECT = "qlora"  # the project of runs, unless the user has set one
-WANDB_ADDRESS = "https://api.wandb.ai"
-REACH_SECONDS = 3.0
 PATIENCE_SECONDS = "60"  # for pending uploads, at the beginning and at the end
 
 
@@ -106,7 +101,7 @@ def tracking(output: OutputSettings, directory: Path, reporter: Reporter) -> Ite
                 _shut_down(name)
         finally:
             # MLflow passes on the id of an experiment, which in another run's database is that of another one.
-            _restore(before, f"{name.value.upper()}_")
+            _restore(before, f"{name.value.partition('_')[0].upper()}_")
 
 
 @contextmanager
@@ -154,56 +149,31 @@ def _variables(name: ReportTo, directory: Path, reporter: Reporter) -> dict[str,
             "WANDB_INIT_TIMEOUT": PATIENCE_SECONDS,
             "WANDB_FINISH_TIMEOUT": PATIENCE_SECONDS,
         }
+    elif name == ReportTo.COMET:
+        defaults = {
+            "COMET_OFFLINE_DIRECTORY": str(directory / "comet_ml"),
+            "COMET_PROJECT_NAME": PROJECT,
+            "COMET_DISABLE_AUTO_LOGGING": "1",  # it would replace functions of PyTorch
+            "COMET_AUTO_LOG_CODE": "0",
+            "COMET_AUTO_LOG_GIT_PATCH": "0",
+            "COMET_DISPLAY_SUMMARY_LEVEL": "0",
+        }
+    elif name == ReportTo.SWANLAB:
+        defaults = {"SWANLAB_LOG_DIR": str(directory / "swanlab"), "SWANLAB_PROJECT": PROJECT}
     variables = {key: value for key, value in defaults.items() if key not in os.environ}
     if "MLFLOW_TRACKING_URI" in variables:
         private_file(directory / TRACKED_FILE)  # an empty file is a new database
-    if variables and name in (ReportTo.TENSORBOARD, ReportTo.TRACKIO, ReportTo.WANDB):
+    if variables and name != ReportTo.MLFLOW:
         private_folder(directory / name.value)  # it holds the same data as the run's own metrics
     if name == ReportTo.TRACKIO and (folder := getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", None)):
         message = f"trackio writes to {folder}, that of its first run, as long as this process lives"
         reporter.report(Noted(level="warning", message=message))
-    if name == ReportTo.WANDB and (reason := _offline_reason()):
-        variables["WANDB_MODE"] = "offline"
-        folder = Path(os.environ.get("WANDB_DIR", directory)) / "wandb"
-        message = f"Weights & Biases is recorded offline: {reason}. Send it later: wandb sync {folder}/offline-run-*"
-        reporter.report(Noted(message=message))
+    if name in SERVICES and (reason := SERVICES[name].offline_reason()):
+        service = SERVICES[name]
+        variables[service.mode[0]] = service.mode[1]
+        upload = service.upload.format(folder={**os.environ, **variables}[service.folder])
+        reporter.report(Noted(message=f"{service.title} is recorded offline: {reason}. Send it later: {upload}"))
     return variables
-
-
-def _offline_reason() -> str | None:
-    """Return why Weights & Biases can't be reached; None if it can, or if the user has set a mode."""
-    if os.environ.get("WANDB_MODE") not in {None, "", "online"}:
-        return None
-    address = os.environ.get("WANDB_BASE_URL") or WANDB_ADDRESS
-    host = urlsplit(address).netloc
-    if not _has_login(host):
-        return f"there is no login for {host} (wandb login, or WANDB_API_KEY)"
-    return None if _is_reachable(address) else f"{host} can't be reached"
-
-
-def _has_login(host: str) -> bool:
-    """Return whether a key is set, or stored by `wandb login`."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    stored = (Path(os.environ.get("NETRC") or "~/.netrc"), Path("~/_netrc"))
-    path = next((path.expanduser() for path in stored if path.expanduser().exists()), None)
-    try:
-        return path is not None and netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _is_reachable(address: str) -> bool:
-    """Return whether a server answers, or is behind a proxy, which prevents the check."""
-    parts = urlsplit(address)
-    if parts.scheme in getproxies():
-        return True
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        with socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS):
-            return True
-    except OSError:
-        return False
 
 
 def _shut_down(name: ReportTo) -> None:
@@ -216,3 +186,8 @@ def _shut_down(name: ReportTo) -> None:
             module.teardown()  # else it would keep using the directory of its first run
     elif name == ReportTo.MLFLOW and module is not None:
         module.end_run()
+    elif name == ReportTo.COMET and module is not None:
+        if (experiment := module.get_running_experiment()) is not None:
+            experiment.end()
+    elif name == ReportTo.SWANLAB and module is not None and module.get_run() is not None:
+        module.finish()

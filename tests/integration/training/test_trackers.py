@@ -1,9 +1,11 @@
 """Trackers with their real packages, if installed: they write only into the run directory and block nothing."""
 
 import importlib.util
+import json
 import os
 import socket
 import sqlite3
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from qlora_cli.events import Noted
 from qlora_cli.settings.choices import ReportTo
 from qlora_cli.settings.models import OutputSettings
 from qlora_cli.training.callbacks import trackers
+from qlora_cli.training.callbacks.tracker_services import SERVICES
 from qlora_cli.training.callbacks.trackers import Tracker, tracking
 from qlora_cli.training.checks.input_checks import check_train_inputs
 from tests.conftest import Recorder, RunQlora, train_settings
@@ -30,6 +33,8 @@ PACKAGES = {
     ReportTo.WANDB: ("wandb",),
     ReportTo.TRACKIO: ("trackio",),
     ReportTo.MLFLOW: ("mlflow", "sqlalchemy", "alembic"),
+    ReportTo.COMET: ("comet_ml",),
+    ReportTo.SWANLAB: ("swanlab",),
 }
 
 
@@ -59,6 +64,16 @@ def mlflow_losses(run: Path) -> dict[str, list[int]]:
     }
 
 
+def comet_losses(run: Path) -> dict[str, list[int]]:
+    (file,) = (run / "comet_ml").glob("*.zip")
+    with zipfile.ZipFile(file) as archive:
+        lines = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+    metrics = [line["payload"]["metric"] for line in lines if line["type"] == "metric_msg"]
+    return {
+        name: [one["step"] for one in metrics if one["metricName"] == name] for name in ("train/loss", "eval/loss")
+    }
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_tracker_writes_only_into_the_run_directory_and_not_to_stdout(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, name: ReportTo
@@ -67,7 +82,11 @@ def test_a_tracker_writes_only_into_the_run_directory_and_not_to_stdout(
     home, here, run = tmp_path / "home", tmp_path / "here", tmp_path / "run"
     home.mkdir()
     here.mkdir()
-    cleared = {key: "" for key in ("WANDB_API_KEY", "WANDB_MODE", "NETRC") if key in os.environ}
+    cleared = {
+        key: ""
+        for key in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "COMET_API_KEY", "SWANLAB_API_KEY")
+        if key in os.environ
+    }
     done = run_qlora(
         *("train", "--model", base_model, "--dataset", rows, "--output", run, *TRAIN, "--report-to", name.value),
         env={"HOME": str(home), **cleared},
@@ -89,6 +108,14 @@ def test_a_tracker_writes_only_into_the_run_directory_and_not_to_stdout(
         assert file.stat().st_size > 0
         assert f"wandb sync {run / 'wandb'}/offline-run-*" in done.stderr
         assert "no login for api.wandb.ai" in done.stderr
+    elif name == ReportTo.COMET:
+        assert comet_losses(run) == {"train/loss": [1, 2, 3], "eval/loss": [2, 3]}
+        assert f"comet upload {run / 'comet_ml'}/*.zip" in done.stderr
+    elif name == ReportTo.SWANLAB:
+        (file,) = (run / "swanlab").glob("run-*/backup.swanlab")
+        assert b"train/loss" in file.read_bytes()
+        assert b"eval/loss" in file.read_bytes()
+        assert f"swanlab sync {run / 'swanlab'}/run-*" in done.stderr
     else:
         with sqlite3.connect(run / "trackio" / "qlora.db") as database:
             runs = database.execute("SELECT DISTINCT run_name FROM metrics").fetchall()
@@ -101,7 +128,11 @@ def test_every_tracker_is_in_the_test_above() -> None:
 
 @pytest.fixture
 def _no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for key in [key for key in os.environ if key.startswith(("WANDB_", "TENSORBOARD_", "MLFLOW_", "TRACKIO_"))]:
+    for key in [
+        key
+        for key in os.environ
+        if key.startswith(("WANDB_", "TENSORBOARD_", "MLFLOW_", "TRACKIO_", "COMET_", "SWANLAB_"))
+    ]:
         monkeypatch.delenv(key)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
@@ -119,25 +150,61 @@ def test_wandb_is_offline_exactly_without_a_login_or_a_server(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: str
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", answering)
-    assert "no login" in str(trackers._offline_reason())
+    assert "no login" in str(SERVICES[ReportTo.WANDB].offline_reason())
     (tmp_path / "netrc").write_text(f"machine {answering.removeprefix('http://')} login user password {'a' * 40}\n")
-    assert trackers._offline_reason() is None
+    assert SERVICES[ReportTo.WANDB].offline_reason() is None
     (tmp_path / "netrc").write_text(f"machine other.example login user password {'a' * 40}\n")
-    assert "no login" in str(trackers._offline_reason())
+    assert "no login" in str(SERVICES[ReportTo.WANDB].offline_reason())
     (tmp_path / "netrc").write_text("no netrc at all")
-    assert "no login" in str(trackers._offline_reason())
+    assert "no login" in str(SERVICES[ReportTo.WANDB].offline_reason())
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    assert trackers._offline_reason() is None
+    assert SERVICES[ReportTo.WANDB].offline_reason() is None
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert trackers._offline_reason() == "127.0.0.1:9 can't be reached"
+    assert SERVICES[ReportTo.WANDB].offline_reason() == "127.0.0.1:9 can't be reached"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert trackers._offline_reason() is None  # behind a proxy this is unknown
+    assert SERVICES[ReportTo.WANDB].offline_reason() is None  # behind a proxy this is unknown
     monkeypatch.delenv("WANDB_API_KEY")
     for mode in ("offline", "disabled", "shared"):
         monkeypatch.setenv("WANDB_MODE", mode)
-        assert trackers._offline_reason() is None  # the user's choice
+        assert SERVICES[ReportTo.WANDB].offline_reason() is None  # the user's choice
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert "no login" in str(trackers._offline_reason())  # it would ask for one
+    assert "no login" in str(SERVICES[ReportTo.WANDB].offline_reason())  # it would ask for one
+
+
+@pytest.mark.usefixtures("_no_wandb_settings")
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_used_exactly_with_a_login_and_a_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: str, name: ReportTo
+) -> None:
+    service = SERVICES[name]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(service.address_variable, answering)
+    host = answering.removeprefix("http://")
+    assert service.offline_reason() == f"there is no login for {host} ({service.login}, or {service.keys[0]})"
+    recorder = Recorder()
+    variables = trackers._variables(name, tmp_path, recorder)
+    assert variables[service.mode[0]] == service.mode[1]
+    (note,) = (event.message for event in recorder.events if isinstance(event, Noted))
+    assert service.upload.format(folder=variables[service.folder]) in note
+    stored = {
+        ReportTo.WANDB: ("netrc", f"machine {host} login user password {'a' * 40}\n"),
+        ReportTo.COMET: (".comet.config", "[comet]\napi_key = abc\n"),
+        ReportTo.SWANLAB: (".swanlab/.netrc", f"machine {host} login user password {'a' * 40}\n"),
+    }
+    file, content = stored[name]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    assert service.offline_reason() is None
+    (tmp_path / file).write_text("neither\x00 one nor the other")
+    assert service.offline_reason() is not None
+    monkeypatch.setenv(service.keys[0], "k" * 40)
+    assert service.offline_reason() is None
+    monkeypatch.setenv(service.address_variable, "http://127.0.0.1:9")
+    assert service.offline_reason() == "127.0.0.1:9 can't be reached"
+    assert trackers._variables(name, tmp_path, Recorder())[service.mode[0]] == service.mode[1]
+    monkeypatch.setenv(service.mode[0], "disabled")
+    assert service.offline_reason() is None  # the user's choice
 
 
 @pytest.mark.usefixtures("_no_wandb_settings")
@@ -148,6 +215,8 @@ def test_wandb_is_offline_exactly_without_a_login_or_a_server(
         (ReportTo.WANDB, "WANDB_DIR", "{run}"),
         (ReportTo.TRACKIO, "TRACKIO_DIR", "{run}/trackio"),
         (ReportTo.MLFLOW, "MLFLOW_TRACKING_URI", "sqlite:///{run}/mlflow.db"),
+        (ReportTo.COMET, "COMET_OFFLINE_DIRECTORY", "{run}/comet_ml"),
+        (ReportTo.SWANLAB, "SWANLAB_LOG_DIR", "{run}/swanlab"),
     ],
 )
 def test_variables_of_the_user_are_not_overwritten(
