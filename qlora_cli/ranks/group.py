@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from qlora_cli.errors import QloraError
+from qlora_cli.errors import OutOfMemoryError, QloraError
 
 Value = TypeVar("Value")
 SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line where gloo noticed it
@@ -39,6 +39,11 @@ class PeerError(QloraError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"process {failure.rank} on {failure.host} failed: {failure.message}", hint=failure.hint)
         self.exit_code = failure.exit_code
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether that process ran out of memory."""
+        return self.exit_code == OutOfMemoryError.exit_code
 
 
 class PeerLostError(QloraError):

@@ -32,7 +32,8 @@ def explained(error: Exception, prepared: PreparedRun, phase: str, saved: str, *
     if isinstance(error, OutputDirectoryError):  # about the checkpoint to resume from, before a step
         return error
     if isinstance(error, PeerError | PeerLostError):
-        error.hint = f"{error.hint or ''} {saved}".strip()
+        leaner = _leaner_resume(prepared, saved) if isinstance(error, PeerError) and error.ran_out_of_memory else None
+        error.hint = f"{leaner or error.hint or ''} {saved}".strip()
         return error
     if isinstance(error, QloraError):
         return _with_saved(error, saved)
@@ -83,12 +84,20 @@ def _out_of_memory(error: BaseException, prepared: PreparedRun, phase: str, save
     # A run that was predicted to fit has no suggestions.
     suggestions = prepared.outlook.suggestions() if prepared.outlook is not None else ""
     hint = f"It would fit with {suggestions}." if suggestions else f"Try {_smaller_settings(prepared)}."
-    leaner = prepared.outlook.leaner() if prepared.outlook is not None else None
-    if saved and leaner is not None:
-        hint = f"Give the same command again: it goes on with gradient checkpointing {leaner.checkpointing}."
+    leaner = _leaner_resume(prepared, saved)
+    if leaner is not None:
+        hint = leaner
     elif saved:
         saved = f"{saved} A resumed run may change the micro-batch, with the same batch, and checkpointing."
     return OutOfMemoryError("; ".join(lines), hint=f"{hint} {saved}".strip())
+
+
+def _leaner_resume(prepared: PreparedRun, saved: str) -> str | None:
+    """Return a sentence on how a resume takes less memory; None if nothing is saved, or its plan is the leanest."""
+    leaner = prepared.outlook.leaner() if prepared.outlook is not None else None
+    if not saved or leaner is None:
+        return None
+    return f"Give the same command again: it goes on with gradient checkpointing {leaner.checkpointing}."
 
 
 def _measured(device: torch.device) -> str | None:

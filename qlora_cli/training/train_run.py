@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from qlora_cli.errors import OutputDirectoryError, TrainingError
+from qlora_cli.errors import OutOfMemoryError, OutputDirectoryError, TrainingError
 from qlora_cli.events import Noted, Reporter, Reporters
 from qlora_cli.hardware.cudnn import without_cudnn_attention
 from qlora_cli.hardware.environment import describe_hardware, package_versions
 from qlora_cli.hub.push import push_adapter
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.model_files.digest import base_digest
-from qlora_cli.ranks.group import ALONE, ProcessGroup
+from qlora_cli.ranks.group import ALONE, PeerError, ProcessGroup
 from qlora_cli.ranks.place import without_launcher
 from qlora_cli.runs.checkpoints import (
     CheckpointStore,
@@ -225,7 +225,9 @@ def _record_failure(directory: RunDirectory, error: BaseException) -> None:
     record = read_record(directory.path)
     if record.status == "running" and record.pid == os.getpid():
         status = "failed" if isinstance(error, Exception) else "interrupted"
-        write_record(directory, record.updated(status=status, error=f"{type(error).__name__}: {error}"))
+        # By which a resume knows to plan for less memory, whichever process ran out of it.
+        kind = OutOfMemoryError if isinstance(error, PeerError) and error.ran_out_of_memory else type(error)
+        write_record(directory, record.updated(status=status, error=f"{kind.__name__}: {error}"))
         write_report(directory.path)
 
 

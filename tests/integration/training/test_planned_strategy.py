@@ -24,6 +24,7 @@ from qlora_cli.units import GIB, MIB
 from tests.conftest import Recorder, short_settings
 from tests.integration.training.test_planned_run import in_steps_of_six
 from tests.integration.training.test_ranks import all_done, distance
+from tests.integration.training.test_sharding import FailingWithin, runs_out
 from tests.support.models.loading import save_model
 from tests.support.processes.rank_processes import run_ranks
 
@@ -149,3 +150,26 @@ def test_a_sharded_run_is_planned_by_the_first_process_and_trains_the_adapter_of
         assert record["origins"][path] == "the plan for this GPU"
     assert record["plan"]["predicted_memory"]["allocated_bytes"] > 0
     assert distance(run, one) < 1e-5
+
+
+@dataclass(frozen=True)
+class RunningOut:
+    """Lets the second process run out of memory within a layer of step 3, on a card that both see."""
+
+    def __call__(self, group: ProcessGroup) -> Recorder:
+        OnCard((GIB, GIB))(group)
+        return FailingWithin(runs_out, backward=True)(group)
+
+
+def test_a_sharded_run_of_which_one_process_ran_out_of_memory_resumes_with_less(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    run, changed = tmp_path / "run", {"training__num_gpus": 2, "training__save_steps": 1}
+    settings = in_steps_of_six(base_model, rows, run, **changed, training__strategy="fsdp")
+    first, _ = run_ranks(settings, tmp_path / "failing", RunningOut())
+    assert first.code == OutOfMemoryError.exit_code
+    assert "goes on with gradient checkpointing selective. The training until step 2 is saved" in first.told["hint"]
+    assert record_of(run)["settings"]["training"]["gradient_checkpointing"] == "off"
+    all_done(run_ranks(settings, tmp_path / "resumed", OnCard((GIB, GIB))), 2)
+    assert record_of(run)["settings"]["training"]["gradient_checkpointing"] == "selective"
+    assert record_of(run)["status"] == "done"

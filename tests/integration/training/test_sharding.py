@@ -206,10 +206,15 @@ def dies() -> None:
 
 @dataclass(frozen=True)
 class FailingWithin:
-    """Lets the second process fail within a layer, of step 3 or, `at_once`, when it is first tried."""
+    """Lets the second process fail within a layer, of step 3 or, `at_once`, when it is first tried.
+
+    That is in a forward pass or, `backward`, in the backward pass of the last layer, while others wait for the weights
+    of the one before.
+    """
 
     fails: Callable[[], None]
     at_once: bool = False
+    backward: bool = False
 
     def __call__(self, group: ProcessGroup) -> Recorder:
         if group.rank != 1:
@@ -220,9 +225,14 @@ class FailingWithin:
             steps.append(trainer.state.global_step)
             return compute(trainer, *arguments, **named)
 
-        def failing(*_: Any) -> None:
-            if steps and (self.at_once or steps[-1] == 2):
+        def failing(_: Any, __: Any, output: Any) -> None:
+            if not steps or not (self.at_once or steps[-1] == 2):
+                return
+            if not self.backward:
                 self.fails()
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(lambda _: self.fails())
 
         def sharded(model: PeftModel, *arguments: Any) -> None:
             shard_base(model, *arguments)
@@ -239,9 +249,11 @@ class FailingWithin:
     [
         (FailingWithin(raises), "process 1 on .* failed: RuntimeError: the card fell off the bus"),
         (FailingWithin(runs_out), "process 1 on .* failed: cpu ran out of memory in the forward pass"),
+        (FailingWithin(runs_out, backward=True), "process 1 on .* failed: cpu ran out of memory in the backward pass"),
         (FailingWithin(dies), "another process of this run ended without a word"),
+        (FailingWithin(dies, backward=True), "another process of this run ended without a word"),
     ],
-    ids=["raises", "runs out of memory", "dies"],
+    ids=["raises", "runs out of memory", "runs out of memory backward", "dies", "dies backward"],
 )
 def test_a_failure_within_a_layer_of_one_process_ends_all_and_is_named(
     base_model: Path, rows: Path, tmp_path: Path, fault: FailingWithin, message: str
@@ -256,10 +268,14 @@ def test_a_failure_within_a_layer_of_one_process_ends_all_and_is_named(
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "failed"
     assert re.search(message, record["error"])
+    assert record["error"].startswith("OutOfMemoryError") == (fault.fails is runs_out), "by which a resume plans"
 
 
-def test_memory_that_runs_out_before_the_first_step_ends_all(base_model: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_memory_that_runs_out_before_the_first_step_ends_all(
+    base_model: Path, rows: Path, tmp_path: Path, backward: bool
+) -> None:
     settings = short_settings(base_model, rows, tmp_path / "run", **SHARDED)
-    ended = run_ranks(settings, tmp_path / "ranks", FailingWithin(runs_out, at_once=True))
+    ended = run_ranks(settings, tmp_path / "ranks", FailingWithin(runs_out, at_once=True, backward=backward))
     assert [one.code for one in ended] == [3, 3]
     assert "process 1 on " in ended[0].told["message"]
