@@ -149,8 +149,8 @@ class PushError(QloraError, ConnectionError):
 class TerminatedError(QloraError, InterruptedError):
     """The process was asked to end, by SIGTERM, or by SIGHUP when its terminal was closed."""
 
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"terminated by {number.name}", hint="The same command starts over.")
+    def __init__(self, number: signal.Signals, then: str = "starts over") -> None:
+        super().__init__(f"terminated by {number.name}", hint=f"The same command {then}.")
         self.exit_code = 128 + number
 
 

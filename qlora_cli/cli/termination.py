@@ -19,10 +19,10 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def signals_as_errors() -> Iterator[None]:
+def signals_as_errors(then: str = "starts over") -> Iterator[None]:
     """Raise an error when a termination signal arrives; restore the previous handlers at the end.
 
-    A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    A signal that is ignored, as SIGHUP under nohup, stays ignored. `then` says what the same command does next time.
 
     Raises:
         TerminatedError: a signal arrived.
@@ -38,7 +38,7 @@ def signals_as_errors() -> Iterator[None]:
     try:
         yield
     except _Terminated as terminated:
-        raise TerminatedError(terminated.number) from None
+        raise TerminatedError(terminated.number, then) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

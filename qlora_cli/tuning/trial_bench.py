@@ -131,7 +131,7 @@ class TrialBench:
         return replace(
             prepared,
             resolved=replace(prepared.resolved, settings=settings),
-            plan=replace(prepared.plan, num_steps=num_steps),
+            plan=replace(prepared.plan, num_steps=num_steps, output=self._directory),
         )
 
 

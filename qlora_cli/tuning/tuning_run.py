@@ -131,7 +131,8 @@ class _RateTrials:
         self._kept = read_tune_record(search.directory)
         if self._kept is not None:
             self._kept.check_basis(self._basis, search.directory / RECORD_FILE)
-            reporter.report(Noted(message=f"going on with {self._named(self._kept)}"))
+            if self._kept.trials:
+                reporter.report(Noted(message=f"going on with {self._named(self._kept)}"))
 
     @property
     def record(self) -> TuneRecord:

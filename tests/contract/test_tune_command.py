@@ -1,6 +1,9 @@
 """`qlora tune` as scripts and users see it: refusals before torch, keys, the table, a dry run that writes nothing."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from qlora_cli.cli.app import app
 from qlora_cli.tuning.tuning_result import TrialResult, TunePlan, TuneResult
 from tests.conftest import ASSETS, RunQlora, write_jsonl
 from tests.support.models.shallow_model import save_shallow
+from tests.support.processes.forks import end_of, start_command
 from tests.support.processes.light_commands import LightQlora
 
 
@@ -72,6 +76,26 @@ def test_the_table_has_a_line_for_each_trial_within_80_columns(folder: Path, run
     assert max(map(len, (columns, *trials))) <= 80
     assert f"qlora train --config {folder / 'table' / 'tuned.yaml'}" in done.stderr
     assert "2 learning rates in 4 to 4 steps" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_trials_that_are_done_and_no_checkpoint(
+    folder: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    output = tmp_path / "tune"
+    command = arguments(folder, "--learning-rates", "5e-3,1e-4", "--trial-steps", "80", output=str(output))
+    process = start_command(command, os.environ, tmp_path, streams=tmp_path)
+    record, deadline = output / "tune.json", time.monotonic() + 300
+    while not (record.exists() and json.loads(record.read_text())["trials"]):
+        assert time.monotonic() < deadline, "no trial was done"
+        assert process.is_alive(), (tmp_path / "stderr").read_text()
+        time.sleep(0.05)
+    os.kill(process.pid or 0, number)
+    assert end_of(process, seconds=120) == code
+    said = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in said
+    assert f"1 trial in {record} kept: the same command goes on after them" in said
+    assert {path.name for path in output.iterdir()} == {"run.lock", "tune.json"}
 
 
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(folder: Path) -> None:

@@ -85,7 +85,7 @@ def tune(
         print_json(plan) if json else render_tune_plan(plan)
         print_next(AFTER_PLAN, volume, as_json=json)
         return
-    with reporting(volume) as reporter, signals_as_errors():
+    with reporting(volume) as reporter, signals_as_errors("goes on after the trials that are done"):
         from qlora_cli.tuning import tuning_run
 
         result = tuning_run.tune(resolved, request, reporter, force=force)

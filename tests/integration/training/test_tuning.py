@@ -97,7 +97,11 @@ def test_a_search_that_ends_early_goes_on_to_the_same_record_and_trains_nothing_
             tuning_run.tune(asked, REQUEST, reporter)
     assert "2 trials in" in str([event for event in reporter.events if isinstance(event, Noted)][-1])
     assert {path.name for path in directory.iterdir()} == {"run.lock", "tune.json"}
+    killed = directory / ".trial.99999999-0123456789abcdef.saving"  # as a process that was killed leaves it
+    (killed / "whole").mkdir(parents=True)
+    (killed / "written-by-qlora").touch()
     resumed = tuning_run.tune(asked, REQUEST, Recorder())
+    assert not killed.exists()
     assert kept_in(directory) == kept_in(tuned.output)
     assert resumed.learning_rate == tuned.learning_rate
     with monkeypatch.context() as patched:
