@@ -110,6 +110,7 @@ CASES = [
     wrong(TRAIN, "data.max_length", 100000, "more than the 512 positions"),
     wrong(TRAIN, "lora.modules_to_save", "nope", "'nope' matches no module"),
     wrong(TRAIN, "lora.dropout", 0.1, "can't be applied to fused experts", lora__target_parameters="all-experts"),
+    wrong(TRAIN, "training.general_text", "./no", "no can't be read"),
     wrong(TRAIN, "output.directory", "FULL", "contains other files"),
     wrong(TRAIN, "output.resume", "./no", "there is no checkpoint of a run in no"),
     wrong(TRAIN, "output.push_to_hub", "x", "does not say whose repository"),

@@ -78,6 +78,29 @@ def test_the_chosen_rate_is_best_and_a_trial_learns_what_a_run_learns(
     assert tuned.trials[-1].loss == pytest.approx(run.eval_loss, abs=1e-6)
 
 
+# What an adapter may hold besides two matrices that begin at zero, and how rows may be fed.
+KINDS: dict[str, dict[str, object]] = {
+    "DoRA, packed rows": {"lora__use_dora": True, "data__packing": True, "data__max_length": 256},
+    "PiSSA": {"lora__init_lora_weights": "pissa"},
+    "a module in full": {"lora__modules_to_save": ["lm_head"]},
+    "filled micro-batches": {"training__micro_batch_tokens": 300, "training__gradient_accumulation_steps": 2},
+    "noise": {"training__neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_trial_begins_where_a_run_begins(kind: str, base_model: Path, rows: Path, tmp_path: Path) -> None:
+    changed = {"training__max_steps": 3, "lora__dropout": 0.0, "quantization__method": "none", **KINDS[kind]}
+    asked = settings(base_model, rows, output__directory=str(tmp_path / "tune"), **changed)
+    found = tuning_run.tune(asked, TuneRequest(learning_rates=(1e-3, GOOD), trial_steps=3), Recorder())
+    run = train(
+        settings(base_model, rows, output__directory=str(tmp_path / "run"), training__learning_rate=GOOD, **changed),
+        Recorder(),
+    )
+    (last,) = (trial for trial in found.trials if trial.learning_rate == GOOD)
+    assert last.loss == pytest.approx(run.eval_loss, abs=1e-6)
+
+
 def test_a_search_that_ends_early_goes_on_to_the_same_record_and_trains_nothing_twice(
     tuned: TuneResult, base_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
