@@ -1,6 +1,6 @@
-"""Draw the pictures of the README from a real run of the demonstration: the live display, and the report page.
+"""Draw the pictures of the docs from a real run of the demonstration: the live display, its report, the data page.
 
-python scripts/make_pictures.py           # needs a Chromium or Chrome for the report; takes about a minute
+python scripts/make_pictures.py           # needs a Chromium or Chrome for the pages; takes about a minute
 """
 
 import io
@@ -24,7 +24,11 @@ PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 COMMAND = "$ qlora train --config configs/demo.yaml --output runs/demo"
 COLUMNS = 88
 SHOWN_STEP = 120  # late enough for a curve, early enough for a bar that is not full
-PAGE_WIDTH, PAGE_HEIGHT = 1000, 1130
+PAGE_WIDTH, REPORT_HEIGHT, DATA_HEIGHT = 1000, 1020, 1950
+INSPECTION = (
+    *("inspect-data", "--model", "base", "--dataset", "train.jsonl", "--max-length", "64"),
+    *("--micro-batch-size", "4", "--accept-lost", "--html", "data.html"),
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -45,8 +49,8 @@ class Photographer:
             self.picture = copy.export_svg(title="qlora train", unique_id="qlora-train")
 
 
-def photograph_page(page: Path, picture: Path) -> None:
-    """Write the top of a page as a PNG with few colours.
+def photograph_page(page: Path, picture: Path, height: int) -> None:
+    """Write the first `height` pixels of a page as a PNG with few colours.
 
     Raises:
         SystemExit: no browser is installed.
@@ -57,14 +61,14 @@ def photograph_page(page: Path, picture: Path) -> None:
     with tempfile.TemporaryDirectory() as home:
         raw = Path(home) / "page.png"
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={home}")
-        size = f"--window-size={PAGE_WIDTH},{PAGE_HEIGHT}"
+        size = f"--window-size={PAGE_WIDTH},{height}"
         command = [browser, *options, size, f"--screenshot={raw}", page.as_uri()]
         subprocess.run(command, check=True, capture_output=True)
         Image.open(raw).convert("RGB").quantize(64).save(picture, optimize=True)
 
 
 def main() -> None:
-    """Train the bundled model, and write both pictures."""
+    """Train the bundled model, look at its rows, and write the pictures."""
     photographer = Photographer()
     folder = Path(tempfile.gettempdir()) / "qlora"  # its name is in the pictures
     folder.mkdir()
@@ -75,7 +79,9 @@ def main() -> None:
         assert photographer.picture is not None, f"the run ended before step {SHOWN_STEP}"
         PICTURES.mkdir(exist_ok=True)
         (PICTURES / "live-display.svg").write_text(photographer.picture, encoding="utf-8")
-        photograph_page((folder / "runs" / "demo" / "report.html"), PICTURES / "report.png")
+        photograph_page(folder / "runs" / "demo" / "report.html", PICTURES / "report.png", REPORT_HEIGHT)
+        subprocess.run([sys.executable, "-m", "qlora_cli", *INSPECTION], check=True, capture_output=True)
+        photograph_page(folder / "data.html", PICTURES / "data.png", DATA_HEIGHT)
     finally:
         shutil.rmtree(folder)
 
