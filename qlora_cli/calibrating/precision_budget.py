@@ -187,7 +187,11 @@ def _with_layers(
     settings = with_settings(loaded.settings, {SKIPPED: skipped})
     layout = plan_layout(load_plan.shapes, settings.quantization, dtype, device=loaded.device)
     model.config.quantization_config.llm_int8_skip_modules = sorted(layout.unquantized)
-    return replace(loaded, settings=settings, layout=layout, inventory=take_inventory(model, layout.unquantized))
+    errors = loaded.errors
+    if errors is not None:
+        errors = {weight: error for weight, error in errors.items() if weight.removesuffix(".weight") not in names}
+    inventory = take_inventory(model, layout.unquantized)
+    return replace(loaded, settings=settings, layout=layout, inventory=inventory, errors=errors)
 
 
 def _unquantized_layer(

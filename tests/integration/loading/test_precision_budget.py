@@ -204,12 +204,15 @@ def test_one_row_is_not_enough(base_model: Path) -> None:
 
 def test_the_command_shows_the_layers(base_model: Path, tmp_path: Path) -> None:
     asked = ["load", str(base_model), "--error-on", DATA[0], "--memory-budget", "6MiB"]
-    done = CliRunner().invoke(app, [*asked, "--save", str(tmp_path / "stored"), "--json"])
+    done = CliRunner().invoke(app, [*asked, "--error", "--save", str(tmp_path / "stored"), "--json"])
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     kept = report["kept"]
     assert (kept["budget_bytes"], kept["num_layers"]) == (6 * MIB, 28)
     assert report["total_bytes"] <= kept["budget_bytes"]
+    of_others = {error["name"].removesuffix(".weight") for error in report["errors"]}
+    assert len(of_others) == kept["num_layers"] - len(kept["modules"])
+    assert not of_others & set(kept["modules"])
     config = json.loads((tmp_path / "stored" / "config.json").read_text())
     assert set(kept["modules"]) <= set(config["quantization_config"]["llm_int8_skip_modules"])
 
