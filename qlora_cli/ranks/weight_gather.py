@@ -52,6 +52,8 @@ class WeightGather:
                 return work  # the device waits
             assert work is not None, "it is waited for here"
             self._wait(work)
+        except torch.OutOfMemoryError:  # of this process, not of one that ended
+            raise
         except RuntimeError as error:
             self.check()
             raise PeerLostError(error) from error

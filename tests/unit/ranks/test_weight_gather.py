@@ -3,10 +3,12 @@
 from threading import Event
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined] # given to it when it is imported
 
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.ranks.group import Failure, PeerError
+from qlora_cli.ranks.group import Failure, PeerError, PeerLostError
 from qlora_cli.ranks.weight_gather import WeightGather
 
 
@@ -37,3 +39,26 @@ def test_nothing_is_aborted_after_the_end() -> None:
     waiting.stop_watching()
     WeightGather(store).announce(Failure.of(RuntimeError("too late"), 1))
     assert not aborted.wait(2.5)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("Connection closed by peer"), PeerLostError),
+    ],
+    ids=["memory", "connection"],
+)
+def test_memory_that_runs_out_while_weights_are_gathered_is_not_taken_for_the_end_of_another_process(
+    monkeypatch: pytest.MonkeyPatch, raised: RuntimeError, expected: type[Exception]
+) -> None:
+    def gather(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(dist, "all_gather_single", gather, raising=False)  # whose name is new in torch 2.13
+    waiting, part = WeightGather(HashStore()), torch.ones(1)
+    with pytest.raises(expected):
+        waiting(torch.ones(2), part, group=None)  # type: ignore[arg-type]
+    WeightGather(waiting._store).announce(Failure.of(RuntimeError("the card fell off the bus"), 1))
+    with pytest.raises(torch.OutOfMemoryError if expected is torch.OutOfMemoryError else PeerError):
+        waiting(torch.ones(2), part, group=None)  # type: ignore[arg-type]
