@@ -181,6 +181,14 @@ PresetName = Annotated[
 ]
 Assign = Annotated[list[str] | None, _assign_option()]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Go on although the run is predicted not to fit on the GPU.",
+        rich_help_panel=HelpGroup.RARE,
+    ),
+]
 
 
 def is_setting_parameter(parameter: Any) -> bool:

@@ -17,7 +17,6 @@ from qlora_cli.events import Reporters
 from qlora_cli.ranks.group import failing_together
 from qlora_cli.ranks.place import Place, place_in
 from qlora_cli.settings.choices import Device
-from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
@@ -36,14 +35,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all up to the first step; say what would run.")
     ] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Go on although the run is predicted not to fit on the GPU.",
-            rich_help_panel=HelpGroup.RARE,
-        ),
-    ] = False,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a frozen base, in 4 bit by default, and write a run directory."""

@@ -45,14 +45,7 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would cost, before any weight is read.")
     ] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Go on although the run is predicted not to fit on the GPU.",
-            rich_help_panel=HelpGroup.RARE,
-        ),
-    ] = False,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Find the learning rate of a run, by short trials from the same adapter over the same first rows.
