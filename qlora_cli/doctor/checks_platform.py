@@ -34,10 +34,10 @@ def check_platform() -> Outcome:
 
 
 def judge_platform(found: Platform) -> Outcome:
-    """Return ok for a platform that is tested, a warning for another, and failed for one that does not run."""
+    """Return ok for a tested or intended platform, a warning for another, failed for one that does not run."""
     details = {"platform": found.name, "support": found.support.value, "computes_on": found.computes_on}
     finding = f"{found.name}, {found.support}: qlora computes on {found.computes_on}"
-    if found.support == Support.TESTED:
+    if found.support in (Support.TESTED, Support.INTENDED):
         return ok(finding, **details)
     judged = warning if found.support == Support.UNTESTED else failed
     return judged(f"{finding}; {found.note}", found.advice or "", **details)
