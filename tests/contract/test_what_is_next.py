@@ -54,6 +54,15 @@ def test_a_run_ends_with_its_page_and_the_commands_that_use_it(trained: dict[str
     assert len(merged.stdout.splitlines()) == 5
 
 
+def test_a_model_that_was_saved_is_the_one_to_go_on_with(
+    run_qlora: RunQlora, base_model: Path, tmp_path: Path
+) -> None:
+    for flags, model in (((), base_model), (("--save", tmp_path / "stored"), tmp_path / "stored")):
+        done = run_qlora("load", base_model, *flags)
+        assert done.code == 0, done.stderr
+        assert commands_in(done.stderr) == [f"qlora inspect-memory {shlex.quote(str(model))}"]
+
+
 def test_rows_are_shown_by_a_dry_run_only(trained: dict[str, Any]) -> None:
     assert "trained is within « »: " in trained["dry"].stderr
     assert "«" not in trained["done"].stderr

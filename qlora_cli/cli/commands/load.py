@@ -45,7 +45,8 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     with reporting(volume_of(context)) as reporter:
         report = _load(resolved, reporter)
     print_json(report) if json else render_load(report)
-    print_next([command("inspect-memory", resolved.settings.model.name)], volume_of(context), as_json=json)
+    model = resolved.settings.model.name if given.save is None else str(given.save)
+    print_next([command("inspect-memory", model)], volume_of(context), as_json=json)
 
 
 def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadReport":
