@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.precision_budget MODEL DATA [--tokens N]
 
-The budgets are shares of the bytes that 16 bit takes more than NF4 in all linear layers. Layers are chosen on half of
-the rows of DATA; the divergence from the unquantized model is that on the other half. Records are appended to
+The budgets are shares of the bytes that all linear layers take more unquantized than in NF4. Layers are chosen on half
+of the rows of DATA; the divergence from the unquantized model is that on the other half. Records are appended to
 `benchmarks/results/`.
 """
 
@@ -75,7 +75,10 @@ def main() -> None:
         }
         append(results_file(RESULTS, "precision_budget"), record)
         others = ", ".join(f"{value:.4f}" for value in chance)
-        print(f"{share:4.0%} of what 16 bit takes more: {chosen:.4f} nats a token; by chance {others}", flush=True)
+        print(
+            f"{share:4.0%} of what all layers take more unquantized: {chosen:.4f} nats a token; by chance {others}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keep the layers in 16 bit whose quantization costs predictions most for the memory that it saves.
+"""Keep the layers unquantized whose quantization costs predictions most for the memory that it saves.
 
 Near the unquantized model, the divergence of predictions is a quadratic form of the errors of all weights. Half its
 gradient with respect to a weight times that weight's error is the weight's part of the divergence: the parts of all
@@ -37,7 +37,7 @@ Measure = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPart:
-    """The part of the divergence, in nats a token, that is due to a layer, and the bytes that 16 bit would add."""
+    """A layer's part of the divergence, in nats a token, and the bytes that it would take more unquantized."""
 
     name: str
     mean_kl: float
@@ -45,7 +45,7 @@ class LayerPart:
 
 
 def check_budget(budget_bytes: int, load_plan: LoadPlan) -> None:
-    """Check that a budget leaves a choice: it suffices for the quantized weights, and not for all in 16 bit.
+    """Check that a budget leaves a choice: it suffices for the quantized weights, and not for all as they were.
 
     Raises:
         ModelError: it does not.
@@ -61,14 +61,14 @@ def check_budget(budget_bytes: int, load_plan: LoadPlan) -> None:
         )
     if whole <= budget_bytes:
         raise ModelError(
-            f"{format_bytes(budget_bytes)} suffice for every layer of {name} in 16 bit, {format_bytes(whole)}",
+            f"{format_bytes(budget_bytes)} suffice for every layer of {name} unquantized, {format_bytes(whole)}",
             hint="Leave the budget out, and use --quant none.",
             setting=SETTING,
         )
 
 
 def extra_bytes(load_plan: LoadPlan) -> dict[str, int]:
-    """Return what each linear layer that would be quantized takes more in 16 bit, by full name."""
+    """Return what each linear layer that would be quantized takes more unquantized, by full name."""
     itemsize = load_plan.layout.dtype.itemsize
     layers = {f"{name}.weight": name for name, _ in linear_layers(load_plan.shapes)}
     return {
@@ -81,7 +81,7 @@ def extra_bytes(load_plan: LoadPlan) -> dict[str, int]:
 def keep_precision(
     loaded: LoadedModel, load_plan: LoadPlan, exact: UnquantizedPredictions, budget_bytes: int, reporter: Reporter
 ) -> tuple[LoadedModel, KeptPrecision]:
-    """Return the model with layers in 16 bit that were quantized, as many as `budget_bytes` of weights allow.
+    """Return the model with layers unquantized that were quantized, as many as `budget_bytes` of weights allow.
 
     They are chosen by the predictions `exact` of the unquantized model. The modules of `loaded` are replaced.
     """

@@ -138,13 +138,13 @@ def prediction_error_rows(error: PredictionError) -> list[Row]:
 
 
 def kept_rows(kept: KeptPrecision | None) -> list[Row]:
-    """Return the layers in 16 bit, what they take, and what was expected of them."""
+    """Return the layers that a budget keeps unquantized, what they take, and what was expected of them."""
     if kept is None:
         return []
     layers = f"{len(kept.modules):,} of {counted(kept.num_layers, 'linear layer')}"
     more = f"{format_bytes(kept.extra_bytes)} more, within {format_bytes(kept.budget_bytes)}"
     expected = f"{kept.mean_kl_quantized:.3g} nats a token without them, {kept.expected_kl:.3g} expected with them"
-    return [("kept in 16 bit", f"{layers}, {more}"), ("", f"on the rows that they were chosen by: {expected}")]
+    return [("kept unquantized", f"{layers}, {more}"), ("", f"on the rows that they were chosen by: {expected}")]
 
 
 def errors_by_layer(errors: Sequence[WeightError]) -> list[float]:
