@@ -135,6 +135,24 @@ def check_fit(
     )
 
 
+def check_host_fit(name: str, layout: StoragePlan, shards: Shards, num_processes: int, free: int) -> None:
+    """Check that the `shards` of `num_processes`, which are on one host, fit into its `free` bytes.
+
+    What PyTorch adds where it pins memory is not counted, nor what the processes take besides.
+
+    Raises:
+        OutOfMemoryError: they do not; gives both sizes.
+    """
+    weight_bytes = sum(entry.weight_bytes for entry in layout.inventory.entries)
+    needed = num_processes * weight_bytes // shards.number
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{name} needs at least {format_bytes(needed)} of host memory for its shards, {num_processes} of "
+            f"{shards.number}, and {format_bytes(free)} are free",
+            hint=f"Leave {OFFLOAD_BASE} out, share the base among machines, or use one with more memory.",
+        )
+
+
 def _changes(
     model: PreTrainedModel,
     layout: StoragePlan,

@@ -67,6 +67,11 @@ class DistributedGroup(ProcessGroup):
         """Whether no process of this machine comes before this one."""
         return self._place.local_rank == 0
 
+    @property
+    def num_on_host(self) -> int:
+        """The number of processes on this machine."""
+        return self._place.local_size
+
     def exchange(self, value: Value) -> list[Value]:
         """Return the values of all processes, by rank."""
         values = self._gather(value)

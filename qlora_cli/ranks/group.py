@@ -85,6 +85,11 @@ class ProcessGroup:
         return True
 
     @property
+    def num_on_host(self) -> int:
+        """The number of processes on this machine."""
+        return 1
+
+    @property
     def shares_weights(self) -> bool:
         """Whether each process holds a part of weights, so that none can compute without the others."""
         return False

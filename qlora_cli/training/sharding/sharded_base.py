@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loss.output_head import backbone_of
 from qlora_cli.quantization.kept_shards import KeptShards, layer_names
+from qlora_cli.quantization.memory_check import Shards, check_host_fit, free_bytes
 from qlora_cli.quantization.sharded_units import ends_of, layers_of
 from qlora_cli.ranks.group import ProcessGroup
 
@@ -26,7 +27,13 @@ def kept_shards(load_plan: LoadPlan, group: ProcessGroup, *, on_host: bool) -> K
     """Return what keeps the shards of this process of the layers' weights, while a model is loaded by `load_plan`.
 
     `on_host`: in host memory, from which a layer is copied to the device when it is gathered.
+
+    Raises:
+        OutOfMemoryError: they do not fit there, with those of the other processes of this machine.
     """
+    if on_host:
+        shards, free = Shards(number=group.size, on_host=True), free_bytes(torch.device("cpu"))
+        check_host_fit(load_plan.settings.model.name, load_plan.layout, shards, group.num_on_host, free)
     layers = tuple(layer_names(load_plan.shapes, GradientCheckpointingLayer))
     return KeptShards(rank=group.rank, size=group.size, device=load_plan.device, layers=layers, on_host=on_host)
 

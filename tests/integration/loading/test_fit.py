@@ -10,11 +10,15 @@ from transformers import PreTrainedModel
 
 from benchmarks.synthetic import SHAPES, config_of, num_parameters, write_model
 from qlora_cli.errors import OutOfMemoryError
-from qlora_cli.quantization.memory_check import Shards, check_fit, needed_bytes
+from qlora_cli.loading.load_plan import plan_load
+from qlora_cli.quantization.memory_check import Shards, check_fit, check_host_fit, needed_bytes
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout
+from qlora_cli.ranks.group import ALONE
 from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.training.sharding import sharded_base
 from qlora_cli.units import GIB, format_bytes
 from tests.conftest import Recorder, RunQlora, train_settings
+from tests.support.models.loading import asked_load
 from tests.support.models.tiny_models import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # the latter is only a label: nothing is allocated on it
@@ -256,3 +260,24 @@ def test_of_a_sharded_model_less_is_proposed_and_of_the_same_shards(llama: PreTr
         assert hint in (caught.value.hint or "")
         assert "--offload-embedding" not in (caught.value.hint or "")
     check_fit("a-model", llama, layout, CUDA, enough, offload_embedding=False, shards=on_host)
+
+
+@pytest.mark.parametrize(("number", "on_this_host"), [(2, 2), (8, 4), (3, 1)])
+def test_shards_on_the_host_have_to_fit_there_with_those_of_all_its_processes(
+    llama: PreTrainedModel, number: int, on_this_host: int
+) -> None:
+    layout, shards = plan(llama, CUDA), Shards(number=number, on_host=True)
+    enough = on_this_host * sum(entry.weight_bytes for entry in layout.inventory.entries) // number
+    check_host_fit("a-model", layout, shards, on_this_host, enough)
+    with pytest.raises(OutOfMemoryError, match=f"shards, {on_this_host} of {number}, and") as caught:
+        check_host_fit("a-model", layout, shards, on_this_host, enough - 1)
+    assert "--offload-base" in (caught.value.hint or "")
+    assert format_bytes(enough) in caught.value.message
+
+
+def test_shards_are_kept_on_the_host_only_if_they_fit_there(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_plan = plan_load(asked_load(base_model), Recorder())
+    monkeypatch.setattr(sharded_base, "free_bytes", lambda _: 0)
+    with pytest.raises(OutOfMemoryError, match="0 B are free"):
+        sharded_base.kept_shards(load_plan, ALONE, on_host=True)
+    assert not sharded_base.kept_shards(load_plan, ALONE, on_host=False).on_host
