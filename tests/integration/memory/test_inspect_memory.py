@@ -89,7 +89,9 @@ def test_an_adapter_on_the_hub_is_predicted_by_its_config(
     assert asked == {"config.json", "adapter_config.json"}
     same = ("--rank", "4", "--target-modules", "q_proj")
     of_base = run_qlora("inspect-memory", "owner/tiny", *ONCE, *same, "--json", env=env)
-    assert figures(of_base.json) == figures(done.json)
+    # A larger model is proposed for a base, and not in place of what an adapter or a run was made for.
+    assert of_base.json["larger_model"] is not None
+    assert {**figures(of_base.json), "larger_model": None} == figures(done.json)
     assert any("by its config alone" in assumption for assumption in done.json["assumptions"])
 
 
@@ -107,7 +109,7 @@ def test_a_run_directory_is_predicted_with_its_own_settings(
     assert of_run.code == 0, of_run.stderr
     same = (*unplanned, "--rank", "4", "--max-length", "64", "--micro-batch-size", "2")
     of_model = run_qlora("inspect-memory", base_model, *same, "--json", env=alone)
-    assert figures(of_run.json) == figures(of_model.json)
+    assert figures(of_run.json) == {**figures(of_model.json), "larger_model": None}
     assert (
         of_run.json["num_trainable_parameters"]
         == json.loads((run / "run.json").read_text())["plan"]["num_trainable_parameters"]
