@@ -16,7 +16,7 @@ def check_processes(training: TrainingSettings) -> None:
     if training.shards_base and training.num_gpus == 1:
         raise HardwareError(
             "there is one process, which would hold all of the base",
-            hint=f"Give --num-gpus. {NOT_SHARDED}",
+            hint="Give --num-gpus, or leave --strategy and --offload-base out.",
             setting=training.sharding_setting,
         )
 
