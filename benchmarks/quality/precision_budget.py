@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="to choose by, and as many to judge by")
     arguments = parser.parse_args()
     load_plan, _ = load(arguments.model)
-    both = predict_unquantized(load_plan, (arguments.data,), SilentReporter(), num_tokens=2 * arguments.tokens)
+    both = predict_unquantized(
+        load_plan, (arguments.data,), SilentReporter(), num_tokens=arguments.tokens, num_halves=2
+    )
     chosen_by, judged_by = both.halves()
     extra, takes = extra_bytes(load_plan), load_plan.layout.inventory.total_bytes
     for share in SHARES:

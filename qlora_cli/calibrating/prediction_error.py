@@ -6,6 +6,7 @@ The loaded model runs as it is; the unquantized one runs next to it with the wei
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -81,18 +82,8 @@ class UnquantizedPredictions:
         return logits[mask].float()
 
     def halves(self) -> tuple["UnquantizedPredictions", "UnquantizedPredictions"]:
-        """Return the predictions on the first half of the rows, and on the others.
-
-        Raises:
-            DataError: there is one row alone.
-        """
+        """Return the predictions on the first half of the rows, and on the others."""
         middle = len(self.ids) // 2
-        if not middle:
-            raise DataError(
-                f"{', '.join(self.data)}: has one row, and layers that are chosen by one are to be judged by another",
-                hint="Name more data.",
-                setting="load.error_on",
-            )
         return self._of_rows(0, middle), self._of_rows(middle, len(self.ids))
 
     def _of_rows(self, begin: int, end: int) -> "UnquantizedPredictions":
@@ -107,15 +98,28 @@ class UnquantizedPredictions:
 
 
 def predict_unquantized(
-    load_plan: LoadPlan, names: Datasets, reporter: Reporter, *, num_tokens: int = NUM_TOKENS
+    load_plan: LoadPlan,
+    names: Datasets,
+    reporter: Reporter,
+    *,
+    num_tokens: int = NUM_TOKENS,
+    num_halves: Literal[1, 2] = 1,
 ) -> UnquantizedPredictions:
-    """Return what the unquantized model of `load_plan` predicts on about `num_tokens` of the data sets `names`.
+    """Return what the unquantized model of `load_plan` predicts on the data sets `names`.
+
+    It is run on about `num_tokens` of them, or twice as many if these are to be halved.
 
     Raises:
         DatasetNotFoundError: no such data set.
-        DataError: it can't be read.
+        DataError: it can't be read, or has too few rows.
     """
-    rows = [row[:MOST_TOKENS] for row in read_rows(names, load_plan, num_tokens, reporter).rows]
+    rows = [row[:MOST_TOKENS] for row in read_rows(names, load_plan, num_halves * num_tokens, reporter).rows]
+    if len(rows) < num_halves:
+        raise DataError(
+            f"{', '.join(names)}: has one row, and layers that are chosen by one are to be judged by another",
+            hint="Name more data.",
+            setting="load.error_on",
+        )
     reporter.report(PhaseStarted(title=f"Comparing {load_plan.source.base_name} with itself unquantized"))
     base = base_model(load_plan, reporter)
     read = base_reader(base, Base(base, BaseWeights.ORIGINAL))

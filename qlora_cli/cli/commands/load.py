@@ -86,14 +86,14 @@ def _compared(
 ) -> tuple["LoadedModel", "LoadReport"]:
     """Return the model, with as many layers in 16 bit as a budget allows, and the report with its error on text."""
     from qlora_cli.calibrating.precision_budget import keep_precision
-    from qlora_cli.calibrating.prediction_error import NUM_TOKENS, measure_prediction_error, predict_unquantized
+    from qlora_cli.calibrating.prediction_error import measure_prediction_error, predict_unquantized
 
     assert given.error_on is not None
     budget_bytes, kept = given.memory_budget, None
     if budget_bytes is None:
         exact = predict_unquantized(load_plan, given.error_on, reporter)
     else:
-        both = predict_unquantized(load_plan, given.error_on, reporter, num_tokens=2 * NUM_TOKENS)
+        both = predict_unquantized(load_plan, given.error_on, reporter, num_halves=2)
         chosen_by, exact = both.halves()  # what was chosen is measured on other rows
         loaded, kept = keep_precision(loaded, load_plan, chosen_by, budget_bytes, reporter)
     error = measure_prediction_error(loaded, exact)

@@ -28,6 +28,7 @@ from qlora_cli.calibrating.prediction_error import (
 )
 from qlora_cli.cli.app import app
 from qlora_cli.errors import DataError, ModelError
+from qlora_cli.events import PhaseStarted
 from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
@@ -66,7 +67,7 @@ class Case:
 
 def case_of(model: Path, num_tokens: int = 1200, **flags: object) -> Case:
     load_plan = plan_load(asked_load(model, model__dtype="fp32", **flags), Recorder())
-    one, other = predict_unquantized(load_plan, DATA, Recorder(), num_tokens=num_tokens).halves()
+    one, other = predict_unquantized(load_plan, DATA, Recorder(), num_tokens=num_tokens // 2, num_halves=2).halves()
     return Case(load_plan=load_plan, chosen_by=one, judged_by=other)
 
 
@@ -127,7 +128,7 @@ def test_the_codes_of_a_calibration_stay_in_the_other_layers(base_model: Path) -
     load_plan = plan_load(asked_load(base_model, model__dtype="fp32"), Recorder())
     codes = calibrate_on(DATA, load_plan, Recorder(), num_tokens=2000)
     loaded = load_planned(load_plan, Recorder(), calibrated=codes)
-    one, other = predict_unquantized(load_plan, DATA, Recorder(), num_tokens=800).halves()
+    one, other = predict_unquantized(load_plan, DATA, Recorder(), num_tokens=400, num_halves=2).halves()
     before = {name: held(loaded, name) for name in extra_bytes(load_plan)}
     without = measure_prediction_error(loaded, other).mean_kl
     budget = load_plan.layout.inventory.total_bytes + 2 * MIB
@@ -197,9 +198,10 @@ def test_a_budget_that_leaves_no_choice_is_refused_before_weights_are_read(demo:
 
 def test_one_row_is_not_enough(base_model: Path) -> None:
     load_plan = plan_load(asked_load(base_model), Recorder())
-    exact = predict_unquantized(load_plan, (f"{ASSETS / 'train.jsonl'}#1",), Recorder())
+    recorder = Recorder()
     with pytest.raises(DataError, match="has one row"):
-        exact.halves()
+        predict_unquantized(load_plan, (f"{ASSETS / 'train.jsonl'}#1",), recorder, num_halves=2)
+    assert not any("Comparing" in event.title for event in recorder.events if isinstance(event, PhaseStarted))
 
 
 def test_the_command_shows_the_layers(base_model: Path, tmp_path: Path) -> None:
