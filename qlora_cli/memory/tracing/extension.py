@@ -7,6 +7,7 @@ trace can't be extended.
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from itertools import count
 
 from qlora_cli.memory.tracing.layers import LayerStack, contexts, represented_by
 from qlora_cli.memory.tracing.passes import Passes
@@ -105,12 +106,11 @@ class _Extension:
             part: [event for event in segment.events if event >= 0 and event not in self.permanent]
             for part, segment in by_part.items()
         }
-        # Parts of a kind may differ by a few allocations. All are numbered by those of the shortest one.
-        shortest: dict[int, list[int]] = {}
+        numberings: dict[int, _Numbering] = {}
         for part in sorted(allocated, key=lambda part: len(allocated[part])):
             sizes = [self.trace.storages[number].num_bytes for number in allocated[part]]
-            reference = shortest.setdefault(self.kinds[part], sizes)
-            for number, index in zip(allocated[part], _aligned(reference, sizes), strict=True):
+            numbering = numberings.setdefault(self.kinds[part], _Numbering())
+            for number, index in zip(allocated[part], numbering.number(sizes), strict=True):
                 self.origins[number] = (name, part, index)
             # Storages that are never released, such as the workspace of the first product, have no counterparts.
             permanent = (event for event in by_part[part].events if event >= 0 and event in self.permanent)
@@ -170,18 +170,43 @@ class _Extension:
         self.passes.events.setdefault(name, []).append(~number)
 
 
-def _aligned(reference: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Return for each of `sizes` the index of its match in `reference`, which may be shorter.
+class _Numbering:
+    """Numbers for the allocations of the parts of one kind, equal where they are the same allocation.
 
-    A size without a match gets an index beyond the end of `reference`.
+    Parts of a kind may differ by a few: the last layer gathers its own shards as well as those of the layer before it,
+    and the first those of the embedding. So each part is aligned with all that earlier ones allocated.
+
+    Attributes:
+        merged: The size and the number of each allocation of any part, in an order that all parts follow.
+        known: The numbers of a part with so many allocations.
+        unused: The numbers that no allocation has yet.
     """
-    if len(reference) == len(sizes):
-        return list(range(len(sizes)))
-    indices = [len(reference) + index for index in range(len(sizes))]
-    for block in SequenceMatcher(None, reference, sizes, autojunk=False).get_matching_blocks():
-        for step in range(block.size):
-            indices[block.b + step] = block.a + step
-    return indices
+
+    def __init__(self) -> None:
+        self.merged: list[tuple[int, int]] = []
+        self.known: dict[int, list[int]] = {}
+        self.unused = count()
+
+    def number(self, sizes: Sequence[int]) -> list[int]:
+        """Return the number of each allocation of a part, whose sizes are given."""
+        if len(sizes) not in self.known:
+            self.known[len(sizes)] = self._align(sizes)
+        return self.known[len(sizes)]
+
+    def _align(self, sizes: Sequence[int]) -> list[int]:
+        numbers: list[int] = []
+        merged: list[tuple[int, int]] = []
+        matcher = SequenceMatcher(None, [size for size, _ in self.merged], sizes, autojunk=False)
+        for tag, start, end, first, last in matcher.get_opcodes():
+            merged += self.merged[start:end]
+            if tag == "equal":
+                numbers += [number for _, number in self.merged[start:end]]
+                continue
+            added = [next(self.unused) for _ in range(first, last)]
+            numbers += added
+            merged += zip(sizes[first:last], added, strict=True)
+        self.merged = merged
+        return numbers
 
 
 def _by_pass(segments: Sequence[Segment]) -> list[tuple[str, list[Segment]]]:

@@ -168,6 +168,17 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eager": ({"attention": "eager"}, {}),
     "flash attention": ({"attention": "flash_attention_2", "batch_size": 2}, {}),
     "a GPU without bf16": ({"capability": (7, 5), "dtype": torch.float16}, {}),
+    "sharded": ({"num_shards": 2}, {}),
+    "sharded without checkpointing": ({"num_shards": 2, "checkpointing": "off"}, {}),
+    "shards on the host": ({"num_shards": 2, "shards_on_host": True}, {}),
+    "shards on the host without checkpointing": (
+        {"num_shards": 2, "shards_on_host": True, "checkpointing": "off"},
+        {},
+    ),
+    "shards on the host with selective checkpointing": (
+        {"num_shards": 4, "shards_on_host": True, "checkpointing": "selective"},
+        {},
+    ),
     "some targets": ({}, {"target_modules": ("q_proj", "v_proj")}),
     "dropout": ({}, {"dropout": 0.1}),
 }
