@@ -13,7 +13,7 @@ from qlora_cli.events import Noted
 from qlora_cli.merging.exports.nf4 import Nf4Export, check_nf4, export_nf4
 from qlora_cli.settings.choices import Device
 from tests.conftest import Recorder
-from tests.support.models.loading import load, logits, save_model
+from tests.support.models.loading import load, logits, save_model, without_repacking
 from tests.support.models.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,9 +47,7 @@ def test_it_is_smaller_in_the_dtype_of_the_merged_model_and_loads_in_transformer
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.bfloat16, device_map={"": "cpu"})
-    for module in plain.modules():
-        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - it would repack the weights and compute with other scales
-    assert torch.equal(logits(plain), logits(load(base_model, model__dtype="bf16").model))
+    assert torch.equal(logits(without_repacking(plain)), logits(load(base_model, model__dtype="bf16").model))
 
 
 def test_a_model_in_fp16_stays_in_16_bit_on_a_cpu_too(tmp_path: Path) -> None:

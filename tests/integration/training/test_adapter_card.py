@@ -16,7 +16,7 @@ from qlora_cli.training.outcome.adapter_card import CARD, TrainedSteps, write_ca
 from qlora_cli.training.run_plan import PreparedRun, prepare_run
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, short_settings
-from tests.support.models.loading import load, logits, save_model
+from tests.support.models.loading import load, logits, save_model, without_repacking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +68,7 @@ def test_its_code_loads_the_adapter_as_it_was_trained(
     card = (adapter / CARD).read_text(encoding="utf-8")
     ours = load(adapter.parent, **{key.replace(".", "__"): value for key, value in flags.items() if "method" in key})
     ids = torch.arange(3, 40)[None]
-    theirs = run_code(card, shallow_base, adapter)
+    theirs = without_repacking(run_code(card, shallow_base, adapter))
     torch.testing.assert_close(logits(theirs, ids), logits(ours.model, ids), rtol=1e-4, atol=1e-4)
     assert str(tmp_path) not in card
     assert str(shallow_base.parent) not in card
@@ -105,7 +105,7 @@ def test_a_base_that_the_run_made_goes_with_it(shallow_base: Path, tmp_path: Pat
     assert f"A LoRA adapter for `{shallow_base.name}`" in card
     assert "in `base/` of its directory" in card
     ids = torch.arange(3, 40)[None]
-    theirs = run_code(card, tmp_path / "run" / "base", adapter)
+    theirs = without_repacking(run_code(card, tmp_path / "run" / "base", adapter))
     torch.testing.assert_close(logits(theirs, ids), logits(load(tmp_path / "run").model, ids), rtol=1e-4, atol=1e-4)
     assert str(tmp_path) not in card
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from qlora_cli.errors import QloraError
 from qlora_cli.loading.loader import LoadedModel, load_model
@@ -29,6 +30,7 @@ DAMAGED_PICKLES: dict[str, Callable[[Path], object]] = {
 }
 
 Test = TypeVar("Test", bound=Callable[..., None])
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class Proofs:
@@ -70,6 +72,18 @@ def refused(model: Path, kind: type[QloraError], **flags: object) -> str:
     assert caught.value.hint
     assert caught.value.exit_code == 2
     return f"{caught.value} | {caught.value.hint}"
+
+
+def without_repacking(plain: Model) -> Model:
+    """Return a model of plain transformers or PEFT that computes with the 4-bit weights as they are stored.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks them when a model is first evaluated, and rounds their constants to
+    bf16. Our loader prevents it; a comparison with a model that it did not load has to.
+    """
+    for module in plain.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return plain
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
