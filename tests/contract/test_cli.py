@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from qlora_cli.cli.app import app
+from qlora_cli.cli.without_cache import ensure_cache
 from tests.conftest import RunQlora
 
 FULL = Path("/dev/full")
@@ -215,7 +218,7 @@ def test_ctrl_c_at_any_moment_of_the_start_ends_without_a_traceback(seconds: flo
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("home", ["missing", "file", "read-only"])
+@pytest.mark.parametrize("home", ["file", "read-only"])
 def test_a_home_that_cannot_be_written_to_means_no_cache_and_a_warning(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, home: str
 ) -> None:
@@ -226,14 +229,34 @@ def test_a_home_that_cannot_be_written_to_means_no_cache_and_a_warning(
         folder.mkdir(0o500)
         if os.access(folder, os.W_OK):
             pytest.skip("root may write anywhere")
-    inside = folder if home == "read-only" else Path(os.devnull) / "home" if home == "missing" else folder
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    without_cache = {"HOME": str(inside), "XDG_CACHE_HOME": "", "QLORA_CACHE": "", "TMPDIR": str(temporary)}
+    without_cache = {"HOME": str(folder), "XDG_CACHE_HOME": "", "QLORA_CACHE": "", "TMPDIR": str(temporary)}
     done = run_qlora("inspect-data", "--model", base_model, "--dataset", rows, "--rows", "0", env=without_cache)
     assert done.code == 0, done.stderr
     assert done.stderr.count("can't be written to: nothing is cached") == 1
     assert not any(path.name.startswith("qlora-") for path in temporary.iterdir())
-    named = {**without_cache, "QLORA_CACHE": f"{os.devnull}/named"}
+
+
+def test_a_home_that_is_missing_means_no_cache_until_the_command_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"HOME": f"{os.devnull}/home", "XDG_CACHE_HOME": "", "QLORA_CACHE": ""}.items():
+        monkeypatch.setenv(name, value)
+    at_its_end: list[Callable[[], None]] = []
+    ensure_cache(SimpleNamespace(call_on_close=at_its_end.append))
+    temporary = Path(os.environ["QLORA_CACHE"])
+    assert temporary.is_dir()
+    assert f"warning: {os.devnull}/home/.cache/qlora can't be written to" in capsys.readouterr().err
+    (remove,) = at_its_end
+    remove()
+    assert not temporary.exists()
+    assert "QLORA_CACHE" not in os.environ
+
+
+def test_a_cache_that_is_named_and_cannot_be_written_to_is_refused(
+    run_qlora: RunQlora, base_model: Path, rows: Path
+) -> None:
+    named = {"QLORA_CACHE": f"{os.devnull}/named"}
     refused = run_qlora("inspect-data", "--model", base_model, "--dataset", rows, env=named)
     assert (refused.code, "Set QLORA_CACHE to another directory." in refused.stderr) == (2, True)

@@ -81,7 +81,7 @@ def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = arguments(base_model, rows, run, "--num-gpus", "2", "--max-steps", "60", "--schedule", "constant")
+    command = arguments(base_model, rows, run, "--num-gpus", "2", "--max-steps", "30", "--schedule", "constant")
     process = start_qlora(*command)
     wait_for_step(process, run, 2)
     ranks = ranks_below(process.pid)
@@ -102,7 +102,7 @@ def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
     stdout, stderr = end_of(process)
     assert process.returncode == 0, stderr
     result = json.loads(stdout)
-    assert result["steps"] == 60
+    assert result["steps"] == 30
     assert result["resumed_from_step"] is not None
     record = record_of(run)
     assert record["origins"]["training.num_gpus"] == "torchrun"

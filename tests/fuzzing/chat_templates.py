@@ -155,4 +155,4 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-CHAT = Target(name="chat", prepare=_rounds, num_rounds=400)
+CHAT = Target(name="chat", prepare=_rounds, num_rounds=200)

@@ -214,4 +214,4 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-CHECKPOINT = Target(name="checkpoint", prepare=_rounds, num_rounds=800)
+CHECKPOINT = Target(name="checkpoint", prepare=_rounds, num_rounds=400)

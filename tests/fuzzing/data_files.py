@@ -79,6 +79,6 @@ def _text_rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-ARROW = Target(name="arrow", prepare=_arrow_rounds, num_rounds=700)
-PARQUET = Target(name="parquet", prepare=_parquet_rounds, num_rounds=800)
-TEXT = Target(name="text", prepare=_text_rounds, num_rounds=3000)
+ARROW = Target(name="arrow", prepare=_arrow_rounds, num_rounds=350)
+PARQUET = Target(name="parquet", prepare=_parquet_rounds, num_rounds=400)
+TEXT = Target(name="text", prepare=_text_rounds, num_rounds=1500)

@@ -36,8 +36,8 @@ class Target:
     Attributes:
         name: The name that the script takes.
         prepare: Makes what all rounds share, in an empty directory, and returns the function that plays one round.
-        num_rounds: The number of rounds in the tests: twice those in which rounds still reached lines of the package
-            that none before had reached, or those of ten seconds where they did so to the end.
+        num_rounds: The number of rounds in the tests: those in which rounds still reached lines of the package that
+            none before had reached, or those of five seconds where they did so to the end.
     """
 
     name: str

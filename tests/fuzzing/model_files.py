@@ -91,5 +91,5 @@ def _adapters(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-HEADER = Target(name="header", prepare=_headers, num_rounds=6000)
-ADAPTER = Target(name="adapter", prepare=_adapters, num_rounds=600)
+HEADER = Target(name="header", prepare=_headers, num_rounds=3000)
+ADAPTER = Target(name="adapter", prepare=_adapters, num_rounds=300)

@@ -83,5 +83,5 @@ def _metrics(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-RECORD = Target(name="record", prepare=_records, num_rounds=250)
-METRICS = Target(name="metrics", prepare=_metrics, num_rounds=250)
+RECORD = Target(name="record", prepare=_records, num_rounds=125)
+METRICS = Target(name="metrics", prepare=_metrics, num_rounds=125)

@@ -110,4 +110,4 @@ def _rounds(directory: Path) -> Callable[[Generator], None]:
     return play_round
 
 
-SETTINGS = Target(name="settings", prepare=_rounds, num_rounds=3000)
+SETTINGS = Target(name="settings", prepare=_rounds, num_rounds=1500)
