@@ -10,7 +10,7 @@ help:
 	@echo "make demo         set up .venv, fine-tune the bundled tiny model, show before and after"
 	@echo "make test         set up .venv, run the checks and the whole test suite"
 	@echo "make demo-assets  train the bundled model and rewrite its data (about 20 minutes)"
-	@echo "make reference    rewrite docs/reference/settings.md, commands.md and gpus.md"
+	@echo "make reference    rewrite the pages of docs/reference that say so"
 	@echo "make memory-table rewrite docs/reference/memory.md from predictions (two minutes)"
 	@echo "make figures      redraw the figures of docs/explanation"
 	@echo "make clean        delete .venv"

@@ -272,9 +272,21 @@ def make_reference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_generated_pages_are_fresh(make_reference: ModuleType) -> None:
-    assert set(make_reference.PAGES) == {"settings.md", "commands.md", "gpus.md", "platforms.md"}
+    assert set(make_reference.PAGES) == {"settings.md", "commands.md", "gpus.md", "platforms.md", "driving.md"}
     for name, page in make_reference.PAGES.items():
         assert (REFERENCE / name).read_text(encoding="utf-8") == page(), "run: make reference"
+
+
+def test_a_program_can_be_driven_by_one_page(make_reference: ModuleType) -> None:
+    """It is short enough to be read at once, says of each command what it leaves, and its keys are those of --json."""
+    page = (REFERENCE / "driving.md").read_text(encoding="utf-8")
+    assert len(page.split()) < 2000
+    assert set(make_reference.EFFECTS) == set(re.findall(r"^## qlora (.+)$", page, re.MULTILINE))
+    keys_of = (REFERENCE / "json.md").read_text(encoding="utf-8")
+    for name, key, words in make_reference.ORDER:
+        section = keys_of.partition(f"## qlora {name}\n")[2].partition("\n## ")[0]
+        named = {key, *re.findall(r"`([a-z_]+)`", words)} - set(make_reference.EFFECTS)
+        assert [key for key in named if f"`{key}`" not in section] == [], name
 
 
 def test_every_command_and_flag_is_on_the_page_of_the_commands() -> None:
