@@ -18,6 +18,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.commands.generate import check_request
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import QloraError, UsageError
 from qlora_cli.settings.models import ChatSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -56,6 +57,7 @@ def chat(context: typer.Context) -> None:
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
     from qlora_cli.cli.rendering.next_steps import after_chat
 
+    leave_out_compiler(settings.model.attention)
     with reporting(volume) as reporter:
         from qlora_cli.answering.conversation import Chat
         from qlora_cli.answering.open_model import open_model

@@ -8,6 +8,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
+from qlora_cli.cli.without_compiler import leave_out_compiler
 
 
 def demo(
@@ -29,6 +30,7 @@ def demo(
     from qlora_cli.cli.rendering.training_text import render_demo
 
     volume = quiet_or_normal(quiet)
+    leave_out_compiler()
     with reporting(volume) as reporter:
         from qlora_cli.demo.demonstration import run_demo
 

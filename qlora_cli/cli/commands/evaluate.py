@@ -7,6 +7,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.evaluating.evaluation_checks import check_evaluation
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -28,6 +29,7 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
 
     if resolved.settings.evaluate.tasks:
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would tear ours; read when it is first imported
+    leave_out_compiler(resolved.settings.model.attention)
     with reporting(volume) as reporter:
         from qlora_cli.evaluating.evaluation import evaluate as run
 

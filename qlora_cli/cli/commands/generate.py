@@ -11,6 +11,7 @@ from qlora_cli.answering.answers import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import UsageError
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.error_collector import ErrorCollector
@@ -42,6 +43,7 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.cli.rendering.next_steps import after_answers
 
     streams = to_terminal() and not (json or request.compare)
+    leave_out_compiler(resolved.settings.model.attention)
     with reporting(volume) as reporter:
         from qlora_cli.answering import answer_prompts as answering
         from qlora_cli.answering.open_model import open_model

@@ -1,13 +1,12 @@
 """`qlora inspect-data`: what is read, which tokens are trained, and what is lost, before a weight is read."""
 
-import os
-
 import typer
 
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
 from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, SettingsError
@@ -41,8 +40,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
 
     if html is not None and (problem := check_page(html)):
         raise problem.for_setting("inspect_data.html")
-    # Nothing is compiled here, and the compiler of PyTorch takes a second to import.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    leave_out_compiler()
     with reporting(volume_of(context)) as reporter:
         from qlora_cli.data.showing.inspection import inspect_data as look_at
         from qlora_cli.data.tokenizing.encode import TextTokenizer

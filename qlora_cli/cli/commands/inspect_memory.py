@@ -1,7 +1,6 @@
 """`qlora inspect-memory MODEL`: the memory that a run will take, without weights and without a GPU."""
 
 import gc
-import os
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from qlora_cli.cli.commands.memory_request import read_request, reads_data
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import OutOfMemoryError
 from qlora_cli.settings.setting_metadata import Command
 
@@ -43,8 +43,7 @@ def inspect_memory(
     from qlora_cli.cli.rendering.next_steps import AFTER_PREDICTION
     from qlora_cli.events import Noted
 
-    # Nothing is compiled here, and the compiler of PyTorch takes a second to import (bitsandbytes asks for it).
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    leave_out_compiler()
     with reporting(volume_of(context), imports_torch=False) as reporter:
         from qlora_cli.memory.memory_lock import compare, read_lock, write_lock
         from qlora_cli.memory.memory_report import inspect_memory as predict

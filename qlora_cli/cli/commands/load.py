@@ -9,6 +9,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import command, print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.events import Reporter
 from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import LoadCommandSettings, SavingSettings
@@ -42,6 +43,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
         for wrong in filter(None, map(check_dataset_name, names or ())):
             errors.add(path, wrong.for_setting(path))
     errors.raise_collected()
+    leave_out_compiler(resolved.settings.model.attention)
     with reporting(volume_of(context)) as reporter:
         report = _load(resolved, reporter)
     print_json(report) if json else render_load(report)

@@ -7,6 +7,7 @@ import typer
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import Volume, print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.settings.models import MergeCommandSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -29,6 +30,7 @@ def merge(
     from qlora_cli.cli.rendering.next_steps import AFTER_PLAN, after_merge
     from qlora_cli.cli.termination import signals_as_errors
 
+    leave_out_compiler()
     with reporting(volume) as reporter, signals_as_errors():
         from qlora_cli.merging import merge_run
 

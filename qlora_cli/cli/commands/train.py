@@ -12,6 +12,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.robust_stream import ignoring_lost_terminal
 from qlora_cli.cli.volume import Volume, print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import QloraError
 from qlora_cli.events import Reporters
 from qlora_cli.ranks.group import failing_together
@@ -51,6 +52,7 @@ def train(
         from qlora_cli.cli.rendering.next_steps import AFTER_PLAN
         from qlora_cli.cli.rendering.training_text import render_plan
 
+        _leave_out_compiler(resolved)
         with reporting(volume) as reporter:
             from qlora_cli.training import train_run
 
@@ -77,6 +79,11 @@ def train(
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])
 
 
+def _leave_out_compiler(resolved: Resolved[TrainSettings]) -> None:
+    training = resolved.settings.training
+    leave_out_compiler(resolved.settings.model.attention, compiles_layers=training.torch_compile)
+
+
 def _shared_by(place: Place, resolved: Resolved[TrainSettings]) -> Resolved[TrainSettings]:
     """Return the settings with as many processes as a launcher has started, unless their number is given."""
     if place.size == 1 or resolved.is_given(NUM_GPUS):
@@ -94,6 +101,7 @@ def _train(
     from qlora_cli.cli.rendering.training_text import render_training
     from qlora_cli.ranks.distributed_group import joined
 
+    _leave_out_compiler(resolved)
     training, device = resolved.settings.training, resolved.settings.model.device
     with joined(place, training.num_gpus, on_cpu=device == Device.CPU) as group, failing_together(group):
         with reporting(volume) if group.is_first else nullcontext(Reporters([])) as reporter:

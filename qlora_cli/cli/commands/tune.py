@@ -8,6 +8,7 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.parsing.learning_rates import read_learning_rates
 from qlora_cli.cli.volume import print_next, volume_of
+from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.events import SilentReporter
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import TrainSettings
@@ -70,6 +71,7 @@ def tune(
     from qlora_cli.cli.rendering.tuning_text import render_tune_plan, render_tuning
     from qlora_cli.cli.termination import signals_as_errors
 
+    leave_out_compiler(resolved.settings.model.attention, compiles_layers=resolved.settings.training.torch_compile)
     if dry_run:
         with reporting(volume) as reporter:
             from qlora_cli.tuning import tuning_run
