@@ -45,6 +45,7 @@ EXPERIMENTS: Mapping[str, Mapping[str, Flags]] = {
         for rank, alpha in ((16, 32), (16, 16), (64, 16), (64, 64), (64, 128))
         for rate in RATES
     },
+    "clipping": {f"norm {norm}": ("--set", f"training.max_grad_norm={norm}") for norm in ("0.3", "1.0", "10.0")},
     "optimizer": {name: ("--optimizer", name) for name in ("adamw_torch_fused", "adamw_8bit")},
 }
 
