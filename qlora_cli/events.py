@@ -97,7 +97,10 @@ class StepSkipped:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One optimizer step. `loss` is the mean over the trained tokens of the step."""
+    """One optimizer step. `loss` is the mean over the trained tokens of the step, of their negative log-likelihood.
+
+    `dft_loss` is the mean of what is trained on instead with `training.loss` dft.
+    """
 
     step: Whole
     num_steps: Whole
@@ -109,6 +112,7 @@ class StepDone:
     tokens_per_second: float
     elapsed_seconds: float
     memory: MemoryUse
+    dft_loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ class TokenLosses:
     """The losses of the trained tokens, `(tokens,)` each, and their sum.
 
     Attributes:
-        total: The sum of `nll`, in fp32; the only one with a gradient.
+        total: The sum of `nll`, or of `nll` weighted by probability, in fp32; the only one with a gradient.
         nll: The negative log-likelihood of each target, in nats, in fp32.
         entropy: The entropy of each predicted distribution, in nats, in fp32.
         is_top1: Whether the target is the most likely token; the first one, if several are.
@@ -69,27 +69,36 @@ def token_losses(
     targets: torch.Tensor,
     dtype: torch.dtype,
     chunks: Chunks = slices,
+    *,
+    weighs_by_probability: bool = False,
 ) -> TokenLosses:
     """Return the losses of `targets` at `positions` of `hidden`, whose logits are computed in `dtype`.
 
     `hidden` are the last hidden states, `(batch, seq, hidden)`; `positions` and `targets` are `(tokens,)`. The
     gradients of the hidden states, and of the parts of the head that are trained, are made here and scaled in the
     backward pass, which a graph allows once. Without a graph, none is made. `chunks` are those that are computed.
+    With `weighs_by_probability`, the loss of each token is multiplied with the probability of its target, which is
+    taken as a constant: Dynamic Fine-Tuning, arXiv 2508.05629.
     """
     flat = hidden.flatten(0, -2)
     trained = (flat, head.weight, head.bias, None if head.rows is None else head.rows.values)
     apply: Any = _ChunkedLoss.apply
     if not (torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in trained)):
         result = _forward(flat, head, positions, targets, dtype, _Gradients(), chunks)
-        return TokenLosses(total=result[0].sum(), nll=result[0], entropy=result[1], is_top1=result[2])
-    total, nll, entropy, is_top1 = apply(*trained, head, positions, targets, dtype, chunks)
+        total = _total(result[0], weighs_by_probability=weighs_by_probability)
+        return TokenLosses(total=total, nll=result[0], entropy=result[1], is_top1=result[2])
+    total, nll, entropy, is_top1 = apply(*trained, head, positions, targets, dtype, chunks, weighs_by_probability)
     return TokenLosses(total=total, nll=nll, entropy=entropy, is_top1=is_top1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Gradients:
-    """The gradients of the summed loss that are to be made, before scaling; None for those that are not."""
+    """The gradients of the summed loss that are to be made, before scaling; None for those that are not.
 
+    With `weighs_by_probability`, it is the sum of the weighted losses.
+    """
+
+    weighs_by_probability: bool = False
     hidden: torch.Tensor | None = None  # (batch * seq, hidden), in the dtype of the hidden states
     weight: torch.Tensor | None = None  # (vocabulary, hidden), in fp32
     bias: torch.Tensor | None = None  # (vocabulary,), in fp32
@@ -113,6 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
         chunks: Chunks,
+        weighs_by_probability: bool,
     ) -> tuple[torch.Tensor, ...]:
         """Return the summed loss, and three values of each token."""
 
@@ -120,14 +130,18 @@ class _ChunkedLoss(torch.autograd.Function):
             return torch.zeros_like(like, dtype=dtype) if ctx.needs_input_grad[index] and like is not None else None
 
         gradients = _Gradients(
-            hidden=zeros(0, hidden, hidden.dtype), weight=zeros(1, weight), bias=zeros(2, bias), rows=zeros(3, rows)
+            weighs_by_probability=weighs_by_probability,
+            hidden=zeros(0, hidden, hidden.dtype),
+            weight=zeros(1, weight),
+            bias=zeros(2, bias),
+            rows=zeros(3, rows),
         )
         nll, entropy, is_top1 = _forward(hidden, head, positions, targets, dtype, gradients, chunks)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.rows)
         ctx.scale, ctx.shift = head.scale, _shift_of(dtype)
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias, rows)]
         ctx.mark_non_differentiable(nll, entropy, is_top1)
-        return nll.sum(), nll, entropy, is_top1
+        return _total(nll, weighs_by_probability=weighs_by_probability), nll, entropy, is_top1
 
     @staticmethod
     @once_differentiable
@@ -138,7 +152,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if made is None else _scale_(made, factor).to(dtype)
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _forward(
@@ -165,7 +179,7 @@ def _forward(
         for block in slices(len(states), block_tokens(vocabulary, hidden.device)):
             of_block = slice(chunk.start + block.start, chunk.start + block.stop)
             nll[of_block], entropy[of_block], is_top1[of_block] = _evaluate(
-                logits[block], head, targets[of_block], makes_gradient=gradients.are_any
+                logits[block], head, targets[of_block], gradients
             )
         if gradients.hidden is not None:
             gradients.hidden.index_copy_(0, positions[chunk], torch.mm(logits, weight).to(hidden.dtype))
@@ -178,14 +192,19 @@ def _forward(
     return nll, entropy, is_top1
 
 
+def _total(nll: torch.Tensor, *, weighs_by_probability: bool) -> torch.Tensor:
+    return (torch.exp(-nll) * nll).sum() if weighs_by_probability else nll.sum()
+
+
 def _evaluate(
-    logits: torch.Tensor, head: OutputHead, targets: torch.Tensor, *, makes_gradient: bool
+    logits: torch.Tensor, head: OutputHead, targets: torch.Tensor, gradients: _Gradients
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss, entropy and top-1 of each row of products with the head, `(tokens, vocabulary)`.
 
-    With `makes_gradient`, the gradient of the summed loss replaces `logits`, without the head's scale and times
-    `_shift_of` their dtype.
+    If any of the `gradients` are to be made, that of the summed loss replaces `logits`, without the head's scale and
+    times `_shift_of` their dtype.
     """
+    makes_gradient = gradients.are_any
     values = logits.float()  # in fp32, the logits themselves
     if head.scale != 1:
         values *= head.scale
@@ -203,6 +222,8 @@ def _evaluate(
         probs[torch.arange(len(targets), device=targets.device), targets] = torch.expm1(of_targets)
         if slope is not None:
             probs *= slope
+        if gradients.weighs_by_probability:  # in fp32, and before fp16 loses what is small in comparison with 1
+            probs *= torch.exp(of_targets)[:, None]
         if (shift := _shift_of(logits.dtype)) != 1:
             probs *= shift
         logits.copy_(probs)

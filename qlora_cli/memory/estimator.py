@@ -47,7 +47,7 @@ from qlora_cli.quantization.methods import method_of
 from qlora_cli.quantization.methods.skip_modules import fused_experts
 from qlora_cli.quantization.prequantized import Prequantized, check_settings, read_prequantized
 from qlora_cli.quantization.storage_plan import StoragePlan, build_on_meta, plan_layout, with_rows
-from qlora_cli.settings.choices import Dtype, SdpaBackend
+from qlora_cli.settings.choices import Dtype, SdpaBackend, TrainingLoss
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.sections.inspect_memory import Link
@@ -435,6 +435,7 @@ class Estimator:
             dtype=TORCH_DTYPES[dtype],
             is_autocast=dtype != Dtype.FP32,
             fuses_lora=training.fused_lora,
+            trains_dft=training.loss == TrainingLoss.DFT,
             adds_noise=training.neftune_noise_alpha is not None,
             evaluates=runs_evaluation(settings, self._evaluates),
             num_shards=training.num_gpus if training.shards_base else 1,

@@ -310,6 +310,13 @@ class Strategy(Choice):
     FSDP = "fsdp"
 
 
+class TrainingLoss(Choice):
+    """How the losses of trained tokens are weighted; each by the probability of its token, or not at all."""
+
+    NLL = "nll"
+    DFT = "dft"
+
+
 class OnNan(Choice):
     """What to do with a step whose loss or gradient norm is not finite."""
 

@@ -191,6 +191,8 @@ TABLE: tuple[Foreign, ...] = (
         "group_by_length",
         advice="It is --sampling group_by_length here.",
     ),
+    _only("training.loss", {"nll": KEEP_DEFAULT, "chunked_nll": KEEP_DEFAULT, "dft": "dft"}, "loss_type"),
+    _only("training.loss", {TRUE: "dft", FALSE: KEEP_DEFAULT}, "use_dft_loss", advice="It is --loss dft here."),
     _to("training.seed", "random_state", "random_seed", "train_seed"),
     _only(
         "training.use_liger_kernel",

@@ -138,6 +138,7 @@ def training_arguments(
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer.value,
         neftune_noise_alpha=training.neftune_noise_alpha,
+        loss_type=training.loss.value,
         seed=training.seed,
         data_seed=training.seed,
         full_determinism=training.full_determinism,

@@ -21,7 +21,7 @@ from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
-from qlora_cli.settings.choices import Checkpointing
+from qlora_cli.settings.choices import Checkpointing, TrainingLoss
 from qlora_cli.training.batches import (
     HOST_COPIES,
     IS_BLANK,
@@ -38,7 +38,7 @@ from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
-from qlora_cli.training.loss_model import LossModel
+from qlora_cli.training.loss_model import LossModel, means_of_step
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
@@ -99,7 +99,9 @@ class QloraTrainer(TrainerSeam):
                 parameter.data = full_precision[name]
         self._compiled = compiled
         with self.uncompiled():
-            self._loss_model = LossModel(model.get_base_model(), self.accelerator.autocast)
+            self._loss_model = LossModel(
+                model.get_base_model(), self.accelerator.autocast, trains_dft=self.args.loss_type == TrainingLoss.DFT
+            )
         self._checkpointing = enable_checkpointing(model, checkpointing, kept_products)
         self._recorder = StepRecorder(group)
         self._evaluation = EvaluationRecorder(group)
@@ -134,9 +136,10 @@ class QloraTrainer(TrainerSeam):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Return the loss that TRL's trainer has, by our head, and record the phase.
+        """Return the loss of TRL's trainer with its `loss_type` nll, by our head, and record the phase.
 
-        `inputs` are a batch of `BatchCollator`. TRL's metrics are recorded without being read.
+        Its gradient is that of the `loss_type` in use. `inputs` are a batch of `BatchCollator`. TRL's metrics are
+        recorded without being read.
         """
         del model  # a wrapper of the layers that `LossModel` calls
         assert not return_outputs, "an evaluation needs the loss only"
@@ -153,10 +156,11 @@ class QloraTrainer(TrainerSeam):
         if self.aux_loss_enabled and not is_blank:
             inputs["output_router_logits"] = True
         losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
+        num_items = losses.num_trained if num_items_in_batch is None else num_items_in_batch
+        num_tokens = torch.as_tensor(num_items).clamp(min=1)
         if not is_blank:
-            self._pending[mode].add(losses, num_tokens_fed)
-        num_tokens = losses.num_trained if num_items_in_batch is None else num_items_in_batch
-        loss: torch.Tensor = losses.total / torch.as_tensor(num_tokens).clamp(min=1)
+            self._pending[mode].add(losses, num_tokens_fed, num_tokens)
+        loss: torch.Tensor = losses.total / num_tokens
         if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
             num_means = 1 if num_items_in_batch is None else self._num_micro_batches
             loss = loss + self.router_aux_loss_coef * losses.aux_loss / num_means
@@ -211,7 +215,7 @@ class QloraTrainer(TrainerSeam):
         """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""
         norm_value, step = self._recorder.read(norm)
         self._of_peers = step.of_peers
-        self.add_metrics("train", step.metrics, step.num_tokens)
+        self.add_metrics("train", means_of_step(step.metrics), step.num_tokens)
         is_scaled = getattr(self.accelerator, "scaler", None) is not None
         if self._guard.may_update(self.state.global_step, step.losses, norm_value, is_scaled=is_scaled):
             self.add_losses(step.losses)

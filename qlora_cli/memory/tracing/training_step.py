@@ -49,6 +49,7 @@ class StepSettings:
         is_packed: Whether rows are packed into one of `batch_size` times the length.
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
         fuses_lora: Whether layers compute together with their adapters where they can.
+        trains_dft: Whether the loss of each trained token is weighted by its probability.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
         num_shards: The processes that hold a part of the base each; 1 if it is not sharded.
         shards_on_host: Whether these parts are kept in host memory.
@@ -67,6 +68,7 @@ class StepSettings:
     is_packed: bool = False
     is_padded: bool = False
     fuses_lora: bool = False
+    trains_dft: bool = False
     adds_noise: bool = False
     evaluates: bool = False
     num_shards: int = 1
@@ -261,7 +263,8 @@ class TrainingStep:
         positions, targets = (torch.zeros_like(batch["labels"][:, 1:]).flatten() for _ in range(2))
         head, dtype = output_head(self.base), self.settings.dtype
         with nullcontext() if self._gathers is None else self._gathers.head():
-            losses = token_losses(hidden, head, positions, targets, dtype, self._chunks)
+            is_dft = self.settings.trains_dft and self.model.training
+            losses = token_losses(hidden, head, positions, targets, dtype, self._chunks, weighs_by_probability=is_dft)
         return losses.total / (num_rows * (length - 1)), losses
 
     def columns(self) -> dict[str, int]:

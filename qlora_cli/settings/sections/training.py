@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule, Strategy
+from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule, Strategy, TrainingLoss
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import (
@@ -168,6 +168,11 @@ class TrainingSettings(Section):
     )
     loraplus_lr_ratio: Annotated[float | None, Metadata(affects_memory=True)] = Field(
         default=None, gt=0, description="LoRA+: the B matrices learn at this multiple of the learning rate."
+    )
+    loss: Annotated[TrainingLoss, Metadata(flag="--loss", affects_memory=True)] = Field(
+        default=TrainingLoss.NLL,
+        description="Loss of a trained token: its negative log-likelihood (nll), or that weighted by the probability "
+        "of the token (dft, Dynamic Fine-Tuning). Losses are shown and compared as nll.",
     )
     neftune_noise_alpha: Annotated[float | None, Metadata(affects_memory=True)] = Field(
         default=None, gt=0, description="NEFTune: scale of the noise on embeddings while training."

@@ -14,6 +14,7 @@ from qlora_cli.hardware.counters import current_memory
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.training.callbacks.step_timer import StepClock, StepTimer
+from qlora_cli.training.loss_model import DFT_LOSS
 from qlora_cli.training.resuming.loop_state import Progress
 
 SECONDS_BEFORE_PAGES = 30.0  # a shorter run has one page, drawn at its end
@@ -119,6 +120,7 @@ class ReportingCallback(TrainerCallback):
                 tokens_per_second=tokens / step.seconds if step.seconds > 0 else 0.0,
                 elapsed_seconds=now - self._start,
                 memory=current_memory(self._device),
+                dft_loss=logs.get(DFT_LOSS),
             )
         )
         if comparison := self._timer.add(step):

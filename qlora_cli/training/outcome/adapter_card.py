@@ -19,6 +19,7 @@ from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import NOTE
 from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.quantization.methods.four_bit_quantizer import QloraConfig
+from qlora_cli.settings.choices import TrainingLoss
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.training.run_plan import PreparedRun
 from qlora_cli.units import counted
@@ -110,7 +111,8 @@ def _settings(settings: TrainSettings) -> Iterator[tuple[str, str]]:
     kind = ", ".join([f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}", *kinds])
     yield "adapter", f"{kind}, begun as {lora.init_lora_weights.value}"
     rate = f"learning rate {training.learning_rate:g}, {training.schedule.value}"
-    yield "optimization", f"{training.optimizer.value}, {rate}, seed {training.seed}"
+    loss = "" if training.loss == TrainingLoss.NLL else f", loss {training.loss.value}"
+    yield "optimization", f"{training.optimizer.value}, {rate}{loss}, seed {training.seed}"
 
 
 def _how_to_load(loaded: LoadedModel, settings: TrainSettings, name: str, commit: str | None) -> Iterator[str]:

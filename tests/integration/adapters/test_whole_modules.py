@@ -149,7 +149,9 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
     (weight,) = trained_whole(model).values()
     (expected,) = torch.autograd.grad(model(input_ids=IDS, labels=IDS, use_cache=False).loss, [weight])
     positions, targets = trained_tokens(IDS)
-    losses = LossModel(model.get_base_model(), nullcontext)(input_ids=IDS, positions=positions, targets=targets)
+    losses = LossModel(model.get_base_model(), nullcontext, trains_dft=False)(
+        input_ids=IDS, positions=positions, targets=targets
+    )
     (gradient,) = torch.autograd.grad(losses.total / losses.num_trained, [weight])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 

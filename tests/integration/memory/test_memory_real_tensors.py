@@ -191,6 +191,14 @@ def test_attention_by_blocks_is_the_same(pair: Make, monkeypatch: pytest.MonkeyP
     assert meta.backends == ("blockwise",)
 
 
+def test_a_loss_weighted_by_probability_is_the_same(pair: Make) -> None:
+    real, meta = pair("soft caps").traced(trains_dft=True)
+    assert_same(real, meta)
+    weighted, plain = (event_sizes(passes_of(one.trace)) for one in (meta, pair("soft caps").traced()[1]))
+    assert {name for name, events in weighted.items() if events != plain[name]} >= {"first forward", "again forward"}
+    assert [size for _, size in weighted["evaluation"]] == [size for _, size in plain["evaluation"]]
+
+
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_the_noise_of_neftune_is_the_same_but_for_numbers_that_stay_on_the_host(
     pair: Make, checkpointing: str

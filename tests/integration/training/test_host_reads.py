@@ -77,7 +77,7 @@ def watched(trainer: QloraTrainer, monkeypatch: pytest.MonkeyPatch) -> HostReads
         {"training__micro_batch_size": 2, "model__attention": "eager"},
         {"data__packing": True, "data__max_length": 64, "data__on_long": "truncate", "data__accept_lost": True},
         {"training__logging_steps": 2},
-        {"training__neftune_noise_alpha": 5.0, "lora__dropout": 0.1},
+        {"training__neftune_noise_alpha": 5.0, "lora__dropout": 0.1, "training__loss": "dft"},
     ],
     ids=["one row", "padded", "padded with scores", "packed", "reported every second step", "noise"],
 )

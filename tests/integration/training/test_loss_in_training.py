@@ -28,6 +28,9 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "bf16": ("llama", {"model__dtype": "bf16"}),
     "whole head": ("llama", {"lora__modules_to_save": "lm_head"}),
     "new tokens": ("llama", {"model__new_tokens": "<one>,<two>"}),
+    "dft": ("llama", {"training__loss": "dft"}),
+    "dft of experts": ("qwen3_moe", {"training__loss": "dft"}),
+    "dft in bf16": ("gemma2", {"training__loss": "dft", "model__dtype": "bf16"}),
 }
 
 ADDED = ("trained_positions", "trained_targets", "num_tokens")
@@ -79,6 +82,13 @@ def test_loss_gradients_and_metrics_are_trls(case: str, rows: Path, tmp_path: Pa
     loss, gradients, metrics = step(trainer, by_trl=False)
     expected_loss, expected_gradients, expected = step(trainer, by_trl=True)
     lower = flags.get("model__dtype") == "bf16"
+    if trainer.args.loss_type == "dft":  # which is TRL's loss; ours has the gradient of that, and the value of nll
+        del expected["dft_loss"]  # of the step before
+        balance = trainer.router_aux_loss_coef * metrics.get("aux_loss", 0.0) if family == "qwen3_moe" else 0.0
+        assert metrics.pop("dft_loss") + balance == pytest.approx(float(expected_loss), rel=1e-3 if lower else 1e-6)
+        assert loss > 10 * expected_loss
+        trainer.args.loss_type = "nll"
+        expected_loss = step(trainer, by_trl=True)[0]
     torch.testing.assert_close(loss, expected_loss, rtol=1e-3 if lower else 1e-6, atol=0)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
@@ -87,7 +97,7 @@ def test_loss_gradients_and_metrics_are_trls(case: str, rows: Path, tmp_path: Pa
         assert error <= (2e-2 if lower else 1e-5) * exact.norm(), name
     assert any(gradient.abs().max() > 0 for gradient in gradients.values())
     names = {"entropy", "mean_token_accuracy", "num_tokens"}
-    assert metrics.keys() == expected.keys() == (names | {"aux_loss"} if case == "experts" else names)
+    assert metrics.keys() == expected.keys() == (names | {"aux_loss"} if family == "qwen3_moe" else names)
     tokens = metrics.pop("num_tokens")  # counted twice by now
     assert expected.pop("num_tokens") == 2 * tokens
     assert metrics == pytest.approx(expected, rel=1e-3 if lower else 1e-5)

@@ -45,6 +45,11 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def dft_losses_of(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["dft_loss"] for line in lines if line.get("dft_loss") is not None]
+
+
 def distance(run: Path, other: Path) -> float:
     """Return the norm of the difference of two adapters, relative to the second."""
     one, two = adapter_of(run), adapter_of(other)
@@ -66,11 +71,17 @@ def all_done(ended: Sequence[Ended], size: int) -> None:
     [
         {},
         {"training__sampling": "group_by_length", "training__micro_batch_size": 3, "training__weight_decay": 0.1},
-        {"training__micro_batch_tokens": 200},
+        {"training__micro_batch_tokens": 200, "training__loss": "dft"},
         {"data__packing": True, "data__max_length": 192, "training__gradient_accumulation_steps": 2},
         {"training__micro_batch_size": 1, "training__gradient_accumulation_steps": 3, "training__num_gpus": 3},
     ],
-    ids=["uneven rows", "rows grouped by length", "filled micro-batches", "packed rows", "a process without rows"],
+    ids=[
+        "uneven rows",
+        "rows grouped by length",
+        "filled micro-batches with dft",
+        "packed rows",
+        "a process without rows",
+    ],
 )
 def test_several_processes_train_the_adapter_of_one(
     base_model: Path, rows: Path, tmp_path: Path, changed: dict[str, object]
@@ -85,6 +96,9 @@ def test_several_processes_train_the_adapter_of_one(
     assert len(steps) == len(others) == 5 + 3
     for mine, its in zip(steps, others, strict=True):
         assert mine == pytest.approx(its, rel=1e-4)
+    weighted, others_weighted = dft_losses_of(two), dft_losses_of(one)
+    assert len(weighted) == (5 if "training__loss" in changed else 0)
+    assert weighted == pytest.approx(others_weighted, rel=1e-4)
     assert json.loads((two / "run.json").read_text())["plan"]["num_devices"] == settings.settings.training.num_gpus
 
 

@@ -1,6 +1,6 @@
 """The loss by chunks of tokens: values, metrics and gradients like PyTorch's in fp64, and like TRL's in 16 bit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class Case:
     hidden: torch.Tensor
     labels: torch.Tensor
     head: OutputHead
+    weighs_by_probability: bool = False
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -39,7 +40,8 @@ class Case:
 
     def losses(self, dtype: torch.dtype = torch.float32) -> TokenLosses:
         """Return the losses of the trained tokens."""
-        return token_losses(self.hidden, self.head, *trained_tokens(self.labels), dtype)
+        tokens = trained_tokens(self.labels)
+        return token_losses(self.hidden, self.head, *tokens, dtype, weighs_by_probability=self.weighs_by_probability)
 
     def gradients(self, factor: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Return the gradients of `factor` times the summed loss."""
@@ -61,7 +63,10 @@ class Case:
         if head.soft_cap is not None:
             logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
         shifted, targets = logits[:, :-1].flatten(0, 1), self.labels[:, 1:].flatten()
-        loss = cross_entropy(shifted, targets, reduction="sum", ignore_index=IGNORED) * factor
+        losses = cross_entropy(shifted, targets, reduction="none", ignore_index=IGNORED)
+        if self.weighs_by_probability:
+            losses = losses * torch.exp(-losses.detach())
+        loss = losses.sum() * factor
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return shifted[targets != IGNORED].detach(), dict(zip(leaves, gradients, strict=True))
 
@@ -115,6 +120,7 @@ def make_case(
     trains=st.sets(st.sampled_from(["hidden", "weight", "bias", "rows"]), min_size=1),
     scale=st.sampled_from([1.0, 0.25, 3.0]),
     soft_cap=st.sampled_from([None, 2.0, 30.0]),
+    weighs_by_probability=st.booleans(),
     chunk_tokens=st.integers(1, 40),
     block_tokens=st.integers(1, 40),
     seed=st.integers(0, 1000),
@@ -125,6 +131,7 @@ def make_case(
     trains={"hidden"},
     scale=3.0,
     soft_cap=2.0,
+    weighs_by_probability=False,
     chunk_tokens=1,
     block_tokens=1,
     seed=0,
@@ -135,6 +142,7 @@ def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
     trains: set[str],
     scale: float,
     soft_cap: float | None,
+    weighs_by_probability: bool,
     chunk_tokens: int,
     block_tokens: int,
     seed: int,
@@ -153,6 +161,7 @@ def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
         soft_cap=soft_cap,
         seed=seed,
     )
+    case = replace(case, weighs_by_probability=weighs_by_probability)
     row_bytes = (vocabulary + 1) * 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_loss, "CHUNK_BYTES", chunk_tokens * row_bytes)
@@ -163,7 +172,8 @@ def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
     nll = cross_entropy(logits, case.targets, reduction="none")
     assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     assert_close(losses.nll.double(), nll)
-    torch.testing.assert_close(losses.total.double(), nll.sum(), rtol=1e-4, atol=1e-3)
+    total = (nll * torch.exp(-nll) if weighs_by_probability else nll).sum()
+    torch.testing.assert_close(losses.total.double(), total, rtol=1e-4, atol=1e-3)
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     assert_close(losses.entropy.double(), entropy)
     largest = logits.topk(2).values
@@ -177,13 +187,18 @@ def test_losses_metrics_and_gradients_are_those_of_pytorch_in_fp64(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_16_bit_is_as_exact_as_trls_loss(dtype: torch.dtype, soft_cap: float | None) -> None:
+@pytest.mark.parametrize("weighs_by_probability", [False, True])
+def test_16_bit_is_as_exact_as_trls_loss(
+    dtype: torch.dtype, soft_cap: float | None, weighs_by_probability: bool
+) -> None:
     case = make_case(batch=1, length=65, hidden=64, vocabulary=3000, ignored=0.0, soft_cap=soft_cap, dtype=dtype)
+    case = replace(case, weighs_by_probability=weighs_by_probability)
     factor = 1 / 64
     _, exact = case.exact(factor)
     states = case.hidden.detach()[0, :-1].requires_grad_()
     log_probs = ChunkedLogProbFunction.apply(states, case.head.weight, None, case.targets, 1.0, 32768, soft_cap)[0]
-    (by_trl,) = torch.autograd.grad(-log_probs.sum() * factor, [states])
+    weights = log_probs.detach().exp() if weighs_by_probability else 1.0
+    (by_trl,) = torch.autograd.grad(-(log_probs * weights).sum() * factor, [states])
 
     def error(gradient: torch.Tensor, of_exact: torch.Tensor) -> float:
         return float((gradient.double() - of_exact).norm() / of_exact.norm())
@@ -191,6 +206,30 @@ def test_16_bit_is_as_exact_as_trls_loss(dtype: torch.dtype, soft_cap: float | N
     ours = error(case.gradients(factor, dtype)["hidden"], exact["hidden"])
     assert ours <= 1.1 * error(by_trl, exact["hidden"][0, :-1])
     assert ours > 0
+
+
+@pytest.mark.parametrize("trains", [("hidden",), ("hidden", "weight", "bias"), ("rows",)])
+def test_a_weighted_loss_is_trls_to_a_millionth(trains: tuple[str, ...]) -> None:
+    """By the formula of TRL's trainer: the probabilities are constants, or the gradient would be another one."""
+    case = replace(make_case(trains=trains), weighs_by_probability=True)
+    trained = case.trained
+    weight, rows = case.head.weight, case.head.rows
+    if rows is not None:
+        weight = weight.index_copy(0, torch.tensor(rows.ids), rows.values)
+    positions, targets = trained_tokens(case.labels)
+    states = case.hidden.flatten(0, 1)[positions]
+    log_probs = ChunkedLogProbFunction.apply(states, weight, case.head.bias, targets, 1.0, 32768, None)[0]
+    by_trl = (-log_probs * log_probs.exp().detach()).sum()
+    expected = torch.autograd.grad(by_trl, list(trained.values()), retain_graph=True)
+    differentiated = torch.autograd.grad((-log_probs * log_probs.exp()).sum(), list(trained.values()))
+    torch.testing.assert_close(case.losses().total, by_trl, rtol=1e-6, atol=1e-6)
+    for name, gradient in case.gradients().items():
+        index = list(trained).index(name)
+        torch.testing.assert_close(gradient, expected[index], rtol=1e-5, atol=1e-6)
+        assert (gradient - differentiated[index]).abs().max() > 1e-2
+        assert (gradient - replace(case, weighs_by_probability=False).gradients()[name]).abs().max() > 1e-2
+    with torch.no_grad():
+        torch.testing.assert_close(case.losses().total, by_trl, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [16.0, 4096.0, 65536 / 3000, 1 / 300, 1e-6], ids=str)

@@ -67,11 +67,12 @@ val_size: 0.1
 eval_strategy: steps
 eval_steps: 500
 plot_loss: true
+use_dft_loss: true
 """
 TRL = r"""
 #!/bin/sh
 trl sft --model_name_or_path owner/base-8b --dataset_name owner/rows --load_in_4bit --use_peft \
-    --lora_r 8 --learning-rate=2e-4 --max_steps -1 --output_dir out --packing   # comment
+    --lora_r 8 --learning-rate=2e-4 --max_steps -1 --output_dir out --packing --loss_type dft  # comment
 """
 
 
@@ -121,6 +122,7 @@ def test_a_configuration_of_llama_factory(tmp_path: Path) -> None:
     assert (read.quantization.method, read.lora.rank, read.lora.alpha) == ("nf4", 8, 16)  # by default there
     assert read.lora.target_modules == "all-linear"
     assert (read.training.warmup_ratio, read.training.eval_steps, read.training.max_grad_norm) == (0.1, 500, 1.0)
+    assert read.training.loss == "dft"
     reasons = {entry.key: entry.reason for entry in migration.left_out if not entry.is_needless}
     assert set(reasons) == {"dataset", "template", "eval_strategy"}
     assert "dataset_info.json" in reasons["dataset"]
@@ -133,6 +135,7 @@ def test_a_command_with_arguments_of_trl(tmp_path: Path) -> None:
     assert (read.data.dataset, read.data.packing, read.training.max_steps) == (("owner/rows",), True, None)
     assert (read.quantization.method, read.lora.rank, read.training.learning_rate) == ("nf4", 8, 2e-4)
     assert (read.training.epochs, read.training.micro_batch_size, read.training.schedule) == (3, 8, "linear")
+    assert read.training.loss == "dft"
     assert [entry.key for entry in migration.left_out] == ["use_peft"]
 
 

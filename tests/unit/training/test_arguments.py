@@ -71,6 +71,7 @@ def test_harmful_defaults_are_changed(tmp_path: Path) -> None:
         ("training__optimizer", "adamw_8bit", "optim", "adamw_8bit"),
         ("training__optimizer", "lion_8bit", "adam_beta2", 0.99),  # Lion's own: that of AdamW has another meaning
         ("training__neftune_noise_alpha", 5, "neftune_noise_alpha", 5.0),
+        ("training__loss", "dft", "loss_type", "dft"),
         ("training__full_determinism", True, "full_determinism", True),
         ("training__seed", 9, "seed", 9),
         ("training__seed", 9, "data_seed", 9),
