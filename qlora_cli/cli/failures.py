@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,15 @@ from qlora_cli.errors import Problem, QloraError, SettingsError, UsageError, is_
 WHERE = "qlora_cli.where"  # the key in the context of a function that says where a setting was given
 MAX_TRACEBACK_LINES, FIRST_LINES = 40, 12
 PANIC = "Most likely it is the model's tokenizer.json; download the model's files again."
-SETTINGS_FILE = re.compile(r"unexpected extra argument(?:\(s\))? \((\S+\.ya?ml)\b")
+EXTRA_WORDS = re.compile(r"unexpected extra argument(?:\(s\))? \((.+)\)")
+SETTINGS_FILE = re.compile(r"\S+\.ya?ml\b")
+# What words without a flag were most likely meant to be, by command.
+NAMED_BY_FLAGS = {
+    **dict.fromkeys(("train", "tune"), "The model is given as --model, and rows as --dataset"),
+    **dict.fromkeys(("evaluate", "inspect-data"), "Rows are given as --dataset {first}"),
+    "generate": "A prompt is given as --prompt {all}",
+    "chat": "The chat asks for what you say; a single prompt is given as qlora generate MODEL --prompt {all}",
+}
 BUG_REPORT = "This is a bug in qlora; please report it with the lines above."
 
 
@@ -145,10 +154,18 @@ def _explain_usage(error: typer.TyperException) -> QloraError:
     misspelt = getattr(error, "option_name", None)
     if misspelt and context is not None:
         hint = _hint_for_flag(context.command, misspelt) or hint
-    if given := SETTINGS_FILE.search(message):
-        hint = f"A settings file is given as --config {given[1]}"
+    if (extra := EXTRA_WORDS.search(message)) and context is not None:
+        hint = _hint_for_words(context.command.name, extra[1]) or hint
     usage = UsageError(message[:1].lower() + message[1:].rstrip("."), hint=hint)
     return _with_code(usage, error.exit_code)
+
+
+def _hint_for_words(command: str, words: str) -> str | None:
+    """Return how words that a command does not take, joined by spaces, are given."""
+    if file := SETTINGS_FILE.match(words):
+        return f"A settings file is given as --config {file[0]}"
+    hint = NAMED_BY_FLAGS.get(command)
+    return hint and hint.format(all=shlex.quote(words), first=shlex.quote(words.partition(" ")[0]))
 
 
 def _hint_for_flag(command: Any, misspelt: str) -> str | None:

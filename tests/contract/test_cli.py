@@ -133,6 +133,10 @@ def test_a_usage_error_says_so_in_json(run_qlora: RunQlora) -> None:
         ),
         ("train run.yaml", "A settings file is given as --config run.yaml"),
         ("train a.yml more", "A settings file is given as --config a.yml"),
+        ("train m rows.jsonl", "The model is given as --model, and rows as --dataset"),
+        ("evaluate m rows.jsonl", "Rows are given as --dataset rows.jsonl"),
+        ("generate m What is it?", "A prompt is given as --prompt 'What is it?'"),
+        ("load m more", "See qlora load --help"),
         ("generate m --lr 1", "See qlora generate --help"),  # it trains nothing
         ("config show --set lr=1", "It is training.learning_rate here."),
         ("config show --set training.lr=1", "It is training.learning_rate here."),
