@@ -35,8 +35,9 @@ class TokenLosses:
     """The losses of the trained tokens, `(tokens,)` each, and their sum.
 
     Attributes:
-        total: The sum of `nll`, or of `nll` weighted by probability, in fp32; the only one with a gradient.
-        nll: The negative log-likelihood of each target, in nats, in fp32.
+        total: The sum of `nll`, or of `nll` weighted by probability, in fp32; it has a gradient.
+        nll: The negative log-likelihood of each target, in nats, in fp32. Where the sum is not weighted, it has a
+            gradient, of the hidden states only: what is computed of it can't train a part of the head.
         entropy: The entropy of each predicted distribution, in nats, in fp32.
         is_top1: Whether the target is the most likely token; the first one, if several are.
     """
@@ -137,20 +138,29 @@ class _ChunkedLoss(torch.autograd.Function):
             rows=zeros(3, rows),
         )
         nll, entropy, is_top1 = _forward(hidden, head, positions, targets, dtype, gradients, chunks)
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.rows)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.rows, positions)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.shift = head.scale, _shift_of(dtype)
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias, rows)]
-        ctx.mark_non_differentiable(nll, entropy, is_top1)
+        # Of weighted losses, only the sum has the gradient that was made.
+        ctx.mark_non_differentiable(*([nll] if weighs_by_probability else []), entropy, is_top1)
         return _total(nll, weighs_by_probability=weighs_by_probability), nll, entropy, is_top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients in place, by a factor in fp32: that of a loss scaler exceeds the range of fp16."""
-        factor = gradient.float() * (ctx.scale / ctx.shift)
+    def backward(
+        ctx: Any, of_total: torch.Tensor | None, of_nll: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradients in place, by factors in fp32: that of a loss scaler exceeds the range of fp16."""
+        *made, positions = ctx.saved_tensors
+        factor = (ctx.scale / ctx.shift) * _sum_of(of_total, of_nll).float()
+        if of_nll is not None:
+            of_hidden, *of_head = made
+            assert all(one is None for one in of_head), "summed over tokens already, which have factors of their own"
+            factor = factor.new_zeros(len(of_hidden)).index_copy_(0, positions, factor)
         scaled = [
-            None if made is None else _scale_(made, factor).to(dtype)
-            for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if one is None else _scale_(one, factor).to(dtype)
+            for one, dtype in zip(made, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None, None)
 
@@ -254,11 +264,24 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
+def _sum_of(of_total: torch.Tensor | None, of_nll: torch.Tensor | None) -> torch.Tensor:
+    """Return the gradient of the tokens' losses: a scalar for all of them, or `(tokens,)`."""
+    if of_total is None or of_nll is None:
+        given = of_total if of_nll is None else of_nll
+        assert given is not None, "a backward pass comes from the sum or from the losses"
+        return given
+    return of_total + of_nll
+
+
 def _scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiply `tensor`, `(rows, …)`, in place by a scalar in fp32, which is not rounded to the dtype of `tensor`."""
+    """Multiply `tensor`, `(rows, …)`, in place by fp32 numbers, which are not rounded to the dtype of `tensor`.
+
+    `factor` is a scalar, or one number for each row of a matrix, `(rows,)`.
+    """
+    factor = factor if factor.dim() == 0 else factor[:, None]
     if tensor.dtype == torch.float32:
         return tensor.mul_(factor)
     size = max(1, GPU_BLOCK_BYTES // (tensor[:1].numel() * torch.float32.itemsize))
     for rows in slices(len(tensor), size):
-        tensor[rows] = tensor[rows].float().mul_(factor)
+        tensor[rows] = tensor[rows].float().mul_(factor if factor.dim() == 0 else factor[rows])
     return tensor

@@ -358,3 +358,29 @@ def test_positions_are_those_before_the_labels() -> None:
     positions, targets = trained_tokens(labels)
     assert positions.tolist() == [1, 2, 4]
     assert targets.tolist() == [8, 9, 6]
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-6), (torch.bfloat16, 0.03, 0.01)])
+def test_what_is_computed_of_single_losses_has_the_gradient_of_pytorch(
+    dtype: torch.dtype, rtol: float, atol: float
+) -> None:
+    case = make_case(batch=3, length=11, soft_cap=3.0, scale=0.5)
+
+    def of_sequences(nll: torch.Tensor) -> torch.Tensor:
+        first, rest = nll[:7].sum(), nll[7:]
+        return torch.sigmoid(first / 10 - rest.sum() / 20) * 3 + rest[0] ** 2
+
+    (made,) = torch.autograd.grad(of_sequences(case.losses(dtype).nll), [case.hidden])
+    exact = case.hidden.detach().double().requires_grad_()
+    logits = 3 * torch.tanh(exact @ case.head.weight.double().t() * 0.5 / 3)
+    shifted, targets = logits[:, :-1].flatten(0, 1), case.labels[:, 1:].flatten()
+    nll = cross_entropy(shifted, targets, reduction="none", ignore_index=IGNORED)[targets != IGNORED]
+    (expected,) = torch.autograd.grad(of_sequences(nll), [exact])
+    torch.testing.assert_close(made.double(), expected, rtol=rtol, atol=atol)
+    assert expected.abs().max() > 0.1
+
+
+def test_single_losses_train_no_part_of_the_head() -> None:
+    case = make_case(trains=("hidden", "weight"))
+    with pytest.raises(AssertionError, match="factors of their own"):
+        torch.autograd.grad(case.losses().nll[0], [case.hidden])
