@@ -96,10 +96,26 @@ class StepSkipped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """What a model that is trained on pairs makes of them, on average.
+
+    `accuracy` is the share of pairs whose chosen answer has the higher reward, which is how much more likely the
+    answer became, in nats, times `training.beta`; `margin` is the reward of the chosen answer less that of the other.
+    """
+
+    accuracy: float
+    margin: float
+
+    def __str__(self) -> str:
+        return f"reward accuracy {self.accuracy:.0%}, margin {self.margin:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """One optimizer step. `loss` is the mean over the trained tokens of the step, of their negative log-likelihood.
 
-    `dft_loss` is the mean of what is trained on instead with `training.loss` dft.
+    `dft_loss` is the mean of what is trained on instead with `training.loss` dft. Of pairs, which alone have
+    `rewards`, the loss is the mean over the pairs.
     """
 
     step: Whole
@@ -113,6 +129,7 @@ class StepDone:
     elapsed_seconds: float
     memory: MemoryUse
     dft_loss: float | None = None
+    rewards: Rewards | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +152,16 @@ class WorkAdvanced:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone:
-    """An evaluation pass ended. `loss` is the mean over the trained tokens of the held-out rows.
+    """An evaluation pass ended. `loss` is the mean over the trained tokens of the held-out rows, or over the pairs.
 
-    `is_best`: no earlier evaluation of the run was better.
+    `is_best`: no earlier evaluation of the run was better. `rewards` are those of pairs.
     """
 
     step: Whole
     loss: float
     seconds: float
     is_best: bool
+    rewards: Rewards | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

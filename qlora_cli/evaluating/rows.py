@@ -18,12 +18,13 @@ from qlora_cli.evaluating.evaluation_checks import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.settings.choices import Mixing
+from qlora_cli.settings.choices import DataFormat, Mixing
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, by_path, inferred_origin
 
 NAME_THEM = "Name the rows to evaluate with --dataset."
+OF_ROWS = ("dataset", "eval_dataset", "eval_split", "eval_group", "format", "columns")  # settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,18 @@ class TrainedRows:
     seed: int
     train_fingerprint: str | None
     eval_fingerprint: str | None
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether the rows are pairs of answers, whose loss is not that of single ones."""
+        return self.settings.get("format") == DataFormat.PREFERENCE
+
+    @property
+    def of_answers(self) -> Mapping[str, Any]:
+        """The settings by which rows of answers are read as in training; without rows, if those were pairs."""
+        if not self.holds_pairs:
+            return self.settings
+        return {key: value for key, value in self.settings.items() if key not in OF_ROWS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +131,13 @@ def inferred_from_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | Non
         InferredSettings(values=by_path("data", here), origin=inferred_origin("what is evaluated"), is_fixed=True)
     ]
     if run is not None:
-        of_run = {**by_path("data", run.settings), "training.seed": run.seed}
+        of_run = {**by_path("data", run.of_answers), "training.seed": run.seed}
         facts.append(InferredSettings(values=of_run, origin=inferred_origin(RunDirectory(run.path).run_file)))
     return facts
 
 
 def _data_of(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> dict[str, Any]:
-    return {**(run.settings if run is not None else {}), **asked.given("data")}
+    return {**(run.of_answers if run is not None else {}), **asked.given("data")}
 
 
 def read_rows(
@@ -162,6 +175,12 @@ def _of_trained(data: PreparedData, run: TrainedRows) -> str:
 
 def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
     """Return the error for an evaluation without known rows."""
+    if run is not None and run.holds_pairs:
+        return DataError(
+            f"{run.path} was trained on pairs, whose loss and accuracy it measured on those held out: see qlora runs "
+            "show; here the loss of single answers is measured",
+            hint=f"{NAME_THEM[:-1]}: such as the chosen ones, with --format and --columns.",
+        )
     if run is not None:
         return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)
     return DataError(f"{model} is not a run, so the rows to evaluate are not known", hint=NAME_THEM)

@@ -36,6 +36,7 @@ from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.kernels import cublas_workspace_bytes
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.operation_count import extended
+from qlora_cli.memory.tracing.pair_step import loop_of
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.shards import ShardedBase, sharded_base
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TracedStep, trace_step
@@ -383,7 +384,7 @@ class Estimator:
 
     def _run_step(self, meta_model: MetaModel, step: StepSettings) -> TracedStep:
         try:
-            return trace_step(meta_model, step, self._loop)
+            return trace_step(meta_model, step, self._loop or loop_of(step))
         except RuntimeError as error:
             if isinstance(error, QloraError):
                 raise
@@ -434,6 +435,7 @@ class Estimator:
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
             is_autocast=dtype != Dtype.FP32,
+            compares=training.objective.compares,
             fuses_lora=training.fused_lora,
             trains_dft=training.loss == TrainingLoss.DFT,
             adds_noise=training.neftune_noise_alpha is not None,

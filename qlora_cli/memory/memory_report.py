@@ -338,7 +338,8 @@ def _largest_model(
 def _larger_model(request: MemoryRequest, facts: ModelFacts, num_parameters: int) -> LargerModel | None:
     """Return a larger model for the first GPU; None for the adapter or the run of one model, or several GPUs."""
     asked = request.asked.settings
-    if facts.adapter is not None or facts.settings or request.is_on_host or asked.training.num_gpus > 1:
+    is_usual = asked.training.num_gpus == 1 and not asked.training.objective.compares
+    if facts.adapter is not None or facts.settings or request.is_on_host or not is_usual:
         return None
     return larger_model(request.gpus[0], num_parameters, asked.data.max_length)
 
@@ -429,6 +430,7 @@ def _shown_settings(settings: EstimateSettings, estimate: Estimate) -> dict[str,
     tokens = settings.training.micro_batch_tokens
     return {
         **display_flags(settings.quantization),
+        **({"objective": settings.training.objective.value} if settings.training.objective.compares else {}),
         "dtype": estimate.dtype,
         "rank": str(lora.rank),
         "target-modules": targets if isinstance(targets, str) else ",".join(targets),

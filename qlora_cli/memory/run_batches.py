@@ -83,7 +83,7 @@ def run_batches(settings: EstimateSettings, asked: PredictionSettings) -> RunBat
     """
     if asked.rows is None:
         return None
-    longest, training, num_rows = settings.data.max_length, settings.training, asked.rows
+    longest, training, num_rows = settings.longest_row_tokens, settings.training, asked.rows
     tokens = _mean_tokens(settings, asked)
     if settings.data.packing:
         num_rows, tokens = ceil(num_rows * tokens / longest), longest
@@ -118,7 +118,7 @@ def average_step(settings: EstimateSettings, asked: PredictionSettings) -> StepR
 
 
 def _mean_tokens(settings: EstimateSettings, asked: PredictionSettings) -> int:
-    longest = settings.data.max_length
+    longest = settings.longest_row_tokens
     if asked.mean_tokens is not None and asked.mean_tokens > longest:
         raise UsageError(
             f"{asked.mean_tokens:,} is more than the {longest:,} tokens that a row may have",
@@ -140,8 +140,10 @@ def with_longest(settings: EstimateSettings, rows: ReadRows | None) -> EstimateS
 
 def with_tokens(settings: EstimateSettings, tokens: int) -> EstimateSettings:
     """Return the settings of a run whose micro-batches have so many tokens, padding included."""
-    training, length = settings.training, settings.data.max_length
+    training, of_row = settings.training, settings.training.objective.num_sequences
     if training.micro_batch_tokens is None:
-        return with_settings(settings, {LENGTH: max(MIN_LENGTH, ceil(tokens / training.micro_batch_size))})
+        of_batch = training.micro_batch_size * of_row
+        return with_settings(settings, {LENGTH: max(MIN_LENGTH, ceil(tokens / of_batch))})
     tokens = max(MIN_LENGTH, tokens)
-    return with_settings(settings, {LENGTH: min(length, tokens), FILLED: tokens})
+    length = min(settings.data.max_length, max(MIN_LENGTH, tokens // of_row))
+    return with_settings(settings, {LENGTH: length, FILLED: tokens})

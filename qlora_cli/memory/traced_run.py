@@ -42,10 +42,11 @@ class TracedRun:
 
 
 def micro_batches_of(settings: EstimateSettings) -> dict[str, Any]:
-    """Return the rows of the largest micro-batch, how they are joined, and the number of micro-batches of a step."""
-    training, length = settings.training, settings.data.max_length
+    """Return the sequences of the largest micro-batch, how they are joined, and how many there are in a step."""
+    training, length, longest = settings.training, settings.data.max_length, settings.longest_row_tokens
     size, accumulation = training.micro_batch_size, training.micro_batches_per_process
     if training.micro_batch_tokens is None:
+        size *= training.objective.num_sequences
         return {
             "batch_size": size,
             "length": length,
@@ -57,9 +58,9 @@ def micro_batches_of(settings: EstimateSettings) -> dict[str, Any]:
     num_rows, tokens = training.rows_per_process, training.micro_batch_tokens
     return {
         "batch_size": 1,
-        "length": max(length, min(tokens, num_rows * length)),
-        "gradient_accumulation_steps": ceil(num_rows / max(1, tokens // length)),
-        "is_packed": num_rows > 1,
+        "length": max(longest, min(tokens, num_rows * longest)),
+        "gradient_accumulation_steps": ceil(num_rows / max(1, tokens // longest)),
+        "is_packed": num_rows > 1 or training.objective.compares,
     }
 
 

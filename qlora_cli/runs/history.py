@@ -10,7 +10,7 @@ import json
 import math
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_cli.events import (
     Event,
     Noted,
     Rehearsed,
+    Rewards,
     SampleDone,
     StepDone,
     StepSkipped,
@@ -69,6 +70,7 @@ class RunHistory:
 
     Attributes:
         steps: The optimizer steps.
+        rewards: Those of the last step, if the run is trained on pairs.
         start: The event that announced the training; None before it.
         num_steps: The number of steps planned; None before training started.
         evaluations: In order; `is_best` refers to this history.
@@ -88,6 +90,7 @@ class RunHistory:
     """
 
     steps: StepColumns
+    rewards: Rewards | None
     start: TrainingStarted | None
     num_steps: int | None
     evaluations: tuple[EvalDone, ...]
@@ -112,6 +115,11 @@ class RunHistory:
         for events in (self.skipped, self.evaluations, self.resumes):
             last += [event.step for event in events[-1:]]
         return max(last, default=0)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether the run is trained on pairs, over which its losses are means, by what was reported."""
+        return self.rewards is not None or any(done.rewards is not None for done in self.evaluations)
 
     @property
     def best(self) -> EvalDone | None:
@@ -151,6 +159,7 @@ class _HistoryReader:
             **{name: array("d") for name in (*OF_STEP, *OF_MEMORY)},
         }
         self._add_figures = [column.append for name, column in self._columns.items() if name != "step"]
+        self._rewards: Rewards | None = None
         self._evaluations: list[EvalDone] = []
         self._samples: _ByStep[SampleDone] = _ByStep()
         self._skipped: list[StepSkipped] = []
@@ -182,6 +191,7 @@ class _HistoryReader:
         """Return the history so far."""
         return RunHistory(
             steps=StepColumns(**self._columns),
+            rewards=self._rewards,
             start=self._start,
             num_steps=self._num_steps,
             evaluations=_with_best(self._evaluations),
@@ -239,6 +249,7 @@ class _HistoryReader:
         steps.append(event.step)
         for add, figure in zip(self._add_figures, row, strict=True):
             add(figure)
+        self._rewards = event.rewards
         self._num_steps = event.num_steps or self._num_steps
         self._device_total_bytes = memory.device_total_bytes or self._device_total_bytes
         self._end = None
@@ -257,6 +268,7 @@ class _HistoryReader:
             num_left -= 1
         for column in self._columns.values():
             del column[num_left:]
+        self._rewards = None  # of a later step, or of this one, which the next one replaces
         for events in (self._evaluations, self._skipped, self._resumes):
             _forget(events, step)
         self._samples.forget_after(step)
@@ -363,5 +375,5 @@ def _with_best(evaluations: Sequence[EvalDone]) -> tuple[EvalDone, ...]:
     for done in evaluations:
         is_best = math.isfinite(done.loss) and done.loss <= best
         best = done.loss if is_best else best
-        marked.append(EvalDone(step=done.step, loss=done.loss, seconds=done.seconds, is_best=is_best))
+        marked.append(replace(done, is_best=is_best))
     return tuple(marked)

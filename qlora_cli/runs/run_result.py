@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from qlora_cli.events import Rewards
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
@@ -128,8 +129,9 @@ class TrainResult:
     """The result of a run that ended: all its steps are done, or a signal stopped it after a checkpoint.
 
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all
-    steps; both are means over trained tokens. `num_tokens` counts the tokens without padding. `train_seconds` is the
-    duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading, and
+    steps; both are means over trained tokens, or over pairs, which alone have rewards: `rewards` at the last reported
+    step, `eval_rewards` of those held out at the end. `num_tokens` counts the tokens without padding. `train_seconds`
+    is the duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading, and
     `tokens_per_second` is computed from the durations of the steps only, and `step_seconds` is the median of the first
     ten steps after the first one in this process. The peaks of a resumed run are those of its
     last process; all other figures count each step once: what a killed process did after its last checkpoint is in
@@ -167,6 +169,8 @@ class TrainResult:
     predicted_time: PredictedTime | None = None
     adapter_health: AdapterHealth | None = None
     forgetting: Forgetting | None = None
+    rewards: Rewards | None = None
+    eval_rewards: Rewards | None = None
 
     def recorded(self) -> dict[str, object]:
         """Return the result as `run.json` records it, with relative paths, so that the run may be moved."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 import psutil
 
+from qlora_cli.events import Rewards
 from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE, RunDirectory
 from qlora_cli.runs.history import RunHistory, StepColumns, parse_time
@@ -35,6 +36,8 @@ class RunSummary:
         loss: The loss of the last step.
         best_loss: The lowest loss on held-out data.
         best_step: The step of that evaluation.
+        rewards: Of the held-out pairs at the last evaluation, or else of the pairs of the last step; None if the run
+            is not trained on pairs.
         tokens_per_second: The mean over all steps, as in the result of a run.
         step_seconds: The median of the first steps, as in the result of a run.
         predicted_step_seconds: The prediction of `step_seconds`.
@@ -65,6 +68,7 @@ class RunSummary:
     loss: float | None
     best_loss: float | None
     best_step: int | None
+    rewards: Rewards | None
     tokens_per_second: float | None
     step_seconds: float | None
     predicted_step_seconds: float | None
@@ -119,6 +123,7 @@ def summarize(
         loss=_finite(steps.loss[-1]) if len(steps) else None,
         best_loss=best.loss if best else None,
         best_step=best.step if best else None,
+        rewards=history.evaluations[-1].rewards if history.evaluations else history.rewards,
         tokens_per_second=_speed(steps),
         step_seconds=result.step_seconds,
         predicted_step_seconds=record.plan.predicted_time.step_seconds if record.plan.predicted_time else None,

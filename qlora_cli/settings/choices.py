@@ -191,12 +191,13 @@ FORMAT_NAMES = {
     ),
     "text": ("completion", "pretrain", "pretraining", "language_modeling", "language-modeling"),
     "tokens": ("tokenized", "pretokenized"),
+    "preference": ("chosen_rejected", "paired"),
 }
 SEGMENTS_HINT = (
     "Write each row of segments as prompt and completion, or as its tokens with labels: -100 where nothing is trained "
     "(--format tokens)."
 )
-COMPARISONS = ("dpo", "kto", "orpo", "ipo", "simpo", "preference", "ranking", "reward")
+COMPARISONS = ("dpo", "kto", "orpo", "ipo", "simpo", "ranking", "reward")
 
 
 class DataFormat(Choice):
@@ -210,6 +211,7 @@ class DataFormat(Choice):
     QUESTION_ANSWER = "question_answer"
     TEXT = "text"
     TOKENS = "tokens"
+    PREFERENCE = "preference"
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
@@ -222,7 +224,10 @@ class DataFormat(Choice):
         if value.lower() in ("input_output", "segments"):
             return SEGMENTS_HINT
         if value.lower().partition(".")[0] in COMPARISONS:
-            return "These are for training by comparison. To train on the better answers, name them with --columns."
+            return (
+                "These are for training by comparison: of pairs, with --objective dpo. To train on the better "
+                "answers, name them with --columns."
+            )
         return None
 
 
@@ -315,6 +320,35 @@ class TrainingLoss(Choice):
 
     NLL = "nll"
     DFT = "dft"
+
+
+class Objective(Choice):
+    """What is learned from the rows: their answers, or which of two answers is better."""
+
+    SFT = "sft"
+    DPO = "dpo"
+
+    @classmethod
+    def hint_for(cls, value: str) -> str | None:
+        """Return what to use in place of an objective of other tools that there is not."""
+        if value.lower() in COMPARISONS:
+            return "Of those that compare answers, there is dpo."
+        return None
+
+    @property
+    def num_sequences(self) -> int:
+        """The sequences of a row: a pair is two."""
+        return 2 if self.compares else 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether a row is a pair of a chosen and a rejected answer."""
+        return self == Objective.DPO
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the log-probabilities of the base, without its adapter, are part of the loss."""
+        return self == Objective.DPO
 
 
 class OnNan(Choice):

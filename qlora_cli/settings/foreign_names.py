@@ -65,7 +65,7 @@ WARMUP = "Warm-up is a share of the steps here: training.warmup_ratio."
 PER_EPOCH = "It is a number of steps here: --eval-steps and --save-steps."
 TRACKER = "Set WANDB_PROJECT and the like in the environment, and give --report-to wandb."
 SHARDING = "Several GPUs are --num-gpus here, and a model that is sharded among them --strategy fsdp."
-SFT_ONLY = "qlora trains on examples (SFT)."
+OBJECTIVES = "qlora learns from answers (--objective sft) and from pairs of them (dpo)."
 
 TABLE: tuple[Foreign, ...] = (
     # The model.
@@ -227,10 +227,22 @@ TABLE: tuple[Foreign, ...] = (
         advice="LoRA on a base in 4 bit is the default here; --quant none trains on one in 16 bit.",
     ),
     Foreign(names=("finetuning_type",), values={"lora": None}, is_complete=True, advice="qlora trains LoRA adapters."),
-    Foreign(names=("stage",), values={"sft": None, "pt": None}, is_complete=True, advice=SFT_ONLY),
+    _only(
+        "training.objective",
+        {"sft": KEEP_DEFAULT, "pt": KEEP_DEFAULT, "dpo": "dpo"},
+        *("stage", "rl", "rlhf_type"),
+        advice=OBJECTIVES,
+    ),
+    _to("training.beta", "pref_beta", "rl_beta", "dpo_beta"),
+    _only(
+        "training.objective",
+        {"sigmoid": KEEP_DEFAULT},
+        "pref_loss",
+        advice="The loss of --objective dpo is the paper's.",
+    ),
     _none("qlora trains adapters on one base; --base-model names the base of a given adapter.", "lora_model_dir"),
     _none(SHARDING, "deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size"),
-    _none(SFT_ONLY, "rl", "beta", "pref_beta", "pref_loss", "reward_model"),
+    _none(OBJECTIVES, "reward_model"),
     _none("The tokenizer's own tokens are used; --new-tokens adds others.", "special_tokens"),
     _needless(
         "The model's own class is used.", "model_type", "tokenizer_type", "is_llama_derived_model", "tokenizer_config"

@@ -160,6 +160,11 @@ class EstimateSettings(LoadSettings):
     data: EstimateDataSettings = Field(default_factory=EstimateDataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
 
+    @property
+    def longest_row_tokens(self) -> int:
+        """The most tokens that a row may have: of a pair, those of both sequences."""
+        return self.training.objective.num_sequences * self.data.max_length
+
 
 class EstimateOutputSettings(OutputSettings):
     """The output of a predicted run, of which only the number of checkpoints matters."""

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
+from qlora_cli.settings.choices import DataFormat, Objective
 from qlora_cli.settings.display import choices_of, example_of, flag_of, hint_for
 from qlora_cli.settings.models import SECTIONS, Section, field_of, value_adapter
 from qlora_cli.settings.rules.conflicts import find_conflicts, forbidden_in_files
+from qlora_cli.settings.rules.objective_rules import implied_values
 from qlora_cli.settings.value_sources import (
     Origin,
     SettingEntry,
@@ -29,6 +31,8 @@ from qlora_cli.settings.values import CUSTOM_ERROR
 SettingsT = TypeVar("SettingsT", bound=Section)
 SettingsT_co = TypeVar("SettingsT_co", bound=Section, covariant=True)
 DEFAULT = Origin(kind="default", where="default")
+OBJECTIVE = "training.objective"
+BY_OBJECTIVE = Origin(kind="inferred", where=OBJECTIVE)
 MAX_SHOWN_CHARACTERS = 300  # of a value that a message shows
 
 
@@ -92,11 +96,31 @@ def resolve(
     problems += more
     if problems:
         raise SettingsError(problems)
-    settings = kind(**{name: validated[name] for name in kind.model_fields})
     problems = find_conflicts({name: validated[name] for name in kind.model_fields}, merged)
     if problems:
         raise SettingsError(problems)
+    if implied := _implied(merged, validated, kind):
+        merged = {**merged, **implied}
+        validated, _ = _validate(merged, sections_of(kind), required=required, flag_names={})
+    settings = kind(**{name: validated[name] for name in kind.model_fields})
     return Resolved(settings, {path: entry.origin for path, entry in merged.items()})
+
+
+def _implied(
+    merged: Mapping[str, SettingEntry], validated: Mapping[str, Section], kind: type[Section]
+) -> dict[str, SettingEntry]:
+    """Return what the objective of a run implies for settings that are not given, or left open.
+
+    An evaluation reads answers, whatever the run was trained by.
+    """
+    training: Any = None if "evaluate" in kind.model_fields else validated.get("training")
+    implied: dict[str, SettingEntry] = {}
+    for path, value in implied_values(Objective.SFT if training is None else training.objective).items():
+        section, key = path.split(".")
+        is_open = path not in merged or getattr(validated[section], key) == DataFormat.AUTO
+        if section in kind.model_fields and is_open:
+            implied[path] = SettingEntry(section=section, key=key, value=value, origin=BY_OBJECTIVE)
+    return implied
 
 
 def merge(sources: Sources) -> tuple[dict[str, SettingEntry], list[Problem]]:
@@ -130,7 +154,7 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
     more += forbidden_in_files(merged)
     if problems + more:
         raise SettingsError(problems + more)
-    rows = []
+    rows: list[tuple[str, Any, Origin]] = []
     for section in SECTIONS if kind is None else kind.model_fields:
         for key, field in sections[section].model_fields.items():
             entry = merged.get(f"{section}.{key}")
@@ -140,7 +164,12 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
             else:
                 value: Any = value_adapter(sections[section], key).validate_python(entry.value)
                 rows.append((f"{section}.{key}", value, entry.origin))
-    return rows
+    objective = next((value for path, value, _ in rows if path == OBJECTIVE), Objective.SFT)
+    implied = implied_values(objective)
+    return [
+        (path, implied[path], BY_OBJECTIVE) if path in implied and path not in merged else (path, value, origin)
+        for path, value, origin in rows
+    ]
 
 
 def sections_of(kind: type[Section]) -> dict[str, type[Section]]:

@@ -53,6 +53,10 @@ class BatchCollator:
             "num_tokens": num_tokens,
         }
 
+    def num_items(self, rows: list[Row]) -> int:
+        """Return the number of items that the loss of `rows` is a sum over: their trained tokens."""
+        return sum(map(num_trained, rows))
+
 
 class StepCollator:
     """Divides the rows of a step into micro-batches, and makes those of one process, as the settings decide.
@@ -70,7 +74,7 @@ class StepCollator:
         self._has_blanks = has_blanks
 
     def __call__(self, rows: list[Row]) -> Batch:
-        """Return a batch of the micro-batches of this process, and how many there are, and trained tokens, in all."""
+        """Return a batch of the micro-batches of this process, and how many there are, and their items, in all."""
         shares = shares_of_step(np.array([len(row["input_ids"]) for row in rows]), self._settings)
         own = shares[self._rank]
         num_blank = max(map(len, shares)) - len(own) if self._has_blanks else 0
@@ -78,7 +82,7 @@ class StepCollator:
             MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in own],
             BLANKS: [{**self._collate([_blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
             NUM_MICRO_BATCHES: sum(map(len, shares)),
-            NUM_TRAINED: sum(map(num_trained, rows)),
+            NUM_TRAINED: self._collate.num_items(rows),
         }
 
 
@@ -92,6 +96,12 @@ def _blank(row: Row) -> Row:
 def num_trained(row: Row) -> int:
     """Return the trained tokens of a row."""
     return int(np.count_nonzero(np.asarray(row["labels"]) != IGNORE_INDEX))
+
+
+def num_items_of(batch: Batch) -> int:
+    """Return how many items the loss of a micro-batch is a sum over: its trained tokens, or its pairs."""
+    number: int = batch.get(NUM_TRAINED, len(batch["trained_targets"]))
+    return number
 
 
 def micro_batches_of(batch: Batch) -> list[Batch]:
@@ -135,12 +145,12 @@ class Batches:
         candidates = []
         for epoch in range(max(1, int(np.ceil(num_epochs)))):
             order = np.array(list(self._order(epoch)))
-            candidates += [order[places].tolist() for places in _largest(self.data.lengths[order], self.settings)]
+            candidates += [order[places].tolist() for places in _largest(self._sizes[order], self.settings)]
         return [[self.data.dataset[index] for index in rows] for rows in self._largest_of(candidates)]
 
     def _largest_of(self, candidates: list[list[int]]) -> list[list[int]]:
         """Return the candidate that needs most memory; and if it is one row, the largest of several."""
-        lengths = self.data.lengths
+        lengths = self._sizes
 
         def size(rows: list[int]) -> tuple[int, int]:
             longest = int(lengths[rows].max())
@@ -149,6 +159,11 @@ class Batches:
         best = max(candidates, key=size)
         joined = [rows for rows in candidates if len(rows) > 1]
         return [best, max(joined, key=size)] if self._is_filled and len(best) == 1 and joined else [best]
+
+    @property
+    def _sizes(self) -> Numbers:
+        """What each row takes of a micro-batch: its tokens, or those that it is padded to at least."""
+        return self.data.lengths if self._is_filled else self.data.padded_lengths
 
     @property
     def _is_filled(self) -> bool:
@@ -186,7 +201,8 @@ class Batches:
 
 def largest_held_out(data: PreparedData, settings: TrainingSettings) -> list[Row]:
     """Return the micro-batch of an evaluation, in the order of the rows, that needs most memory."""
-    places = max(_largest(data.lengths, settings), key=lambda places: int(data.lengths[places].sum()))
+    sizes = data.padded_lengths if settings.micro_batch_tokens is None else data.lengths
+    places = max(_largest(sizes, settings), key=lambda places: int(sizes[places].sum()))
     return [data.dataset[place] for place in places]
 
 

@@ -7,48 +7,55 @@ start the next kernels; so TRL's metrics are read together, once in a step.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from qlora_cli.loss.chunked_loss import token_losses
+from qlora_cli.loss.chunked_loss import TokenLosses, token_losses
 from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, gathered_head
 
-# The metrics that are means over the trained tokens of a batch, by TRL's names, and of which sums.
-MEANS = {"entropy": "entropy", "mean_token_accuracy": "num_correct"}
+Autocast = Callable[[], AbstractContextManager[None]]
+# Returns the metrics of a batch, by TRL's names, of its figures as numbers: the means of each are reported.
+MetricsOf = Callable[[Sequence[float]], list[dict[str, float]]]
 DFT_LOSS = "dft_loss"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchLosses:
-    """Sums over the trained tokens of a batch, tensors of one number.
+    """The losses of a batch.
 
     Attributes:
-        total: The negative log-likelihood of the targets, in nats. Its gradient is that of the loss that is trained
-            on: its own, or that of `dft`.
-        entropy: The entropy of the predicted distributions, in nats.
-        num_correct: The number of targets that are the most likely token.
-        num_trained: The number of trained tokens.
+        total: The sum of the losses of its items, a tensor of one number. Its gradient is that of the loss that is
+            trained on: its own, or that of `dft`.
+        num_items: The number of items: trained tokens, or pairs.
         aux_loss: How unevenly tokens are distributed over experts, if that was asked for; it has a gradient.
+        figures: What its metrics follow from, `(figures,)`, in fp32, without a gradient.
+        metrics_of: Returns the metrics of the values of `figures`.
         dft: The negative log-likelihood weighted by probability, if that is trained on.
     """
 
     total: torch.Tensor
-    entropy: torch.Tensor
-    num_correct: torch.Tensor
-    num_trained: int
+    num_items: int
     aux_loss: torch.Tensor | None
-    dft: torch.Tensor | None
+    figures: torch.Tensor
+    metrics_of: MetricsOf
+    dft: torch.Tensor | None = None
+
+
+def token_metrics(values: Sequence[float], num_trained: int) -> list[dict[str, float]]:
+    """Return the metrics of trained tokens, of the sums of their entropies, in nats, and of those predicted right."""
+    entropy, num_correct = values
+    tokens = max(1, num_trained)
+    return [{"entropy": entropy / tokens, "mean_token_accuracy": num_correct / tokens}]
 
 
 class LossModel:
     """Calls the layers of `model`, without its head, and computes the losses of their last hidden states."""
 
-    def __init__(
-        self, model: PreTrainedModel, autocast: Callable[[], AbstractContextManager[None]], *, trains_dft: bool
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, autocast: Autocast, *, trains_dft: bool) -> None:
         """Compute in a context of `autocast`; with `trains_dft`, weight the tokens that are trained by probability.
 
         Raises:
@@ -64,6 +71,26 @@ class LossModel:
     def __call__(self, *, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> BatchLosses:
         """Return the losses of `targets` at `positions`, `(tokens,)` each, as `trained_tokens` returns them."""
         is_dft = self._trains_dft and self._model.training  # held-out rows have the same loss in every run
+        losses, outputs = self.token_losses(positions, targets, inputs, weighs_by_probability=is_dft)
+        dft = losses.total.detach() if is_dft else None
+        return BatchLosses(
+            total=losses.total if dft is None else losses.nll.detach().sum() + (losses.total - dft),
+            num_items=len(targets),
+            aux_loss=self.balance(outputs, inputs),
+            figures=torch.stack([losses.entropy.sum(), losses.is_top1.sum().float()]),
+            metrics_of=partial(token_metrics, num_trained=len(targets)),
+            dft=dft,
+        )
+
+    def token_losses(
+        self,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        inputs: dict[str, Any],
+        *,
+        weighs_by_probability: bool = False,
+    ) -> tuple[TokenLosses, Any]:
+        """Return the losses of each of `targets`, and the outputs of the layers."""
         with self._autocast():
             outputs = self._backbone(**inputs)
             hidden = outputs.last_hidden_state
@@ -75,20 +102,14 @@ class LossModel:
                     positions.to(device),
                     targets.to(device),
                     compute_dtype(hidden),
-                    weighs_by_probability=is_dft,
+                    weighs_by_probability=weighs_by_probability,
                 )
-        dft = losses.total.detach() if is_dft else None
-        return BatchLosses(
-            total=losses.total if dft is None else losses.nll.sum() + (losses.total - dft),
-            entropy=losses.entropy.sum(),
-            num_correct=losses.is_top1.sum(),
-            num_trained=len(targets),
-            aux_loss=self._balance(outputs, inputs) if inputs.get("output_router_logits") else None,
-            dft=dft,
-        )
+        return losses, outputs
 
-    def _balance(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return how unevenly tokens are distributed over experts, as TRL and transformers compute it."""
+    def balance(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Return how unevenly tokens are distributed over experts, as TRL computes it; None if not asked for."""
+        if not inputs.get("output_router_logits"):
+            return None
         config = self._model.config.get_text_config()
         loss = load_balancing_loss_func(
             outputs.router_logits, config.num_experts, config.num_experts_per_tok, inputs.get("attention_mask")
@@ -101,7 +122,7 @@ class PendingMetrics:
     """The metrics that TRL reports, of batches that are not read yet, and the number of their tokens."""
 
     def __init__(self) -> None:
-        self._batches: list[tuple[int, tuple[str, ...], torch.Tensor]] = []  # trained tokens, names, values
+        self._batches: list[tuple[MetricsOf, torch.Tensor, dict[str, torch.Tensor]]] = []  # of figures; further ones
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -110,13 +131,12 @@ class PendingMetrics:
     def add(self, losses: BatchLosses, num_tokens: int, num_in_step: torch.Tensor) -> None:
         """Add a batch of `num_tokens` tokens, without padding, of a step that trains `num_in_step`."""
         self.num_tokens += num_tokens
-        values = {name: getattr(losses, of_sum) for name, of_sum in MEANS.items()}
-        if losses.aux_loss is not None:
-            values["aux_loss"] = losses.aux_loss
+        further = {} if losses.aux_loss is None else {"aux_loss": losses.aux_loss}
         if losses.dft is not None:
-            values[DFT_LOSS] = losses.dft / num_in_step
-        stacked = torch.stack([one.detach().float() for one in values.values()])
-        self._batches.append((losses.num_trained, tuple(values), stacked))
+            further[DFT_LOSS] = losses.dft / num_in_step
+        self._batches.append(
+            (losses.metrics_of, losses.figures, {name: _single(one) for name, one in further.items()})
+        )
 
     def clear(self) -> None:
         """Forget the batches."""
@@ -128,13 +148,14 @@ class PendingMetrics:
 
         `others` are tensors of one number in fp32, on the same device.
         """
-        parts = [*(batch[-1] for batch in self._batches), *(other.detach().reshape(1) for other in others)]
-        values: list[float] = torch.cat(parts).tolist() if parts else []
+        parts = [part for _, figures, further in self._batches for part in (figures, *further.values())]
+        values: list[float] = torch.cat([*parts, *map(_single, others)]).tolist() if parts or others else []
         metrics, start = [], 0
-        for num_trained, names, _ in self._batches:
-            of_batch = dict(zip(names, values[start : start + len(names)], strict=True))
-            metrics.append(of_batch | {name: of_batch[name] / max(1, num_trained) for name in MEANS})
-            start += len(names)
+        for metrics_of, figures, further in self._batches:
+            end = start + len(figures)
+            first, *rest = metrics_of(values[start:end])
+            start = end + len(further)
+            metrics += [first | dict(zip(further, values[end:start], strict=True)), *rest]
         self.clear()
         return metrics, values[start:]
 
@@ -147,3 +168,7 @@ def means_of_step(metrics: Sequence[dict[str, float]]) -> list[dict[str, float]]
     return [
         {name: value * len(metrics) if name == DFT_LOSS else value for name, value in one.items()} for one in metrics
     ]
+
+
+def _single(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().float().reshape(1)

@@ -127,7 +127,8 @@ def _smaller_settings(prepared: PreparedRun) -> str:
         flags.append("--gradient-checkpointing on")
     if plan.optimizer == "adamw_torch":
         flags.append("--optimizer adamw_8bit")
-    longest = settings.data.max_length if settings.data.packing else plan.longest_row_tokens
+    of_row = plan.longest_row_tokens // settings.training.objective.num_sequences
+    longest = settings.data.max_length if settings.data.packing else of_row
     flags.append(f"--max-length {max(8, longest // 2)}")
     return " or ".join(flags)
 

@@ -28,6 +28,7 @@ from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
+from qlora_cli.settings.choices import Objective
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.open_method import is_method_open, with_provisional_method
 from qlora_cli.settings.resolve import Resolved
@@ -203,6 +204,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     check_shardable(settings)
     if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
+    _check_reference(load_plan, settings.training.objective)
     if resume is not None:
         trains_given = load_plan.source.adapter is not None
         digest = base_digest(load_plan.source.path)
@@ -295,7 +297,7 @@ def with_memory_of(resolved: Resolved[TrainSettings], prepared: PreparedRun) -> 
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        padding_share=padding_of_epoch(prepared.train_data.lengths, training, is_packed=settings.data.packing),
+        padding_share=_padding_of(prepared.train_data, settings),
         predicted_time=None,  # of another micro-batch
     )
     return replace(prepared, resolved=resolved, plan=plan, forecast=None)
@@ -353,6 +355,20 @@ def _note_unfused(model: PeftModel, loaded: LoadedModel, reporter: Reporter) -> 
         reporter.report(Noted(message=message))
 
 
+def _check_reference(load_plan: LoadPlan, objective: Objective) -> None:
+    """Check that training begins with the base, if that is what its answers are compared by.
+
+    Raises:
+        ModelError: it would begin with an adapter.
+    """
+    if objective.has_reference and load_plan.adapter is not None:
+        raise ModelError(
+            f"the adapter in {load_plan.source.adapter} can't be trained further with --objective {objective.value}: "
+            "answers are compared by the base alone, and it would begin elsewhere",
+            hint="Merge it into its base with qlora merge, and train on the result.",
+        )
+
+
 def _check_head_is_unquantized(load_plan: LoadPlan) -> None:
     """Check that the head is not quantized, as in some checkpoints: the loss reads its weight directly."""
     shapes, layout = load_plan.shapes, load_plan.layout
@@ -393,6 +409,12 @@ def num_optimizer_steps(settings: TrainSettings, num_rows: int | None) -> int:
     return training.num_steps(num_rows or 0)
 
 
+def _padding_of(data: PreparedData, settings: TrainSettings) -> float:
+    return padding_of_epoch(
+        data.lengths, settings.training, is_packed=settings.data.packing, padded_lengths=data.padded_lengths
+    )
+
+
 def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel, forecast: Forecast | None) -> TrainPlan:
     settings, data, outlook = settled.resolved.settings, settled.rows, settled.outlook
     training, report = settings.training, data.train.report
@@ -422,7 +444,7 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel, forecast: 
         num_truncated_rows=report.truncated_rows,
         num_dropped_rows=report.dropped_rows + report.rows_without_supervision,
         num_lost_supervised_tokens=report.supervised_tokens_lost,
-        padding_share=padding_of_epoch(data.train.lengths, training, is_packed=settings.data.packing),
+        padding_share=_padding_of(data.train, settings),
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
         gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -35,7 +36,7 @@ from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
-from qlora_cli.settings.choices import Attention, Checkpointing
+from qlora_cli.settings.choices import Attention, Checkpointing, TrainingLoss
 from qlora_cli.training.arguments import training_arguments
 from qlora_cli.training.batches import BatchCollator, Batches, StepCollator, largest_held_out
 from qlora_cli.training.callbacks.early_stop import EarlyStopCallback
@@ -48,9 +49,12 @@ from qlora_cli.training.callbacks.stop import StopCallback, StoppedError, StopSi
 from qlora_cli.training.checks.adapter_check import check_saved, check_trained
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
+from qlora_cli.training.loss_model import Autocast, LossModel
 from qlora_cli.training.outcome.adapter_card import TrainedSteps, write_card
 from qlora_cli.training.outcome.measured_adapter import measure_adapter
 from qlora_cli.training.outcome.measured_forgetting import measure_forgetting
+from qlora_cli.training.preferences.pair_batches import PairCollator
+from qlora_cli.training.preferences.pair_model import PairModel
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
 from qlora_cli.training.resuming.loop_state import Progress
 from qlora_cli.training.run_plan import PreparedRun
@@ -96,7 +100,8 @@ class Session:
         joins_rows = settings.data.packing or training.micro_batch_tokens is not None
         # The compiler reads no values, and would have to be taught the type of the copies.
         is_compiled = training.torch_compile or Attention(prepared.loaded.attention).is_compiled
-        self._collate = BatchCollator(
+        collator = PairCollator if training.objective.compares else BatchCollator
+        self._collate = collator(
             prepared.loaded.tokenizer.pad_token_id, packing=joins_rows, keeps_copies=not is_compiled
         )
         self._collate_step = (
@@ -151,6 +156,7 @@ class Session:
                 else None
             ),
             group=self.group,
+            loss_of=self._loss_of,
             model=prepared.model,
             args=training_arguments(
                 prepared.settings,
@@ -167,6 +173,13 @@ class Session:
             eval_dataset=prepared.eval_data.dataset if prepared.eval_data else None,
             callbacks=[self._reporting],
         )
+
+    def _loss_of(self, model: PeftModel, autocast: Autocast) -> LossModel:
+        """Return what computes the loss of a batch, by the objective."""
+        training = self._prepared.settings.training
+        if training.objective.compares:
+            return PairModel(model, autocast, beta=training.beta)
+        return LossModel(model.get_base_model(), autocast, trains_dft=training.loss == TrainingLoss.DFT)
 
     def _batches(self) -> Batches:
         data, settings = self._prepared.train_data, self._prepared.settings
@@ -349,6 +362,7 @@ class Session:
             num_steps=self._prepared.plan.num_steps,
             loss=self.progress.last_loss if step == self.step else None,
             eval_loss=self.progress.eval_losses.get(step),
+            eval_rewards=self.progress.eval_rewards.get(step),
         )
 
     def _restore_best(self) -> None:
@@ -377,6 +391,8 @@ class Session:
             final_loss=progress.last_loss,
             train_loss=progress.loss_sum / progress.num_losses if progress.num_losses else None,
             eval_loss=progress.eval_losses.get(self.step),
+            rewards=progress.last_rewards,
+            eval_rewards=progress.eval_rewards.get(self.step),
             num_tokens=progress.num_tokens,
             tokens_per_second=progress.num_tokens / progress.stepping_seconds if progress.stepping_seconds else 0.0,
             train_seconds=earlier.elapsed_seconds + train_seconds,

@@ -108,17 +108,17 @@ class EvaluationRecorder:
     def __init__(self, group: ProcessGroup) -> None:
         self.metrics = PendingMetrics()
         self._group = group
-        self._losses: list[tuple[torch.Tensor, int]] = []  # summed over trained tokens, and the number of these
+        self._losses: list[tuple[torch.Tensor, int]] = []  # summed over items, and the number of these
         self._read: list[dict[str, float]] = []
 
-    def add(self, total: torch.Tensor, num_tokens: int) -> None:
-        """Add the loss of a batch, summed over its trained tokens; its metrics were added to `metrics`."""
-        self._losses.append((total, num_tokens))
+    def add(self, total: torch.Tensor, num_items: int) -> None:
+        """Add the loss of a batch, summed over its trained tokens, or its pairs; `metrics` has its metrics already."""
+        self._losses.append((total, num_items))
         if len(self.metrics) >= MOST_PENDING:
             self._read += self.metrics.read()[0]
 
     def end(self) -> tuple[float, list[dict[str, float]]] | None:
-        """Return the mean loss of a token and the metrics of all processes, and forget them; None without a batch."""
+        """Return the mean loss of an item and the metrics of all processes, and forget them; None without a batch."""
         if not self._losses:
             return None
         totals, numbers = zip(*self._losses, strict=True)

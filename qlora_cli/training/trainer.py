@@ -21,7 +21,7 @@ from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
-from qlora_cli.settings.choices import Checkpointing, TrainingLoss
+from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.batches import (
     HOST_COPIES,
     IS_BLANK,
@@ -31,6 +31,7 @@ from qlora_cli.training.batches import (
     StepCollator,
     blanks_of,
     micro_batches_of,
+    num_items_of,
 )
 from qlora_cli.training.callbacks.loop_callback import LoopCallback
 from qlora_cli.training.callbacks.reporting import ReportingCallback
@@ -38,7 +39,7 @@ from qlora_cli.training.callbacks.step_guard import StepGuard
 from qlora_cli.training.compiled_layers import CompiledLayers
 from qlora_cli.training.data_order import RowOrder
 from qlora_cli.training.lora_plus import restore_paging, scale_b_learning_rate
-from qlora_cli.training.loss_model import LossModel, means_of_step
+from qlora_cli.training.loss_model import Autocast, LossModel, means_of_step
 from qlora_cli.training.resuming.loop_state import (
     Generators,
     LoopState,
@@ -81,6 +82,7 @@ class QloraTrainer(TrainerSeam):
         kept_products: Collection[str] | None,
         compiled: CompiledLayers | None,
         group: ProcessGroup,
+        loss_of: Callable[[Any, Autocast], LossModel],
         model: Any,
         **kwargs: Any,
     ) -> None:
@@ -99,9 +101,7 @@ class QloraTrainer(TrainerSeam):
                 parameter.data = full_precision[name]
         self._compiled = compiled
         with self.uncompiled():
-            self._loss_model = LossModel(
-                model.get_base_model(), self.accelerator.autocast, trains_dft=self.args.loss_type == TrainingLoss.DFT
-            )
+            self._loss_model = loss_of(model, self.accelerator.autocast)
         self._checkpointing = enable_checkpointing(model, checkpointing, kept_products)
         self._recorder = StepRecorder(group)
         self._evaluation = EvaluationRecorder(group)
@@ -151,16 +151,17 @@ class QloraTrainer(TrainerSeam):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         num_tokens_fed, is_blank = inputs.pop("num_tokens"), inputs.pop(IS_BLANK, False)
         positions, targets = inputs.pop("trained_positions"), inputs.pop("trained_targets")
+        inputs.pop(NUM_TRAINED, None)
         if (copies := inputs.pop(HOST_COPIES, None)) is not None:
             inputs = with_known_values(inputs, copies)
         if self.aux_loss_enabled and not is_blank:
             inputs["output_router_logits"] = True
         losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
-        num_items = losses.num_trained if num_items_in_batch is None else num_items_in_batch
-        num_tokens = torch.as_tensor(num_items).clamp(min=1)
+        number = losses.num_items if num_items_in_batch is None else num_items_in_batch
+        num_items = torch.as_tensor(number).clamp(min=1)
         if not is_blank:
-            self._pending[mode].add(losses, num_tokens_fed, num_tokens)
-        loss: torch.Tensor = losses.total / num_tokens
+            self._pending[mode].add(losses, num_tokens_fed, num_items)
+        loss: torch.Tensor = losses.total / num_items
         if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
             num_means = 1 if num_items_in_batch is None else self._num_micro_batches
             loss = loss + self.router_aux_loss_coef * losses.aux_loss / num_means
@@ -170,7 +171,7 @@ class QloraTrainer(TrainerSeam):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the batches of a step and the number of its trained tokens."""
+        """Return the batches of a step and the number of its trained tokens, or of its pairs."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_micro_batches = sum(batch.get(NUM_MICRO_BATCHES, 1) for batch in batches)
         if any(NUM_TRAINED in batch for batch in batches):  # whose labels the trainer does not see
@@ -200,16 +201,16 @@ class QloraTrainer(TrainerSeam):
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """Return the loss of a batch of an evaluation: the mean over its trained tokens."""
-        total, num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        """Return the loss of a batch of an evaluation: the mean over its trained tokens, or its pairs."""
+        total, num_items = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         for micro_batch in micro_batches_of(inputs):
-            num_trained = len(micro_batch["trained_targets"])
-            total += num_trained * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
-            num_tokens += num_trained
+            number = num_items_of(micro_batch)
+            total += number * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
+            num_items += number
         for blank in blanks_of(inputs):
             super().prediction_step(model, blank, prediction_loss_only, ignore_keys)
-        self._evaluation.add(total, num_tokens)
-        return (total / max(1, num_tokens)).float(), None, None
+        self._evaluation.add(total, num_items)
+        return (total / max(1, num_items)).float(), None, None
 
     def on_grad_norm(self, model: torch.nn.Module, norm: torch.Tensor) -> float:
         """Read the losses and metrics of a step; skip it if they or its gradients are not finite, see `StepGuard`."""

@@ -196,5 +196,6 @@ def measured_rows(settled: SettledRun) -> PreparedData:
         held_out,
         dataset=held_out.dataset.select(chosen),
         lengths=held_out.lengths[chosen],
+        padded_lengths=held_out.padded_lengths[chosen],
         selected=held_out.selected[chosen],
     )

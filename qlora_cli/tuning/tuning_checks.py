@@ -46,6 +46,11 @@ def check_tune(asked: Resolved[TrainSettings]) -> None:
             "a base of the run's own is made by the run",
             "Tune without it; add --calibrate to the training.",
         ),
+        "training.objective": (
+            settings.training.objective.compares,
+            "trials are judged by the loss of answers",
+            "Train at several rates, and compare the held-out losses: qlora runs DIR.",
+        ),
         "data.streaming": (
             settings.data.streaming,
             "trials need the same first rows, and a stream is read once",

@@ -159,7 +159,10 @@ def test_json_of_a_run_has_every_key_and_no_nan() -> None:
         "model.name": {"value": "Qwen/Qwen3-0.6B", "origin": "--model"},
         "training.max_grad_norm": {"value": 0.3, "origin": "run.yaml:12"},
     }
-    assert stopped["evaluations"][1] == {"step": 40, "loss": 1.25, "seconds": 1.0, "is_best": True}
+    assert stopped["evaluations"][1] == {
+        **{"step": 40, "loss": 1.25, "seconds": 1.0, "is_best": True},
+        "rewards": None,
+    }
     assert stopped["samples"][0]["answers"][0] == {"step": 0, "when": "before training", "text": "answer 0"}
     assert stopped["skipped_steps"] == [{"step": 7, "reason": "nan", "rows": ["r"]}]
     assert stopped["resumed_from"] == [40]

@@ -103,7 +103,10 @@ def _fed(prepared: "TrainingData", training: TrainingSettings, *, is_packed: boo
 
     train, evaluation = prepared.train, prepared.evaluation
     report, num_steps = train.report, training.num_steps(len(train.lengths))
-    sizes = micro_batch_tokens(train.lengths, training, num_steps=num_steps, is_packed=is_packed)
+    padded = train.padded_lengths
+    sizes = micro_batch_tokens(
+        train.lengths, training, num_steps=num_steps, is_packed=is_packed, padded_lengths=padded
+    )
     summary = DataSummary(
         name=report.name,
         num_train_rows=report.rows_trained,
@@ -112,7 +115,7 @@ def _fed(prepared: "TrainingData", training: TrainingSettings, *, is_packed: boo
         num_train_tokens=report.tokens,
         longest_row_tokens=report.longest_row_tokens,
         num_truncated_rows=report.truncated_rows,
-        padding_share=padding_of_epoch(train.lengths, training, is_packed=is_packed),
+        padding_share=padding_of_epoch(train.lengths, training, is_packed=is_packed, padded_lengths=padded),
         num_micro_batches=sizes.total(),
     )
     return FedRows(batches=RunBatches(num_steps=num_steps, by_tokens=tuple(sorted(sizes.items()))), summary=summary)

@@ -53,7 +53,9 @@ def describe_event(event: Event) -> str | None:
             return f"{event.title}: {done}, {format_duration(event.seconds_left)} left"
         case EvalDone():
             best = ", best so far" if event.is_best else ""
-            return f"step {event.step}: held-out loss {event.loss:.4f}{best} ({format_duration(event.seconds)})"
+            rewards = "" if event.rewards is None else f", {event.rewards}"
+            seconds = format_duration(event.seconds)
+            return f"step {event.step}: held-out loss {event.loss:.4f}{rewards}{best} ({seconds})"
         case SampleDone():
             prompt, answer = (text.replace("\n", " ") for text in sample_texts(event))
             return f"step {event.step}: sample: {prompt} -> {answer}"
@@ -70,6 +72,7 @@ def describe_step(step: StepDone, loss: str) -> list[str]:
     """Return the figures of a step, with a described loss, the most important first."""
     return [
         loss,
+        *([] if step.rewards is None else [str(step.rewards)]),
         f"lr {step.learning_rate:.2e}",
         f"grad {step.grad_norm:.3f}",
         f"{step.tokens_per_second:,.0f} tok/s",

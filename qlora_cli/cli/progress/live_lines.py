@@ -91,7 +91,8 @@ def _evaluation_parts(state: RunState) -> list[str]:
     last, best = state.last_eval, state.best_eval
     if last is None:
         return []
-    shown = f"held-out {last.loss:.4f} at step {last.step:,}"
+    rewards = "" if last.rewards is None else f", {last.rewards}"
+    shown = f"held-out {last.loss:.4f}{rewards} at step {last.step:,}"
     if best is last:
         return [f"{shown} (best)"]
     return [shown] if best is None else [shown, f"best {best.loss:.4f} at step {best.step:,}"]

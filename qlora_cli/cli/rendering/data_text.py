@@ -87,14 +87,11 @@ def _describe_long(report: DataReport, max_length: int) -> str:
 
 def _batch_rows(inspection: DataInspection) -> list[Row]:
     batches = inspection.batches
-    return [
-        ("padding", _describe_padding(batches)),
-        (
-            "packing",
-            f"{counted(batches.packed_rows, 'row')} of {inspection.max_length:,}, "
-            f"{batches.packing_efficiency:.1%} full",
-        ),
-    ]
+    rows = [("padding", _describe_padding(batches))]
+    if batches.packed_rows is not None and batches.packing_efficiency is not None:
+        packed = f"{counted(batches.packed_rows, 'row')} of {inspection.max_length:,}"
+        rows.append(("packing", f"{packed}, {batches.packing_efficiency:.1%} full"))
+    return rows
 
 
 def _describe_padding(batches: BatchSummary) -> str:

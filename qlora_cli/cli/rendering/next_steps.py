@@ -28,11 +28,13 @@ def after_training(result: TrainResult) -> list[str]:
     """Return what to do with a run; nothing for one that was stopped, which has said how it is resumed."""
     if result.interrupted_by is not None:
         return []
-    return _with_run(result.output)
+    return _with_run(result.output, of_pairs=result.rewards is not None)
 
 
-def _with_run(run: object) -> list[str]:
-    return [command("chat", run), command("evaluate", run), command("merge", run)]
+def _with_run(run: object, *, of_pairs: bool) -> list[str]:
+    """Return what to do with a run; one that was trained on pairs has no answers to evaluate by themselves."""
+    evaluation = f"{command('evaluate', run)}{' --dataset FILE' if of_pairs else ''}"
+    return [command("chat", run), evaluation, command("merge", run)]
 
 
 def after_tuning(result: TuneResult) -> list[str]:
@@ -51,7 +53,7 @@ def after_show(run: RunSummary) -> list[str]:
     """Return what to do with a run in its state."""
     match run.state:
         case "done":
-            return _with_run(run.path)
+            return _with_run(run.path, of_pairs=run.rewards is not None)
         case "running":
             return [f"{command('runs', 'show', run.path)} again, while it trains"]
         case _:

@@ -47,9 +47,14 @@ def _run_rows(summary: RunSummary, history: RunHistory) -> list[Row]:
         ("loss", "" if summary.loss is None else f"{summary.loss:.4f} at the last step"),
         ("", _curve(history) if can_show_blocks(console().encoding) else ""),
         ("held-out loss", _best(summary, history)),
+        ("preferences", "" if summary.rewards is None else f"{summary.rewards}{_of_which(history)}"),
         ("speed", _speed(summary.tokens_per_second)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _of_which(history: RunHistory) -> str:
+    return ", held out, at the last evaluation" if history.evaluations else ", at the last step"
 
 
 def _speed(tokens_per_second: float | None) -> str:
@@ -132,7 +137,9 @@ def evaluation_lines(evaluations: Sequence[EvalDone]) -> list[str]:
     width = max((len(f"{done.step:,}") for done in evaluations), default=0)
     for index, done in enumerate(evaluations):
         if index >= first or index == best:
-            lines.append(f"  step {done.step:>{width},}  {done.loss:.4f}{'  the best' if index == best else ''}")
+            rewards = "" if done.rewards is None else f"  {done.rewards}"
+            is_best = "  the best" if index == best else ""
+            lines.append(f"  step {done.step:>{width},}  {done.loss:.4f}{rewards}{is_best}")
     return lines
 
 

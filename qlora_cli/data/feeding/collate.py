@@ -1,5 +1,8 @@
 """The collator that makes batches for training, evaluation and preview."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
@@ -11,3 +14,13 @@ def make_collator(pad_token_id: int | None, *, packing: bool) -> DataCollatorFor
     """
     assert pad_token_id is not None, "chosen on loading"
     return DataCollatorForLanguageModeling(pad_token_id=pad_token_id, padding_free=packing)
+
+
+def sequences_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the sequences of a row as rows of their own: one, or the two of a pair."""
+    ids, labels, first = row["input_ids"], row["labels"], row.get("first", 0)
+    starts = (0, first) if first else (0,)
+    ends = (first, len(ids)) if first else (len(ids),)
+    return [
+        {"input_ids": ids[start:end], "labels": labels[start:end]} for start, end in zip(starts, ends, strict=True)
+    ]

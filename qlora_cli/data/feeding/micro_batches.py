@@ -62,19 +62,26 @@ def micro_batches_of_step(rows: Sequence[int], lengths: Numbers, training: Train
 
 
 def micro_batch_tokens(
-    lengths: Numbers, training: TrainingSettings, *, num_steps: int, is_packed: bool
+    lengths: Numbers,
+    training: TrainingSettings,
+    *,
+    num_steps: int,
+    is_packed: bool,
+    padded_lengths: Numbers | None = None,
 ) -> Counter[int]:
     """Return how many micro-batches of a run of `num_steps` have how many tokens, padding included.
 
     With several processes, they are those of the one that has most to do in each step. `lengths` are those of the rows
-    that are fed, int64 `(rows,)`; `is_packed`: they are joined, not padded.
+    that are fed, int64 `(rows,)`; `is_packed`: they are joined, not padded. `padded_lengths` are what they take where
+    they are padded, if that is not their length: see `PreparedData`.
     """
     is_joined = is_packed or training.micro_batch_tokens is not None
     sizes: Counter[int] = Counter()
     for step in _steps(lengths, training, num_steps):
         of_step = lengths[step]
+        padded = of_step if padded_lengths is None else padded_lengths[step]
         shares = [
-            [int(of_step[rows].sum()) if is_joined else int(of_step[rows].max()) * len(rows) for rows in share]
+            [int(of_step[rows].sum()) if is_joined else int(padded[rows].max()) * len(rows) for rows in share]
             for share in shares_of_step(of_step, training)
         ]
         sizes.update(max(shares, key=sum))
@@ -91,8 +98,13 @@ def _steps(lengths: Numbers, training: TrainingSettings, num_steps: int) -> Iter
             yield order[step * size : (step + 1) * size]
 
 
-def padding_of_epoch(lengths: Numbers, training: TrainingSettings, *, is_packed: bool) -> float:
-    """Return the share of pad tokens in the first epoch; rows that are joined have none."""
+def padding_of_epoch(
+    lengths: Numbers, training: TrainingSettings, *, is_packed: bool, padded_lengths: Numbers | None = None
+) -> float:
+    """Return the share of pad tokens in the first epoch; rows that are joined have none.
+
+    `lengths` and `padded_lengths` are as in `micro_batch_tokens`.
+    """
     if is_packed or training.micro_batch_tokens is not None:
         return 0.0
-    return padding_share(lengths, epoch_order(lengths, training), training.micro_batch_size)
+    return padding_share(lengths, epoch_order(lengths, training), training.micro_batch_size, padded_lengths)

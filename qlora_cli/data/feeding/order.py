@@ -27,13 +27,18 @@ def row_order(
     return [*longest, *(row for row in order if row not in is_moved)]
 
 
-def padding_share(lengths: Numbers, order: list[int], micro_batch_size: int) -> float:
-    """Return the share of pad tokens when rows are fed in this order, each micro-batch as long as its longest row."""
+def padding_share(
+    lengths: Numbers, order: list[int], micro_batch_size: int, padded_lengths: Numbers | None = None
+) -> float:
+    """Return the share of pad tokens when rows are fed in this order, each micro-batch as long as its longest row.
+
+    `lengths` are those of the rows, and `padded_lengths` what each takes of a micro-batch of its own, if that is more.
+    """
     if not order:
         return 0.0
-    fed = lengths[np.asarray(order)]
+    fed = (lengths if padded_lengths is None else padded_lengths)[np.asarray(order)]
     padded = sum(
         int(batch.max()) * len(batch)
         for batch in (fed[i : i + micro_batch_size] for i in range(0, len(fed), micro_batch_size))
     )
-    return 1 - int(fed.sum()) / padded
+    return 1 - int(lengths[np.asarray(order)].sum()) / padded

@@ -34,7 +34,9 @@ from qlora_cli.units import counted
 class PreparedData:
     """Rows of `input_ids` and `labels`, both `(seq,)` with seq ≤ max_length, and the report on them.
 
-    `lengths` are those of the rows of `dataset`, int64 `(rows,)`; `share_lost` is the share of the tokens to train
+    A pair is a row of two sequences, each of up to max_length tokens, and `first` is the length of the first one.
+    `lengths` are those of the rows of `dataset`, int64 `(rows,)`, and `padded_lengths` what they take where all their
+    sequences are padded to the longest; `share_lost` is the share of the tokens to train
     that truncating and dropping long rows loses, each row counted once. `table` has all rows that were read, and
     `selected` the indices of those that are fed, before packing. With a `stream`, whose rows are read during training,
     everything else describes its first rows.
@@ -43,12 +45,18 @@ class PreparedData:
     dataset: Dataset
     stream: TokenStream | None = None
     lengths: Numbers
+    padded_lengths: Numbers
     share_lost: float
     report: DataReport
     notes: tuple[str, ...]
     skipped: tuple[Path, ...]
     table: TokenTable
     selected: Numbers
+
+    @property
+    def longest_tokens(self) -> int:
+        """The tokens of the longest sequence that is fed: a row, packed or not, or one side of a pair."""
+        return int(self.padded_lengths.max()) // (2 if self.table.has_pairs else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +68,8 @@ class TrainingData:
 
     @property
     def longest_tokens(self) -> int:
-        """The tokens of the longest row that is fed, packed or not, trained or held out."""
-        return max(int(data.lengths.max()) for data in (self.train, self.evaluation) if data is not None)
+        """The tokens of the longest sequence that is fed, trained or held out."""
+        return max(data.longest_tokens for data in (self.train, self.evaluation) if data is not None)
 
 
 def prepare_data(
@@ -112,13 +120,15 @@ def refusals(data: PreparedData, settings: DataSettings) -> list[DataError]:
     if report.bad_rows and settings.on_bad_row == OnBadRow.ERROR:
         errors.append(bad_row_error(*read_skipped_rows(data.skipped, 1)))
     num_long = report.truncated_rows + report.dropped_rows
-    longest = f"the longest row has {int(data.table.length.max()):,} tokens"
+    lengths = data.table.longest
+    what = "answer, with its prompt," if data.table.has_pairs else "row"
+    longest = f"the longest {what} has {int(lengths.max()):,} tokens"
     if num_long and settings.on_long == OnLong.ERROR:
-        first = int(np.flatnonzero(data.table.length > settings.max_length)[0])
+        first = int(np.flatnonzero(lengths > settings.max_length)[0])
         others = f", as {counted(num_long - 1, 'other row')}" if num_long > 1 else ""
         errors.append(
             DataError(
-                f"{data.table.where(first)}: {int(data.table.length[first]):,} tokens, more than --max-length "
+                f"{data.table.where(first)}: {int(lengths[first]):,} tokens, more than --max-length "
                 f"{settings.max_length:,}{others}",
                 hint=f"Raise --max-length ({longest}), or use --on-long truncate or drop.",
             )
@@ -150,7 +160,7 @@ class _RowSelection:
     def from_table(cls, table: TokenTable, settings: DataSettings) -> "_RowSelection":
         return cls(
             table=table,
-            too_long=table.length > settings.max_length,
+            too_long=table.longest > settings.max_length,
             drops_long=settings.on_long == OnLong.DROP,
             untrained=table.trained == 0,
             repeated=~first_occurrences(table.digest),
@@ -300,9 +310,11 @@ def _select_rows(
         report = replace(report, bad_rows=0, empty_answers=0, held_out_rows=0)
     if len(selected) == 0:
         raise _no_rows_error(rows, report, settings)
+    lengths, columns = table.fed[selected], ["input_ids", "labels"]
     return PreparedData(
-        dataset=table.dataset.select_columns(["input_ids", "labels"]).select(selected),
-        lengths=np.minimum(table.length, settings.max_length)[selected],
+        dataset=table.dataset.select_columns([*columns, "first"] if table.has_pairs else columns).select(selected),
+        lengths=lengths,
+        padded_lengths=2 * table.longest_fed[selected] if table.has_pairs else lengths,
         share_lost=report.supervised_tokens_lost / int((table.trained + table.lost)[is_read].sum()),
         report=report,
         notes=() if is_part else tuple(dict.fromkeys(note for dataset in table.datasets for note in dataset.notes)),
@@ -324,17 +336,19 @@ def _streamed(data: PreparedData, sources: Sequence[DatasetSource]) -> PreparedD
 
 def _packed(data: PreparedData, max_length: int) -> PreparedData:
     bins = best_fit(data.lengths, max_length)
+    lengths = np.array([data.lengths[rows].sum() for rows in bins])
     return replace(
         data,
         dataset=pack(data.dataset, bins),
-        lengths=np.array([data.lengths[rows].sum() for rows in bins]),
+        lengths=lengths,
+        padded_lengths=lengths,
         report=replace(data.report, packed_rows=len(bins)),
     )
 
 
 def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> DataReport:
     table, is_read = rows.table, ~rows.held_out
-    lengths = np.minimum(table.length, settings.max_length)
+    lengths = table.fed
     dropped = is_read & rows.too_long & rows.drops_long
     truncated = is_read & rows.too_long & ~dropped
     return DataReport(

@@ -42,6 +42,36 @@ class TokenTable:
         return self._column("length")
 
     @cached_property
+    def longest(self) -> Numbers:
+        """The number of tokens of the longest sequence of each row before truncation."""
+        return self._column("longest")
+
+    @cached_property
+    def first(self) -> Numbers:
+        """The number of tokens of the first sequence of each row that is a pair; 0 of others."""
+        return self._column("first")
+
+    @cached_property
+    def fed(self) -> Numbers:
+        """The number of tokens of each row after truncation."""
+        chunks = self.dataset.data.column("input_ids").chunks
+        lengths: Numbers = np.concatenate(
+            [np.empty(0, np.int64), *(each.value_lengths().to_numpy() for each in chunks)]
+        )
+        return lengths
+
+    @property
+    def longest_fed(self) -> Numbers:
+        """The number of tokens of the longest sequence of each row after truncation."""
+        longest: Numbers = np.maximum(self.first, self.fed - self.first)
+        return longest
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are pairs; all of them are, or none."""
+        return bool(self.first.any())
+
+    @cached_property
     def trained(self) -> Numbers:
         """The number of trained tokens of each row after truncation."""
         return self._column("trained")

@@ -35,6 +35,7 @@ PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
     },
     DataFormat.TEXT: {"text": ("text", "content")},
     DataFormat.TOKENS: {"input_ids": ("input_ids", "tokens")},
+    DataFormat.PREFERENCE: {"chosen": ("chosen",), "rejected": ("rejected",)},
 }
 # The optional parts of each format.
 CHAT = {
@@ -54,6 +55,12 @@ OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
         "labels": ("labels",),
         "attention_mask": ("attention_mask",),
         "loss_mask": ("loss_mask", "completion_mask", "assistant_masks"),
+    },
+    DataFormat.PREFERENCE: {
+        "prompt": ("prompt",),
+        "question": ("question", "query", "problem", "instruction"),
+        "history": (HISTORY,),
+        **CHAT,
     },
 }
 COLUMNS = "data.columns"
@@ -95,7 +102,9 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Ro
     _check_named(named, columns, settings.format, name)
     if settings.format != DataFormat.AUTO:
         return _chosen_layout(settings.format, columns, named, name)
-    fits = [fmt for fmt in PARTS if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
+    # Two answers of a row are compared only if the objective says so, by choosing the format.
+    candidates = [fmt for fmt in PARTS if fmt != DataFormat.PREFERENCE]
+    fits = [fmt for fmt in candidates if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
     if len(fits) > 1 and DataFormat.TEXT in fits:
         fits.remove(DataFormat.TEXT)  # often a copy of the other columns as one text
     if not fits:

@@ -83,6 +83,14 @@ class Tokenized:
 Example = Conversation | PromptCompletion | Tokenized
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, each with the prompt: the chosen one, and the one that it is preferred to."""
+
+    chosen: Conversation | PromptCompletion
+    rejected: Conversation | PromptCompletion
+
+
 def json_type_of(value: object) -> str:
     """Return the JSON type of `value`, as messages name it."""
     if value is None:

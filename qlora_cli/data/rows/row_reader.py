@@ -87,7 +87,7 @@ class RowReader:
         self.unknown_keys: Counter[str] = Counter()
         self.rows_with_key: dict[str, list[Conversation]] = {}
         self.template_variables: Counter[str] = Counter()
-        self._read = {
+        self._readers: dict[DataFormat, Callable[[Mapping[str, Any]], Example]] = {
             DataFormat.MESSAGES: self._conversational,
             DataFormat.SHAREGPT: self._conversational,
             DataFormat.PROMPT_COMPLETION: self._prompt_completion,
@@ -95,7 +95,7 @@ class RowReader:
             DataFormat.QUESTION_ANSWER: self._question_answer,
             DataFormat.TEXT: self._text,
             DataFormat.TOKENS: self._tokens,
-        }[layout.format]
+        }
 
     def read(self, row: Mapping[str, Any]) -> Example:
         """Return `row` as an example.
@@ -104,19 +104,19 @@ class RowReader:
             RowError: a part is missing, empty or of the wrong type.
         """
         self._messages.unknown_keys.clear()
-        example = self._read(row)
+        example = self._readers[self._layout.format](row)
         if isinstance(example, Conversation):
             self._record_template_inputs(example)
         return example
 
-    def _record_template_inputs(self, example: Conversation) -> None:
-        """Record the keys and variables of a row that the chat template may ignore."""
+    def _record_template_inputs(self, *examples: Conversation) -> None:
+        """Record the keys and variables of a row, of one or two conversations, that the chat template may ignore."""
         for key in self._messages.unknown_keys:
             self.unknown_keys[key] += 1
             if self.unknown_keys[key] <= MAX_ROWS_PER_KEY and len(self.unknown_keys) <= MAX_KEYS:
-                self.rows_with_key.setdefault(key, []).append(example)
-        if example.template_kwargs:
-            self.template_variables.update(example.template_kwargs.keys())
+                self.rows_with_key.setdefault(key, []).extend(examples)
+        if examples[0].template_kwargs:
+            self.template_variables.update(examples[0].template_kwargs.keys())
 
     def _conversational(self, row: Mapping[str, Any]) -> Example:
         key = "messages" if self._layout.format == DataFormat.MESSAGES else "conversations"
@@ -141,11 +141,7 @@ class RowReader:
                 f"{completion_key!r} must be a list of messages, as {prompt_key!r} is, "
                 f"found {json_type_of(completion)}"
             )
-        # Answers in the prompt are context, not trained.
-        context = [
-            {TRAIN: False, **message} if message["role"] == "assistant" else message
-            for message in self._messages.read(prompt, prompt_key)
-        ]
+        context = as_context(self._messages.read(prompt, prompt_key))
         return self._conversation(
             row, [*self._with_system(row, context), *self._messages.read(completion, completion_key)]
         )
@@ -338,6 +334,11 @@ class RowReader:
         if value is not None and not isinstance(value, bool):
             raise RowError(f"{column!r} must be true or false, found {json_type_of(value)}")
         return {} if value is None else {"enable_thinking": value}
+
+
+def as_context(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of a prompt, none of whose answers are trained."""
+    return [{TRAIN: False, **message} if message["role"] == "assistant" else message for message in messages]
 
 
 def _read_ids(value: object, key: str, *, minimum: int) -> Ids:

@@ -11,7 +11,7 @@ from qlora_cli.data.limits import join_names
 from qlora_cli.data.rows.column_formats import EXTRA_NAMES, OPTIONAL, PARTS, RowLayout, recognise
 from qlora_cli.data.rows.examples import Conversation, RowError, Unreadable, is_blank
 from qlora_cli.data.rows.messages import is_media_name
-from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.pair_reader import read_row, reader_of
 from qlora_cli.data.rows.special_columns import (
     HISTORY,
     better_answer_columns,
@@ -37,8 +37,9 @@ QUESTION_COLUMNS = (
     "conversations",
     "conversation",
 )
-NOT_HERE = "this is for training by comparison (DPO), not for fine-tuning on answers"
+NOT_HERE = "this is for training by comparison, not for fine-tuning on answers"
 TRAIN_ON_BETTER = "To train on the better answers"
+COMPARE = "To compare them, use --objective dpo"
 # Parts of some formats that belong before or around the text, as messages name them.
 CONTEXT_PARTS = {
     "history": "earlier turns",
@@ -65,6 +66,7 @@ class UnusedColumnChecker:
         self._special_by_names: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._hints: dict[tuple[str, ...], str] = {}
         self._has_answers = layout.format not in (DataFormat.TEXT, DataFormat.TOKENS)
+        self._compares = layout.format == DataFormat.PREFERENCE
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Check that no unused column of `row` changes what it means.
@@ -141,10 +143,10 @@ class UnusedColumnChecker:
 
     def _check_answers(self, row: Mapping[str, Any], special: Mapping[str, Any]) -> None:
         own_flags = self._own_flags
-        if names := comparison_columns(special):
+        if (names := comparison_columns(special)) and not self._compares:
             raise RowError(
                 f"it holds a preference ({join_names(names)}), one answer of which is to be avoided: {NOT_HERE}",
-                hint=self._hint(names, row, [*_better_answer_flags(special, row), own_flags], TRAIN_ON_BETTER),
+                hint=self._hint(names, row, [*_better_answer_flags(special, row), own_flags], _purpose(row)),
             )
         if self._has_answers and (name := row_switch(special)):
             purpose = (
@@ -196,8 +198,14 @@ def check_preferences(rows: Iterable[Mapping[str, Any]], settings: DataSettings,
         if not settings.columns and (names := comparison_columns(row)):
             raise DataError(
                 f"{name} holds preferences ({join_names(names)}), in which one answer is to be avoided: {NOT_HERE}",
-                hint=_hint(row, _better_answer_flags(row, row), settings, TRAIN_ON_BETTER),
+                hint=_hint(row, _better_answer_flags(row, row), settings, _purpose(row)),
             )
+
+
+def _purpose(row: Mapping[str, Any]) -> str:
+    """Return what the flags of a hint about a preference are for; and how a pair is compared."""
+    is_pair = all(part in row for part in PARTS[DataFormat.PREFERENCE])
+    return f"{COMPARE}. {TRAIN_ON_BETTER}" if is_pair else TRAIN_ON_BETTER
 
 
 def _better_answer_flags(special: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[Flags]:
@@ -230,7 +238,7 @@ def _can_train(row: Mapping[str, Any], flags: Flags, settings: DataSettings) -> 
         return False  # `--columns` can't express such a name
     try:
         layout = recognise(row.keys(), with_values(settings, format=fmt, columns=dict(named)), "row")
-        example = RowReader(layout, settings.loss_on, use_chat=True).read(row)
+        example = read_row(reader_of(layout, settings.loss_on, use_chat=True), row)
     except (DataError, RowError):
         return False
     return not isinstance(example, Conversation) or (example.trained != () and example.trained[0] > 0)

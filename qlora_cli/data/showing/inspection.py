@@ -53,8 +53,8 @@ class BatchSummary:
         micro_batches: The number of batches of an epoch that are filled with tokens; None if none are.
         padding_share: The share of pad tokens, in the order that the settings ask for.
         grouped_padding_share: The same with rows grouped by length.
-        packed_rows: The number of rows after packing.
-        packing_efficiency: The share of tokens in packed rows that are filled.
+        packed_rows: The number of rows after packing; None for pairs, which are not packed.
+        packing_efficiency: The share of tokens in packed rows that are filled; None for pairs.
     """
 
     micro_batch_size: int
@@ -62,8 +62,8 @@ class BatchSummary:
     micro_batches: int | None
     padding_share: float
     grouped_padding_share: float
-    packed_rows: int
-    packing_efficiency: float
+    packed_rows: int | None
+    packing_efficiency: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class DataInspection:
         data: The report on the rows to train on. Rows that can't be used are skipped, as with `--on-bad-row skip`.
         evaluation: The report on held-out rows, if there are any.
         max_length: The length that rows are truncated to.
-        longest_uncut_tokens: The length of the longest row before truncation.
+        longest_uncut_tokens: The length of the longest row before truncation; of a pair, of its longer answer.
         median_uncut_tokens: The median length before truncation.
         lengths: The histogram of lengths before truncation.
         batches: Padding and packing.
@@ -122,9 +122,9 @@ def inspect_data(
         data=train.report,
         evaluation=prepared.evaluation.report if prepared.evaluation else None,
         max_length=settings.max_length,
-        longest_uncut_tokens=int(table.length.max()),
-        median_uncut_tokens=int(np.median(table.length)),
-        lengths=count_lengths(table.length),
+        longest_uncut_tokens=int(table.longest.max()),
+        median_uncut_tokens=int(np.median(table.longest)),
+        lengths=count_lengths(table.longest),
         batches=_batches(train, training, settings.max_length),
         troubles=(*(trouble for data in both for trouble in _bad_rows(data)), *_troubles(table, settings), *near),
         notes=train.notes,
@@ -157,13 +157,14 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
     tokens = training.micro_batch_tokens
 
     def share(sampling: Sampling) -> float:
-        return padding_of_epoch(data.lengths, with_values(training, sampling=sampling), is_packed=False)
+        ordered = with_values(training, sampling=sampling)
+        return padding_of_epoch(data.lengths, ordered, is_packed=False, padded_lengths=data.padded_lengths)
 
     filled = None
     if tokens is not None:
         num_steps = training.steps_per_epoch(len(data.lengths))
         filled = micro_batch_tokens(data.lengths, training, num_steps=num_steps, is_packed=False).total()
-    num_packed = len(best_fit(data.lengths, max_length))
+    num_packed = None if data.table.has_pairs else len(best_fit(data.lengths, max_length))
     return BatchSummary(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=tokens,
@@ -171,7 +172,7 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
         padding_share=share(training.sampling),
         grouped_padding_share=share(Sampling.GROUP_BY_LENGTH),
         packed_rows=num_packed,
-        packing_efficiency=int(data.lengths.sum()) / (num_packed * max_length),
+        packing_efficiency=None if num_packed is None else int(data.lengths.sum()) / (num_packed * max_length),
     )
 
 
@@ -181,7 +182,7 @@ def _troubles(table: TokenTable, settings: DataSettings) -> list[Trouble]:
     all_truncated = (table.trained == 0) & (table.lost > 0)
     kinds = (
         ("all prompt: no token to train", no_answer),
-        (f"longer than {settings.max_length:,} tokens", table.length > settings.max_length),
+        (f"longer than {settings.max_length:,} tokens", table.longest > settings.max_length),
         ("nothing left to train within the max length", all_truncated),
         ("equal to an earlier row", ~first_occurrences(table.digest)),
     )

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from qlora_cli.data.feeding.collate import make_collator
+from qlora_cli.data.feeding.collate import make_collator, sequences_of
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.data.rows.examples import IGNORE_INDEX
+from qlora_cli.data.rows.pair_reader import SIDES
 from qlora_cli.tokenizing.tokenizer_errors import explain_tokenizer_errors
 
 TRAINED_BEGIN, TRAINED_END = "«", "»"
@@ -54,23 +55,22 @@ class RowPreview:
 
 
 def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[RowPreview, ...]:
-    """Return the first rows that are fed, as they are in a batch of the collator."""
+    """Return the first rows that are fed, as they are in a batch of the collator; of a pair, both sequences."""
     indices = data.selected[:num_rows]
     if len(indices) == 0:
         return ()
-    rows = [data.table.dataset[int(index)] for index in indices]
-    batch = make_collator(tokenizer.pad_token_id, packing=False)(
-        [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]
-    )
+    named = [(index, side) for index in indices for side in (SIDES if data.table.has_pairs else ("",))]
+    sequences = [one for index in indices for one in sequences_of(data.table.dataset[int(index)])]
+    batch = make_collator(tokenizer.pad_token_id, packing=False)(sequences)
     return tuple(
         RowPreview(
-            where=data.table.where(int(index)),
+            where=f"{data.table.where(int(index))}{side and f', {side}'}",
             num_tokens=int(mask.sum()),
             num_supervised=int((labels != IGNORE_INDEX).sum()),
             pieces=tuple(_pieces(ids.tolist(), labels.tolist(), mask.tolist(), tokenizer)),
         )
-        for index, ids, labels, mask in zip(
-            indices, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        for (index, side), ids, labels, mask in zip(
+            named, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
         )
     )
 

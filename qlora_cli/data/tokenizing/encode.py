@@ -6,11 +6,12 @@ import itertools
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error, read_skipp
 from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub, selection_for
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
-from qlora_cli.data.rows.examples import Example, RowError
+from qlora_cli.data.rows.examples import Example, Pair, RowError
 from qlora_cli.data.rows.groups import NO_GROUP, digest_group
-from qlora_cli.data.rows.row_reader import RowReader
+from qlora_cli.data.rows.pair_reader import read_row, reader_of
 from qlora_cli.data.rows.unused_columns import UnusedColumnChecker
 from qlora_cli.data.tokenizing import row_notes, store
 from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset, TokenRow, TokenWriter
@@ -135,7 +136,7 @@ class Encoder:
         self._bos = text.tokenizer.bos_token_id
         self._starts_with_bos = False
         self._num_without_group = 0
-        self.reader = RowReader(layout, settings.loss_on, use_chat=use_chat)
+        self.reader = reader_of(layout, settings.loss_on, use_chat=use_chat)
         self.tokenizer = RowTokenizer(
             text.tokenizer,
             settings.loss_on,
@@ -151,7 +152,7 @@ class Encoder:
         with ThreadPoolExecutor(max_workers=1) as thread:
             for batch in _batches(rows):
                 read = [self._read(row) for row in batch]
-                rendering = self.tokenizer.render([item for item, _ in read if not isinstance(item, RowError)])
+                rendering = self.tokenizer.render([one for item, _ in read for one in _examples_of(item)])
                 pending.append(_PendingBatch(batch, read, rendering, thread.submit(self.tokenizer.encode, rendering)))
                 if len(pending) > BATCHES_AHEAD:
                     yield self._finish(pending.popleft())
@@ -160,9 +161,9 @@ class Encoder:
 
     def _finish(self, pending: "_PendingBatch") -> list[EncodedRow]:
         labelled = self.tokenizer.label(pending.rendering, pending.encoded.result())
-        done = zip(labelled, map(_text_digest, pending.rendering), strict=True)
+        done = iter(list(zip(labelled, pending.rendering, strict=True)))
         encoded = [
-            EncodedRow(row, group, item, 0) if isinstance(item, RowError) else EncodedRow(row, group, *next(done))
+            EncodedRow(row, group, *_joined(item, list(islice(done, len(_examples_of(item))))))
             for row, (item, group) in zip(pending.rows, pending.read, strict=True)
         ]
         for _, group, tokens, _ in encoded:
@@ -188,7 +189,7 @@ class Encoder:
             return _ReadRow(RowError(row.problem or "can't be read"))
         try:
             self._column_checker.check(row.value)
-            return _ReadRow(self.reader.read(row.value), digest_group(row.value, self._group))
+            return _ReadRow(read_row(self.reader, row.value), digest_group(row.value, self._group))
         except RowError as error:
             return _ReadRow(error)
 
@@ -196,7 +197,7 @@ class Encoder:
 class _ReadRow(NamedTuple):
     """A row as an example or an error, and the digest of its group."""
 
-    example: Example | RowError
+    example: Example | Pair | RowError
     group: int = NO_GROUP
 
 
@@ -209,10 +210,31 @@ class _PendingBatch(NamedTuple):
     encoded: "Future[list[EncodedText]]"
 
 
-def _text_digest(item: RenderedText | Tokens | RowError) -> int:
-    if isinstance(item, RenderedText):
-        return digest_text(item.text)
-    # Decoding such a row's tokens would take far longer than reading it.
+def _examples_of(item: Example | Pair | RowError) -> tuple[Example, ...]:
+    """Return the examples that a row is tokenized as: two of a pair, none of an error."""
+    if isinstance(item, Pair):
+        return item.chosen, item.rejected
+    return () if isinstance(item, RowError) else (item,)
+
+
+def _joined(
+    item: Example | Pair | RowError, done: Sequence[tuple[Tokens | RowError, RenderedText | Tokens | RowError]]
+) -> tuple[Tokens | RowError, int]:
+    """Return the tokens of a row, of those of its examples and their renderings, or its error; and its digest."""
+    errors = [one for one in (item, *(tokens for tokens, _ in done)) if isinstance(one, RowError)]
+    if errors:
+        return errors[0], 0
+    sequences = [tokens for tokens, _ in done if isinstance(tokens, Tokens)]
+    digest = _text_digest([rendered for _, rendered in done])
+    return (sequences[0] if len(sequences) == 1 else Tokens.pair_of(*sequences)), digest
+
+
+def _text_digest(items: Sequence[RenderedText | Tokens | RowError]) -> int:
+    texts = [item.text for item in items if isinstance(item, RenderedText)]
+    if texts:
+        return digest_text("\n".join(texts))
+    # Decoding the tokens of a pretokenized row would take far longer than reading it.
+    (item,) = items
     return digest_tokens(item.input_ids) if isinstance(item, Tokens) else 0
 
 
@@ -253,7 +275,7 @@ def _token_row(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group
     length, trained = len(tokens.input_ids), tokens.num_trained
     digest = digest_row(tokens.input_ids, tokens.labels)
     truncated, truncated_trained, truncated_digest = tokens, trained, digest
-    if length > max_length:
+    if tokens.longest > max_length:
         truncated = tokens.truncate(max_length)
         truncated_trained, truncated_digest = (
             truncated.num_trained,
@@ -262,7 +284,9 @@ def _token_row(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group
     return TokenRow(
         input_ids=truncated.input_ids,
         labels=truncated.labels,
+        first=truncated.first,
         length=length,
+        longest=tokens.longest,
         trained=truncated_trained,
         lost=trained - truncated_trained,
         digest=digest,

@@ -50,7 +50,9 @@ SCHEMA = pa.schema(
     [
         ("input_ids", IDS),
         ("labels", IDS),
+        ("first", pa.int64()),
         ("length", pa.int64()),
+        ("longest", pa.int64()),
         ("trained", pa.int64()),
         ("lost", pa.int64()),
         ("digest", pa.int64()),
@@ -67,9 +69,11 @@ class TokenRow(NamedTuple):
     """One tokenized row.
 
     Attributes:
-        input_ids: int32 `(seq,)`, truncated to `max_length`.
+        input_ids: int32 `(seq,)`, each sequence truncated to `max_length`.
         labels: int32 `(seq,)`; -100 is ignored by the loss.
+        first: The number of tokens of the first sequence, if the row is a pair of two; else 0.
         length: The number of tokens before truncation.
+        longest: The number of tokens of the longest sequence before truncation.
         trained: The number of trained tokens in `input_ids`.
         lost: The number of tokens to train that truncation removed.
         digest: A digest of tokens and labels before truncation.
@@ -83,7 +87,9 @@ class TokenRow(NamedTuple):
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    first: int
     length: int
+    longest: int
     trained: int
     lost: int
     digest: int

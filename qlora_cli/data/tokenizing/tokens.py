@@ -37,19 +37,49 @@ MAX_PIECE_CHARACTERS = 500_000  # longer texts are split, so that memory stays b
 class Tokens(NamedTuple):
     """One row: `input_ids` and `labels`, both int32 `(seq,)`; a label is the token, or -100 if it is not trained.
 
-    The first token of a row is never predicted, so its label is always -100.
+    The first token of a sequence is never predicted, so its label is always -100. A pair is two sequences, the chosen
+    one first, of `first` tokens; of a single sequence that is 0.
     """
 
     input_ids: Ids
     labels: Ids
+    first: int = 0
+
+    @classmethod
+    def pair_of(cls, chosen: "Tokens", rejected: "Tokens") -> "Tokens":
+        """Return a pair."""
+        return cls(
+            input_ids=np.concatenate([chosen.input_ids, rejected.input_ids]),
+            labels=np.concatenate([chosen.labels, rejected.labels]),
+            first=len(chosen.input_ids),
+        )
+
+    @property
+    def sequences(self) -> tuple["Tokens", ...]:
+        """The sequences of the row: one, or the two of a pair."""
+        if self.first == 0:
+            return (self,)
+        ids, labels = self.input_ids, self.labels
+        return Tokens(ids[: self.first], labels[: self.first]), Tokens(ids[self.first :], labels[self.first :])
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest sequence."""
+        return max(self.first, len(self.input_ids) - self.first)
 
     @property
     def num_trained(self) -> int:
-        """The number of trained tokens."""
-        return int(np.count_nonzero(self.labels != IGNORE_INDEX))
+        """The number of trained tokens; 0 of a pair of equal sequences, or without an answer to compare with."""
+        sequences = self.sequences
+        numbers = [int(np.count_nonzero(one.labels != IGNORE_INDEX)) for one in sequences]
+        is_equal = len(sequences) > 1 and np.array_equal(sequences[0].input_ids, sequences[1].input_ids)
+        return 0 if is_equal or not min(numbers) else sum(numbers)
 
     def truncate(self, max_length: int) -> "Tokens":
-        """Return the first `max_length` tokens."""
+        """Return the first `max_length` tokens of each sequence."""
+        if self.first:
+            chosen, rejected = (one.truncate(max_length) for one in self.sequences)
+            return Tokens.pair_of(chosen, rejected)
         return Tokens(input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
 

@@ -61,19 +61,19 @@ def worthwhile_divisions(settings: EstimateSettings, gpu: Gpu, predict: Predict,
     """Return one row a micro-batch and, each faster than the one before, larger micro-batches of several.
 
     The memory of the GPU does not matter. Empty if the time is not known. `settings` have one row a micro-batch, the
-    longest of which has `data.max_length` tokens.
+    longest of which has `longest_row_tokens`.
     """
 
     def seconds_with(values: Mapping[str, object]) -> float:
         time = predict(with_settings(settings, values), gpu).time
         return 0.0 if time is None else time.micro_batch_seconds
 
-    longest = settings.data.max_length
+    longest, of_row = settings.longest_row_tokens, settings.training.objective.num_sequences
     try:
         of_longest = seconds_with({})
         if not of_longest:
             return []
-        of_mean = seconds_with({MAX_LENGTH: max(MIN_TOKENS, round(rows.mean_tokens))})
+        of_mean = seconds_with({MAX_LENGTH: max(MIN_TOKENS, round(rows.mean_tokens / of_row))})
         divisions = [Division(tokens=None, num_micro_batches=rows.num_rows, share=of_mean / of_longest)]
         best = rows.num_rows * of_mean
         for tokens in (factor * longest for factor in FACTORS):

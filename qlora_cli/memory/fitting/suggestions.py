@@ -258,7 +258,7 @@ def _checkpointing(settings: EstimateSettings, base: Estimate) -> Iterator[Chang
 
 def _smaller_micro_batch(settings: EstimateSettings) -> Iterator[ChangeStep]:
     if (tokens := settings.training.micro_batch_tokens) is not None:
-        for fewer in _halvings(tokens, settings.data.max_length):
+        for fewer in _halvings(tokens, settings.longest_row_tokens):
             yield ChangeStep(values={"training.micro_batch_tokens": fewer}, effect="same batch, same result")
         return
     num_rows = settings.training.micro_batch_size

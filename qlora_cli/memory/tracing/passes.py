@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+REFERENCE = ", reference"  # ends the name of the pass through the base alone that a forward pass of pairs begins with
+
 
 @dataclass(slots=True)
 class TracedStorage:

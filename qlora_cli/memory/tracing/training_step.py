@@ -20,7 +20,7 @@ from qlora_cli.adapters.checkpointing import CheckpointingHandle, enable_checkpo
 from qlora_cli.adapters.fused_lora import switch_fused
 from qlora_cli.errors import ModelError
 from qlora_cli.garbage import gc_disabled
-from qlora_cli.loss.chunked_loss import slices, token_losses
+from qlora_cli.loss.chunked_loss import TokenLosses, slices, token_losses
 from qlora_cli.loss.output_head import backbone_of, output_head
 from qlora_cli.memory.tracing.attention_packages import attention_on_meta, shown_name
 from qlora_cli.memory.tracing.functions import GpuFunctions
@@ -48,6 +48,7 @@ class StepSettings:
         length: The length of a row, in tokens.
         is_packed: Whether rows are packed into one of `batch_size` times the length.
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
+        compares: Whether rows are the sequences of pairs, whose loss takes a pass through the base alone as well.
         fuses_lora: Whether layers compute together with their adapters where they can.
         trains_dft: Whether the loss of each trained token is weighted by its probability.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
@@ -67,6 +68,7 @@ class StepSettings:
     is_autocast: bool
     is_packed: bool = False
     is_padded: bool = False
+    compares: bool = False
     fuses_lora: bool = False
     trains_dft: bool = False
     adds_noise: bool = False
@@ -209,7 +211,7 @@ class TrainingStep:
         self.pinned_host_bytes = 0  # those of the previous pass are released
         if name == "again" or self.settings.gradient_accumulation_steps == 1:
             self.operations.start()
-        self._phase = f"{name} forward"
+        self._phase = self.opening_of(f"{name} forward")
         trace.mark(self._phase, HEAD)
         # The trainer fetches the micro-batches of a step together, before the first of them runs.
         batches = [self._batch() for _ in range(self.settings.gradient_accumulation_steps if name == "first" else 1)]
@@ -235,7 +237,7 @@ class TrainingStep:
     def evaluate(self) -> None:
         """Run one batch of evaluation: forward, without gradients."""
         self.model.eval()
-        self._phase = "evaluation"
+        self._phase = self.opening_of("evaluation")
         self.trace.mark(self._phase, HEAD)
         with torch.no_grad(), self.functions.autocast():
             outputs = self.loss(self._batch())
@@ -243,6 +245,21 @@ class TrainingStep:
         self.trace.mark("evaluation end", TAIL)
         del outputs
         self._drop_states()
+
+    def opening_of(self, phase: str) -> str:
+        """Return the pass that a forward pass begins with: itself, unless another one is part of the loss."""
+        return phase
+
+    def begin(self, phase: str) -> None:
+        """Begin another pass within the forward pass."""
+        self._phase = phase
+        self.trace.label = ACTIVATIONS
+        self.trace.mark(phase, HEAD)
+
+    @property
+    def phase(self) -> str:
+        """The pass in progress."""
+        return self._phase
 
     def _drop_states(self) -> None:
         """Drop tensors that modules hold after a pass, as recurrent layers do, so that all passes start alike."""
@@ -256,16 +273,20 @@ class TrainingStep:
         Raises:
             ModelError: the loss of this model can't be computed.
         """
+        losses = self.token_losses(batch)
+        num_rows, length = batch["labels"].shape
+        return losses.total / (num_rows * (length - 1)), losses
+
+    def token_losses(self, batch: dict[str, torch.Tensor]) -> TokenLosses:
+        """Return the losses of the tokens of a batch."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         hidden = backbone_of(self.base)(**inputs, use_cache=False).last_hidden_state
         # Where labels are trained depends on their values; here they are at all positions but the last of a row.
-        num_rows, length = batch["labels"].shape
         positions, targets = (torch.zeros_like(batch["labels"][:, 1:]).flatten() for _ in range(2))
         head, dtype = output_head(self.base), self.settings.dtype
         with nullcontext() if self._gathers is None else self._gathers.head():
             is_dft = self.settings.trains_dft and self.model.training
-            losses = token_losses(hidden, head, positions, targets, dtype, self._chunks, weighs_by_probability=is_dft)
-        return losses.total / (num_rows * (length - 1)), losses
+            return token_losses(hidden, head, positions, targets, dtype, self._chunks, weighs_by_probability=is_dft)
 
     def columns(self) -> dict[str, int]:
         """Return the columns of a batch, each with the value that fills it.

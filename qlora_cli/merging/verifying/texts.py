@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from qlora_cli.data.feeding.collate import sequences_of
 from qlora_cli.data.finding.sources import find_dataset, first_local
 from qlora_cli.data.tokenizing.encode import TextTokenizer, tokenize_source
 from qlora_cli.errors import QloraError
@@ -91,4 +92,4 @@ def _rows_of_run(tokenizer: LoadedTokenizer, record: RunRecord, reporter: Report
     except (QloraError, ValidationError) as error:
         reporter.report(Noted(message=f"the run's data can't be read here ({error}): compared on fixed prompts only"))
         return []
-    return [row["input_ids"] for row in tokenized.dataset]
+    return [sequences_of(row)[0]["input_ids"] for row in tokenized.dataset]

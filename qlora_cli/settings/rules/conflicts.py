@@ -30,6 +30,7 @@ from qlora_cli.settings.rules.conflicts_training import (
     sharding_conflicts,
     training_conflicts,
 )
+from qlora_cli.settings.rules.objective_rules import objective_conflicts
 from qlora_cli.settings.setting_metadata import field_metadata
 from qlora_cli.settings.value_sources import SettingEntry
 from qlora_cli.settings.values import either, held_out_share
@@ -71,6 +72,7 @@ def _run_conflicts(validated: Mapping[str, Any]) -> list[Conflict]:
         conflicts += training_conflicts(training)
         conflicts += attention_conflicts(training, validated["model"].attention)
         conflicts += sharding_conflicts(validated)
+        conflicts += objective_conflicts(validated)
     # A prediction reads no data.
     if training is not None and isinstance(data, DataSettings) and not isinstance(data, EstimateDataSettings):
         conflicts += evaluation_conflicts(training, data)

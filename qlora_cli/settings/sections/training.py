@@ -5,7 +5,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule, Strategy, TrainingLoss
+from qlora_cli.settings.choices import (
+    Checkpointing,
+    Objective,
+    OnNan,
+    Optimizer,
+    Sampling,
+    Schedule,
+    Strategy,
+    TrainingLoss,
+)
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import (
@@ -24,6 +33,19 @@ TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
 class TrainingSettings(Section):
     """The training loop."""
 
+    objective: Annotated[
+        Objective,
+        Metadata(flag="--objective", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
+    ] = Field(
+        default=Objective.SFT,
+        description="What is learned: the answers of the rows (sft), or which of two answers is better (dpo), from "
+        "rows with a chosen and a rejected one.",
+    )
+    beta: Annotated[
+        float, Metadata(flag="--beta", effective_with=EffectiveWith(key="objective", values=(Objective.DPO,)))
+    ] = Field(
+        default=0.1, gt=0, description="How strongly dpo is held to the base: the reward of a nat of log-probability."
+    )
     learning_rate: Annotated[float, Metadata(flag="--learning-rate", group=HelpGroup.ESSENTIALS)] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."
     )

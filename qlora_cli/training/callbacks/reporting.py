@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, StepDone
+from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, Rewards, StepDone
 from qlora_cli.hardware.counters import current_memory
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
@@ -83,19 +83,23 @@ class ReportingCallback(TrainerCallback):
         if "loss" in logs:
             self._report_step(state, logs)
         elif "eval_loss" in logs:
-            self._report_evaluation(state.global_step, float(logs["eval_loss"]), float(logs["eval_runtime"]))
+            self._report_evaluation(state.global_step, logs)
 
-    def _report_evaluation(self, step: int, loss: float, seconds: float) -> None:
+    def _report_evaluation(self, step: int, logs: dict[str, float]) -> None:
+        loss, seconds, rewards = float(logs["eval_loss"]), float(logs["eval_runtime"]), _rewards_in(logs, "eval_")
         self.progress = replace(self.progress, eval_losses={**self.progress.eval_losses, step: loss})
+        if rewards is not None:
+            self.progress = replace(self.progress, eval_rewards={**self.progress.eval_rewards, step: rewards})
         is_best = self.progress.best_step == step
         if not math.isfinite(loss):
             message = f"step {step}: the held-out loss is {loss}; it counts as none"
             self._reporter.report(Noted(level="warning", message=message))
         self.progress = replace(self.progress, elapsed_seconds=time.monotonic() - self._start)
-        self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best))
+        self._reporter.report(EvalDone(step=step, loss=loss, seconds=seconds, is_best=is_best, rewards=rewards))
 
     def _report_step(self, state: TrainerState, logs: dict[str, float]) -> None:
         before, now, loss = self.progress, time.monotonic(), float(logs["loss"])
+        rewards = _rewards_in(logs)
         num_tokens = int(logs["num_tokens"])
         tokens = num_tokens - before.num_tokens
         step = self._clock.lap(tokens)
@@ -104,6 +108,7 @@ class ReportingCallback(TrainerCallback):
             loss_sum=before.loss_sum + loss,
             num_losses=before.num_losses + 1,
             last_loss=loss,
+            last_rewards=rewards,
             num_tokens=num_tokens,
             stepping_seconds=before.stepping_seconds + step.seconds,
             elapsed_seconds=now - self._start,
@@ -121,10 +126,17 @@ class ReportingCallback(TrainerCallback):
                 elapsed_seconds=now - self._start,
                 memory=current_memory(self._device),
                 dft_loss=logs.get(DFT_LOSS),
+                rewards=rewards,
             )
         )
         if comparison := self._timer.add(step):
             self._reporter.report(Noted(message=comparison))
+
+
+def _rewards_in(logs: dict[str, float], prefix: str = "") -> Rewards | None:
+    """Return the rewards of pairs that TRL's metrics tell of; None if rows are no pairs."""
+    accuracy, margin = (logs.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
+    return None if accuracy is None or margin is None else Rewards(accuracy=float(accuracy), margin=float(margin))
 
 
 class ReportWriter:

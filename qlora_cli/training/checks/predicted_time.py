@@ -31,7 +31,11 @@ def predict_time(
     asked, time_of = _predictor(settings, load_plan, data.longest_tokens, outlook)
     num_averaged = min(num_steps, MOST_AVERAGED)
     sizes = micro_batch_tokens(
-        data.train.lengths, settings.training, num_steps=num_averaged, is_packed=settings.data.packing
+        data.train.lengths,
+        settings.training,
+        num_steps=num_averaged,
+        is_packed=settings.data.packing,
+        padded_lengths=data.train.padded_lengths,
     )
     mean_tokens = round(sum(tokens * number for tokens, number in sizes.items()) / sizes.total())
     try:

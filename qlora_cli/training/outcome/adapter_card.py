@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import BitsAndBytesConfig
 
 from qlora_cli import __version__
+from qlora_cli.events import Rewards
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.loading.save import NOTE
 from qlora_cli.model_files.checkpoint import read_json
@@ -30,12 +31,16 @@ CARD = "README.md"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedSteps:
-    """The steps of a run whose adapter is described, with the losses of the last one, in nats a token if finite."""
+    """The steps of a run whose adapter is described, with the losses of the last one, if finite.
+
+    They are means over trained tokens, in nats, or over pairs, of which `eval_rewards` are those held out.
+    """
 
     steps: int
     num_steps: int
     loss: float | None
     eval_loss: float | None
+    eval_rewards: Rewards | None = None
 
 
 def write_card(directory: Path, prepared: PreparedRun, trained: TrainedSteps) -> None:
@@ -94,6 +99,9 @@ def _is_repository(name: str) -> bool:
 
 
 def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, str]]:
+    training = prepared.settings.training
+    if training.objective.compares:
+        yield "objective", f"{training.objective.value}, beta {training.beta:g}, compared with the base"
     data = (("trained on", prepared.train_data), ("held out", prepared.eval_data))
     for what, report in ((what, one.report) for what, one in data if one is not None):
         names = ", ".join(f"`{public_name(name)}`" for name in report.name.split(", "))
@@ -102,7 +110,9 @@ def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, 
     yield "steps", f"{trained.steps:,}{unfinished}, of {counted(prepared.plan.examples_per_step, 'row')} each"
     for what, loss in (("loss at the end", trained.loss), ("held-out loss", trained.eval_loss)):
         if loss is not None and math.isfinite(loss):
-            yield what, f"{loss:.4f} nats a token"
+            yield what, f"{loss:.4f}{'' if training.objective.compares else ' nats a token'}"
+    if trained.eval_rewards is not None:
+        yield "held-out pairs", str(trained.eval_rewards)
 
 
 def _settings(settings: TrainSettings) -> Iterator[tuple[str, str]]:

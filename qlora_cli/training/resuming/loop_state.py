@@ -7,7 +7,7 @@ import random
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers.trainer_pt_utils import safe_globals
 
 from qlora_cli.bounded import within_bytes
+from qlora_cli.events import Rewards
 from qlora_cli.files import read_small
 from qlora_cli.runs.checkpoints import TRAINER_STATE, step_of
 from qlora_cli.training.resuming.saved_state import (
@@ -85,7 +86,7 @@ def preserve_generators() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The figures that a run has reported so far, for its result. `eval_losses` are by step.
+    """The figures that a run has reported so far, for its result. `eval_losses` and `eval_rewards` are by step.
 
     `stepping_seconds` counts the steps alone, `elapsed_seconds` the loop with evaluations and checkpoints,
     `loading_seconds` the time before it, each over all processes that led to this step.
@@ -100,6 +101,8 @@ class Progress:
     loading_seconds: float = 0.0
     num_skipped: int = 0
     eval_losses: Mapping[int, float]
+    last_rewards: Rewards | None = None
+    eval_rewards: Mapping[int, Rewards] = field(default_factory=dict)
 
     @property
     def best_step(self) -> int | None:

@@ -152,7 +152,7 @@ def test_the_gradient_in_the_trainer_s_loss_is_that_in_the_model_s_own(
     losses = LossModel(model.get_base_model(), nullcontext, trains_dft=False)(
         input_ids=IDS, positions=positions, targets=targets
     )
-    (gradient,) = torch.autograd.grad(losses.total / losses.num_trained, [weight])
+    (gradient,) = torch.autograd.grad(losses.total / losses.num_items, [weight])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 

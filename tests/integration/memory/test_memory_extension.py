@@ -20,13 +20,20 @@ from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.layers import LayerStack, find_stack
 from qlora_cli.memory.tracing.meta_model import MetaModel
-from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.passes import REFERENCE, Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.support.models.tiny_models import FAMILIES
-from tests.support.models.tracing import UncountedStep, deep_config, meta_model_of, peaks, step_settings
+from tests.support.models.tracing import (
+    UncountedPairs,
+    UncountedStep,
+    deep_config,
+    meta_model_of,
+    peaks,
+    step_settings,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,7 +103,8 @@ def estimate(family: str, *, whole: bool, gpu: Gpu = A100, **training: Any) -> P
         },
     }
     settings = EstimateSettings.model_validate(values)
-    estimator = Estimator(facts, evaluates=family in WITH_STATES, whole=whole, loop=UncountedStep)
+    loop = UncountedPairs if settings.training.objective.compares else UncountedStep
+    estimator = Estimator(facts, evaluates=family in WITH_STATES, whole=whole, loop=loop)
     return estimator.peaks(settings, gpu)
 
 
@@ -111,6 +119,14 @@ def test_few_layers_of_every_family_extend_to_the_memory_of_all(family: str, spy
     all_of_them = estimate(family, whole=True)
     assert peaks(spy.extended[0]) == peaks(spy.whole[0])
     assert few == all_of_them
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_few_layers_extend_to_the_memory_of_all_for_pairs(family: str, spy: Spy) -> None:
+    few = estimate(family, whole=False, objective="dpo")
+    assert few == estimate(family, whole=True, objective="dpo")
+    assert peaks(spy.extended[0]) == peaks(spy.whole[0])
+    assert any(name.endswith(REFERENCE) for name in spy.extended[0].events)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 4])

@@ -21,7 +21,7 @@ from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.kernels import CUBLAS, Kernels
 from qlora_cli.memory.tracing.layers import find_stack
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
-from qlora_cli.memory.tracing.passes import Passes
+from qlora_cli.memory.tracing.passes import REFERENCE, Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
 from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.quantization.methods.method import META
@@ -35,7 +35,7 @@ from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
 from tests.conftest import Recorder, train_settings
 from tests.support.models.loading import load, save_model
-from tests.support.models.tracing import UncountedStep, peaks, step_settings
+from tests.support.models.tracing import UncountedPairs, UncountedStep, peaks, step_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +84,7 @@ class Pair:
         for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
-            steps.append(trace_step(model, settings, UncountedStep))
+            steps.append(trace_step(model, settings, UncountedPairs if settings.compares else UncountedStep))
         return steps[0], steps[1]
 
 
@@ -144,6 +144,17 @@ def assert_same(real: TracedStep, meta: TracedStep) -> None:
 @pytest.mark.parametrize("model", ["plain", "experts", "sliding windows"])
 def test_every_allocation_and_release_is_that_of_real_tensors(pair: Make, model: str, step: str) -> None:
     assert_same(*pair(model).traced(**STEPS[step]))
+
+
+@pytest.mark.parametrize(("model", "is_packed"), [("plain", True), ("experts", False)])
+def test_pairs_and_their_reference_allocate_on_meta_as_with_real_tensors(
+    pair: Make, model: str, is_packed: bool
+) -> None:
+    real, meta = pair(model).traced(compares=True, batch_size=2, is_packed=is_packed, gradient_accumulation_steps=2)
+    assert_same(real, meta)
+    events = passes_of(meta.trace).events
+    references = [events[f"{name}{REFERENCE}"] for name in ("first forward", "again forward", "evaluation")]
+    assert all(len(reference) > 100 for reference in references)
 
 
 @pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "selective checkpointing", "padded rows"])

@@ -8,6 +8,7 @@ import torch
 from qlora_cli.memory.replaying.allocator import CachingAllocator
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.operation_count import OperationCount
+from qlora_cli.memory.tracing.pair_step import PairStep
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings, TrainingStep
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
@@ -74,6 +75,10 @@ class UncountedStep(TrainingStep):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.operations = _Uncounted(self.trace, 1)
+
+
+class UncountedPairs(UncountedStep, PairStep):
+    """A step over pairs whose operations are not counted."""
 
 
 def meta_model_of(

@@ -16,7 +16,7 @@ from qlora_cli.settings.models import (
     field_of,
     metadata_of,
 )
-from qlora_cli.settings.resolve import Sources, resolve
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
 HELD_OUT = {"data.eval_split": "10%", "training.eval_steps": "5"}
 
@@ -28,6 +28,51 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
     except SettingsError as error:
         return list(error.problems)
     return []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.num_gpus", "2", "not divided among processes"),
+        ("training.neftune_noise_alpha", "5", "the noise would differ"),
+        ("training.torch_compile", "true", "compiled layers were not tried"),
+        ("training.calibrate", "true", "the rows that calibrate a base have one answer"),
+        ("data.packing", "true", "a pair is not divided"),
+        ("data.streaming", "true", "pairs are read before the first step"),
+        ("data.loss_on", "all", "the prompt is the same for both answers"),
+        ("data.format", "alpaca", "one answer a row, and --objective dpo compares two"),
+        ("lora.init_lora_weights", "pissa", "begins elsewhere than the base"),
+        ("lora.dropout", "0.1", "noise to the comparison"),
+        ("lora.modules_to_save", "lm_head", "no gradient of single answers"),
+        ("model.new_tokens", "<x>", "does not know them"),
+    ],
+)
+def test_what_can_not_be_trained_on_pairs_is_refused(path: str, value: str, message: str) -> None:
+    assert problems({"training.objective": "dpo"}) == []
+    found = [problem for problem in problems({"training.objective": "dpo", path: value}) if message in problem.message]
+    assert [problem.where for problem in found] == [f"--{path}"]
+    assert found[0].hint is not None
+    assert not any(message in problem.message for problem in problems({path: value}))
+
+
+def test_an_objective_implies_what_is_not_given() -> None:
+    def resolved(**values: str) -> Resolved[TrainSettings]:
+        flags = {"model.name": "m", "data.dataset": "d", "output.directory": "o", "training.objective": "dpo"}
+        given = {**flags, **{name.replace("__", "."): value for name, value in values.items()}}
+        return resolve(Sources(flags={path: (f"--{path}", value) for path, value in given.items()}), TrainSettings)
+
+    implied = resolved()
+    assert (implied.settings.data.format, implied.settings.training.learning_rate) == ("preference", 5e-6)
+    assert implied.origin_of("data.format").where == "training.objective"
+    assert not implied.is_given("training.learning_rate")
+    assert resolved(training__learning_rate="1e-4", data__format="auto").settings.training.learning_rate == 1e-4
+    assert resolved(data__format="auto").settings.data.format == "preference"
+
+
+def test_beta_and_pairs_need_an_objective_that_compares() -> None:
+    assert ["no effect with --objective sft" in one.message for one in problems({"training.beta": "0.2"})] == [True]
+    (problem,) = problems({"data.format": "preference"})
+    assert "which --objective dpo compares" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""What an objective implies for other settings, and what can't be combined with one that compares answers."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_cli.settings.choices import DataFormat, LoraInit, LossOn, Objective, TrainingLoss
+from qlora_cli.settings.models import TrainingSettings
+from qlora_cli.settings.rules.conflict import Conflict
+
+FORMAT, LEARNING_RATE = "data.format", "training.learning_rate"
+# That of TRL's command for DPO with LoRA; the default of an SFT is forty times as high.
+PREFERENCE_LEARNING_RATE = 5e-6
+CHANGED_BASE = (LoraInit.PISSA, LoraInit.LOFTQ, LoraInit.CALIBRATED)
+
+
+def implied_values(objective: Objective) -> dict[str, object]:
+    """Return the settings that an objective implies where they are not given, by `section.key`."""
+    if not objective.compares:
+        return {}
+    return {FORMAT: DataFormat.PREFERENCE, LEARNING_RATE: PREFERENCE_LEARNING_RATE}
+
+
+def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Yield what the rows and the loop of an objective can't be combined with; `validated` are sections of a run."""
+    training, data = validated["training"], validated.get("data")
+    # An evaluation reads answers, whatever a settings file says of training.
+    objective: Objective = Objective.SFT if "evaluate" in validated else training.objective
+    if data is not None:
+        yield from _format_conflicts(objective, data.format)
+    if objective.compares:
+        for path, is_set, reason, hint in (
+            *_loop_problems(training),
+            *_data_problems(data),
+            *_adapter_problems(validated),
+        ):
+            if is_set:
+                yield path, f"{path} can't be used with --objective {objective.value}: {reason}", hint
+
+
+def _format_conflicts(objective: Objective, given: DataFormat) -> Iterator[Conflict]:
+    if given == DataFormat.PREFERENCE and not objective.compares:
+        message = "--format preference is for rows of two answers, which --objective dpo compares"
+        hint = "Compare them with qlora train --objective dpo, or name the better answers by --format and --columns."
+        yield FORMAT, message, hint
+    if objective.compares and given not in (DataFormat.AUTO, DataFormat.PREFERENCE):
+        message = f"--format {given.value} has one answer a row, and --objective {objective.value} compares two"
+        yield FORMAT, message, "Leave it out; --columns chosen=NAME,rejected=NAME names the columns of the answers."
+
+
+def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:
+    leave_out = "Leave it out."
+    yield (
+        "training.num_gpus",
+        training.num_gpus > 1,
+        "its pairs are not divided among processes",
+        "Use one GPU.",
+    )
+    yield (
+        "training.neftune_noise_alpha",
+        training.neftune_noise_alpha is not None,
+        "the noise would differ between the answers that are compared",
+        leave_out,
+    )
+    yield "training.loss", training.loss != TrainingLoss.NLL, "dpo has a loss of its own", leave_out
+    yield "training.torch_compile", training.torch_compile, "compiled layers were not tried without adapter", leave_out
+    yield (
+        "training.calibrate",
+        training.calibrate,
+        "the rows that calibrate a base have one answer",
+        "Calibrate the base first, on answers: qlora load MODEL --calibrate DATA --save DIR",
+    )
+
+
+def _data_problems(data: Any) -> Iterator[tuple[str, bool, str, str]]:
+    if data is None:
+        return
+    yield "data.packing", data.packing, "a pair is not divided among packed rows", "Use --micro-batch-tokens."
+    yield "data.streaming", data.streaming, "pairs are read before the first step", "Leave it out."
+    yield (
+        "data.loss_on",
+        data.loss_on == LossOn.ALL,
+        "the prompt is the same for both answers",
+        "Leave --loss-on out.",
+    )
+
+
+def _adapter_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, bool, str, str]]:
+    lora, model = validated.get("lora"), validated.get("model")
+    if lora is None:
+        return
+    name = lora.init_lora_weights.value
+    yield (
+        "lora.init_lora_weights",
+        lora.init_lora_weights in CHANGED_BASE,
+        f"{name} begins elsewhere than the base, which answers are compared by",
+        "Use default, gaussian or orthogonal.",
+    )
+    yield "lora.dropout", lora.dropout > 0, "it would add noise to the comparison with the base", "Leave it out."
+    yield (
+        "lora.modules_to_save",
+        bool(lora.modules_to_save),
+        "a head that is trained whole has no gradient of single answers",
+        "Use an adapter alone.",
+    )
+    yield (
+        "model.new_tokens",
+        bool(model is not None and model.new_tokens),
+        "the base, which answers are compared by, does not know them",
+        "Train them with answers first, and merge.",
+    )

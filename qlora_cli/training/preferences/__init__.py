@@ -1,0 +1,1 @@
+"""Training by comparison: pairs of answers, their batches and their loss."""
