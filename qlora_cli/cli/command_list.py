@@ -1,7 +1,9 @@
 """The commands, in the order of use: what `qlora --help` shows of each, and where it is, without importing it."""
 
+import gc
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -89,10 +91,23 @@ class LazyCommands(UserDict[str, Any]):
 
 
 def _command(name: str) -> Any:
-    module = import_module(f"{COMMANDS_PACKAGE}.{name.replace('-', '_')}")
+    with _no_collection():
+        module = import_module(f"{COMMANDS_PACKAGE}.{name.replace('-', '_')}")
     found = getattr(module, COMMANDS[name].function)
     if isinstance(found, typer.Typer):
         return typer.main.get_group(found)
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, cls=HelpfulCommand)(found)
     return typer.main.get_command(alone)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Switch the garbage collector off while modules are imported: what they define stays."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,6 +1,6 @@
 """Complete the values of flags and arguments in a shell: choices, cards, models, settings, runs. Imports no torch.
 
-Where nothing is offered, the shell completes paths.
+Where nothing is offered, the shell completes paths. It is imported when a shell asks, not for help.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +9,9 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from qlora_cli.memory.catalogue import catalogue
-from qlora_cli.memory.gpus import GPUS, classes
-from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.display import choices_of, is_switch
-from qlora_cli.settings.models import KINDS, metadata_of
+from qlora_cli.settings.models import KINDS, metadata_of, sections_of
 from qlora_cli.settings.preset_files import presets
-from qlora_cli.settings.resolve import sections_of
 from qlora_cli.settings.setting_metadata import Command, Named
 
 Complete = Callable[[str], list[str]]
@@ -58,6 +54,8 @@ def completion_of_assignment(command: Command) -> Complete:
 
 def complete_run(incomplete: str) -> list[str]:
     """Return the run directories that start with what is typed, at most two folders below it."""
+    from qlora_cli.runs.directory import RunDirectory
+
     typed, _, _ = incomplete.rpartition("/")
     prefix = f"{typed}/" if "/" in incomplete else ""
     folder = Path(prefix or ".").expanduser()
@@ -72,6 +70,8 @@ def complete_run(incomplete: str) -> list[str]:
 
 def complete_card(incomplete: str) -> list[str]:
     """Return the cards of the catalogue and their classes."""
+    from qlora_cli.memory.gpus import GPUS, classes
+
     names = ["auto", "cpu", *(one.name for one in classes()), *(one.name for one in GPUS)]
     return _starting(incomplete, names)
 
@@ -82,11 +82,15 @@ def complete_preset(incomplete: str) -> list[str]:
 
 
 def _complete_model(incomplete: str) -> list[str]:
+    from qlora_cli.memory.catalogue import catalogue
+
     hub_ids = [name for one in catalogue() for name in (one.hub_id, *one.aliases) if "/" in name]
     return [*complete_run(incomplete), *_starting(incomplete, hub_ids)]
 
 
 def _complete_short_model(incomplete: str) -> list[str]:
+    from qlora_cli.memory.catalogue import catalogue
+
     return [*_starting(incomplete, [one.name for one in catalogue()]), *_complete_model(incomplete)]
 
 
@@ -96,6 +100,8 @@ def _fields_of(command: Command) -> Mapping[str, FieldInfo]:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
+    from qlora_cli.runs.directory import RunDirectory
+
     for path in _below(folder):
         yield path
         if not RunDirectory(path).is_run:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from typing import Any
 
-from qlora_cli.files import as_json
-
 
 def print_json(result: Any) -> None:
     """Print a frozen result, or a mapping, as one JSON object on stdout."""
+    from qlora_cli.files import as_json  # and all that writes files: not for the help
+
     content = (
         dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
     )

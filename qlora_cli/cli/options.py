@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from pydantic.fields import FieldInfo
@@ -18,10 +18,12 @@ from qlora_cli.cli.volume import Quiet, Verbose
 from qlora_cli.cli.without_cache import ensure_cache
 from qlora_cli.settings.display import display_default, is_switch, metavar
 from qlora_cli.settings.help_groups import HelpGroup
-from qlora_cli.settings.models import KINDS, Section, metadata_of
+from qlora_cli.settings.models import KINDS, Section, metadata_of, sections_of
 from qlora_cli.settings.preset_files import preset_file
-from qlora_cli.settings.resolve import Resolved, Sources, resolve, sections_of
 from qlora_cli.settings.setting_metadata import TRAINING_DATA, Command, Metadata
+
+if TYPE_CHECKING:
+    from qlora_cli.settings.resolve import Resolved, Sources
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -196,8 +198,10 @@ def is_setting_parameter(parameter: Any) -> bool:
     return SEPARATOR in parameter.name or parameter.name in {"config", "assignments", "preset"}
 
 
-def read_sources(context: typer.Context) -> Sources:
+def read_sources(context: typer.Context) -> "Sources":
     """Return the sources of settings on the command line, from the parameters of the running command."""
+    from qlora_cli.settings.resolve import Sources  # reads YAML: not for the help
+
     given: dict[str, Any] = context.params
     flags = {}
     for name, value in given.items():
@@ -211,12 +215,14 @@ def read_sources(context: typer.Context) -> Sources:
     return Sources(preset=file, config=given.get("config"), assignments=tuple(assignments), flags=flags)
 
 
-def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> Resolved[SettingsT]:
+def resolve_settings(context: typer.Context, kind: type[SettingsT]) -> "Resolved[SettingsT]":
     """Return the validated settings of the running command.
 
     Raises:
         SettingsError: with every problem found.
     """
+    from qlora_cli.settings.resolve import resolve  # likewise
+
     named = (name.partition(SEPARATOR) for name in context.params if SEPARATOR in name)
     paths = [f"{section}.{key}" for section, _, key in named]
     resolved = resolve(read_sources(context), kind, {path: _name_of(context, path) for path in paths})

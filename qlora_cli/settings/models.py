@@ -246,3 +246,13 @@ def json_schema() -> dict[str, Any]:
     schema["title"] = "Settings of qlora"
     schema["description"] = "What a settings file may contain."
     return schema
+
+
+def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
+    """Return the class of each section: that of `kind` if it has one, otherwise the common one."""
+    sections = dict(SECTIONS)
+    for name, field in kind.model_fields.items():
+        assert isinstance(field.annotation, type), name
+        assert issubclass(field.annotation, Section), name
+        sections[name] = field.annotation
+    return sections

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.settings.choices import DataFormat, Objective
 from qlora_cli.settings.display import choices_of, example_of, flag_of, hint_for
-from qlora_cli.settings.models import SECTIONS, Section, field_of, value_adapter
+from qlora_cli.settings.models import SECTIONS, Section, field_of, sections_of, value_adapter
 from qlora_cli.settings.rules.conflicts import find_conflicts, forbidden_in_files
 from qlora_cli.settings.rules.objective_rules import implied_values
 from qlora_cli.settings.value_sources import (
@@ -170,16 +170,6 @@ def describe(sources: Sources, kind: type[Section] | None = None) -> list[tuple[
         (path, implied[path], BY_OBJECTIVE) if path in implied and path not in merged else (path, value, origin)
         for path, value, origin in rows
     ]
-
-
-def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
-    """Return the class of each section: that of `kind` if it has one, otherwise the common one."""
-    sections = dict(SECTIONS)
-    for name, field in kind.model_fields.items():
-        assert isinstance(field.annotation, type), name
-        assert issubclass(field.annotation, Section), name
-        sections[name] = field.annotation
-    return sections
 
 
 def _validate(

@@ -3,6 +3,8 @@
 import os
 import pty
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,3 +132,19 @@ def test_help_is_in_colours_on_a_terminal_that_wants_them(term: str, no_color: s
     os.close(terminal)
     assert "Usage:" in shown
     assert ("\x1b[" in shown) == expected
+
+
+def test_the_help_of_what_trains_and_merges_imports_neither_readers_of_files_nor_the_catalogue() -> None:
+    """They take a quarter of its time; a command imports them when it runs."""
+    modules = ", ".join(f"qlora_cli.cli.commands.{name}" for name in ("train", "tune", "merge", "evaluate"))
+    unneeded = {
+        "yaml",
+        "psutil",
+        "filelock",
+        "qlora_cli.events",
+        "qlora_cli.memory.gpus",
+        "qlora_cli.settings.resolve",
+    }
+    code = f"import sys, {modules}; print(sorted({unneeded} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

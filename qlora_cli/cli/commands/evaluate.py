@@ -8,7 +8,6 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
-from qlora_cli.evaluating.evaluation_checks import check_evaluation
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.setting_metadata import Command
 
@@ -21,6 +20,9 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
     """
     volume = volume_of(context)
     resolved = options.resolve_settings(context, EvaluateSettings)
+
+    from qlora_cli.evaluating.evaluation_checks import check_evaluation  # reads files: not for the help
+
     check_evaluation(resolved)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right

@@ -10,16 +10,15 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import command, print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
-from qlora_cli.events import Reporter
-from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import LoadCommandSettings, SavingSettings
-from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
 
 if TYPE_CHECKING:
+    from qlora_cli.events import Reporter
     from qlora_cli.loading.load_plan import LoadPlan
     from qlora_cli.loading.loader import LoadedModel
     from qlora_cli.quantization.load_report import LoadReport
+    from qlora_cli.settings.resolve import Resolved
 
 
 @options.takes(Command.LOAD)
@@ -33,6 +32,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     from qlora_cli.data.finding.sources import check_dataset_name
     from qlora_cli.model_files.given_model import check_model_name
     from qlora_cli.runs.directory import check_free_directory
+    from qlora_cli.settings.error_collector import ErrorCollector
 
     errors = ErrorCollector(resolved.where_of)
     if problem := check_model_name(resolved.settings.model):
@@ -51,7 +51,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     print_next([command("inspect-memory", model)], volume_of(context), as_json=json)
 
 
-def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadReport":
+def _load(resolved: "Resolved[LoadCommandSettings]", reporter: "Reporter") -> "LoadReport":
     from qlora_cli.loading.load_plan import plan_load
     from qlora_cli.loading.loader import load_planned
     from qlora_cli.loading.save import check_savable, save_quantized
@@ -84,7 +84,7 @@ def _load(resolved: Resolved[LoadCommandSettings], reporter: Reporter) -> "LoadR
 
 
 def _compared(
-    loaded: "LoadedModel", load_plan: "LoadPlan", given: SavingSettings, reporter: Reporter
+    loaded: "LoadedModel", load_plan: "LoadPlan", given: SavingSettings, reporter: "Reporter"
 ) -> tuple["LoadedModel", "LoadReport"]:
     """Return the model, with as many layers in 16 bit as a budget allows, and the report with its error on text."""
     from qlora_cli.calibrating.precision_budget import keep_precision

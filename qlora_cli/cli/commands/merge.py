@@ -8,7 +8,6 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import Volume, print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
-from qlora_cli.merging.merge_checks import check_merge
 from qlora_cli.settings.models import MergeCommandSettings
 from qlora_cli.settings.setting_metadata import Command
 
@@ -23,6 +22,9 @@ def merge(
     volume = volume_of(context)
     resolved = options.resolve_settings(context, MergeCommandSettings)
     request = resolved.settings
+
+    from qlora_cli.merging.merge_checks import check_merge  # reads files: not for the help
+
     check_merge(request, resolved.where_of)
 
     from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right

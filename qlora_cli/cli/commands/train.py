@@ -14,17 +14,15 @@ from qlora_cli.cli.robust_stream import ignoring_lost_terminal
 from qlora_cli.cli.volume import Volume, print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import QloraError
-from qlora_cli.events import Reporters
 from qlora_cli.ranks.group import failing_together
 from qlora_cli.ranks.place import Place, place_in
 from qlora_cli.settings.choices import Device
 from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
-from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 
 if TYPE_CHECKING:
     from qlora_cli.runs.run_result import TrainResult
+    from qlora_cli.settings.resolve import Resolved
 
 NUM_GPUS = "training.num_gpus"
 TOLD_BY_EACH = ("RendezvousError", "SumError")  # of several processes, which can't tell one another
@@ -79,26 +77,29 @@ def train(
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])
 
 
-def _leave_out_compiler(resolved: Resolved[TrainSettings]) -> None:
+def _leave_out_compiler(resolved: "Resolved[TrainSettings]") -> None:
     training = resolved.settings.training
     leave_out_compiler(resolved.settings.model.attention, compiles_layers=training.torch_compile)
 
 
-def _shared_by(place: Place, resolved: Resolved[TrainSettings]) -> Resolved[TrainSettings]:
+def _shared_by(place: Place, resolved: "Resolved[TrainSettings]") -> "Resolved[TrainSettings]":
     """Return the settings with as many processes as a launcher has started, unless their number is given."""
     if place.size == 1 or resolved.is_given(NUM_GPUS):
         return resolved
+    from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
+
     launcher = InferredSettings(values={NUM_GPUS: place.size}, origin=inferred_origin("torchrun"), is_fixed=True)
     return settle(resolved, [launcher])
 
 
 def _train(
-    resolved: Resolved[TrainSettings], place: Place, *, force: bool, as_json: bool, volume: Volume
+    resolved: "Resolved[TrainSettings]", place: Place, *, force: bool, as_json: bool, volume: Volume
 ) -> "TrainResult":
     """Train in this process, alone or as one of several, of which the first one reports."""
     from qlora_cli.cli.progress.reporters import reporting
     from qlora_cli.cli.rendering.next_steps import after_training
     from qlora_cli.cli.rendering.training_text import render_training
+    from qlora_cli.events import Reporters
     from qlora_cli.ranks.distributed_group import joined
 
     _leave_out_compiler(resolved)

@@ -9,7 +9,6 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.parsing.learning_rates import read_learning_rates
 from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
-from qlora_cli.events import SilentReporter
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.setting_metadata import Command
@@ -58,6 +57,7 @@ def tune(
     resolved = options.resolve_settings(context, TrainSettings)
     rates = None if learning_rates is None else read_learning_rates(learning_rates)
 
+    from qlora_cli.events import SilentReporter
     from qlora_cli.training.checks.input_checks import check_train_inputs  # readers of data: not for the help
     from qlora_cli.tuning.trial_steps import TuneRequest
     from qlora_cli.tuning.tuning_checks import check_tune, run_of_trials
