@@ -12,6 +12,7 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.rows.groups import with_group_column
 from qlora_cli.data.rows.unused_columns import check_preferences
 from qlora_cli.errors import DataError
+from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
 
 SAMPLED_ROWS = 100  # whose columns decide the format
@@ -42,5 +43,6 @@ def _recognise(columns: Collection[str], first: Sequence[RawRow], settings: Data
     try:
         return recognise(columns, settings, name)
     except DataError as error:
-        check_preferences([row.value for row in first if row.value is not None], settings, name)
+        if settings.format != DataFormat.PREFERENCE:  # where it is, what is missing of a pair is what is to be said
+            check_preferences([row.value for row in first if row.value is not None], settings, name)
         raise (nested_rows_error(first[0]) if is_alone else None) or error from error

@@ -418,4 +418,6 @@ def changed_versions(resume: Resume, versions: Mapping[str, str]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):  # as in a settings file
+        return "true" if value else "false"
     return "not set" if value is None else str(value)

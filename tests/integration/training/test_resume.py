@@ -209,6 +209,7 @@ def test_the_micro_batch_may_change_if_the_batch_does_not(
         ({"lora__rank": 8}, "lora.rank: is 8, and was 16 until step 4"),
         ({"training__learning_rate": 1e-4}, "training.learning_rate: is 0.0001, and was 0.001"),
         ({"training__seed": 1}, "training.seed: is 1, and was 0"),
+        ({"quantization__double_quant": False}, "quantization.double_quant: is false, and was true"),
         ({"training__gradient_accumulation_steps": 4}, "is 4 rows a step, and was 2"),
         ({"training__max_steps": 20}, "make 20 steps, and made 13"),
         ({"quantization__method": "fp4"}, "quantization.method: is fp4, and was nf4"),

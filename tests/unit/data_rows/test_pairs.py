@@ -56,6 +56,17 @@ def texts(data: PreparedData, tokenizer: PreTrainedTokenizerBase, row: int = 0) 
 
 
 @pytest.mark.parametrize(
+    ("row", "missing"),
+    [({"prompt": "a", "chosen": "b"}, "rejected"), ({"question": "a", "answer": "b"}, "chosen, rejected")],
+)
+def test_what_a_pair_lacks_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, str], missing: str
+) -> None:
+    with pytest.raises(DataError, match=f"has no column {missing}, which the format preference needs"):
+        prepare(tmp_path, tokenizer, row)
+
+
+@pytest.mark.parametrize(
     ("row", "context"),
     [
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, RENDERED),
