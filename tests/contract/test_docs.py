@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -61,27 +60,11 @@ from qlora_cli.runs.summary import RunSummary
 from qlora_cli.settings.models import SECTIONS, TrainSettings, all_settings, metadata_of
 from qlora_cli.settings.resolve import describe
 from qlora_cli.tuning.tuning_result import TrialResult, TunePlan, TuneResult
+from tests.support.source.documented_code import ROOT, code_lines
 
-ROOT = Path(__file__).parent.parent.parent
 ABOUT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
 PAGES = [*ABOUT, *sorted((ROOT / "docs").rglob("*.md"))]
 REFERENCE = ROOT / "docs" / "reference"
-
-
-def code_lines(page: Path) -> Iterator[str]:
-    """Yield the lines of a page's code blocks, fenced or indented; a trailing backslash joins two."""
-    inside = False
-    held = ""
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if line.lstrip().startswith("```"):
-            inside = not inside
-        elif inside or line.startswith("    "):
-            held += line.strip()
-            if held.endswith("\\"):
-                held = held[:-1]
-                continue
-            yield held
-            held = ""
 
 
 COMMANDS = sorted({line.split(" > ")[0] for page in PAGES for line in code_lines(page) if line.startswith("qlora ")})

@@ -17,6 +17,7 @@ import yaml
 
 from tests.support.processes.forked_qlora import ForkedQlora
 from tests.support.processes.forks import is_forkable
+from tests.support.source.documented_code import blocks_of
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "how-to" / "ci.md"
@@ -25,9 +26,9 @@ NUM_ROWS = 60
 LONGEST_SECONDS = 120
 
 
-def blocks(language: str, page: Path = PAGE) -> list[str]:
+def blocks(language: str) -> list[str]:
     """Return the fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block.text for block in blocks_of(PAGE) if block.language == language]
 
 
 @dataclass
