@@ -1,9 +1,7 @@
 """The commands, in the order of use: what `qlora --help` shows of each, and where it is, without importing it."""
 
-import gc
 from collections import UserDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -12,6 +10,7 @@ import typer
 import typer.main
 
 from qlora_cli.cli.help_page import HelpfulCommand
+from qlora_cli.garbage import gc_disabled
 
 BEFORE, TRAINING, AFTER, MORE = "Before training", "Training", "With what was trained", "More"
 COMMANDS_PACKAGE = "qlora_cli.cli.commands"
@@ -91,7 +90,7 @@ class LazyCommands(UserDict[str, Any]):
 
 
 def _command(name: str) -> Any:
-    with _no_collection():
+    with gc_disabled():  # what modules define stays
         module = import_module(f"{COMMANDS_PACKAGE}.{name.replace('-', '_')}")
     found = getattr(module, COMMANDS[name].function)
     if isinstance(found, typer.Typer):
@@ -99,15 +98,3 @@ def _command(name: str) -> Any:
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, cls=HelpfulCommand)(found)
     return typer.main.get_command(alone)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Switch the garbage collector off while modules are imported: what they define stays."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
