@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from qlora_cli.errors import HardwareError
-from qlora_cli.ranks.group import ALONE, Failure, PeerError, PeerLostError, ProcessGroup, SumError, Value
+from qlora_cli.ranks.group import ALONE, CLOSED, Failure, PeerError, PeerLostError, ProcessGroup, SumError, Value
 from qlora_cli.ranks.place import VISIBLE, Place, use_own_gpu
 from qlora_cli.ranks.weight_gather import WeightGather
 from qlora_cli.units import MIB
@@ -134,7 +134,7 @@ class DistributedGroup(ProcessGroup):
                 for tensor, summed in zip(bucket, torch.split(joined, [one.numel() for one in bucket]), strict=True):
                     tensor.copy_(summed.view_as(tensor))
         except RuntimeError as error:  # of the network, of NCCL, or of memory
-            raise SumError(error) from error
+            raise (PeerLostError(error) if CLOSED.search(str(error)) else SumError(error)) from error
 
     def wait_for_first(self) -> None:
         """Wait until the connection to the first process is closed."""

@@ -1,7 +1,9 @@
 """What the processes of a run say to each other. Imports no torch."""
 
 import re
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from qlora_cli.errors import OutOfMemoryError, QloraError
 
 Value = TypeVar("Value")
 SOURCE = re.compile(r"^\[[^]]*\] ")  # the file and line where gloo noticed it
+CLOSED = re.compile("closed by peer|reset by peer|Broken pipe")  # what gloo says of a connection to an ended process
 NEXT = "The same command resumes from the last checkpoint, if there is one."
 
 
@@ -50,8 +53,7 @@ class PeerLostError(QloraError):
     """Another process of the run ended without a word."""
 
     def __init__(self, cause: Exception) -> None:
-        reason = SOURCE.sub("", str(cause).split("\n", maxsplit=1)[0])
-        super().__init__(f"another process of this run ended without a word; it may have been killed ({reason})")
+        super().__init__(f"another process of this run ended without a word; it may have been killed ({_said(cause)})")
         self.hint = NEXT
 
 
@@ -59,8 +61,12 @@ class SumError(QloraError):
     """The gradients of this process could not be summed with those of the others, which wait for it in vain."""
 
     def __init__(self, cause: Exception) -> None:
-        reason = SOURCE.sub("", str(cause).split("\n", maxsplit=1)[0])
-        super().__init__(f"the gradients of all processes could not be summed: {reason}", hint=NEXT)
+        super().__init__(f"the gradients of all processes could not be summed: {_said(cause)}", hint=NEXT)
+
+
+def _said(cause: Exception) -> str:
+    """Return the sentence of an error of gloo or NCCL that says what happened; gloo adds advice."""
+    return SOURCE.sub("", str(cause).split("\n", maxsplit=1)[0]).split(". ", maxsplit=1)[0]
 
 
 class ProcessGroup:
@@ -107,7 +113,8 @@ class ProcessGroup:
         """Replace each of these tensors, which all processes have in the same shapes, by its sum over all of them.
 
         Raises:
-            SumError: that failed.
+            PeerLostError: another process ended.
+            SumError: that failed otherwise.
         """
 
     def weights(self) -> Any:
@@ -124,17 +131,24 @@ class ProcessGroup:
 ALONE = ProcessGroup()
 
 
+def outlive_launcher(group: ProcessGroup) -> None:
+    """Let one of several processes that is ending record and say why.
+
+    torch's launcher sends SIGTERM to those that are left when one has ended, within a tenth of a second.
+    """
+    if group.size > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def failing_together(group: ProcessGroup) -> Iterator[None]:
     """A context in which an exception of one process ends the others, too, which learn what it was."""
     try:
         yield
-    except (PeerLostError, SumError):
-        raise
-    except PeerError:
-        group.wait_for_first()
-        raise
     except Exception as error:
-        group.announce(Failure.of(error, group.rank))
-        group.wait_for_first()
+        outlive_launcher(group)
+        if not isinstance(error, PeerError | PeerLostError | SumError):
+            group.announce(Failure.of(error, group.rank))
+        if not isinstance(error, PeerLostError | SumError):
+            group.wait_for_first()
         raise

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_cli.events import Noted, Reporter
-from qlora_cli.ranks.group import ALONE, ProcessGroup
+from qlora_cli.ranks.group import ALONE, ProcessGroup, outlive_launcher
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed, or the connection lost
 
@@ -25,7 +25,8 @@ class StopSignal:
     The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process,
     and so does the first one before training has begun, when there is nothing to save.
 
-    Several processes act on a signal once they have agreed on it, all at the same place.
+    Several processes act on a signal once they have agreed on it, all at the same place. One of them that fails
+    ignores SIGTERM from then on, which a launcher sends to it while it records why.
 
     Attributes:
         has_begun: Whether a step of this process has begun.
@@ -64,6 +65,8 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if error is not None:
+            outlive_launcher(self._group)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
         if self.received is not None:

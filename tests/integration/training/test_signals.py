@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_cli.events import EvalStarted, Noted, Rehearsed, StepDone
+from qlora_cli.ranks.group import ALONE, PeerLostError, ProcessGroup, failing_together
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
@@ -190,6 +191,40 @@ def test_a_hangup_after_a_stop_changes_nothing(first: signal.Signals) -> None:
                 signal.raise_signal(number)
             assert ended.value.code == 128 + number
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+class OneOfTwo(ProcessGroup):
+    """The first of two processes, whose other one has ended."""
+
+    size = 2
+
+
+@pytest.fixture
+def termination() -> Iterator[None]:
+    """Restore what SIGTERM does."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("termination")
+@pytest.mark.parametrize(("group", "is_ignored"), [(OneOfTwo(), True), (ALONE, False)], ids=["two", "alone"])
+def test_of_several_processes_one_that_fails_outlives_the_signal_of_the_launcher(
+    group: ProcessGroup, *, is_ignored: bool
+) -> None:
+    """torch's launcher sends SIGTERM to those that are left, which then record why they end."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PeerLostError), StopSignal(Recorder(), group):
+        raise PeerLostError(RuntimeError("[pair.cc:547] Connection closed by peer [::1]:9. Check the logs of others."))
+    assert signal.getsignal(signal.SIGTERM) is (signal.SIG_IGN if is_ignored else before)
+
+
+@pytest.mark.usefixtures("termination")
+def test_a_process_that_fails_outlives_the_signal_of_the_launcher_also_before_training() -> None:
+    message = r"ended without a word; it may have been killed \(Connection closed by peer \[::1\]:9\)$"
+    with pytest.raises(PeerLostError, match=message), failing_together(OneOfTwo()):
+        raise PeerLostError(RuntimeError("[pair.cc:547] Connection closed by peer [::1]:9. Check the logs of others."))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def test_two_hangups_end_the_run_with_a_checkpoint(base_model: Path, rows: Path, tmp_path: Path) -> None:
