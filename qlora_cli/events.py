@@ -99,15 +99,20 @@ class StepSkipped:
 class Rewards:
     """What a model that is trained on pairs makes of them, on average.
 
-    `accuracy` is the share of pairs whose chosen answer has the higher reward, which is how much more likely the
-    answer became, in nats, times `training.beta`; `margin` is the reward of the chosen answer less that of the other.
+    `accuracy` is the share of pairs whose chosen answer has the higher reward: `training.beta` times how much more
+    likely it became, in nats, or with ORPO, times the log-probability of a token. `margin` is the reward of the chosen
+    answer less that of the other. Of the parts of ORPO's loss, `chosen_nll` is that of the chosen answers, in nats a
+    token, and `odds_ratio_loss` that of the comparison, before it is multiplied with beta; other objectives have none.
     """
 
     accuracy: float
     margin: float
+    chosen_nll: float | None = None
+    odds_ratio_loss: float | None = None
 
     def __str__(self) -> str:
-        return f"reward accuracy {self.accuracy:.0%}, margin {self.margin:.3f}"
+        nll = "" if self.chosen_nll is None else f", chosen NLL {self.chosen_nll:.4f}"
+        return f"reward accuracy {self.accuracy:.0%}, margin {self.margin:.3f}{nll}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -435,7 +435,7 @@ class Estimator:
             capability=capability,
             dtype=TORCH_DTYPES[dtype],
             is_autocast=dtype != Dtype.FP32,
-            compares=training.objective.compares,
+            objective=training.objective,
             fuses_lora=training.fused_lora,
             trains_dft=training.loss == TrainingLoss.DFT,
             adds_noise=training.neftune_noise_alpha is not None,

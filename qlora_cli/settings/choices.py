@@ -225,7 +225,7 @@ class DataFormat(Choice):
             return SEGMENTS_HINT
         if value.lower().partition(".")[0] in COMPARISONS:
             return (
-                "These are for training by comparison: of pairs, with --objective dpo. To train on the better "
+                f"These are for training by comparison: of pairs, with {OBJECTIVES_OF_PAIRS}. To train on the better "
                 "answers, name them with --columns."
             )
         return None
@@ -322,17 +322,26 @@ class TrainingLoss(Choice):
     DFT = "dft"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What an objective that compares two answers implies; its loss is in `loss/preference_loss.py`."""
+
+    learning_rate: float  # where none is given: that of TRL's own command or example with LoRA
+    has_reference: bool
+
+
 class Objective(Choice):
-    """What is learned from the rows: their answers, or which of two answers is better."""
+    """What is learned from the rows: their answers, or which of two answers is better, if it is in `COMPARED_BY`."""
 
     SFT = "sft"
     DPO = "dpo"
+    ORPO = "orpo"
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
         """Return what to use in place of an objective of other tools that there is not."""
         if value.lower() in COMPARISONS:
-            return "Of those that compare answers, there is dpo."
+            return f"Of those that compare answers, there are {' and '.join(COMPARED_BY)}."
         return None
 
     @property
@@ -343,12 +352,19 @@ class Objective(Choice):
     @property
     def compares(self) -> bool:
         """Whether a row is a pair of a chosen and a rejected answer."""
-        return self == Objective.DPO
+        return self in COMPARED_BY
 
     @property
     def has_reference(self) -> bool:
         """Whether the log-probabilities of the base, without its adapter, are part of the loss."""
-        return self == Objective.DPO
+        return self.compares and COMPARED_BY[self].has_reference
+
+
+COMPARED_BY: Mapping[Objective, Comparison] = {
+    Objective.DPO: Comparison(learning_rate=5e-6, has_reference=True),
+    Objective.ORPO: Comparison(learning_rate=8e-5, has_reference=False),
+}
+OBJECTIVES_OF_PAIRS = f"--objective {' or '.join(COMPARED_BY)}"  # for hints
 
 
 class OnNan(Choice):

@@ -65,7 +65,7 @@ WARMUP = "Warm-up is a share of the steps here: training.warmup_ratio."
 PER_EPOCH = "It is a number of steps here: --eval-steps and --save-steps."
 TRACKER = "Set WANDB_PROJECT and the like in the environment, and give --report-to wandb."
 SHARDING = "Several GPUs are --num-gpus here, and a model that is sharded among them --strategy fsdp."
-OBJECTIVES = "qlora learns from answers (--objective sft) and from pairs of them (dpo)."
+OBJECTIVES = "qlora learns from answers (--objective sft) and from pairs of them (dpo, orpo)."
 
 TABLE: tuple[Foreign, ...] = (
     # The model.
@@ -229,16 +229,16 @@ TABLE: tuple[Foreign, ...] = (
     Foreign(names=("finetuning_type",), values={"lora": None}, is_complete=True, advice="qlora trains LoRA adapters."),
     _only(
         "training.objective",
-        {"sft": KEEP_DEFAULT, "pt": KEEP_DEFAULT, "dpo": "dpo"},
+        {"sft": KEEP_DEFAULT, "pt": KEEP_DEFAULT, "dpo": "dpo", "orpo": "orpo"},
         *("stage", "rl", "rlhf_type"),
         advice=OBJECTIVES,
     ),
-    _to("training.beta", "pref_beta", "rl_beta", "dpo_beta"),
+    _to("training.beta", "pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"),
     _only(
         "training.objective",
-        {"sigmoid": KEEP_DEFAULT},
+        {"sigmoid": KEEP_DEFAULT, "orpo": "orpo"},
         "pref_loss",
-        advice="The loss of --objective dpo is the paper's.",
+        advice="The losses of --objective dpo and orpo are those of the papers.",
     ),
     _none("qlora trains adapters on one base; --base-model names the base of a given adapter.", "lora_model_dir"),
     _none(SHARDING, "deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size"),

@@ -23,6 +23,8 @@ METHOD, DATASET, FORMAT, SPLIT = "quantization.method", "data.dataset", "data.fo
 WARMUP_KEYS = frozenset({"warmup_steps", "warmup_ratio", "num_warmup_steps", "warmup"})
 NO_COUNTERPART = "qlora has no such setting."
 NOT_GIVEN: tuple[object, ...] = (None, "", [], {})
+# Keys that say less than others, which replace what they say: of the quantization, and of the objective (`pref_loss`).
+SAY_LESS = ("adapter", "stage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,7 @@ def migrate(path: Path) -> Migration:
     given = {key: value for key, value in _read(path).items() if value not in NOT_GIVEN}
     tool = max(TOOLS, key=lambda tool: len(tool.marks & set(map(spelling_of, given))))
     migration = Migration(tool=tool.name)
-    # `adapter` says less about the quantization than other keys, which replace what it says.
-    for key in sorted(given, key=lambda key: key != "adapter"):
+    for key in sorted(given, key=lambda key: spelling_of(key) not in SAY_LESS):
         _add_key(migration, key, given[key])
     if not migration.values:
         message = "has no key of axolotl, LLaMA-Factory or TRL"

@@ -204,7 +204,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     check_shardable(settings)
     if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
-    _check_reference(load_plan, settings.training.objective)
+    _check_begin_of_pairs(load_plan, settings.training.objective)
     if resume is not None:
         trains_given = load_plan.source.adapter is not None
         digest = base_digest(load_plan.source.path)
@@ -355,18 +355,26 @@ def _note_unfused(model: PeftModel, loaded: LoadedModel, reporter: Reporter) -> 
         reporter.report(Noted(message=message))
 
 
-def _check_reference(load_plan: LoadPlan, objective: Objective) -> None:
-    """Check that training begins with the base, if that is what its answers are compared by.
+def _check_begin_of_pairs(load_plan: LoadPlan, objective: Objective) -> None:
+    """Check that training on pairs begins with the base, if they are compared by it, or with matrices alone.
 
     Raises:
-        ModelError: it would begin with an adapter.
+        ModelError: it would begin with an adapter that can't be trained on pairs.
     """
-    if objective.has_reference and load_plan.adapter is not None:
-        raise ModelError(
-            f"the adapter in {load_plan.source.adapter} can't be trained further with --objective {objective.value}: "
-            "answers are compared by the base alone, and it would begin elsewhere",
-            hint="Merge it into its base with qlora merge, and train on the result.",
-        )
+    if load_plan.adapter is None or not objective.compares:
+        return
+    lora = load_plan.adapter.lora
+    if objective.has_reference:
+        reason = "answers are compared by the base alone, and it would begin elsewhere"
+    elif lora.modules_to_save or lora.trainable_token_indices or load_plan.adapter.trained:
+        reason = "it trains parts of the model itself, which may have no gradient of single answers"
+    else:
+        return
+    raise ModelError(
+        f"the adapter in {load_plan.source.adapter} can't be trained further with --objective {objective.value}: "
+        f"{reason}",
+        hint="Merge it into its base with qlora merge, and train on the result.",
+    )
 
 
 def _check_head_is_unquantized(load_plan: LoadPlan) -> None:

@@ -178,7 +178,7 @@ class Session:
         """Return what computes the loss of a batch, by the objective."""
         training = self._prepared.settings.training
         if training.objective.compares:
-            return PairModel(model, autocast, beta=training.beta)
+            return PairModel(model, autocast, objective=training.objective, beta=training.beta)
         return LossModel(model.get_base_model(), autocast, trains_dft=training.loss == TrainingLoss.DFT)
 
     def _batches(self) -> Batches:

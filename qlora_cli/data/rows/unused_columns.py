@@ -23,7 +23,7 @@ from qlora_cli.data.rows.special_columns import (
 )
 from qlora_cli.data.rows.train_switches import row_switch
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.choices import OBJECTIVES_OF_PAIRS, DataFormat
 from qlora_cli.settings.models import DataSettings
 from qlora_cli.settings.settle import with_values
 
@@ -39,7 +39,7 @@ QUESTION_COLUMNS = (
 )
 NOT_HERE = "this is for training by comparison, not for fine-tuning on answers"
 TRAIN_ON_BETTER = "To train on the better answers"
-COMPARE = "To compare them, use --objective dpo"
+COMPARE = f"To compare them, use {OBJECTIVES_OF_PAIRS}"
 # Parts of some formats that belong before or around the text, as messages name them.
 CONTEXT_PARTS = {
     "history": "earlier turns",

@@ -1,4 +1,4 @@
-"""The traced step of pairs: a pass through the base alone, without gradients, before that with its adapter."""
+"""The traced step of pairs: before the pass with the adapter, one through the base alone if that is the reference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qlora_cli.adapters.calls import disable_dropout, without_adapter
-from qlora_cli.loss.preference_loss import dpo_losses, log_probs_of_sequences
+from qlora_cli.loss.preference_loss import PAIR_LOSSES
 from qlora_cli.memory.tracing.passes import REFERENCE
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TrainingStep
 
@@ -28,17 +28,20 @@ class PairStep(TrainingStep):
             undo()
 
     def opening_of(self, phase: str) -> str:
-        """Return the pass through the base."""
-        return f"{phase}{REFERENCE}"
+        """Return the pass through the base, if there is one."""
+        return f"{phase}{REFERENCE}" if self.settings.objective.has_reference else phase
 
     def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """Return the loss of a batch of pairs in which every token is trained, and the tokens' losses."""
         numbers = self._num_trained(batch["labels"])
-        with without_adapter(self.model):
-            reference = log_probs_of_sequences(self.token_losses(batch).nll, numbers)
-        self.begin(self.phase.removesuffix(REFERENCE))
+        loss = PAIR_LOSSES[self.settings.objective]
+        reference = None
+        if self.settings.objective.has_reference:
+            with without_adapter(self.model):
+                reference = loss.log_probs(self.token_losses(batch).nll, numbers)
+            self.begin(self.phase.removesuffix(REFERENCE))
         losses = self.token_losses(batch)
-        pairs = dpo_losses(log_probs_of_sequences(losses.nll, numbers), reference, BETA)
+        pairs = loss.compute(loss.log_probs(losses.nll, numbers), reference, BETA)
         return pairs.losses.sum() / len(pairs.losses), losses
 
     @staticmethod
@@ -52,4 +55,4 @@ class PairStep(TrainingStep):
 
 def loop_of(settings: StepSettings) -> Loop | None:
     """Return the step of pairs if rows are pairs; None for that of single rows."""
-    return PairStep if settings.compares else None
+    return PairStep if settings.objective.compares else None

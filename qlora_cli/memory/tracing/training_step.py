@@ -32,7 +32,7 @@ from qlora_cli.memory.tracing.operation_count import OfParts, OperationCount
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META
-from qlora_cli.settings.choices import Checkpointing, SdpaBackend
+from qlora_cli.settings.choices import Checkpointing, Objective, SdpaBackend
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer
@@ -48,7 +48,7 @@ class StepSettings:
         length: The length of a row, in tokens.
         is_packed: Whether rows are packed into one of `batch_size` times the length.
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
-        compares: Whether rows are the sequences of pairs, whose loss takes a pass through the base alone as well.
+        objective: What is learned; if it compares, rows are the sequences of pairs.
         fuses_lora: Whether layers compute together with their adapters where they can.
         trains_dft: Whether the loss of each trained token is weighted by its probability.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.
@@ -68,7 +68,7 @@ class StepSettings:
     is_autocast: bool
     is_packed: bool = False
     is_padded: bool = False
-    compares: bool = False
+    objective: Objective = Objective.SFT
     fuses_lora: bool = False
     trains_dft: bool = False
     adds_noise: bool = False

@@ -3,13 +3,19 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_cli.settings.choices import DataFormat, LoraInit, LossOn, Objective, TrainingLoss
+from qlora_cli.settings.choices import (
+    COMPARED_BY,
+    OBJECTIVES_OF_PAIRS,
+    DataFormat,
+    LoraInit,
+    LossOn,
+    Objective,
+    TrainingLoss,
+)
 from qlora_cli.settings.models import TrainingSettings
 from qlora_cli.settings.rules.conflict import Conflict
 
 FORMAT, LEARNING_RATE = "data.format", "training.learning_rate"
-# That of TRL's command for DPO with LoRA; the default of an SFT is forty times as high.
-PREFERENCE_LEARNING_RATE = 5e-6
 CHANGED_BASE = (LoraInit.PISSA, LoraInit.LOFTQ, LoraInit.CALIBRATED)
 
 
@@ -17,7 +23,7 @@ def implied_values(objective: Objective) -> dict[str, object]:
     """Return the settings that an objective implies where they are not given, by `section.key`."""
     if not objective.compares:
         return {}
-    return {FORMAT: DataFormat.PREFERENCE, LEARNING_RATE: PREFERENCE_LEARNING_RATE}
+    return {FORMAT: DataFormat.PREFERENCE, LEARNING_RATE: COMPARED_BY[objective].learning_rate}
 
 
 def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -31,7 +37,7 @@ def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
         for path, is_set, reason, hint in (
             *_loop_problems(training),
             *_data_problems(data),
-            *_adapter_problems(validated),
+            *_adapter_problems(objective, validated),
         ):
             if is_set:
                 yield path, f"{path} can't be used with --objective {objective.value}: {reason}", hint
@@ -39,8 +45,8 @@ def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
 
 def _format_conflicts(objective: Objective, given: DataFormat) -> Iterator[Conflict]:
     if given == DataFormat.PREFERENCE and not objective.compares:
-        message = "--format preference is for rows of two answers, which --objective dpo compares"
-        hint = "Compare them with qlora train --objective dpo, or name the better answers by --format and --columns."
+        message = f"--format preference is for rows of two answers, which {OBJECTIVES_OF_PAIRS} compares"
+        hint = f"Add {OBJECTIVES_OF_PAIRS} to qlora train, or name the better answers by --format and --columns."
         yield FORMAT, message, hint
     if objective.compares and given not in (DataFormat.AUTO, DataFormat.PREFERENCE):
         message = f"--format {given.value} has one answer a row, and --objective {objective.value} compares two"
@@ -61,8 +67,8 @@ def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str,
         "the noise would differ between the answers that are compared",
         leave_out,
     )
-    yield "training.loss", training.loss != TrainingLoss.NLL, "dpo has a loss of its own", leave_out
-    yield "training.torch_compile", training.torch_compile, "compiled layers were not tried without adapter", leave_out
+    yield "training.loss", training.loss != TrainingLoss.NLL, "pairs have a loss of their own", leave_out
+    yield "training.torch_compile", training.torch_compile, "compiled layers were not tried with pairs", leave_out
     yield (
         "training.calibrate",
         training.calibrate,
@@ -84,18 +90,18 @@ def _data_problems(data: Any) -> Iterator[tuple[str, bool, str, str]]:
     )
 
 
-def _adapter_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, bool, str, str]]:
+def _adapter_problems(objective: Objective, validated: Mapping[str, Any]) -> Iterator[tuple[str, bool, str, str]]:
     lora, model = validated.get("lora"), validated.get("model")
     if lora is None:
         return
     name = lora.init_lora_weights.value
     yield (
         "lora.init_lora_weights",
-        lora.init_lora_weights in CHANGED_BASE,
+        objective.has_reference and lora.init_lora_weights in CHANGED_BASE,
         f"{name} begins elsewhere than the base, which answers are compared by",
         "Use default, gaussian or orthogonal.",
     )
-    yield "lora.dropout", lora.dropout > 0, "it would add noise to the comparison with the base", "Leave it out."
+    yield "lora.dropout", lora.dropout > 0, "it would add noise to the comparison of answers", "Leave it out."
     yield (
         "lora.modules_to_save",
         bool(lora.modules_to_save),
@@ -105,6 +111,6 @@ def _adapter_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, bool,
     yield (
         "model.new_tokens",
         bool(model is not None and model.new_tokens),
-        "the base, which answers are compared by, does not know them",
+        "rows of a head that are trained have no gradient of single answers",
         "Train them with answers first, and merge.",
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_cli.settings.choices import (
+    COMPARED_BY,
     Checkpointing,
     Objective,
     OnNan,
@@ -38,13 +39,16 @@ class TrainingSettings(Section):
         Metadata(flag="--objective", commands=(Command.TRAIN, Command.INSPECT_DATA), affects_memory=True),
     ] = Field(
         default=Objective.SFT,
-        description="What is learned: the answers of the rows (sft), or which of two answers is better (dpo), from "
-        "rows with a chosen and a rejected one.",
+        description="What is learned: the answers of the rows (sft), or which of two answers is better (dpo, orpo), "
+        "from rows with a chosen and a rejected one.",
     )
     beta: Annotated[
-        float, Metadata(flag="--beta", effective_with=EffectiveWith(key="objective", values=(Objective.DPO,)))
+        float, Metadata(flag="--beta", effective_with=EffectiveWith(key="objective", values=tuple(COMPARED_BY)))
     ] = Field(
-        default=0.1, gt=0, description="How strongly dpo is held to the base: the reward of a nat of log-probability."
+        default=0.1,
+        gt=0,
+        description="How strongly dpo is held to the base, and how much orpo weighs the comparison: the reward of "
+        "a nat of log-probability.",
     )
     learning_rate: Annotated[float, Metadata(flag="--learning-rate", group=HelpGroup.ESSENTIALS)] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."

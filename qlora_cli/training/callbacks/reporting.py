@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, Rewards, StepDone
 from qlora_cli.hardware.counters import current_memory
+from qlora_cli.loss.preference_loss import LOG_SIGMOID, NLL
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.training.callbacks.step_timer import StepClock, StepTimer
@@ -136,7 +137,15 @@ class ReportingCallback(TrainerCallback):
 def _rewards_in(logs: dict[str, float], prefix: str = "") -> Rewards | None:
     """Return the rewards of pairs that TRL's metrics tell of; None if rows are no pairs."""
     accuracy, margin = (logs.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
-    return None if accuracy is None or margin is None else Rewards(accuracy=float(accuracy), margin=float(margin))
+    if accuracy is None or margin is None:
+        return None
+    nll, log_sigmoid = (logs.get(f"{prefix}{name}") for name in (NLL, LOG_SIGMOID))
+    return Rewards(
+        accuracy=float(accuracy),
+        margin=float(margin),
+        chosen_nll=None if nll is None else float(nll),
+        odds_ratio_loss=None if log_sigmoid is None else -float(log_sigmoid),
+    )
 
 
 class ReportWriter:

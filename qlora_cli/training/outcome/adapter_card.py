@@ -101,7 +101,8 @@ def _is_repository(name: str) -> bool:
 def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, str]]:
     training = prepared.settings.training
     if training.objective.compares:
-        yield "objective", f"{training.objective.value}, beta {training.beta:g}, compared with the base"
+        compared = ", compared with the base" if training.objective.has_reference else ""
+        yield "objective", f"{training.objective.value}, beta {training.beta:g}{compared}"
     data = (("trained on", prepared.train_data), ("held out", prepared.eval_data))
     for what, report in ((what, one.report) for what, one in data if one is not None):
         names = ", ".join(f"`{public_name(name)}`" for name in report.name.split(", "))

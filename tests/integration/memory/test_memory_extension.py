@@ -129,6 +129,12 @@ def test_few_layers_extend_to_the_memory_of_all_for_pairs(family: str, spy: Spy)
     assert any(name.endswith(REFERENCE) for name in spy.extended[0].events)
 
 
+def test_pairs_without_a_reference_take_no_more_memory_than_with_one(spy: Spy) -> None:
+    with_reference, without = (estimate("llama", whole=False, objective=name) for name in ("dpo", "orpo"))
+    assert 0 < without.allocated_bytes <= with_reference.allocated_bytes
+    assert not any(name.endswith(REFERENCE) for name in spy.extended[1].events)
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_the_host_holds_the_inputs_of_all_layers_of_one_micro_batch(num_micro_batches: int) -> None:
     settings = EstimateSettings.model_validate(

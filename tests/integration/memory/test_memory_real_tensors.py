@@ -27,7 +27,7 @@ from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.quantization.methods.method import META
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.choices import Optimizer, SdpaBackend
+from qlora_cli.settings.choices import Objective, Optimizer, SdpaBackend
 from qlora_cli.settings.models import LoraSettings
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.rehearsal import RehearsalCallback
@@ -84,7 +84,7 @@ class Pair:
         for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
-            steps.append(trace_step(model, settings, UncountedPairs if settings.compares else UncountedStep))
+            steps.append(trace_step(model, settings, UncountedPairs if settings.objective.compares else UncountedStep))
         return steps[0], steps[1]
 
 
@@ -150,11 +150,15 @@ def test_every_allocation_and_release_is_that_of_real_tensors(pair: Make, model:
 def test_pairs_and_their_reference_allocate_on_meta_as_with_real_tensors(
     pair: Make, model: str, is_packed: bool
 ) -> None:
-    real, meta = pair(model).traced(compares=True, batch_size=2, is_packed=is_packed, gradient_accumulation_steps=2)
+    settings: dict[str, Any] = {"batch_size": 2, "is_packed": is_packed, "gradient_accumulation_steps": 2}
+    real, meta = pair(model).traced(objective=Objective.DPO, **settings)
     assert_same(real, meta)
     events = passes_of(meta.trace).events
     references = [events[f"{name}{REFERENCE}"] for name in ("first forward", "again forward", "evaluation")]
     assert all(len(reference) > 100 for reference in references)
+    real, meta = pair(model).traced(objective=Objective.ORPO, **settings)
+    assert_same(real, meta)
+    assert {name for name in events if not name.endswith(REFERENCE)} == set(passes_of(meta.trace).events)
 
 
 @pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "selective checkpointing", "padded rows"])

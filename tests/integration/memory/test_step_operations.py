@@ -72,6 +72,18 @@ def test_one_micro_batch_is_counted_however_many_a_step_has() -> None:
     assert {run_in for run_in, _ in sums} <= {Pass.FORWARD, Pass.BACKWARD}  # batches, and sums of gradients
 
 
+def test_pairs_take_a_forward_pass_of_the_base_more_only_where_it_is_the_reference() -> None:
+    config = deep_config("llama", 1, **ONE_LAYER)
+    dpo, orpo = (flops_by_kind(counted(config, "on", objective=name)) for name in ("dpo", "orpo"))
+    forward = (OperationKind.BASE_GEMM, Pass.FORWARD)
+    assert dpo.pop(forward) == 2 * orpo[forward] == 2 * 2 * 2 * TOKENS * NUM_WEIGHTS, "of two sequences"
+    attention = (OperationKind.ATTENTION, Pass.FORWARD)
+    assert dpo.pop(attention) == 2 * orpo[attention]
+    loss = (OperationKind.LOSS, Pass.FORWARD)
+    assert dpo.pop(loss) > orpo[loss]
+    assert dpo == {key: flops for key, flops in orpo.items() if key not in (forward, attention, loss)}
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_experts_multiply_the_tokens_that_are_sent_to_them(dtype: str) -> None:
     config = deep_config("mixtral", 1, num_experts=8, num_experts_per_tok=2)

@@ -164,4 +164,6 @@ def test_pairs_are_compared_only_if_they_are_asked_for(tmp_path: Path, tokenizer
     text = TextTokenizer(tokenizer=tokenizer, end_ids=frozenset({tokenizer.eos_token_id}), reporter=SilentReporter())
     with pytest.raises(DataError, match="holds preferences") as caught:
         prepare_data(DataSettings(dataset=str(file)), text, seed=0)
-    assert "use --objective dpo. To train on the better answers: --format prompt_completion" in str(caught.value.hint)
+    assert "use --objective dpo or orpo. To train on the better answers: --format prompt_completion" in str(
+        caught.value.hint
+    )

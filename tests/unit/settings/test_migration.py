@@ -227,9 +227,17 @@ def test_no_key_is_lost_and_what_is_written_is_read(keys: dict[str, Any]) -> Non
         assert key in told or value in (None, "", [], {}) or is_default or is_off or is_replaced or own, key
 
 
-@pytest.mark.parametrize("text", ["rl: dpo\nrl_beta: 0.2", "stage: dpo\npref_beta: 0.2\npref_loss: sigmoid"])
-def test_training_by_comparison_is_translated(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        ("dpo", "rl: dpo\nrl_beta: 0.2"),
+        ("dpo", "stage: dpo\npref_beta: 0.2\npref_loss: sigmoid"),
+        ("orpo", "rl: orpo\norpo_alpha: 0.2"),
+        ("orpo", "pref_loss: orpo\npref_beta: 0.2\nstage: dpo"),
+    ],
+)
+def test_training_by_comparison_is_translated(objective: str, text: str, tmp_path: Path) -> None:
     migration = migrated(f"base_model: owner/base-8b\ndatasets: rows.jsonl\noutput_dir: run\n{text}\n", tmp_path)
     training = as_read(migration, tmp_path).settings.training
-    assert (training.objective, training.beta) == ("dpo", 0.2)
+    assert (training.objective, training.beta) == (objective, 0.2)
     assert migration.left_out == []

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.choices import Attention, Optimizer
+from qlora_cli.settings.choices import COMPARED_BY, Attention, Optimizer
 from qlora_cli.settings.models import (
     EstimateSettings,
     InspectMemorySettings,
@@ -30,6 +30,7 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
     return []
 
 
+@pytest.mark.parametrize("objective", COMPARED_BY)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -40,19 +41,28 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
         ("data.packing", "true", "a pair is not divided"),
         ("data.streaming", "true", "pairs are read before the first step"),
         ("data.loss_on", "all", "the prompt is the same for both answers"),
-        ("data.format", "alpaca", "one answer a row, and --objective dpo compares two"),
-        ("lora.init_lora_weights", "pissa", "begins elsewhere than the base"),
+        ("data.format", "alpaca", "compares two"),
+        ("training.loss", "dft", "have a loss of their own"),
         ("lora.dropout", "0.1", "noise to the comparison"),
         ("lora.modules_to_save", "lm_head", "no gradient of single answers"),
-        ("model.new_tokens", "<x>", "does not know them"),
+        ("model.new_tokens", "<x>", "no gradient of single answers"),
     ],
 )
-def test_what_can_not_be_trained_on_pairs_is_refused(path: str, value: str, message: str) -> None:
-    assert problems({"training.objective": "dpo"}) == []
-    found = [problem for problem in problems({"training.objective": "dpo", path: value}) if message in problem.message]
+def test_what_can_not_be_trained_on_pairs_is_refused(path: str, value: str, message: str, objective: str) -> None:
+    asked = {"training.objective": objective}
+    assert problems(asked) == []
+    found = [problem for problem in problems({**asked, path: value}) if message in problem.message]
     assert [problem.where for problem in found] == [f"--{path}"]
+    assert f"--objective {objective}" in found[0].message
     assert found[0].hint is not None
     assert not any(message in problem.message for problem in problems({path: value}))
+
+
+def test_an_adapter_that_changes_the_base_is_refused_where_answers_are_compared_by_it() -> None:
+    changed = {"lora.init_lora_weights": "pissa", "quantization.method": "none"}
+    (problem,) = problems({"training.objective": "dpo", **changed})
+    assert "begins elsewhere than the base" in problem.message
+    assert problems({"training.objective": "orpo", **changed}) == []
 
 
 def test_an_objective_implies_what_is_not_given() -> None:
@@ -63,6 +73,7 @@ def test_an_objective_implies_what_is_not_given() -> None:
 
     implied = resolved()
     assert (implied.settings.data.format, implied.settings.training.learning_rate) == ("preference", 5e-6)
+    assert resolved(training__objective="orpo").settings.training.learning_rate == 8e-5
     assert implied.origin_of("data.format").where == "training.objective"
     assert not implied.is_given("training.learning_rate")
     assert resolved(training__learning_rate="1e-4", data__format="auto").settings.training.learning_rate == 1e-4
@@ -72,7 +83,7 @@ def test_an_objective_implies_what_is_not_given() -> None:
 def test_beta_and_pairs_need_an_objective_that_compares() -> None:
     assert ["no effect with --objective sft" in one.message for one in problems({"training.beta": "0.2"})] == [True]
     (problem,) = problems({"data.format": "preference"})
-    assert "which --objective dpo compares" in problem.message
+    assert "which --objective dpo or orpo compares" in problem.message
 
 
 @pytest.mark.parametrize(
