@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,15 @@ from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.evaluating.evaluation_checks import check_evaluation
 from qlora_cli.evaluating.evaluation_plan import plan_evaluation
-from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, SourceResult, TaskResult
+from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, QuantizationCost, SourceResult, TaskResult
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.merged_model import Merged, find_merged
+from qlora_cli.evaluating.quantization_cost import (
+    QuantizedModel,
+    note_on_initialization,
+    plan_unquantized,
+    quantization_cost,
+)
 from qlora_cli.evaluating.rows import HeldOutRows
 from qlora_cli.evaluating.statistics import summarize
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
@@ -32,13 +38,14 @@ TITLES: dict[Kind, str] = {
     "model": "the model",
     "base": "the base",
     "adapter": "the adapter",
+    "unquantized": "the model unquantized",
     "merged": "the merged model",
 }
 
 
 @without_cudnn_attention()
 def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evaluation:
-    """Measure loss and perplexity of a model, its base and the merged model, and run the tasks on each.
+    """Measure loss and perplexity of a model, its base, and others that were asked for, and run the tasks on each.
 
     Raises:
         QloraError: of the type of the problem.
@@ -51,16 +58,31 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     plan = plan_evaluation(resolved, reporter)
     load_plan = plan.load_plan
     base_note = _check_base(request, load_plan, reporter)
+    unquantized = plan_unquantized(load_plan, plan.outline) if request.with_unquantized else None
     merged = find_merged(request, load_plan, reporter)
-    rows = None if request.tasks and not plan.has_rows else plan.read_rows(reporter)
+    needs_rows = not request.tasks or request.with_unquantized
+    rows = plan.read_rows(reporter) if plan.has_rows or needs_rows else None
     if merged is not None and rows is not None:
         merged.check_rows(rows)
     has_base = base_note is None and request.with_base is not False
     num_known = load_plan.num_own_rows if has_base and load_plan.adapter is not None else None
-    benchmark = _Benchmark(request=request, rows=rows, tasks=tasks, reporter=reporter, num_known=num_known)
+    benchmark = _Benchmark(
+        request=request,
+        rows=rows,
+        tasks=tasks,
+        reporter=reporter,
+        num_known=num_known,
+        keeps_states=unquantized is not None,
+    )
+    if unquantized is not None and (init_note := note_on_initialization(load_plan)) is not None:
+        benchmark.note(init_note)
     _evaluate_first(benchmark, load_plan, has_merged=merged is not None, has_base=has_base)
     gc.collect()
     torch.cuda.empty_cache()
+    if unquantized is not None:
+        _evaluate_unquantized(benchmark, unquantized)
+        gc.collect()
+        torch.cuda.empty_cache()
     if merged is not None:
         _evaluate_merged(benchmark, merged)
     return Evaluation(
@@ -76,6 +98,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         fingerprint=rows.data.report.fingerprint if rows is not None else None,
         is_training_data=rows is not None and rows.is_training_data,
         sources=tuple(benchmark.sources),
+        quantization_cost=benchmark.quantization_cost,
         tasks=tuple(benchmark.figures),
         notes=(*((base_note,) if base_note else ()), *(rows.notes if rows is not None else ()), *benchmark.notes),
     )
@@ -104,7 +127,8 @@ def _check_base(request: EvaluationSettings, load_plan: LoadPlan, reporter: Repo
 class _Benchmark:
     """The measurements for each model, and the results so far. `base` is what others are compared with.
 
-    Only tokens with ids below `num_known` are counted, if the base has fewer than the adapter.
+    Only tokens with ids below `num_known` are counted, if the base has fewer than the adapter. With `keeps_states`,
+    hidden states are kept, so that the last quantized model, in `quantized`, is compared with it unquantized.
     """
 
     request: EvaluationSettings
@@ -112,6 +136,9 @@ class _Benchmark:
     tasks: Tasks | None
     reporter: Reporter
     num_known: int | None
+    keeps_states: bool
+    quantized: QuantizedModel | None = None
+    quantization_cost: QuantizationCost | None = None
     base: RowLosses | None = None
     notes: list[str] = field(default_factory=list)
     sources: list[SourceResult] = field(default_factory=list)
@@ -142,6 +169,7 @@ class _Benchmark:
             dtype=loaded.dtype.torch_dtype,
             batch_size=self.request.batch_size,
             num_known=self.num_known,
+            keeps_states=self.keeps_states and kind != "merged",
             title=TITLES[kind],
             reporter=self.reporter,
         )
@@ -153,7 +181,18 @@ class _Benchmark:
         quantization = loaded.settings.quantization.method.value
         self.sources.append(summarize(kind, path, quantization, losses, self.base))
         if kind == "base":
-            self.base = losses
+            self.base = replace(losses, states=None)
+        if kind == "unquantized":
+            assert self.quantized is not None, "measured before"
+            self.quantization_cost = quantization_cost(self.quantized, losses, loaded)
+            self.quantized = None  # its states are as many bytes as those of the other
+        elif self.keeps_states and kind != "merged":
+            self.quantized = QuantizedModel(source=kind, quantization=quantization, losses=losses)
+
+    def note(self, message: str) -> None:
+        """Report a warning that belongs to the figures."""
+        self.notes.append(message)
+        self.reporter.report(Noted(level="warning", message=message))
 
     def _note_skipped_tokens(self, losses: RowLosses) -> None:
         new = f"{counted(losses.num_left_out, 'token')} to predict"
@@ -162,9 +201,7 @@ class _Benchmark:
                 f"there is nothing to compare with the base: {new}, all of them new, which the base does not have",
                 hint="Use --no-base, or other rows.",
             )
-        note = f"{new} that the base does not have: left out of every loss; --no-base counts them"
-        self.notes.append(note)
-        self.reporter.report(Noted(level="warning", message=note))
+        self.note(f"{new} that the base does not have: left out of every loss; --no-base counts them")
 
 
 def _evaluate_first(benchmark: _Benchmark, load_plan: LoadPlan, *, has_merged: bool, has_base: bool) -> None:
@@ -186,6 +223,11 @@ def _states(
     if has_base:
         yield "base", source.base_name, model.disable_adapter()
     yield "adapter", str(source.adapter), nullcontext()
+
+
+def _evaluate_unquantized(benchmark: _Benchmark, load_plan: LoadPlan) -> None:
+    loaded, source = load_planned(load_plan, benchmark.reporter), load_plan.source
+    benchmark.measure("unquantized", source.name if source.adapter is None else str(source.adapter), loaded)
 
 
 def _evaluate_merged(benchmark: _Benchmark, merged: Merged) -> None:

@@ -75,7 +75,8 @@ def _data_problems(resolved: Resolved[EvaluateSettings]) -> Iterator[Problem]:
                 hint="Name a data set of the hub with --dataset.",
             )
         holds_out = data.eval_dataset is not None or (data.dataset is not None and data.eval_split is not None)
-        if not holds_out and not request.tasks and not _may_hold_out(resolved):
+        needs_rows = not request.tasks or request.with_unquantized
+        if not holds_out and needs_rows and not _may_hold_out(resolved):
             yield Problem(
                 where="--dataset",
                 message="is missing. Only of a run the rows to evaluate are known: those that it held out",

@@ -16,7 +16,7 @@ from qlora_cli.evaluating.rows import (
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan, check_placement, plan_outlined
 from qlora_cli.loading.loader import check_weights
-from qlora_cli.loading.model_outline import find, settle_load
+from qlora_cli.loading.model_outline import ModelOutline, find, settle_load
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.units import counted
@@ -24,10 +24,14 @@ from qlora_cli.units import counted
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """A model that can be loaded, and how to read the rows; `run` is the record of its rows, if it is a run's."""
+    """A model that can be loaded, and how to read the rows; `run` is the record of its rows, if it is a run's.
+
+    `outline` are the small files of the model.
+    """
 
     asked: Resolved[EvaluateSettings]
     settled: EvaluateSettings
+    outline: ModelOutline
     load_plan: LoadPlan
     run: TrainedRows | None
 
@@ -65,7 +69,7 @@ def plan_evaluation(resolved: Resolved[EvaluateSettings], reporter: Reporter) ->
     settled = settle_load(resolved, model, reporter, inferred_from_rows(resolved, run))
     load_plan = plan_outlined(model, settled.settings, reporter)
     check_weights(load_plan, reporter)
-    return EvaluationPlan(asked=resolved, settled=settled.settings, load_plan=load_plan, run=run)
+    return EvaluationPlan(asked=resolved, settled=settled.settings, outline=model, load_plan=load_plan, run=run)
 
 
 def _note_rows(rows: HeldOutRows, reporter: Reporter) -> None:

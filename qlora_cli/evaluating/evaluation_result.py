@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["model", "base", "adapter", "merged"]
+Kind = Literal["model", "base", "adapter", "unquantized", "merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,8 @@ class SourceResult:
     """The figures of one model on the rows. Losses are means over all trained tokens, independent of batching.
 
     Attributes:
-        source: The kind of model; `model` is one without an adapter.
+        source: The kind of model; `model` is one without an adapter, `unquantized` the requested model on its base as
+            it was before quantization.
         path: Its name: a directory, or a hub id.
         quantization: How its linear layers are stored.
         loss: Mean negative log-likelihood of a token, in nats; None if it is not finite.
@@ -54,6 +55,30 @@ class TaskResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationCost:
+    """What a model lost by the quantization of its base, on the trained tokens of the rows; None if not finite.
+
+    Attributes:
+        source, quantization: The quantized model, and how its linear layers are stored.
+        num_tokens: The tokens whose predictions were compared.
+        loss_difference: Its loss minus that of the unquantized model, in nats.
+        loss_difference_stderr: Standard error of the difference, paired by row; None for a single row.
+        mean_kl: The divergence (Kullback-Leibler) of its predictions from the unquantized model's, in nats a token.
+        mean_kl_stderr: Standard error of the divergence, over rows; None for a single row.
+        top_token_agreement: Share of tokens that both predict the same most likely token for.
+    """
+
+    source: Kind
+    quantization: str
+    num_tokens: int
+    loss_difference: float | None
+    loss_difference_stderr: float | None
+    mean_kl: float | None
+    mean_kl_stderr: float | None
+    top_token_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The result of `qlora evaluate`.
 
@@ -69,6 +94,7 @@ class Evaluation:
         fingerprint: A SHA-256 over the tokens and labels of the rows.
         is_training_data: Whether the adapter is known to have been trained on that data.
         sources: The result of each model, the base first.
+        quantization_cost: What the model lost by quantization, if it was evaluated unquantized, too.
         tasks: The figures of lm-eval.
         notes: Notes for reading the figures.
     """
@@ -85,5 +111,6 @@ class Evaluation:
     fingerprint: str | None
     is_training_data: bool
     sources: tuple[SourceResult, ...]
+    quantization_cost: QuantizationCost | None = None
     tasks: tuple[TaskResult, ...]
     notes: tuple[str, ...]

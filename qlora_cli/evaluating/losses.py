@@ -5,7 +5,7 @@ The head and the loss are those of training: logits exist one chunk at a time, a
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +51,8 @@ class RowLosses:
         num_left_out: Trained tokens that are not counted, since the base lacks them.
         num_fed: All tokens of the rows, without padding.
         batch_size: The final batch size.
+        states: For each row the hidden states that its trained tokens were predicted from, `(tokens, hidden)` on the
+            CPU, if they were to be kept.
     """
 
     nll: NDArray[np.float64]
@@ -60,6 +62,7 @@ class RowLosses:
     seconds: float
     num_fed: int
     batch_size: int
+    states: tuple[torch.Tensor, ...] | None = None
 
     @property
     def loss(self) -> float:
@@ -76,12 +79,14 @@ def measure_losses(
     dtype: torch.dtype,
     batch_size: int,
     num_known: int | None = None,
+    keeps_states: bool = False,
     title: str,
     reporter: Reporter,
 ) -> RowLosses:
     """Return the losses of `model` on the rows of `data`, computed in `dtype`; `title` names it in progress reports.
 
     Tokens with ids from `num_known` on, if given, are not counted: a model that is compared lacks them.
+    With `keeps_states`, the result has the hidden states of all rows, too.
     Rows are batched by length, the longest first. If a batch does not fit in memory, it and all later ones are
     halved.
 
@@ -93,6 +98,7 @@ def measure_losses(
     collate = make_collator(pad_token_id, packing=False)
     order = np.argsort(-data.lengths, kind="stable")
     figures_of_rows = np.zeros((len(order), 3))
+    states_of_rows: dict[int, torch.Tensor] = {}
     progress = _LossProgress(data.lengths, title, reporter)
     done = num_left_out = 0
     with _evaluating(model):
@@ -100,14 +106,15 @@ def measure_losses(
             indices = order[done : done + batch_size]
             batch = collate([data.dataset[int(index)] for index in indices])
             num_new = _mask_new_tokens(batch, num_known)
-            figures = _try_batch(base, batch, dtype)
-            if figures is None:
+            measured = _try_batch(base, batch, dtype, keeps_states=keeps_states)
+            if measured is None:
                 batch_size = _halved(len(indices), batch, reporter)
                 continue
             if not done:
-                with _autocast(base, dtype):
+                with autocast(base, dtype):
                     check_head(base)
-            figures_of_rows[indices] = figures
+            figures_of_rows[indices], states = measured
+            states_of_rows |= zip(map(int, indices), states, strict=True) if keeps_states else ()
             done += len(indices)
             num_left_out += num_new
             progress.report(order[:done])
@@ -119,6 +126,7 @@ def measure_losses(
         seconds=progress.seconds,
         num_fed=int(data.lengths.sum()),
         batch_size=batch_size,
+        states=tuple(states_of_rows[row] for row in range(len(order))) if keeps_states else None,
     )
 
 
@@ -156,27 +164,36 @@ def _mask_new_tokens(batch: dict[str, Any], num_known: int | None) -> int:
     return int(is_new[:, 1:].sum())  # nothing predicts the first token
 
 
-def _autocast(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[Any]:
+def autocast(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return the context in which a model computes in `dtype` as in training."""
     return torch.autocast(model.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
 
 
-def _try_batch(model: PreTrainedModel, batch: dict[str, Any], dtype: torch.dtype) -> NDArray[np.float64] | None:
-    """Return `(rows, 3)`: negative log-likelihood, correct and trained tokens; None if memory is short."""
+def _try_batch(
+    model: PreTrainedModel, batch: dict[str, Any], dtype: torch.dtype, *, keeps_states: bool
+) -> tuple[NDArray[np.float64], Sequence[torch.Tensor]] | None:
+    """Return `(rows, 3)`, negative log-likelihood, correct and trained tokens, and the states of each row, if kept.
+
+    Return None if memory is short.
+    """
     try:
         inputs = {name: value.to(model.device) for name, value in batch.items()}
         labels, head = inputs.pop("labels"), output_head(model)
-        with _autocast(model, dtype):
+        with autocast(model, dtype):
             hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
             positions, targets = trained_tokens(labels, IGNORE_INDEX)
             losses = token_losses(hidden, head, positions, targets, compute_dtype(hidden))
         figures = torch.stack([losses.nll.double(), losses.is_top1.double(), torch.ones_like(losses.nll).double()])
         by_position = figures.new_zeros((3, labels.numel())).index_copy_(1, positions, figures)
         summed: NDArray[np.float64] = by_position.view(3, *labels.shape).sum(2).t().cpu().numpy()
+        states: Sequence[torch.Tensor] = ()
+        if keeps_states:
+            states = hidden.flatten(0, 1)[positions].cpu().split(summed[:, 2].astype(int).tolist())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
-    return summed
+    return summed, states
 
 
 def _halved(num_rows: int, batch: dict[str, Any], reporter: Reporter) -> int:

@@ -163,7 +163,7 @@ def check_head(model: PreTrainedModel) -> None:
         handle.remove()
         model.train(was_training)
     with gathered_head(model) as head:
-        logits = _logits(hidden[0], head)
+        logits = logits_of(hidden[0], head)
     num_rows = logits.shape[-1]
     own, others = own[..., :num_rows], own[..., num_rows:]
     if not bool(own.isfinite().all()):
@@ -180,7 +180,8 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _logits(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+def logits_of(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """Return the logits of hidden states, `(..., vocabulary)`, in fp32; under autocast, if it is enabled."""
     dtype = compute_dtype(hidden)
     logits = hidden.to(dtype) @ head.merged_weight(dtype).t()
     logits = (logits if head.bias is None else logits + head.bias.to(dtype)).float() * head.scale

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from qlora_cli.cli.console import console, title
-from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
+from qlora_cli.evaluating.evaluation_result import Evaluation, QuantizationCost, SourceResult, TaskResult
 from qlora_cli.units import counted
 from qlora_cli.visible import visible
 
@@ -24,9 +24,19 @@ def render_evaluation(evaluation: Evaluation) -> None:
         title(f"{visible(evaluation.model)} on {visible(evaluation.dataset or NOTHING)}")
         console().print(Text(f"  {rows}"), soft_wrap=True)
         print_table([HEADINGS, *map(source_cells, evaluation.sources)], num_names=1)
+    if evaluation.quantization_cost is not None:
+        console().print(Text(f"  {cost_line(evaluation.quantization_cost)}"), soft_wrap=True)
     if evaluation.tasks:
         title(f"{visible(evaluation.model)}: tasks of lm-eval")
         print_table([TASK_HEADINGS, *map(task_cells, evaluation.tasks)], num_names=3)
+
+
+def cost_line(cost: QuantizationCost) -> str:
+    """Return what quantization costs, in a line."""
+    loss = with_stderr(cost.loss_difference, cost.loss_difference_stderr, sign="+")
+    kl = with_stderr(cost.mean_kl, cost.mean_kl_stderr)
+    same = f"{cost.top_token_agreement:.1%} same top token"
+    return f"{cost.quantization} costs {loss} nats; KL {kl}, {same}"
 
 
 def source_cells(source: SourceResult) -> tuple[str, ...]:

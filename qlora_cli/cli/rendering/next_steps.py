@@ -71,10 +71,17 @@ def _loss(run: ComparedRun) -> float:
 
 
 def after_evaluation(result: Evaluation) -> list[str]:
-    """Return how an adapter becomes a model of its own, how it is served, or how a model is trained."""
+    """Return how an adapter becomes a model of its own, how it is served, or how a model is trained.
+
+    After a comparison with the unquantized model, also how its layers are compared.
+    """
+    cost = result.quantization_cost
+    layers = (
+        [] if cost is None else [f"{command('load', result.base_model, '--quant', cost.quantization)} --error-on FILE"]
+    )
     if result.adapter is None:
-        return [_train(result.model)]
-    return [command("merge", result.model) if result.merged is None else command("chat", result.merged)]
+        return [_train(result.model), *layers]
+    return [command("merge", result.model) if result.merged is None else command("chat", result.merged), *layers]
 
 
 def after_answers(model: str) -> list[str]:

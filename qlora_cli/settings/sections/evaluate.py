@@ -23,6 +23,10 @@ class EvaluationSettings(Section):
     with_base: Annotated[bool | None, Metadata(flag="--base", off_flag="--no-base", commands=EVALUATE)] = Field(
         default=None, description="Evaluate the base without its adapter, too; the default for an adapter."
     )
+    with_unquantized: Annotated[bool, Metadata(flag="--unquantized", commands=EVALUATE)] = Field(
+        default=False,
+        description="Evaluate the same model unquantized, too, after the first was freed: what quantization costs.",
+    )
     merged: Annotated[Path | None, Metadata(flag="--merged", commands=EVALUATE)] = Field(
         default=None,
         description="Merged model to compare with; by default what qlora merge wrote into the run.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -16,9 +17,11 @@ from qlora_cli.errors import DataError, ModelError, QloraError, SettingsError
 from qlora_cli.evaluating import evaluation as evaluating
 from qlora_cli.evaluating import evaluation_plan
 from qlora_cli.evaluating.evaluation import evaluate
+from qlora_cli.evaluating.evaluation_plan import EvaluationPlan, plan_evaluation
 from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult
 from qlora_cli.events import Noted
 from qlora_cli.loading.loader import LoadedModel, load_planned
+from qlora_cli.loading.save import save_quantized
 from qlora_cli.runs.run_result import TrainResult
 from qlora_cli.settings.models import EvaluateSettings
 from qlora_cli.settings.resolve import Sources, resolve
@@ -88,6 +91,95 @@ def by_source(evaluation: Evaluation) -> dict[str, SourceResult]:
 
 def warnings_of(recorder: Recorder) -> list[str]:
     return [event.message for event in recorder.events if isinstance(event, Noted) and event.level == "warning"]
+
+
+# ---- what quantization costs
+
+
+def plan_in_fp32(model: Path, rows: Path, quantization: str = "nf4") -> EvaluationPlan:
+    """Return the plan to evaluate a model or adapter in fp32 on rows of at most 200 tokens."""
+    flags: dict[str, Any] = {"model.name": str(model), "model.device": "cpu", "model.dtype": "fp32"}
+    flags |= {"data.dataset": str(rows), "data.max_length": 200, "quantization.method": quantization}
+    given = {path: (path, value) for path, value in flags.items()}
+    return plan_evaluation(resolve(Sources(flags=given), EvaluateSettings), Recorder())
+
+
+def exact_predictions(plan: EvaluationPlan) -> torch.Tensor:
+    """Return the log-probabilities of all tokens where a trained one follows, and its id as the last column.
+
+    `(trained tokens, vocabulary + 1)`, in fp64, by the model's own forward pass of a row at a time.
+    """
+    data, loaded = plan.read_rows(Recorder()).data.dataset, load_planned(plan.load_plan, Recorder())
+    predictions = []
+    for row in data:
+        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            log_probs = loaded.model(input_ids=ids).logits.double().log_softmax(-1)
+        is_trained = labels[0, 1:] != -100
+        chosen = log_probs[0, :-1][is_trained]
+        predictions.append(torch.cat([chosen, labels[0, 1:][is_trained].double()[:, None]], 1))
+    return torch.cat(predictions)
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_what_quantization_costs_is_the_divergence_from_the_model_itself(
+    folder: Path, trained: TrainResult, has_adapter: bool
+) -> None:
+    held_out = folder / "held-out.jsonl"
+    flags: dict[str, Any] = {"data__dataset": str(held_out), "data__max_length": 200, "model__dtype": "fp32"}
+    model = trained.output if has_adapter else folder / "base"
+    evaluation = run_evaluation(model, request={"with_unquantized": True, "batch_size": 3}, **flags)
+    adapter = trained.adapter if has_adapter else None
+    plans = [plan_in_fp32(adapter or folder / "base", held_out, method) for method in ("nf4", "none")]
+    quantized, exact = (exact_predictions(plan) for plan in plans)
+    targets = exact[:, -1].long()[:, None]
+    one, two = quantized[:, :-1], exact[:, :-1]
+    losses = [float(-log_probs.gather(1, targets).mean()) for log_probs in (one, two)]
+    cost, sources = evaluation.quantization_cost, by_source(evaluation)
+    assert cost is not None
+    assert (cost.source, cost.quantization) == ("adapter" if has_adapter else "model", "nf4")
+    assert sources["unquantized"].quantization == "none"
+    assert cost.mean_kl == pytest.approx(float((two.exp() * (two - one)).sum(1).mean()), rel=1e-3)
+    assert cost.top_token_agreement == pytest.approx(float((one.argmax(1) == two.argmax(1)).double().mean()))
+    assert [sources[cost.source].loss, sources["unquantized"].loss] == pytest.approx(losses, rel=1e-5)
+    assert cost.loss_difference == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
+    assert cost.num_tokens == len(exact) == sources["unquantized"].num_tokens
+    assert cost.mean_kl_stderr is not None
+    assert cost.mean_kl > 3 * cost.mean_kl_stderr > 0
+    reversed_kl = float((one.exp() * (one - two)).sum(1).mean())
+    assert cost.mean_kl != pytest.approx(reversed_kl, rel=1e-3)
+
+
+def test_the_quantized_model_is_freed_before_the_unquantized_one_is_loaded(
+    trained: TrainResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*args: Any, **kwargs: Any) -> LoadedModel:
+        assert all(model() is None for model in loaded)
+        model = load_planned(*args, **kwargs)
+        loaded.append(weakref.ref(model.model))
+        return model
+
+    monkeypatch.setattr(evaluating, "load_planned", load)
+    evaluation = run_evaluation(trained.output, request={"with_unquantized": True})
+    assert [source.source for source in evaluation.sources] == ["base", "adapter", "unquantized"]
+    assert len(loaded) == 2
+
+
+def test_where_nothing_is_quantized_or_known_unquantized_it_is_refused(merged_run: TrainResult, folder: Path) -> None:
+    request = {"with_unquantized": True}
+    with pytest.raises(ModelError, match="is evaluated unquantized already") as refused:
+        run_evaluation(merged_run.output, request=request)
+    assert refused.value.setting == "evaluate.with_unquantized"
+    quantized = folder / "quantized"
+    save_quantized(
+        load_planned(plan_in_fp32(folder / "base", folder / "other.jsonl").load_plan, Recorder()),
+        quantized,
+        Recorder(),
+    )
+    with pytest.raises(ModelError, match="is quantized already, without the weights"):
+        run_evaluation(quantized, request=request, data__dataset=str(folder / "other.jsonl"))
 
 
 # ---- a run
