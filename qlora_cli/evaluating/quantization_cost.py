@@ -59,7 +59,7 @@ def plan_unquantized(load_plan: LoadPlan, model: ModelOutline) -> LoadPlan:
 
 
 def note_on_initialization(load_plan: LoadPlan) -> str | None:
-    """Return why the unquantized model is no reference for an adapter that was initialized with quantization errors."""
+    """Return why the unquantized model is no reference for an adapter initialized with quantization errors."""
     record = load_plan.source.record
     init = None if record is None else record.settings.get("lora", {}).get("init_lora_weights")
     if init not in {one.value for one in LoraInit if one.fits_quantization_error}:
