@@ -145,6 +145,7 @@ def test_what_quantization_costs_is_the_divergence_from_the_model_itself(
     assert cost.loss_difference == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
     assert cost.num_tokens == len(exact) == sources["unquantized"].num_tokens
     assert cost.mean_kl_stderr is not None
+    assert cost.mean_kl is not None
     assert cost.mean_kl > 3 * cost.mean_kl_stderr > 0
     reversed_kl = float((one.exp() * (one - two)).sum(1).mean())
     assert cost.mean_kl != pytest.approx(reversed_kl, rel=1e-3)
