@@ -22,7 +22,8 @@ from qlora_cli.loading.model_outline import ModelOutline
 from qlora_cli.loss.chunked_loss import block_tokens, slices
 from qlora_cli.loss.output_head import logits_of, output_head
 from qlora_cli.settings.choices import LoraInit, Quantization
-from qlora_cli.settings.models import QuantizationSettings
+from qlora_cli.settings.open_method import METHOD
+from qlora_cli.settings.settle import with_settings
 
 SETTING = "evaluate.with_unquantized"
 
@@ -47,7 +48,7 @@ def plan_unquantized(load_plan: LoadPlan, model: ModelOutline) -> LoadPlan:
             hint="Leave it out, or quantize the model with --quant.",
             setting=SETTING,
         )
-    settings = load_plan.settings.model_copy(update={"quantization": QuantizationSettings(method=Quantization.NONE)})
+    settings = with_settings(load_plan.settings, {METHOD: Quantization.NONE})
     try:
         return with_storage(load_plan, model, settings)
     except OutOfMemoryError as error:
