@@ -245,6 +245,8 @@ ALLOWED = {
     "doctor/checks_bitsandbytes.py": 8,
     # How fast bitsandbytes dequantizes the default is measured.
     "timing/measuring.py": 1,
+    # What a model is compared with that has any method: itself, with none.
+    "evaluating/quantization_cost.py": 1,
     # An export format, which is a preset of that method.
     "merging/exports/nf4.py": 1,
 }
