@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ TITLES: dict[Kind, str] = {
     "unquantized": "the model unquantized",
     "merged": "the merged model",
 }
+COMPARED: tuple[Kind, ...] = ("model", "adapter", "unquantized")  # as quantized, and as it was before
 
 
 @without_cudnn_attention()
@@ -128,7 +129,7 @@ class _Benchmark:
     """The measurements for each model, and the results so far. `base` is what others are compared with.
 
     Only tokens with ids below `num_known` are counted, if the base has fewer than the adapter. With `keeps_states`,
-    hidden states are kept, so that the last quantized model, in `quantized`, is compared with it unquantized.
+    hidden states are kept, so that the requested model, in `quantized`, is compared with it unquantized.
     """
 
     request: EvaluationSettings
@@ -169,7 +170,7 @@ class _Benchmark:
             dtype=loaded.dtype.torch_dtype,
             batch_size=self.request.batch_size,
             num_known=self.num_known,
-            keeps_states=self.keeps_states and kind != "merged",
+            keeps_states=self.keeps_states and kind in COMPARED,
             title=TITLES[kind],
             reporter=self.reporter,
         )
@@ -181,12 +182,12 @@ class _Benchmark:
         quantization = loaded.settings.quantization.method.value
         self.sources.append(summarize(kind, path, quantization, losses, self.base))
         if kind == "base":
-            self.base = replace(losses, states=None)
+            self.base = losses
         if kind == "unquantized":
             assert self.quantized is not None, "measured before"
             self.quantization_cost = quantization_cost(self.quantized, losses, loaded)
             self.quantized = None  # its states are as many bytes as those of the other
-        elif self.keeps_states and kind != "merged":
+        elif self.keeps_states and kind in COMPARED:
             self.quantized = QuantizedModel(source=kind, quantization=quantization, losses=losses)
 
     def note(self, message: str) -> None:

@@ -7,6 +7,8 @@ that several tools use means the same in all of them; only its default differs.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qlora_cli.settings.choices import COMPARED_BY
+
 TRUE, FALSE = "true", "false"
 KEEP_DEFAULT = None  # of a value: our default does the same
 
@@ -23,6 +25,7 @@ class Foreign:
         is_complete: Whether `values` has all values that can be translated.
         advice: What to do instead, or how ours differs: one or two sentences.
         is_needless: Whether nothing has to be done in place of it.
+        read_with: The objectives, by our names, with which other tools read it; all, if there are none.
     """
 
     names: tuple[str, ...]
@@ -31,6 +34,7 @@ class Foreign:
     is_complete: bool = False
     advice: str = ""
     is_needless: bool = False
+    read_with: tuple[str, ...] = ()
 
 
 def _to(setting: str, *names: str, advice: str = "", values: Mapping[str, object] | None = None) -> Foreign:
@@ -233,12 +237,16 @@ TABLE: tuple[Foreign, ...] = (
         *("stage", "rl", "rlhf_type"),
         advice=OBJECTIVES,
     ),
-    _to("training.beta", "pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"),
-    _only(
-        "training.objective",
-        {"sigmoid": KEEP_DEFAULT, "orpo": "orpo"},
-        "pref_loss",
+    Foreign(
+        names=("pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"), setting="training.beta", read_with=tuple(COMPARED_BY)
+    ),
+    Foreign(
+        names=("pref_loss",),
+        setting="training.objective",
+        values={"sigmoid": KEEP_DEFAULT, "orpo": "orpo"},
+        is_complete=True,
         advice="The losses of --objective dpo and orpo are those of the papers.",
+        read_with=("dpo",),
     ),
     _none("qlora trains adapters on one base; --base-model names the base of a given adapter.", "lora_model_dir"),
     _none(SHARDING, "deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "context_parallel_size"),

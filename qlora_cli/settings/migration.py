@@ -20,11 +20,12 @@ from qlora_cli.settings.value_sources import read_yaml
 from qlora_cli.settings.yaml_limits import UNREADABLE
 
 METHOD, DATASET, FORMAT, SPLIT = "quantization.method", "data.dataset", "data.format", "data.split"
+OBJECTIVE = "training.objective"
 WARMUP_KEYS = frozenset({"warmup_steps", "warmup_ratio", "num_warmup_steps", "warmup"})
 NO_COUNTERPART = "qlora has no such setting."
 NOT_GIVEN: tuple[object, ...] = (None, "", [], {})
-# Keys that say less than others, which replace what they say: of the quantization, and of the objective (`pref_loss`).
-SAY_LESS = ("adapter", "stage")
+# Keys that are read first, since others replace what they say of the quantization, or are read with some objectives.
+FIRST = ("adapter", "stage", "rl", "rlhf_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def migrate(path: Path) -> Migration:
     given = {key: value for key, value in _read(path).items() if value not in NOT_GIVEN}
     tool = max(TOOLS, key=lambda tool: len(tool.marks & set(map(spelling_of, given))))
     migration = Migration(tool=tool.name)
-    for key in sorted(given, key=lambda key: spelling_of(key) not in SAY_LESS):
+    for key in sorted(given, key=lambda key: spelling_of(key) not in FIRST):
         _add_key(migration, key, given[key])
     if not migration.values:
         message = "has no key of axolotl, LLaMA-Factory or TRL"
@@ -169,7 +170,10 @@ def _add_key(migration: Migration, key: str, value: object) -> None:
         else:
             _add_own(migration, setting, key, value)
         return
-    if entry.setting in (DATASET, "data.eval_dataset"):
+    if entry.read_with and migration.values.get(OBJECTIVE) not in entry.read_with:
+        reason = f"Without {' or '.join(entry.read_with)}, it has no effect."
+        migration.left_out.append(LeftOut(key=key, reason=reason, is_needless=True))
+    elif entry.setting in (DATASET, "data.eval_dataset"):
         _add_datasets(migration, entry.setting, key, value)
     elif not (value is False and entry.setting is None):
         _add_translated(migration, entry, key, value)

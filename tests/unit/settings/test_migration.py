@@ -241,3 +241,17 @@ def test_training_by_comparison_is_translated(objective: str, text: str, tmp_pat
     training = as_read(migration, tmp_path).settings.training
     assert (training.objective, training.beta) == (objective, 0.2)
     assert migration.left_out == []
+
+
+@pytest.mark.parametrize("stage", ["", "stage: sft\n", "rl: null\n"])
+def test_what_other_tools_read_of_pairs_alone_is_left_out_without_them(stage: str, tmp_path: Path) -> None:
+    text = (
+        f"base_model: owner/base-8b\ndatasets: rows.jsonl\noutput_dir: run\npref_loss: orpo\npref_beta: 0.2\n{stage}"
+    )
+    migration = migrated(text, tmp_path)
+    assert as_read(migration, tmp_path).settings.training.objective == "sft"
+    assert {(entry.key, entry.is_needless) for entry in migration.left_out} == {
+        ("pref_loss", True),
+        ("pref_beta", True),
+    }
+    assert not {"training.objective", "training.beta"} & set(migration.values)
