@@ -33,8 +33,10 @@ from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.adapter_health import AdapterHealth
 from qlora_cli.runs.checkpoints import CheckpointStore, damage_of
+from qlora_cli.runs.checksums import checksums_of
 from qlora_cli.runs.directory import ADAPTER, RunDirectory
 from qlora_cli.runs.forgetting import Forgetting
+from qlora_cli.runs.record import read_record, write_record
 from qlora_cli.runs.run_result import PeakMemory, TrainResult
 from qlora_cli.settings.choices import Attention, Checkpointing, TrainingLoss
 from qlora_cli.training.arguments import training_arguments
@@ -419,11 +421,16 @@ class Session:
 
 
 def save_adapter(prepared: PreparedRun, directory: RunDirectory, trained: TrainedSteps) -> None:
-    """Write `adapter/`: the PEFT adapter, its card, the tokenizer and its chat template, complete or absent."""
+    """Write `adapter/`: the PEFT adapter, its card, the tokenizer and its chat template, complete or absent.
+
+    The record of the run has the checksums of its files before they are in place: a run that is killed right after
+    that recognizes them as its own when it is resumed.
+    """
 
     def fill(path: Path) -> None:
         save_trained_adapter(prepared.model, path)
         prepared.loaded.tokenizer.save_pretrained(path)
         write_card(path, prepared, trained)
+        write_record(directory, read_record(directory.path).updated(adapter_files=checksums_of(path)))
 
     write_directory(directory.adapter, fill)

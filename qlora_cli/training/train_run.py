@@ -28,7 +28,6 @@ from qlora_cli.runs.checkpoints import (
     read_checksums,
     step_of,
 )
-from qlora_cli.runs.checksums import checksums_of
 from qlora_cli.runs.directory import RunDirectory, RunLock, clear_startup_files
 from qlora_cli.runs.metrics import MetricsWriter
 from qlora_cli.runs.record import (
@@ -195,7 +194,8 @@ def _run_locked(
         raise
     note_stream(prepared.train_data, reporter)
     status = "interrupted" if result.interrupted_by else "done"
-    ended = {"status": status, "result": result.recorded(), "adapter_files": checksums_of(directory.adapter)}
+    written = read_record(directory.path).adapter_files
+    ended = {"status": status, "result": result.recorded(), "adapter_files": written}
     record = _opening_record(prepared, directory, started).updated(**ended)
     write_record(directory, record)
     draw_report(directory.path, reporter)

@@ -86,11 +86,11 @@ def test_a_run_killed_at_any_time_ends_as_if_nothing_had_happened(
         )
         kills, inside, round_ = kills + more, inside + more_inside, round_ + 1
         assert_same(run, whole)
+        # No temporary files are left.
+        names = {path.name for path in run.iterdir()}
+        assert names - {"run.lock"} == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json"}
+        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-12", "step-13"]
     print(f"{kills} kills, {inside} of them inside of a checkpoint's write, in {round_} runs")
-    # No temporary files are left.
-    names = {path.name for path in run.iterdir()}
-    assert names - {"run.lock"} == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.json"}
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-12", "step-13"]
 
 
 def notes_of(recorder: Recorder) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from qlora_cli.events import Noted, StepDone
+from qlora_cli.events import Noted, PhaseStarted, StepDone
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, short_settings
-from tests.support.processes.killed_runs import kill_after
+from tests.support.processes.killed_runs import Killed, kill_after
 
 FAST = {
     **{"training__max_steps": 5, "training__save_steps": 1, "training__gradient_accumulation_steps": 1},
@@ -75,6 +75,23 @@ def test_the_adapter_of_a_resumed_run_is_kept_only_if_it_was_edited(
     assert kept_adapter.exists() == (name is not None)
     if name is not None:
         assert (kept_adapter / name).read_text() == "my notes"
+
+
+def test_an_adapter_is_its_runs_own_as_soon_as_it_is_in_place(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    class KilledOnceWritten(Recorder):
+        def report(self, event: Any) -> None:
+            if isinstance(event, PhaseStarted) and event.title == "Checking the adapter":
+                raise Killed
+
+    settings, run = short_settings(base_model, rows, tmp_path / "run", **FAST), tmp_path / "run"
+    with pytest.raises(Killed):
+        train(settings, KilledOnceWritten())
+    assert (run / "adapter").is_dir()
+    recorder = Recorder()
+    assert train(settings, recorder).steps == 5
+    assert (run / "adapter").is_dir()
+    assert not (run / "adapter-kept").exists()
+    assert not [note for note in notes_of(recorder) if "adapter-kept" in note]
 
 
 def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
