@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from qlora_cli.settings.display import choices_of, is_switch
+from qlora_cli.settings.files.preset_files import presets
 from qlora_cli.settings.models import KINDS, metadata_of, sections_of
-from qlora_cli.settings.preset_files import presets
 from qlora_cli.settings.setting_metadata import Command, Named
 
 Complete = Callable[[str], list[str]]

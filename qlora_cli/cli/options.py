@@ -17,9 +17,9 @@ from qlora_cli.cli.failures import WHERE
 from qlora_cli.cli.volume import Quiet, Verbose
 from qlora_cli.cli.without_cache import ensure_cache
 from qlora_cli.settings.display import display_default, is_switch, metavar
+from qlora_cli.settings.files.preset_files import preset_file
 from qlora_cli.settings.help_groups import HelpGroup
 from qlora_cli.settings.models import KINDS, Section, metadata_of, sections_of
-from qlora_cli.settings.preset_files import preset_file
 from qlora_cli.settings.setting_metadata import TRAINING_DATA, Command, Metadata
 
 if TYPE_CHECKING:

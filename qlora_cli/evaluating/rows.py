@@ -18,8 +18,9 @@ from qlora_cli.evaluating.evaluation_checks import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
-from qlora_cli.settings.choices import DataFormat, Mixing
+from qlora_cli.settings.choices import Mixing
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, by_path, inferred_origin
 

@@ -7,7 +7,7 @@ that several tools use means the same in all of them; only its default differs.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qlora_cli.settings.choices import COMPARED_BY
+from qlora_cli.settings.objectives import COMPARED_BY
 
 TRUE, FALSE = "true", "false"
 KEEP_DEFAULT = None  # of a value: our default does the same

@@ -13,11 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_cli.errors import Problem, SettingsError
+from qlora_cli.settings.files.settings_file import in_one_line, settings_lines
+from qlora_cli.settings.files.yaml_limits import UNREADABLE
 from qlora_cli.settings.foreign_names import Foreign, foreign_of, spelling_of
 from qlora_cli.settings.models import SECTIONS, TrainSettings, metadata_of, value_adapter
-from qlora_cli.settings.settings_file import in_one_line, settings_lines
 from qlora_cli.settings.value_sources import read_yaml
-from qlora_cli.settings.yaml_limits import UNREADABLE
 
 METHOD, DATASET, FORMAT, SPLIT = "quantization.method", "data.dataset", "data.format", "data.split"
 OBJECTIVE = "training.objective"

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
-from qlora_cli.settings.choices import DataFormat, Objective
 from qlora_cli.settings.display import choices_of, example_of, flag_of, hint_for
 from qlora_cli.settings.models import SECTIONS, Section, field_of, sections_of, value_adapter
+from qlora_cli.settings.objectives import DataFormat, Objective
 from qlora_cli.settings.rules.conflicts import find_conflicts, forbidden_in_files
 from qlora_cli.settings.rules.objective_rules import implied_values
 from qlora_cli.settings.value_sources import (

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from qlora_cli.errors import Problem, SettingsError
+from qlora_cli.settings.files.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 from qlora_cli.settings.foreign_names import foreign_of
 from qlora_cli.settings.models import KINDS, SECTIONS, metadata_of
 from qlora_cli.settings.setting_metadata import Command
-from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 from qlora_cli.units import format_bytes
 
 # `code`: created in code, without a command line. `inferred`: not asked for, but read from a file or the machine.

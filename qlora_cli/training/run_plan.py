@@ -28,8 +28,8 @@ from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
-from qlora_cli.settings.choices import Objective
 from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.objectives import Objective
 from qlora_cli.settings.open_method import is_method_open, with_provisional_method
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin

@@ -2,9 +2,9 @@
 
 from qlora_cli import __version__
 from qlora_cli.files import as_json
+from qlora_cli.settings.files.settings_file import in_one_line, settings_lines
 from qlora_cli.settings.models import TrainSettings, metadata_of
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.settings.settings_file import in_one_line, settings_lines
 from qlora_cli.training.run_plan import SettledRun
 from qlora_cli.tuning.tuning_checks import EVAL_SPLIT, OF_TRIALS
 from qlora_cli.tuning.tuning_page import tuning_page

@@ -3,7 +3,7 @@
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
-from qlora_cli.settings.preset_files import presets as all_presets
+from qlora_cli.settings.files.preset_files import presets as all_presets
 
 AFTER_PRESETS = ("qlora train --preset NAME --dataset FILE --output DIRECTORY",)
 

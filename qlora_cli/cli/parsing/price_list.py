@@ -8,7 +8,7 @@ import yaml
 
 from qlora_cli.errors import HardwareError, Problem, UsageError
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
+from qlora_cli.settings.files.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 from qlora_cli.units import format_bytes
 
 EXAMPLE = "A line for each card, with the price of an hour: RTX 4090: 0.40"

@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.text import Text
 
 from qlora_cli.cli.console import console
-from qlora_cli.settings.preset_files import Preset
+from qlora_cli.settings.files.preset_files import Preset
 from qlora_cli.units import format_bytes
 
 Row = tuple[str, ...]

@@ -19,7 +19,7 @@ from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.limits import join_names
 from qlora_cli.errors import DataError
 from qlora_cli.files import existing_path, open_regular
-from qlora_cli.settings.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
+from qlora_cli.settings.files.yaml_limits import MAX_BYTES, UNREADABLE, find_violation
 
 CARD = "README.md"
 MAX_CARD_CHARACTERS = 4 * MAX_BYTES  # read of a card; one with hundreds of configs has a tenth of that

@@ -12,8 +12,8 @@ from qlora_cli.data.rows.examples import RowError
 from qlora_cli.data.rows.groups import with_group_column
 from qlora_cli.data.rows.unused_columns import check_preferences
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import DataFormat
 
 SAMPLED_ROWS = 100  # whose columns decide the format
 

@@ -16,7 +16,7 @@ from qlora_cli.data.reading.json_text import WINDOW_BYTES, BrokenJsonError, Deco
 from qlora_cli.data.reading.json_values import JsonValues, Required
 from qlora_cli.data.reading.raw import SELECT_ALL, RawRow, Selection, open_text
 from qlora_cli.data.rows.column_formats import PARTS
-from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.units import counted
 
 KINDS = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}

@@ -18,7 +18,7 @@ from qlora_cli.data.limits import join_names
 from qlora_cli.data.reading.raw import RawRow
 from qlora_cli.data.rows.column_formats import PARTS
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.units import counted
 
 MAX_LIST_DEPTH = 3  # of the objects around a list of rows

@@ -14,8 +14,8 @@ from qlora_cli.data.rows.special_columns import (
     may_change_meaning,
 )
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import SEGMENTS_HINT, DataFormat
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import SEGMENTS_HINT, DataFormat
 
 # The names of each part of a format: ours first, then those that popular data sets use.
 PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {

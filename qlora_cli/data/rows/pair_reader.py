@@ -6,7 +6,8 @@ from typing import Any
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.examples import Conversation, Example, Pair, PromptCompletion, RowError, json_type_of
 from qlora_cli.data.rows.row_reader import RowReader, as_context
-from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.choices import LossOn
+from qlora_cli.settings.objectives import DataFormat
 
 SIDES = ("chosen", "rejected")
 SKIP = "Leave such rows out (--on-bad-row skip)."

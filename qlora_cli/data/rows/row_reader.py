@@ -27,7 +27,8 @@ from qlora_cli.data.rows.examples import (
 from qlora_cli.data.rows.messages import MessageReader
 from qlora_cli.data.rows.tool_calls import read_tools
 from qlora_cli.data.rows.train_switches import TRAIN
-from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.choices import LossOn
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.units import counted
 
 MAX_TOKEN_ID = 2**31 - 1

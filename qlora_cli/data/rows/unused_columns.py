@@ -23,8 +23,8 @@ from qlora_cli.data.rows.special_columns import (
 )
 from qlora_cli.data.rows.train_switches import row_switch
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import OBJECTIVES_OF_PAIRS, DataFormat
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import OBJECTIVES_OF_PAIRS, DataFormat
 from qlora_cli.settings.settle import with_values
 
 QUESTION_COLUMNS = (

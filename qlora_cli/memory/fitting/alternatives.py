@@ -13,9 +13,9 @@ from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
 from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, LargerModel, PlanOption
 from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD
+from qlora_cli.settings.files.preset_files import Preset, presets
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.settings.open_method import METHOD
-from qlora_cli.settings.preset_files import Preset, presets
 from qlora_cli.settings.settle import with_settings
 
 ROOMY_SHARE = 0.75  # of the usable memory, at most, by a run that fits with ease

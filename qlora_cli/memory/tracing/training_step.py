@@ -32,7 +32,8 @@ from qlora_cli.memory.tracing.operation_count import OfParts, OperationCount
 from qlora_cli.memory.tracing.trace import NOT_PACKED, NOT_PADDED, MemoryTrace
 from qlora_cli.quantization.methods import auxiliary_tensors
 from qlora_cli.quantization.methods.method import META
-from qlora_cli.settings.choices import Checkpointing, Objective, SdpaBackend
+from qlora_cli.settings.choices import Checkpointing, SdpaBackend
+from qlora_cli.settings.objectives import Objective
 
 GRADIENTS, LOSS, ACTIVATIONS = "gradients", "loss", "activations"
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls to checkpoint a layer

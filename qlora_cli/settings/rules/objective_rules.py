@@ -3,16 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_cli.settings.choices import (
-    COMPARED_BY,
-    OBJECTIVES_OF_PAIRS,
-    DataFormat,
-    LoraInit,
-    LossOn,
-    Objective,
-    TrainingLoss,
-)
+from qlora_cli.settings.choices import LoraInit, LossOn, TrainingLoss
 from qlora_cli.settings.models import TrainingSettings
+from qlora_cli.settings.objectives import COMPARED_BY, OBJECTIVES_OF_PAIRS, DataFormat, Objective
 from qlora_cli.settings.rules.conflict import Conflict
 
 FORMAT, LEARNING_RATE = "data.format", "training.learning_rate"

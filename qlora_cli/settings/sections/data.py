@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import DataFormat, LossOn, Mixing, OnBadRow, OnLong
+from qlora_cli.settings.choices import LossOn, Mixing, OnBadRow, OnLong
 from qlora_cli.settings.help_groups import HelpGroup
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import DATA, TRAINING_DATA, Metadata, OnResume
 from qlora_cli.settings.values import Columns, Datasets, HeldOut, Name

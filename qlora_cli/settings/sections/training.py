@@ -5,18 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_cli.settings.choices import (
-    COMPARED_BY,
-    Checkpointing,
-    Objective,
-    OnNan,
-    Optimizer,
-    Sampling,
-    Schedule,
-    Strategy,
-    TrainingLoss,
-)
+from qlora_cli.settings.choices import Checkpointing, OnNan, Optimizer, Sampling, Schedule, Strategy, TrainingLoss
 from qlora_cli.settings.help_groups import HelpGroup
+from qlora_cli.settings.objectives import COMPARED_BY, Objective
 from qlora_cli.settings.section import Section
 from qlora_cli.settings.setting_metadata import (
     DATA,

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from qlora_cli.adapters.calls import disable_dropout, without_adapter
 from qlora_cli.loss.preference_loss import CHOSEN_REWARDS, PAIR_LOSSES, REJECTED_REWARDS
-from qlora_cli.settings.choices import Objective
+from qlora_cli.settings.objectives import Objective
 from qlora_cli.training.loss_model import Autocast, BatchLosses, LossModel
 from qlora_cli.training.preferences.pair_batches import NUM_TRAINED_OF
 

@@ -27,8 +27,9 @@ from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.quantization.methods.method import META
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.settings.choices import Objective, Optimizer, SdpaBackend
+from qlora_cli.settings.choices import Optimizer, SdpaBackend
 from qlora_cli.settings.models import LoraSettings
+from qlora_cli.settings.objectives import Objective
 from qlora_cli.training.callbacks.stop import StopSignal
 from qlora_cli.training.rehearsal import RehearsalCallback
 from qlora_cli.training.run_plan import prepare_run

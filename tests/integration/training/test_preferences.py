@@ -21,7 +21,7 @@ from qlora_cli.errors import ModelError
 from qlora_cli.events import Rewards, StepDone
 from qlora_cli.model_files.adapter_files import ADAPTER_WEIGHTS
 from qlora_cli.runs.find_runs import read_run
-from qlora_cli.settings.choices import COMPARED_BY
+from qlora_cli.settings.objectives import COMPARED_BY
 from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, RunQlora, train_settings

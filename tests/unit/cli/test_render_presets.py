@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_cli.cli.rendering.preset_table import preset_lines
-from qlora_cli.settings.preset_files import presets
+from qlora_cli.settings.files.preset_files import presets
 
 
 @pytest.mark.parametrize("width", [None, 200, 98, 97, 80, 60])

@@ -20,8 +20,8 @@ from qlora_cli.data.reading.raw import RawRow, Selection
 from qlora_cli.data.reading.readers import read_rows
 from qlora_cli.data.rows.column_formats import columns_in_use
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import DataFormat
 from tests.support.data.reading import read, values_of, write
 
 Array = Any

@@ -8,8 +8,9 @@ from qlora_cli.data.rows.column_formats import RowLayout, recognise
 from qlora_cli.data.rows.examples import Conversation, Example, PromptCompletion, RowError, Tokenized
 from qlora_cli.data.rows.row_reader import RowReader
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import DataFormat
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -24,8 +24,9 @@ from qlora_cli.data.tokenizing.tokens import RowTokenizer
 from qlora_cli.errors import ModelError
 from qlora_cli.events import Noted
 from qlora_cli.hardware.counters import peak_host_bytes
-from qlora_cli.settings.choices import DataFormat, LossOn
+from qlora_cli.settings.choices import LossOn
 from qlora_cli.settings.models import DataSettings
+from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.tokenizing import template_rendering
 from qlora_cli.tokenizing.chat_template import choose_chat_template
 from qlora_cli.tokenizing.template_rendering import (

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.errors import DataError
-from qlora_cli.settings.choices import DataFormat
+from qlora_cli.settings.objectives import DataFormat
 from tests.support.data.preparing import make_tokenizer, prepare, prepare_file, refusal, trained
 
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from qlora_cli.loss.preference_loss import (
     log_odds_of,
     orpo_losses,
 )
-from qlora_cli.settings.choices import COMPARED_BY
+from qlora_cli.settings.objectives import COMPARED_BY
 
 
 def test_every_objective_that_compares_has_a_loss() -> None:

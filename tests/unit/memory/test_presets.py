@@ -13,8 +13,8 @@ from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import facts_of_catalogue
+from qlora_cli.settings.files.preset_files import Preset, preset_file, presets
 from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.preset_files import Preset, preset_file, presets
 from qlora_cli.settings.resolve import Sources, resolve
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"

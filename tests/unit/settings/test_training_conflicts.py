@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from qlora_cli.errors import Problem, SettingsError
-from qlora_cli.settings.choices import COMPARED_BY, Attention, Optimizer
+from qlora_cli.settings.choices import Attention, Optimizer
 from qlora_cli.settings.models import (
     EstimateSettings,
     InspectMemorySettings,
@@ -16,6 +16,7 @@ from qlora_cli.settings.models import (
     field_of,
     metadata_of,
 )
+from qlora_cli.settings.objectives import COMPARED_BY
 from qlora_cli.settings.resolve import Resolved, Sources, resolve
 
 HELD_OUT = {"data.eval_split": "10%", "training.eval_steps": "5"}

@@ -1,0 +1,1 @@
+"""Files of settings: presets, those that are written, and what YAML may hold."""
