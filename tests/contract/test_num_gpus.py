@@ -76,13 +76,17 @@ def record_of(run: Path) -> dict[str, Any]:
     return record
 
 
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "qlora_cli"]
+
+
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
+def test_a_signal_to_the_launcher_ends_all_and_torchrun_goes_on_and_restarts_what_lost_a_process(
     base_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = arguments(base_model, rows, run, "--num-gpus", "2", "--max-steps", "30", "--schedule", "constant")
-    process = start_qlora(*command)
+    command = arguments(base_model, rows, run, "--max-steps", "30", "--schedule", "constant")
+    process = start_qlora(*command, "--num-gpus", "2")
     wait_for_step(process, run, 2)
     ranks = ranks_below(process.pid)
     assert sorted(ranks) == [0, 1]
@@ -95,18 +99,20 @@ def test_a_signal_to_the_launcher_ends_all_and_the_same_command_goes_on(
     assert "the same command resumes there" in stderr
     assert "torch" not in stderr
     assert record_of(run)["status"] == "interrupted"
-    # torchrun is another way to start the same run.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    without = [one for one in command if one not in ("--num-gpus", "2")]
-    process = start([*torchrun, "-m", "qlora_cli", *without, "--json"])
-    stdout, stderr = end_of(process)
+    stopped_at = len(steps_of(run))
+    # torchrun is another way to start the same run, and starts it again if it loses a process.
+    process = start([*torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1"), *command])
+    wait_for_step(process, run, stopped_at + 3)
+    os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
+    _, stderr = end_of(process)
     assert process.returncode == 0, stderr
-    result = json.loads(stdout)
-    assert result["steps"] == 30
-    assert result["resumed_from_step"] is not None
     record = record_of(run)
+    result = record["result"]
+    assert result["steps"] == len(steps_of(run)) == 30
+    assert result["resumed_from_step"] >= stopped_at + 3
     assert record["origins"]["training.num_gpus"] == "torchrun"
     assert record["settings"]["training"]["num_gpus"] == record["plan"]["num_devices"] == 2
+    assert [entry["step"] for entry in record["resumed"]] == [stopped_at, result["resumed_from_step"]]
 
 
 @pytest.mark.slow
@@ -123,27 +129,6 @@ def test_a_process_that_is_killed_ends_all_and_is_named(base_model: Path, rows: 
     assert "another process of this run ended without a word" in stderr
     assert record_of(run)["status"] == "failed"
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
-
-
-def torchrun(*options: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "qlora_cli"]
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_run_that_lost_a_process_and_no_step_is_lost(
-    base_model: Path, rows: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    restarting = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    process = start([*restarting, *arguments(base_model, rows, run, "--max-steps", "12")])
-    wait_for_step(process, run, 3)
-    os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
-    _, stderr = end_of(process)
-    assert process.returncode == 0, stderr
-    result = record_of(run)["result"]
-    assert result["steps"] == 12
-    assert result["resumed_from_step"] >= 3
-    assert len(steps_of(run)) == 12
 
 
 @pytest.fixture
@@ -174,7 +159,9 @@ def machines() -> Iterator[list[list[str]]]:
 
 
 @pytest.mark.slow
-def test_two_machines_train_one_run(base_model: Path, rows: Path, tmp_path: Path, machines: list[list[str]]) -> None:
+def test_two_machines_train_one_run(
+    run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, machines: list[list[str]]
+) -> None:
     command = [*arguments(base_model, rows, tmp_path / "run", "--max-steps", "3"), "--json"]
     address = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "10.77.0.1", "--master-port", "29400"]
     processes = [
@@ -186,8 +173,8 @@ def test_two_machines_train_one_run(base_model: Path, rows: Path, tmp_path: Path
     assert json.loads(stdout)["steps"] == 3
     assert silent == ""
     alone = tmp_path / "alone"
-    done = start_qlora(*[str(alone) if word == str(tmp_path / "run") else word for word in command])
-    end_of(done)
+    done = run_qlora(*[str(alone) if word == str(tmp_path / "run") else word for word in command])
+    assert done.code == 0, done.stderr
     assert distance(tmp_path / "run", alone) < 1e-5
 
 
