@@ -3,19 +3,19 @@
 import json
 import os
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from benchmarks.synthetic import SHAPES, write_model
 from qlora_cli.cli.app import app
 from qlora_cli.cli.rendering.load_text import BARS
 from qlora_cli.loading import load_plan
 from qlora_cli.quantization.load_report import KindCount, LoadReport
 from tests.conftest import RunQlora
-from tests.support.models.loading import save_model
 from tests.support.processes.forks import end_of, start_command, wait_for_line
 
 CPU = ("--device", "cpu", "--dtype", "fp32")
@@ -215,7 +215,8 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read_with_exit_code_3
 
 def test_ctrl_c_while_loading_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     # Wide enough that quantizing takes seconds.
-    model = save_model(tmp_path / "model", hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
+    model = tmp_path / "model"
+    write_model(model, replace(SHAPES["tiny"], hidden_size=1024, intermediate_size=8192, num_layers=8))
     streams = tmp_path / "streams"
     streams.mkdir()
     command = ["load", str(model), "--device", "cpu", "--save", str(tmp_path / "saved")]
