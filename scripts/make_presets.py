@@ -38,10 +38,14 @@ SIZES_GB = {  # of the cards, by the hub id of the model to train
     "google/gemma-3-27b-it": (24, 48),
     "mistralai/Mistral-7B-Instruct-v0.3": (12, 16),
     "mistralai/Mistral-Small-24B-Instruct-2501": (24, 48),
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (8,),
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (12, 16),
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16": (16, 24),
     "microsoft/phi-4": (16, 24),
     "allenai/Olmo-3-7B-Instruct": (12, 16),
     "HuggingFaceTB/SmolLM3-3B": (8,),
     "zai-org/GLM-4-9B-0414": (16, 24),
+    "unsloth/gpt-oss-20b-BF16": (24, 48),  # openai/gpt-oss-20b is stored in MXFP4, which can't be quantized again
 }
 TEXT = """\
 # {hub_id} on one GPU with {size} GB, whichever that is:
