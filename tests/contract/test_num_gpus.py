@@ -171,6 +171,7 @@ def test_two_machines_train_one_run(
     (stdout, stderr), (silent, _) = (end_of(process) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], stderr
     assert json.loads(stdout)["steps"] == 3
+    assert record_of(tmp_path / "run")["plan"]["num_devices"] == 2
     assert silent == ""
     alone = tmp_path / "alone"
     done = run_qlora(*[str(alone) if word == str(tmp_path / "run") else word for word in command])

@@ -5,6 +5,7 @@ The processes are forked, compute on the CPU and speak over gloo.
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from qlora_cli.data.feeding import micro_batches
 from qlora_cli.events import CheckpointSaved, Event, StepDone
 from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, seal
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.training import train_run
+from qlora_cli.training.resuming.saved_state import PEERS, RNG_STATE
 from qlora_cli.training.run_plan import PreparedRun, with_memory_of, with_micro_batch
 from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
@@ -145,8 +148,38 @@ def test_two_processes_resume_exactly_with_dropout_and_noise(base_model: Path, r
     assert first.code == -signal.SIGKILL
     assert second.code == 1
     assert "another process of this run ended without a word" in second.told["message"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    forget_second_generator(run / "checkpoints" / "step-4")
+    all_done(run_ranks(settings, tmp_path / "forgotten"), 2)
+    assert json.loads((run / "run.json").read_text())["resumed"][-1]["step"] == 4
+    assert distance(run, whole) > 1e-4
+    shutil.rmtree(run)
+    copy.rename(run)
     all_done(run_ranks(settings, tmp_path / "resumed"), 2)
     assert_same(run, whole)
+
+
+def forget_second_generator(checkpoint: Path) -> None:
+    """Make the second process of a run draw as the first one does, from a checkpoint on."""
+    states = torch.load(checkpoint / RNG_STATE, weights_only=False)
+    states[PEERS] = [{name: value for name, value in states.items() if name != PEERS}]
+    torch.save(states, checkpoint / RNG_STATE)
+    (checkpoint / CHECKSUMS_FILE).unlink()
+    seal(checkpoint)
+
+
+def test_several_processes_stop_early_at_the_step_of_one(base_model: Path, rows: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    # A rate that makes it worse from the first evaluation on.
+    stopping: dict[str, object] = {
+        **UNEVEN,
+        **{"training__eval_steps": 1, "training__max_steps": 12, "training__early_stopping_patience": 2},
+        **{"training__learning_rate": 0.9, "training__schedule": "constant", "training__max_grad_norm": 100.0},
+    }
+    train(train_settings(base_model, rows, one, **stopping), Recorder())
+    all_done(run_ranks(train_settings(base_model, rows, two, **stopping, **TWO), tmp_path / "ranks"), 2)
+    steps = [json.loads((run / "run.json").read_text())["result"]["steps"] for run in (one, two)]
+    assert steps[0] == steps[1] < 12
 
 
 def test_a_run_of_two_processes_resumes_in_one_and_back(base_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ SHARDED: dict[str, object] = {"training__num_gpus": 2, "training__strategy": "fs
 
 def bytes_of_layers(model: PeftModel) -> int:
     """Return the bytes of the layers' frozen weights that this process holds."""
-    frozen = (one for name, one in model.named_parameters() if ".layers." in name and not one.requires_grad)
+    in_layers = re.compile(r"\.(layers|h)\.")  # the second in GPT-2
+    frozen = (one for name, one in model.named_parameters() if in_layers.search(name) and not one.requires_grad)
     return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in frozen)
 
 
@@ -149,11 +150,12 @@ def test_every_way_to_compute_is_the_same_sharded(
 def test_every_kind_of_model_is_the_same_sharded(
     rows: Path, tmp_path: Path, save: Callable[[Path], Path], changed: dict[str, object]
 ) -> None:
-    model, one, run = save(tmp_path / "model"), tmp_path / "one", tmp_path / "run"
+    model, one, run, watching = save(tmp_path / "model"), tmp_path / "one", tmp_path / "run", Watching(tmp_path / "held")
     changed = {"training__gradient_accumulation_steps": 3, **changed}
     train(train_settings(model, rows, one, **changed), Recorder())
-    all_done(run_ranks(train_settings(model, rows, run, **changed, **SHARDED), tmp_path / "ranks"), 2)
+    all_done(run_ranks(train_settings(model, rows, run, **changed, **SHARDED), tmp_path / "ranks", watching), 2)
     check_same_run(run, one)
+    assert all(held["num_sharded"] > 0 and held["held"] < 0.55 * held["whole"] for held in watching.held(2))
 
 
 def test_a_quantized_checkpoint_is_the_same_sharded(base_model: Path, rows: Path, tmp_path: Path) -> None:
