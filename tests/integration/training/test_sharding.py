@@ -150,7 +150,8 @@ def test_every_way_to_compute_is_the_same_sharded(
 def test_every_kind_of_model_is_the_same_sharded(
     rows: Path, tmp_path: Path, save: Callable[[Path], Path], changed: dict[str, object]
 ) -> None:
-    model, one, run, watching = save(tmp_path / "model"), tmp_path / "one", tmp_path / "run", Watching(tmp_path / "held")
+    model, one, run = save(tmp_path / "model"), tmp_path / "one", tmp_path / "run"
+    watching = Watching(tmp_path / "held")
     changed = {"training__gradient_accumulation_steps": 3, **changed}
     train(train_settings(model, rows, one, **changed), Recorder())
     all_done(run_ranks(train_settings(model, rows, run, **changed, **SHARDED), tmp_path / "ranks", watching), 2)
