@@ -26,6 +26,7 @@ REPLACED = "replaced"  # next to it: what was in the directory that is filled ag
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 USUAL_FILE = 0o666  # before the user's umask
 STAGED = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.saving")  # the names that `_staging_path` gives
+UNFINISHED = re.compile(r"(\..+)?\.[0-9a-f]{16}\.saving")  # the names of files before they have their own
 APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -45,6 +46,13 @@ def write_file(target: Path, content: str | bytes, *, mode: int = USUAL_FILE) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def clear_unfinished_files(folder: Path) -> None:
+    """Delete the files that killed processes left half written; no other process may be writing to `folder`."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name) and unsafe_reason(path) is None:
+            path.unlink(missing_ok=True)
 
 
 def append_line(file: Path, line: str, *, mode: int = PRIVATE_FILE) -> None:

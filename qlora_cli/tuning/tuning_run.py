@@ -34,7 +34,7 @@ from qlora_cli.tuning.tuning_record import (
 from qlora_cli.tuning.tuning_result import TunePlan, TuneResult
 from qlora_cli.tuning.tuning_summary import result_of
 from qlora_cli.units import counted
-from qlora_cli.writing import clear_leftovers, delete
+from qlora_cli.writing import clear_leftovers, clear_unfinished_files, delete
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _search(search: _Search, reporter: Reporter) -> TuneResult:
     clear_leftovers(search.directory)
+    clear_unfinished_files(search.directory)
     trials = _RateTrials(search, reporter)
     try:
         halving = halve(search.grid, trials.find)

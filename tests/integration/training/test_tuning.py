@@ -123,8 +123,9 @@ def test_a_search_that_ends_early_goes_on_to_the_same_record_and_trains_nothing_
     killed = directory / ".trial.99999999-0123456789abcdef.saving"  # as a process that was killed leaves it
     (killed / "whole").mkdir(parents=True)
     (killed / "written-by-qlora").touch()
+    (directory / ".tune.json.0123456789abcdef.saving").write_text('{"tri')
     resumed = tuning_run.tune(asked, REQUEST, Recorder())
-    assert not killed.exists()
+    assert {path.name for path in directory.iterdir() if path.name.startswith(".")} == set()
     assert kept_in(directory) == kept_in(tuned.output)
     assert resumed.learning_rate == tuned.learning_rate
     with monkeypatch.context() as patched:

@@ -1,5 +1,6 @@
 """A run resumes in a directory with files of its user: none of them is lost, and those in the way are reported."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from qlora_cli.events import Noted, PhaseStarted, StepDone
 from qlora_cli.training.train_run import train
+from qlora_cli.writing import write_file
 from tests.conftest import Recorder, short_settings
 from tests.support.processes.killed_runs import Killed, kill_after
 
@@ -21,6 +23,19 @@ FAST = {
 
 def notes_of(recorder: Recorder) -> list[str]:
     return [event.message for event in recorder.events if isinstance(event, Noted)]
+
+
+def kill_write(target: Path) -> None:
+    """Write a file in a process that is killed right before the file gets its name."""
+
+    def child() -> None:
+        Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+        write_file(target, "{}")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture
@@ -92,6 +107,27 @@ def test_an_adapter_is_its_runs_own_as_soon_as_it_is_in_place(base_model: Path, 
     assert (run / "adapter").is_dir()
     assert not (run / "adapter-kept").exists()
     assert not [note for note in notes_of(recorder) if "adapter-kept" in note]
+
+
+def test_unfinished_files_of_a_killed_run_are_deleted_and_a_users_are_not(
+    base_model: Path, rows: Path, run: Path
+) -> None:
+    written = (run / "run.json", run / "metrics.jsonl", run / "report.html", run / "held_out_losses.json")
+    before = {path: path.read_bytes() for path in written if path.exists()}
+    for path in written:
+        kill_write(path)
+    unfinished = {path.name for path in run.iterdir() if path.name.endswith(".saving")}
+    assert len(unfinished) == len(written)
+    assert {path: path.read_bytes() for path in before} == before
+    mine = (run / ".run.json.saving", run / ".thesis.saving", run / ".thesis.0123456789abcdef.saving.txt")
+    for path in mine:
+        path.write_text("mine")
+    link = run / ".run.json.0123456789abcdef.saving"
+    link.symlink_to(rows)
+    assert train(short_settings(base_model, rows, run, **FAST), Recorder()).steps == 5
+    left = {path.name for path in run.iterdir() if ".saving" in path.name}
+    assert left == {path.name for path in (*mine, link)}
+    assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
 def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
