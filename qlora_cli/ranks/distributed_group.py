@@ -58,6 +58,7 @@ class DistributedGroup(ProcessGroup):
         self._values = values
         self._gradients = gradients
         self._weights: SharedWeights | None = None
+        self._launcher = os.getppid()
         self._is_unheard = False  # whether the others did not listen when this process failed
         self.rank = place.rank
         self.size = place.size
@@ -71,6 +72,11 @@ class DistributedGroup(ProcessGroup):
     def num_on_host(self) -> int:
         """The number of processes on this machine."""
         return self._place.local_size
+
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whether the launcher has ended since the processes met."""
+        return os.getppid() != self._launcher
 
     def exchange(self, value: Value) -> list[Value]:
         """Return the values of all processes, by rank."""

@@ -100,6 +100,11 @@ class ProcessGroup:
         """Whether each process holds a part of weights, so that none can compute without the others."""
         return False
 
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whether what started this process, and would end it with the others, has ended, as by SIGKILL."""
+        return False
+
     def exchange(self, value: Value) -> list[Value]:
         """Return the values of all processes, by rank.
 

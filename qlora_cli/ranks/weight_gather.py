@@ -6,6 +6,7 @@ wait for a process that failed for ever. So it leaves word in the store by which
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from threading import Event, Thread
@@ -92,7 +93,8 @@ class WeightGather:
 
     def announce(self, failure: Failure) -> None:
         """Leave word of a failure of this process to those that wait for its weights."""
-        self._store.set(FAILURE, json.dumps(asdict(failure)))
+        with suppress(RuntimeError):  # the store has ended: they learn of it as their connections to this one close
+            self._store.set(FAILURE, json.dumps(asdict(failure)))
 
     def check(self) -> None:
         """Check that no process has left word.
@@ -100,5 +102,8 @@ class WeightGather:
         Raises:
             PeerError: one has.
         """
-        if self._store.check([FAILURE]):
-            raise PeerError(Failure(**json.loads(self._store.get(FAILURE))))
+        word = None
+        with suppress(RuntimeError):  # the store has ended, with a launcher that was killed
+            word = self._store.get(FAILURE) if self._store.check([FAILURE]) else None
+        if word is not None:
+            raise PeerError(Failure(**json.loads(word)))

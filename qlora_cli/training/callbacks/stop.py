@@ -25,7 +25,8 @@ class StopSignal:
     The effect of a signal is reported at once: a step may take minutes. A second one, except SIGHUP, ends the process,
     and so does the first one before training has begun, when there is nothing to save.
 
-    Several processes act on a signal once they have agreed on it, all at the same place. One of them that fails
+    Several processes act on a signal once they have agreed on it, all at the same place. If their launcher has ended,
+    which would end them all, they stop as if it had sent SIGTERM. One of them that fails
     ignores SIGTERM from then on, which a launcher sends to it while it records why.
 
     Attributes:
@@ -49,6 +50,8 @@ class StopSignal:
     def agree(self) -> None:
         """Take the signal to any process for one to all; called by all at the same place."""
         if self._group.size > 1:
+            if self.received is None and self._group.has_lost_launcher:
+                self._receive(signal.SIGTERM, "the launcher of this run has ended")
             signals = [name for name in self._group.exchange(self.received) if name is not None]
             self._agreed = next(iter(signals), None)
 
@@ -77,9 +80,12 @@ class StopSignal:
         if not self.has_begun:
             self._reporter.report(Noted(level="warning", message=f"{name}: ended before the first step"))
             sys.exit(128 + number)
-        self.received = name
-        again = "SIGTERM" if number == signal.SIGHUP else "again"
-        message = f"{name}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
+        self._receive(signal.Signals(number), name)
+
+    def _receive(self, number: signal.Signals, cause: str) -> None:
+        self.received = number.name
+        again = "again" if cause == number.name and number != signal.SIGHUP else "SIGTERM"
+        message = f"{cause}: training stops after the step in progress, with a checkpoint; {again} to leave at once"
         self._reporter.report(Noted(level="warning", message=message))
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,7 +31,15 @@ from qlora_cli.training.trainer import QloraTrainer
 from tests.conftest import Recorder, train_settings
 from tests.integration.training.test_signals import steps_of, wait_for
 from tests.support.processes.killed_runs import EXACT, assert_same, metrics_of
-from tests.support.processes.rank_processes import Ended, end_of_ranks, run_ranks, start_ranks
+from tests.support.processes.rank_processes import (
+    SECONDS,
+    Ended,
+    end_of_ranks,
+    run_ranks,
+    start_ranks,
+    start_ranks_below,
+    told_by,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,6 +236,34 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(
     assert 3 <= step < 200
     assert ended[1].told["steps"] == step
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step}"]
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # which stays where nothing waits for orphans
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_whose_launcher_is_killed_end_with_one_checkpoint(
+    base_model: Path, rows: Path, tmp_path: Path, strategy: str
+) -> None:
+    run, folder = tmp_path / "run", tmp_path / "ranks"
+    changed = {**LONG, **TWO, "training__strategy": strategy}
+    launcher, pids = start_ranks_below(train_settings(base_model, rows, run, **changed), folder)
+    wait_for(launcher, lambda: len(steps_of(run)) >= 2)
+    launcher.kill()
+    launcher.join()
+    until = time.monotonic() + SECONDS
+    while any(map(is_running, pids)):
+        assert time.monotonic() < until, [told_by(folder, rank) for rank in range(2)]
+        time.sleep(0.02)
+    ended = [told_by(folder, rank) for rank in range(2)]
+    assert [one["interrupted_by"] for one in ended] == ["SIGTERM"] * 2, ended
+    assert ended[0]["steps"] == ended[1]["steps"] < 200
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{ended[0]['steps']}"]
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
 

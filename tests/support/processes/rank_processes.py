@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder
-from tests.support.processes.forks import end_of, redirect, start_process
+from tests.support.processes.forks import FORKS, end_of, redirect, start_process
 
 SECONDS = 300.0
 # Called in each process before it trains: a fault of one of them.
@@ -64,6 +65,33 @@ def end_of_ranks(processes: list[BaseProcess], folder: Path) -> list[Ended]:
 def run_ranks(settings: Resolved[TrainSettings], folder: Path, fault: Fault | None = None) -> list[Ended]:
     """Train in several processes to the end."""
     return end_of_ranks(start_ranks(settings, folder, fault), folder)
+
+
+def start_ranks_below(settings: Resolved[TrainSettings], folder: Path) -> tuple[BaseProcess, list[int]]:
+    """Start the processes of a run as children of a launcher, which waits; return it and their numbers, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    receiving, sending = FORKS.Pipe(duplex=False)
+    launcher = start_process(_launch, settings, folder, free_port(), sending)
+    pids: list[int] = receiving.recv()
+    return launcher, pids
+
+
+def _launch(settings: Resolved[TrainSettings], folder: Path, port: int, sending: Connection) -> None:
+    size = settings.settings.training.num_gpus
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            _train(settings, folder, rank, size, port, None)
+        pids.append(pid)
+    sending.send(pids)
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def told_by(folder: Path, rank: int) -> Mapping[str, Any]:
+    """Return what a process wrote as it ended; nothing if it has not."""
+    return _told(folder / f"rank-{rank}.json")
 
 
 def _told(file: Path) -> Mapping[str, Any]:
