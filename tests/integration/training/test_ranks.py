@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from qlora_cli.events import CheckpointSaved, Event, StepDone
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.runs.checkpoints import CHECKSUMS_FILE, seal
 from qlora_cli.runs.directory import RunDirectory
-from qlora_cli.training import train_run
+from qlora_cli.training import run_plan, train_run
+from qlora_cli.training.checks import input_checks
 from qlora_cli.training.resuming.saved_state import PEERS, RNG_STATE
 from qlora_cli.training.run_plan import PreparedRun, with_memory_of, with_micro_batch
 from qlora_cli.training.train_run import train
@@ -421,6 +423,53 @@ def test_a_micro_batch_that_does_not_fit_one_process_is_lowered_in_all(
     assert [first.code, second.code] == [3, 3]
     assert "process 1 on " in first.told["message"]
     assert "out of memory" in first.told["message"].lower()
+
+
+@dataclass(frozen=True)
+class Noting:
+    """Notes in each process which files it changes in a run's directory, and whether it pushes."""
+
+    run: Path
+    folder: Path
+
+    def __call__(self, group: ProcessGroup) -> Recorder:
+        notes = (self.folder / f"changes-{group.rank}").open("w", encoding="utf-8", buffering=1)
+
+        def note(event: str, arguments: tuple[Any, ...]) -> None:
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in CHANGES and not reads and str(arguments[0]).startswith(f"{self.run}/"):
+                notes.write(f"{arguments[0]}\n")
+
+        sys.addaudithook(note)
+        for module, check in ((input_checks, "push_problem"), (run_plan, "check_push")):
+            setattr(module, check, lambda *_: None)  # in a process of its own; there is no hub
+        setattr(train_run, "push_adapter", lambda *_: notes.write("pushed\n") and "https://hub/me/adapter")  # noqa: B010
+        return Recorder()
+
+    def changes(self, rank: int) -> str:
+        return (self.folder / f"changes-{rank}").read_text(encoding="utf-8")
+
+
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+
+
+# Who holds a part of the base answers with the others; what it says goes nowhere.
+@pytest.mark.parametrize(("strategy", "num_answers"), [("ddp", [4, 0]), ("fsdp", [4, 4])])
+def test_the_first_process_alone_locks_writes_draws_answers_and_pushes(
+    base_model: Path, rows: Path, tmp_path: Path, strategy: str, num_answers: list[int]
+) -> None:
+    run, noting = tmp_path / "run", Noting(tmp_path / "run", tmp_path / "ranks")
+    changed = {**UNEVEN, **TWO, "training__strategy": strategy, "training__sample_prompts": ["What is a list?"]}
+    changed |= {"training__save_steps": 2, "training__sample_tokens": 3, "output__push_to_hub": "me/adapter"}
+    ended = run_ranks(train_settings(base_model, rows, run, **changed), tmp_path / "ranks", noting)
+    all_done(ended, 2)
+    assert [one.told["num_samples"] for one in ended] == num_answers
+    changes = noting.changes(0)
+    for name in ("run.lock", "run.json", "metrics.jsonl", "report.html", "checkpoints", "adapter"):
+        assert f"{run}/{name}" in changes or f"{run}/.{name}." in changes, name
+    assert changes.count("pushed\n") == 1
+    assert set(noting.changes(1).splitlines()) <= {f"{run}/checkpoints"}  # which the trainer of each makes, empty
+    assert json.loads((run / "run.json").read_text())["result"]["pushed_to"] == "https://hub/me/adapter"
 
 
 def test_processes_drop_out_other_values(base_model: Path, rows: Path, tmp_path: Path) -> None:

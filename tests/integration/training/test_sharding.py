@@ -28,7 +28,7 @@ from qlora_cli.training import run_plan
 from qlora_cli.training.sharding.sharded_base import shard_base
 from qlora_cli.training.train_run import train
 from qlora_cli.training.trainer import QloraTrainer
-from tests.conftest import Recorder, short_settings, train_settings
+from tests.conftest import Recorder, RunQlora, short_settings, train_settings
 from tests.integration.training.test_ranks import (
     DROPPING,
     UNEVEN,
@@ -167,6 +167,25 @@ def test_a_quantized_checkpoint_is_the_same_sharded(base_model: Path, rows: Path
     all_done(run_ranks(short_settings(model, rows, run, **SHARDED), tmp_path / "ranks", watching), 2)
     check_same_run(run, one)
     assert all(held["held"] < 0.51 * held["whole"] for held in watching.held(2))
+
+
+def test_a_sharded_run_is_evaluated_and_merged_as_that_of_one(
+    base_model: Path, rows: Path, tmp_path: Path, run_qlora: RunQlora
+) -> None:
+    one, run = tmp_path / "one", tmp_path / "run"
+    train(train_settings(base_model, rows, one, **UNEVEN), Recorder())
+    all_done(run_ranks(train_settings(base_model, rows, run, **UNEVEN, **SHARDED), tmp_path / "ranks"), 2)
+    losses = []
+    for directory in (run, one):
+        merged = run_qlora("merge", str(directory), "--device", "cpu")
+        assert merged.code == 0, merged.stderr
+        evaluated = run_qlora("evaluate", str(directory), "--dataset", str(rows), "--device", "cpu", "--json")
+        assert evaluated.code == 0, evaluated.stderr
+        losses.append({source["source"]: source["loss"] for source in evaluated.json["sources"]})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0].keys() == {"base", "adapter", "merged"}
+    assert losses[0]["merged"] == pytest.approx(losses[0]["adapter"], rel=1e-3)
+    assert losses[0]["adapter"] < 0.9 * losses[0]["base"]
 
 
 def test_a_sharded_run_resumes_exactly(base_model: Path, rows: Path, tmp_path: Path) -> None:

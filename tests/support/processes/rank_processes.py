@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import QloraError
-from qlora_cli.events import StepDone
+from qlora_cli.events import SampleDone, StepDone
 from qlora_cli.ranks.distributed_group import joined
 from qlora_cli.ranks.group import ProcessGroup, failing_together
 from qlora_cli.ranks.place import place_in
@@ -121,6 +121,7 @@ def _train(
             result = train(settings, reporter, group=group)
             told = {"size": group.size, "steps": result.steps, "interrupted_by": result.interrupted_by}
             told["losses"] = [event.loss for event in reporter.events if isinstance(event, StepDone)]
+            told["num_samples"] = len([event for event in reporter.events if isinstance(event, SampleDone)])
             told["eval_loss"] = result.eval_loss
             if result.interrupted_by is not None:
                 code = 128 + signal.Signals[result.interrupted_by]
