@@ -174,7 +174,7 @@ def test_two_machines_train_one_run_and_go_on_when_a_lost_one_is_back(
     launchers = [[*machine, *torchrun(*meeting, *words)] for machine, words in zip(machines, own, strict=True)]
     first, lost = (start([*launcher, *command], **REJOINING) for launcher in launchers)
     wait_for_step(first, run, 4)
-    for process in (*psutil.Process(lost.pid).children(recursive=True), lost):
+    for process in (*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)):
         process.kill()
     lost.communicate()
     back = start([*launchers[1], *command], **REJOINING)
