@@ -57,12 +57,18 @@ class BatchCollator:
         """Return the number of items that the loss of `rows` is a sum over: their trained tokens."""
         return sum(map(num_trained, rows))
 
+    def blank(self, row: Row) -> Row:
+        """Return a short row for a micro-batch that is computed for the other processes; no token is trained in it."""
+        ids = list(row["input_ids"])[:BLANK_TOKENS]
+        blank = {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+        return {**blank, "seq_lengths": [len(ids)]} if "seq_lengths" in row else blank
+
 
 class StepCollator:
     """Divides the rows of a step into micro-batches, and makes those of one process, as the settings decide.
 
     They are filled with rows, without padding, or have a number of rows each. Of a sharded base, all processes have to
-    call each layer as often as the others: one with fewer micro-batches `has_blanks`, which no token is trained in.
+    call each layer as often as the others: one with fewer micro-batches `has_blanks`, whose loss counts for nothing.
     """
 
     def __init__(
@@ -80,17 +86,10 @@ class StepCollator:
         num_blank = max(map(len, shares)) - len(own) if self._has_blanks else 0
         return {
             MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in own],
-            BLANKS: [{**self._collate([_blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
+            BLANKS: [{**self._collate([self._collate.blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
             NUM_MICRO_BATCHES: sum(map(len, shares)),
             NUM_TRAINED: self._collate.num_items(rows),
         }
-
-
-def _blank(row: Row) -> Row:
-    """Return the beginning of a row without labels."""
-    ids = list(row["input_ids"])[:BLANK_TOKENS]
-    blank = {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
-    return {**blank, "seq_lengths": [len(ids)]} if "seq_lengths" in row else blank
 
 
 def num_trained(row: Row) -> int:

@@ -161,7 +161,7 @@ class QloraTrainer(TrainerSeam):
         num_items = torch.as_tensor(number).clamp(min=1)
         if not is_blank:
             self._pending[mode].add(losses, num_tokens_fed, num_items)
-        loss: torch.Tensor = losses.total / num_items
+        loss: torch.Tensor = losses.total * (0 if is_blank else 1) / num_items
         if losses.aux_loss is not None:  # a mean over each micro-batch, where the loss is one over all of the step
             num_means = 1 if num_items_in_batch is None else self._num_micro_batches
             loss = loss + self.router_aux_loss_coef * losses.aux_loss / num_means

@@ -138,8 +138,6 @@ def sharding_problems(validated: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         yield f"--quant {method.value}", "which method fits is predicted for a whole base", "Name one."
     elif (problem := method.traits.sharding_problem) is not None:
         yield f"--quant {method.value}", problem, "Use another --quant, or --strategy ddp."
-    if training.objective.compares:
-        yield f"--objective {training.objective.value}", "pairs are not divided among processes", "Use one GPU."
     if training.auto_micro_batch:
         why = "a process that runs out of memory within a layer ends the others"
         yield "--auto-micro-batch", why, "Give a --micro-batch-size that fits."

@@ -49,12 +49,6 @@ def _format_conflicts(objective: Objective, given: DataFormat) -> Iterator[Confl
 def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:
     leave_out = "Leave it out."
     yield (
-        "training.num_gpus",
-        training.num_gpus > 1,
-        "its pairs are not divided among processes",
-        "Use one GPU.",
-    )
-    yield (
         "training.neftune_noise_alpha",
         training.neftune_noise_alpha is not None,
         "the noise would differ between the answers that are compared",

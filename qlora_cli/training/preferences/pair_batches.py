@@ -1,7 +1,8 @@
 """The batches of pairs: both sequences of a pair are always in one micro-batch."""
 
 from qlora_cli.data.feeding.collate import sequences_of
-from qlora_cli.training.batches import NUM_TRAINED, Batch, BatchCollator, Row, num_trained
+from qlora_cli.data.rows.examples import IGNORE_INDEX
+from qlora_cli.training.batches import BLANK_TOKENS, NUM_TRAINED, Batch, BatchCollator, Row, num_trained
 
 NUM_TRAINED_OF = "num_trained_of"
 
@@ -22,3 +23,8 @@ class PairCollator(BatchCollator):
     def num_items(self, rows: list[Row]) -> int:
         """Return the number of pairs."""
         return len(rows)
+
+    def blank(self, row: Row) -> Row:
+        """Return a pair of the same two tokens, one of them trained: of none, a loss would not be finite."""
+        ids = list(row["input_ids"])[:BLANK_TOKENS]
+        return {"input_ids": [*ids, *ids], "labels": [IGNORE_INDEX, *ids[1:]] * 2, "first": len(ids)}

@@ -35,7 +35,6 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("training.num_gpus", "2", "not divided among processes"),
         ("training.neftune_noise_alpha", "5", "the noise would differ"),
         ("training.torch_compile", "true", "compiled layers were not tried"),
         ("training.calibrate", "true", "the rows that calibrate a base have one answer"),
