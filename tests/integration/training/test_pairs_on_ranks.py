@@ -11,7 +11,7 @@ import torch
 from qlora_cli.events import StepDone
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.ranks.weight_gather import WeightGather
-from qlora_cli.training import trainer
+from qlora_cli.training import batches, trainer
 from qlora_cli.training.train_run import train
 from tests.conftest import Recorder, RunQlora, train_settings
 from tests.integration.training.test_preferences import PAIRS, SETTINGS, write_pairs
@@ -113,8 +113,8 @@ def test_a_blank_that_counted_would_give_another_adapter(base_model: Path, pairs
 
 
 def with_blanks_that_count(group: ProcessGroup) -> Recorder:  # noqa: ARG001 - a fault has this signature
-    original = trainer.blanks_of
-    setattr(  # noqa: B010 - in a process of its own
-        trainer, "blanks_of", lambda batch: [{**one, trainer.IS_BLANK: False} for one in original(batch)]
-    )
+    def counting(batch: batches.Batch) -> list[batches.Batch]:
+        return [{**blank, batches.IS_BLANK: False} for blank in batches.blanks_of(batch)]
+
+    setattr(trainer, "blanks_of", counting)  # noqa: B010 - in a process of its own
     return Recorder()
