@@ -81,7 +81,7 @@ class Given:
 
     def put(self, name: str, reader: Path) -> None:
         """Make what `name` stands for in the folder of a reader."""
-        make = next(make for pattern, make in MAKERS.items() if re.fullmatch(pattern, name))
+        make = next(make for pattern, make in MAKERS.items() if re.fullmatch(name_of(pattern), name))
         (reader / name).parent.mkdir(parents=True, exist_ok=True)
         make(self, reader / name)
 
@@ -300,6 +300,11 @@ def names_given(commands: list[str]) -> list[str]:
         for pattern in MAKERS
     ]
     return [name for found in names for name in found if name not in written]
+
+
+def name_of(pattern: str) -> str:
+    """Return what an entry of `MAKERS` says of the name itself, without what follows it on a page."""
+    return pattern.partition("(?=")[0]
 
 
 if __name__ == "__main__":

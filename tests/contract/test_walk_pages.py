@@ -53,7 +53,22 @@ def test_every_entry_of_its_tables_is_of_use_for_a_page(walk_pages: ModuleType) 
     run = [step.command for step in steps if step.reason is None]
     given = [*walk_pages.names_given(run), *walk_pages.names_given([run_ for run_ in run if "--output" not in run_])]
     for pattern in walk_pages.MAKERS:
-        assert any(re.fullmatch(pattern.partition("(?=")[0], name) for name in given), pattern
+        assert any(re.fullmatch(walk_pages.name_of(pattern), name) for name in given), pattern
+
+
+def test_a_page_names_a_directory_for_one_run(walk_pages: ModuleType) -> None:
+    """Else the second command would resume the first one's run, or be refused by it; a page on resuming does that."""
+    num_runs = 0
+    for page in walk_pages.PAGES:
+        commands: dict[str, str] = {}
+        steps = [step for block in blocks_of(page) for step in walk_pages.steps_of(block) if step.code == 0]
+        for step in steps if page.name != "long-runs.md" else []:
+            if (
+                output := re.search(r"qlora train .*--output (\S+)", step.written)
+            ) and "--dry-run" not in step.written:
+                assert commands.setdefault(output[1], step.written) == step.written, f"{page}:{step.line}"
+        num_runs += len(commands)
+    assert num_runs > 20
 
 
 def test_a_difference_from_what_a_page_shows_is_a_failure(walk_pages: ModuleType, tmp_path: Path) -> None:
