@@ -97,30 +97,45 @@ class StepSkipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """What a model that is trained on pairs makes of them, on average.
+    """What a model that is trained by comparison makes of pairs of answers, or of answers with labels, on average.
 
     `accuracy` is the share of pairs whose chosen answer has the higher reward: `training.beta` times how much more
     likely it became, in nats, or with ORPO, times the log-probability of a token. `margin` is the reward of the chosen
     answer less that of the other. Of the parts of ORPO's loss, `chosen_nll` is that of the chosen answers, in nats a
     token, and `odds_ratio_loss` that of the comparison, before it is multiplied with beta; other objectives have none.
+
+    Of answers with labels, `accuracy` is the share of those whose reward is above the baseline if they are wanted, and
+    below it if not; `margin` is the mean reward of the wanted ones less that of the others, None if one kind is
+    missing. `kl` is the baseline divided by beta, in nats; None of pairs, which have none.
     """
 
     accuracy: float
-    margin: float
+    margin: float | None
     chosen_nll: float | None = None
     odds_ratio_loss: float | None = None
+    kl: float | None = None
+
+    @property
+    def rows(self) -> str:
+        """What these are means over: pairs, or answers."""
+        return "pairs" if self.kl is None else "answers"
+
+    def margin_text(self, separator: str) -> str:
+        """Return the margin after a separator, if there is one."""
+        return "" if self.margin is None else f"{separator}margin {self.margin:.3f}"
 
     def __str__(self) -> str:
         nll = "" if self.chosen_nll is None else f", chosen NLL {self.chosen_nll:.4f}"
-        return f"reward accuracy {self.accuracy:.0%}, margin {self.margin:.3f}{nll}"
+        kl = "" if self.kl is None else f", KL {self.kl:.3f}"
+        return f"reward accuracy {self.accuracy:.0%}{self.margin_text(', ')}{nll}{kl}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
     """One optimizer step. `loss` is the mean over the trained tokens of the step, of their negative log-likelihood.
 
-    `dft_loss` is the mean of what is trained on instead with `training.loss` dft. Of pairs, which alone have
-    `rewards`, the loss is the mean over the pairs.
+    `dft_loss` is the mean of what is trained on instead with `training.loss` dft. Where answers are compared, which
+    alone have `rewards`, the loss is the mean over the pairs, or over the answers with labels.
     """
 
     step: Whole
@@ -157,9 +172,9 @@ class WorkAdvanced:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone:
-    """An evaluation pass ended. `loss` is the mean over the trained tokens of the held-out rows, or over the pairs.
+    """An evaluation pass ended. `loss` is the mean over the trained tokens of the held-out rows; see `StepDone`.
 
-    `is_best`: no earlier evaluation of the run was better. `rewards` are those of pairs.
+    `is_best`: no earlier evaluation of the run was better. `rewards` are those of answers that are compared.
     """
 
     step: Whole

@@ -40,14 +40,14 @@ class TrainedRows:
     eval_fingerprint: str | None
 
     @property
-    def holds_pairs(self) -> bool:
-        """Whether the rows are pairs of answers, whose loss is not that of single ones."""
-        return self.settings.get("format") == DataFormat.PREFERENCE
+    def compares(self) -> bool:
+        """Whether the rows are pairs of answers, or answers with labels: their loss is that of a comparison."""
+        return self.settings.get("format") in (DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE)
 
     @property
     def of_answers(self) -> Mapping[str, Any]:
-        """The settings by which rows of answers are read as in training; without rows, if those were pairs."""
-        if not self.holds_pairs:
+        """The settings by which rows of answers are read as in training; without rows, if those were compared."""
+        if not self.compares:
             return self.settings
         return {key: value for key, value in self.settings.items() if key not in OF_ROWS}
 
@@ -176,11 +176,13 @@ def _of_trained(data: PreparedData, run: TrainedRows) -> str:
 
 def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
     """Return the error for an evaluation without known rows."""
-    if run is not None and run.holds_pairs:
+    if run is not None and run.compares:
+        is_pairs = run.settings.get("format") == DataFormat.PREFERENCE
+        rows, ones = ("pairs", "the chosen ones") if is_pairs else ("answers with labels", "those that are wanted")
         return DataError(
-            f"{run.path} was trained on pairs, whose loss and accuracy it measured on those held out: see qlora runs "
-            "show; here the loss of single answers is measured",
-            hint=f"{NAME_THEM[:-1]}: such as the chosen ones, with --format and --columns.",
+            f"{run.path} was trained on {rows}, whose loss and accuracy it measured on those held out: see qlora runs "
+            "show; here the loss of answers by themselves is measured",
+            hint=f"{NAME_THEM[:-1]}: such as {ones}, with --format and --columns.",
         )
     if run is not None:
         return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)

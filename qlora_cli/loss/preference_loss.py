@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 CHOSEN_REWARDS, REJECTED_REWARDS = "rewards/chosen", "rewards/rejected"
+CHOSEN_LOG_PROBS, REJECTED_LOG_PROBS = "logps/chosen", "logps/rejected"
+ACCURACIES, MARGINS = "rewards/accuracies", "rewards/margins"
 NLL, LOG_SIGMOID = "nll_loss", "log_odds_ratio"  # of ORPO; TRL names the latter after what it is a function of
 
 
@@ -41,8 +43,13 @@ class PairLoss:
         `nll` are those of the trained tokens of all sequences, `(tokens,)`, of which each has `num_trained`, in order.
         They are added sequence by sequence, so that the order of the sum, and its rounding, is the same in each run.
         """
-        sequences = torch.split(nll, list(num_trained))
-        return -torch.stack([one.mean() if self.is_by_token else one.sum() for one in sequences])
+        return log_probs_of(nll, num_trained, is_by_token=self.is_by_token)
+
+
+def log_probs_of(nll: torch.Tensor, num_trained: Sequence[int], *, is_by_token: bool = False) -> torch.Tensor:
+    """Return the log-probability of each sequence, see `PairLoss.log_probs`."""
+    sequences = torch.split(nll, list(num_trained))
+    return -torch.stack([one.mean() if is_by_token else one.sum() for one in sequences])
 
 
 def dpo_losses(policy: torch.Tensor, reference: torch.Tensor | None, beta: float) -> PairLosses:
@@ -92,8 +99,8 @@ def _metrics(policy: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor)
     return {
         CHOSEN_REWARDS: chosen.detach(),
         REJECTED_REWARDS: rejected.detach(),
-        "logps/chosen": of_chosen,
-        "logps/rejected": of_rejected,
+        CHOSEN_LOG_PROBS: of_chosen,
+        REJECTED_LOG_PROBS: of_rejected,
     }
 
 

@@ -99,7 +99,7 @@ def _assumed_rows(settings: EstimateSettings, *, is_read: bool) -> str:
     """Return a sentence on the lengths of rows; `is_read`: the longest of a data set is known."""
     length, tokens = settings.data.max_length, settings.training.micro_batch_tokens
     own = "the longest row of the data" if is_read else "every row"
-    if settings.training.objective.compares:
+    if settings.training.objective.has_pairs:
         joined = "padded" if tokens is None else f"joined in micro-batches of up to {max(tokens, 2 * length):,}"
         return f"both answers of a pair have {length:,} tokens with their prompt, and sequences are {joined}"
     if settings.data.packing:

@@ -60,7 +60,7 @@ def micro_batches_of(settings: EstimateSettings) -> dict[str, Any]:
         "batch_size": 1,
         "length": max(longest, min(tokens, num_rows * longest)),
         "gradient_accumulation_steps": ceil(num_rows / max(1, tokens // longest)),
-        "is_packed": num_rows > 1 or training.objective.compares,
+        "is_packed": num_rows > 1 or training.objective.has_pairs,
     }
 
 

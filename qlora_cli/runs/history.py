@@ -70,7 +70,7 @@ class RunHistory:
 
     Attributes:
         steps: The optimizer steps.
-        rewards: Those of the last step, if the run is trained on pairs.
+        rewards: Those of the last step, if the run compares answers.
         start: The event that announced the training; None before it.
         num_steps: The number of steps planned; None before training started.
         evaluations: In order; `is_best` refers to this history.
@@ -117,9 +117,10 @@ class RunHistory:
         return max(last, default=0)
 
     @property
-    def is_of_pairs(self) -> bool:
-        """Whether the run is trained on pairs, over which its losses are means, by what was reported."""
-        return self.rewards is not None or any(done.rewards is not None for done in self.evaluations)
+    def compared(self) -> str | None:
+        """What the losses are means over, by what was reported: pairs, or answers; None of single tokens."""
+        found = (self.rewards, *(done.rewards for done in self.evaluations))
+        return next((rewards.rows for rewards in found if rewards is not None), None)
 
     @property
     def best(self) -> EvalDone | None:

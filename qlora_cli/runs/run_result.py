@@ -129,9 +129,9 @@ class TrainResult:
     """The result of a run that ended: all its steps are done, or a signal stopped it after a checkpoint.
 
     `epochs` is None for a stream. `final_loss` is that of the last reported step, `train_loss` the mean over all
-    steps; both are means over trained tokens, or over pairs, which alone have rewards: `rewards` at the last reported
-    step, `eval_rewards` of those held out at the end. `num_tokens` counts the tokens without padding. `train_seconds`
-    is the duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading, and
+    steps; both are means over trained tokens, or over what is compared, which alone has rewards: `rewards` at the last
+    reported step, `eval_rewards` of those held out at the end. `num_tokens` counts the tokens without padding.
+    `train_seconds` is the duration of the loop with its evaluations and checkpoints, `total_seconds` includes loading,
     `tokens_per_second` is computed from the durations of the steps only, and `step_seconds` is the median of the first
     ten steps after the first one in this process. The peaks of a resumed run are those of its
     last process; all other figures count each step once: what a killed process did after its last checkpoint is in

@@ -36,8 +36,8 @@ class RunSummary:
         loss: The loss of the last step.
         best_loss: The lowest loss on held-out data.
         best_step: The step of that evaluation.
-        rewards: Of the held-out pairs at the last evaluation, or else of the pairs of the last step; None if the run
-            is not trained on pairs.
+        rewards: Of the held-out rows at the last evaluation, or else of the rows of the last step; None if the run
+            does not compare answers.
         tokens_per_second: The mean over all steps, as in the result of a run.
         step_seconds: The median of the first steps, as in the result of a run.
         predicted_step_seconds: The prediction of `step_seconds`.

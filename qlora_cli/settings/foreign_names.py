@@ -69,7 +69,9 @@ WARMUP = "Warm-up is a share of the steps here: training.warmup_ratio."
 PER_EPOCH = "It is a number of steps here: --eval-steps and --save-steps."
 TRACKER = "Set WANDB_PROJECT and the like in the environment, and give --report-to wandb."
 SHARDING = "Several GPUs are --num-gpus here, and a model that is sharded among them --strategy fsdp."
-OBJECTIVES = "qlora learns from answers (--objective sft) and from pairs of them (dpo, orpo)."
+OBJECTIVES = (
+    "qlora learns from answers (--objective sft), from pairs of them (dpo, orpo), and from answers with labels (kto)."
+)
 
 TABLE: tuple[Foreign, ...] = (
     # The model.
@@ -233,12 +235,22 @@ TABLE: tuple[Foreign, ...] = (
     Foreign(names=("finetuning_type",), values={"lora": None}, is_complete=True, advice="qlora trains LoRA adapters."),
     _only(
         "training.objective",
-        {"sft": KEEP_DEFAULT, "pt": KEEP_DEFAULT, "dpo": "dpo", "orpo": "orpo"},
+        {"sft": KEEP_DEFAULT, "pt": KEEP_DEFAULT, "dpo": "dpo", "orpo": "orpo", "kto": "kto"},
         *("stage", "rl", "rlhf_type"),
         advice=OBJECTIVES,
     ),
     Foreign(
         names=("pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"), setting="training.beta", read_with=tuple(COMPARED_BY)
+    ),
+    Foreign(
+        names=("kto_chosen_weight", "kto_desirable_weight", "desirable_weight"),
+        setting="training.desirable_weight",
+        read_with=("kto",),
+    ),
+    Foreign(
+        names=("kto_rejected_weight", "kto_undesirable_weight", "undesirable_weight"),
+        setting="training.undesirable_weight",
+        read_with=("kto",),
     ),
     Foreign(
         names=("pref_loss",),

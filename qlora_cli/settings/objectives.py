@@ -22,6 +22,7 @@ FORMAT_NAMES = {
     "text": ("completion", "pretrain", "pretraining", "language_modeling", "language-modeling"),
     "tokens": ("tokenized", "pretokenized"),
     "preference": ("chosen_rejected", "paired"),
+    "unpaired_preference": ("unpaired-preference", "unpaired"),
 }
 SEGMENTS_HINT = (
     "Write each row of segments as prompt and completion, or as its tokens with labels: -100 where nothing is trained "
@@ -42,6 +43,7 @@ class DataFormat(Choice):
     TEXT = "text"
     TOKENS = "tokens"
     PREFERENCE = "preference"
+    UNPAIRED_PREFERENCE = "unpaired_preference"
 
     @classmethod
     def synonyms(cls) -> dict[str, str]:
@@ -55,43 +57,65 @@ class DataFormat(Choice):
             return SEGMENTS_HINT
         if value.lower().partition(".")[0] in COMPARISONS:
             return (
-                f"These are for training by comparison: of pairs, with {OBJECTIVES_OF_PAIRS}. To train on the better "
-                "answers, name them with --columns."
+                f"These are for training by comparison: of pairs, with {OBJECTIVES_OF_PAIRS}, or of answers with a "
+                f"label, with {OBJECTIVES_OF_LABELS}. To train on the better answers, name them with --columns."
             )
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What an objective that compares two answers implies; its loss is in `loss/preference_loss.py`."""
+    """What an objective that compares answers implies; its loss is in `loss/preference_loss.py` or `label_loss.py`.
 
-    learning_rate: float  # where none is given: that of TRL's own command or example with LoRA
+    Attributes:
+        learning_rate: That of a run for which none is given.
+        has_reference: Whether the log-probabilities of the base, without its adapter, are part of the loss.
+        format: The format of its rows.
+    """
+
+    learning_rate: float
     has_reference: bool
+    format: DataFormat = DataFormat.PREFERENCE
 
 
 class Objective(Choice):
-    """What is learned from the rows: their answers, or which of two answers is better, if it is in `COMPARED_BY`."""
+    """What is learned from the rows: their answers, or, if it is in `COMPARED_BY`, which answers are better.
+
+    Those compare the two answers of a pair, or single answers, which have a label, with the base.
+    """
 
     SFT = "sft"
     DPO = "dpo"
     ORPO = "orpo"
+    KTO = "kto"
 
     @classmethod
     def hint_for(cls, value: str) -> str | None:
         """Return what to use in place of an objective of other tools that there is not."""
         if value.lower() in COMPARISONS:
-            return f"Of those that compare answers, there are {' and '.join(COMPARED_BY)}."
+            *first, last = COMPARED_BY
+            return f"Of those that compare answers, there are {', '.join(first)} and {last}."
         return None
 
     @property
     def num_sequences(self) -> int:
         """The sequences of a row: a pair is two."""
-        return 2 if self.compares else 1
+        return 2 if self.has_pairs else 1
 
     @property
     def compares(self) -> bool:
-        """Whether a row is a pair of a chosen and a rejected answer."""
+        """Whether answers are compared: those of a row with each other, or single ones with the base."""
         return self in COMPARED_BY
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a row is a pair of a chosen and a rejected answer."""
+        return self.compares and COMPARED_BY[self].format == DataFormat.PREFERENCE
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a row is an answer with a label: wanted or not."""
+        return self.compares and COMPARED_BY[self].format == DataFormat.UNPAIRED_PREFERENCE
 
     @property
     def has_reference(self) -> bool:
@@ -99,8 +123,19 @@ class Objective(Choice):
         return self.compares and COMPARED_BY[self].has_reference
 
 
+# The learning rates of pairs are those of TRL's own command or example with LoRA; that of labels is the one of
+# LLaMA-Factory's example with LoRA, and the highest that TRL's page on KTO recommends.
 COMPARED_BY: Mapping[Objective, Comparison] = {
     Objective.DPO: Comparison(learning_rate=5e-6, has_reference=True),
     Objective.ORPO: Comparison(learning_rate=8e-5, has_reference=False),
+    Objective.KTO: Comparison(learning_rate=5e-6, has_reference=True, format=DataFormat.UNPAIRED_PREFERENCE),
 }
-OBJECTIVES_OF_PAIRS = f"--objective {' or '.join(COMPARED_BY)}"  # for hints
+
+
+def _flags_of(fmt: DataFormat) -> str:
+    """Return the flag of the objectives whose rows have a format, for hints."""
+    return f"--objective {' or '.join(name for name, one in COMPARED_BY.items() if one.format == fmt)}"
+
+
+OBJECTIVES_OF_PAIRS = _flags_of(DataFormat.PREFERENCE)
+OBJECTIVES_OF_LABELS = _flags_of(DataFormat.UNPAIRED_PREFERENCE)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.feeding.collate import make_collator
-from qlora_cli.data.feeding.known_values import host_copies
+from qlora_cli.data.feeding.known_values import host_copies, with_known_values
 from qlora_cli.data.feeding.micro_batches import balance, epoch_order, micro_batches_of_step, shares_of_step
 from qlora_cli.data.feeding.packing import fill_micro_batches
 from qlora_cli.data.feeding.prepare import PreparedData
@@ -21,8 +21,10 @@ MOST_NAMED = 16
 MOST_AVERAGED = 1000  # steps, which tell of all
 MICRO_BATCHES, HOST_COPIES = "micro_batches", "host_copies"
 NUM_MICRO_BATCHES, NUM_TRAINED = "num_micro_batches", "num_trained"
+MISMATCHED = "mismatched"
 BLANKS, IS_BLANK = "blank_micro_batches", "is_blank"
 BLANK_TOKENS = 2
+NO_INPUTS = frozenset({"labels", "num_tokens", NUM_TRAINED, IS_BLANK, HOST_COPIES, MISMATCHED})  # of a loss
 Row = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -57,6 +59,15 @@ class BatchCollator:
         """Return the number of items that the loss of `rows` is a sum over: their trained tokens."""
         return sum(map(num_trained, rows))
 
+    def mismatched(self, rows: list[Row]) -> list[Row]:  # noqa: ARG002 - of a subclass, they are made of them
+        """Return further sequences that the loss of a step of `rows` needs, before its first micro-batch."""
+        return []
+
+    def alone(self, rows: list[Row]) -> Batch:
+        """Return the only micro-batch of a step."""
+        others = self.mismatched(rows)
+        return {**self(rows), MISMATCHED: [self(others)] if others else []}
+
     def blank(self, row: Row) -> Row:
         """Return a short row for a micro-batch that is computed for the other processes; no token is trained in it."""
         ids = list(row["input_ids"])[:BLANK_TOKENS]
@@ -84,7 +95,10 @@ class StepCollator:
         shares = shares_of_step(np.array([len(row["input_ids"]) for row in rows]), self._settings)
         own = shares[self._rank]
         num_blank = max(map(len, shares)) - len(own) if self._has_blanks else 0
+        others = self._collate.mismatched(rows)
+        divided = shares_of_step(np.array([len(row["input_ids"]) for row in others]), self._settings) if others else []
         return {
+            MISMATCHED: [self._collate([others[place] for place in places]) for share in divided for places in share],
             MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in own],
             BLANKS: [{**self._collate([self._collate.blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
             NUM_MICRO_BATCHES: sum(map(len, shares)),
@@ -98,9 +112,17 @@ def num_trained(row: Row) -> int:
 
 
 def num_items_of(batch: Batch) -> int:
-    """Return how many items the loss of a micro-batch is a sum over: its trained tokens, or its pairs."""
+    """Return how many items the loss of a micro-batch is a sum over: its trained tokens, or its rows."""
     number: int = batch.get(NUM_TRAINED, len(batch["trained_targets"]))
     return number
+
+
+def loss_inputs(batch: Batch) -> dict[str, Any]:
+    """Return what a `LossModel` is called with, of a micro-batch of `BatchCollator`."""
+    inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
+    inputs["positions"], inputs["targets"] = inputs.pop("trained_positions"), inputs.pop("trained_targets")
+    copies = batch.get(HOST_COPIES)
+    return inputs if copies is None else with_known_values(inputs, copies)
 
 
 def micro_batches_of(batch: Batch) -> list[Batch]:

@@ -30,7 +30,7 @@ class BatchLosses:
     Attributes:
         total: The sum of the losses of its items, a tensor of one number. Its gradient is that of the loss that is
             trained on: its own, or that of `dft`.
-        num_items: The number of items: trained tokens, or pairs.
+        num_items: The number of items: trained tokens, or pairs or answers that are compared.
         aux_loss: How unevenly tokens are distributed over experts, if that was asked for; it has a gradient.
         figures: What its metrics follow from, `(figures,)`, in fp32, without a gradient.
         metrics_of: Returns the metrics of the values of `figures`.
@@ -67,6 +67,10 @@ class LossModel:
         self._backbone = backbone_of(model)
         self._autocast = autocast
         self._trains_dft = trains_dft
+
+    def begin_step(self, mismatched: Sequence[dict[str, Any]]) -> None:
+        """Compute what the losses of a step need before its first micro-batch, of the inputs of further batches."""
+        assert not mismatched, "the losses of tokens need nothing"
 
     def __call__(self, *, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> BatchLosses:
         """Return the losses of `targets` at `positions`, `(tokens,)` each, as `trained_tokens` returns them."""

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, describe_mixture
+from qlora_cli.data.feeding.label_balance import balance_notes
 from qlora_cli.data.feeding.prepare import PreparedData, TrainingData
 from qlora_cli.data.feeding.stream import OUTCOMES
 from qlora_cli.data.limits import MAX_BAD_ROWS_LISTED
@@ -23,9 +24,9 @@ def note_previews(rows: TrainingData, tokenizer: PreTrainedTokenizerBase, report
             reporter.report(Noted(message=f"{row.where}, trained is within « »: {row.one_line(LINE_CHARACTERS)}"))
 
 
-def note_data(data: PreparedData, max_length: int, reporter: Reporter) -> None:
+def note_data(data: PreparedData, settings: TrainSettings, reporter: Reporter) -> None:
     """Report what was recognised, and what was truncated, dropped or skipped."""
-    report = data.report
+    report, max_length = data.report, settings.data.max_length
     summary = f"{report.name}: {counted(report.rows, 'row')} read as {report.recognised}"
     trained = f"{counted(report.tokens, 'token')}, {report.supervised_tokens:,} of them trained"
     fed = "" if report.rows_trained == report.rows else f"{report.rows_trained:,} are fed, "
@@ -41,7 +42,8 @@ def note_data(data: PreparedData, max_length: int, reporter: Reporter) -> None:
         reporter.report(Noted(message=f"{report.name}: {counted(report.held_out_rows, 'row')} held out, not trained"))
     if report.groups is not None:
         reporter.report(Noted(message=f"{report.name}: {counted(report.groups, 'group')} among the rows that are fed"))
-    for message in (*data.notes, *_data_warnings(data, max_length)):
+    unbalanced = balance_notes(report, settings.training)
+    for message in (*data.notes, *_data_warnings(data, max_length), *unbalanced):
         reporter.report(Noted(level="warning", message=message))
 
 

@@ -204,7 +204,7 @@ def _settle_model(asked: Resolved[TrainSettings], reporter: Reporter) -> _Settle
     check_shardable(settings)
     if load_plan.adapter is not None and (refusal := further_training_problem(load_plan.adapter, load_plan.shapes)):
         raise refusal
-    _check_begin_of_pairs(load_plan, settings.training.objective)
+    _check_begin_of_comparison(load_plan, settings.training.objective)
     if resume is not None:
         trains_given = load_plan.source.adapter is not None
         digest = base_digest(load_plan.source.path)
@@ -355,11 +355,11 @@ def _note_unfused(model: PeftModel, loaded: LoadedModel, reporter: Reporter) -> 
         reporter.report(Noted(message=message))
 
 
-def _check_begin_of_pairs(load_plan: LoadPlan, objective: Objective) -> None:
-    """Check that training on pairs begins with the base, if they are compared by it, or with matrices alone.
+def _check_begin_of_comparison(load_plan: LoadPlan, objective: Objective) -> None:
+    """Check that a comparison of answers begins with the base, if it is by that, or else with matrices alone.
 
     Raises:
-        ModelError: it would begin with an adapter that can't be trained on pairs.
+        ModelError: it would begin with an adapter that can't be trained so.
     """
     if load_plan.adapter is None or not objective.compares:
         return
@@ -406,7 +406,7 @@ def _prepare_data(settings: TrainSettings, load_plan: LoadPlan, reporter: Report
     rows = prepare_data(data, text, seed=settings.training.seed)
     for prepared in (rows.train, rows.evaluation):
         if prepared is not None:
-            note_data(prepared, data.max_length, reporter)
+            note_data(prepared, settings, reporter)
     return rows
 
 

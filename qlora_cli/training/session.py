@@ -29,6 +29,7 @@ from qlora_cli.hardware.counters import (
     peak_host_bytes,
     reset_device_peak,
 )
+from qlora_cli.loss.label_loss import LabelLoss
 from qlora_cli.model_files.construction import is_ours, reason_of
 from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.adapter_health import AdapterHealth
@@ -55,6 +56,8 @@ from qlora_cli.training.loss_model import Autocast, LossModel
 from qlora_cli.training.outcome.adapter_card import TrainedSteps, write_card
 from qlora_cli.training.outcome.measured_adapter import measure_adapter
 from qlora_cli.training.outcome.measured_forgetting import measure_forgetting
+from qlora_cli.training.preferences.label_batches import LabelCollator
+from qlora_cli.training.preferences.label_model import LabelModel
 from qlora_cli.training.preferences.pair_batches import PairCollator
 from qlora_cli.training.preferences.pair_model import PairModel
 from qlora_cli.training.rehearsal import Rehearsal, RehearsalCallback
@@ -102,10 +105,7 @@ class Session:
         joins_rows = settings.data.packing or training.micro_batch_tokens is not None
         # The compiler reads no values, and would have to be taught the type of the copies.
         is_compiled = training.torch_compile or Attention(prepared.loaded.attention).is_compiled
-        collator = PairCollator if training.objective.compares else BatchCollator
-        self._collate = collator(
-            prepared.loaded.tokenizer.pad_token_id, packing=joins_rows, keeps_copies=not is_compiled
-        )
+        self._collate = self._collator(packing=joins_rows, keeps_copies=not is_compiled)
         self._collate_step = (
             StepCollator(self._collate, training, group.rank, has_blanks=training.shards_base)
             if training.divides_steps
@@ -116,6 +116,17 @@ class Session:
         self.trainer = self._make_trainer()
         for callback in (*self._callbacks(), *trackers):
             self.trainer.add_callback(callback)
+
+    def _collator(self, *, packing: bool, keeps_copies: bool) -> BatchCollator:
+        """Return what makes micro-batches of rows, by the objective."""
+        prepared = self._prepared
+        objective, pad = prepared.settings.training.objective, prepared.loaded.tokenizer.pad_token_id
+        if objective.has_labels:
+            data = [one for one in (prepared.train_data, prepared.eval_data) if one is not None]
+            longest = max(one.longest_tokens for one in data)
+            return LabelCollator(pad, packing=packing, keeps_copies=keeps_copies, longest_tokens=longest)
+        collator = PairCollator if objective.has_pairs else BatchCollator
+        return collator(pad, packing=packing, keeps_copies=keeps_copies)
 
     def _make_trainer(self) -> QloraTrainer:
         """Return the trainer; TRL checks settings, tokenizer and model while it is created.
@@ -179,7 +190,14 @@ class Session:
     def _loss_of(self, model: PeftModel, autocast: Autocast) -> LossModel:
         """Return what computes the loss of a batch, by the objective."""
         training = self._prepared.settings.training
-        if training.objective.compares:
+        if training.objective.has_labels:
+            loss = LabelLoss(
+                beta=training.beta,
+                desirable_weight=training.desirable_weight,
+                undesirable_weight=training.undesirable_weight,
+            )
+            return LabelModel(model, autocast, loss)
+        if training.objective.has_pairs:
             return PairModel(model, autocast, objective=training.objective, beta=training.beta)
         return LossModel(model.get_base_model(), autocast, trains_dft=training.loss == TrainingLoss.DFT)
 
@@ -192,7 +210,7 @@ class Session:
         return Rehearsal(
             micro_batches=self._batches().largest(prepared.plan.num_epochs or 1),
             eval_rows=None if evaluation is None else largest_held_out(evaluation, prepared.settings.training),
-            collate=self._collate,
+            collate=self._collate.alone,
             # Paged state is in unified memory, which the driver moves out of a full GPU.
             state_bytes=0 if prepared.settings.training.optimizer.is_paged else prepared.plan.optimizer_bytes,
         )

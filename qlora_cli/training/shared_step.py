@@ -112,7 +112,7 @@ class EvaluationRecorder:
         self._read: list[dict[str, float]] = []
 
     def add(self, total: torch.Tensor, num_items: int) -> None:
-        """Add the loss of a batch, summed over its trained tokens, or its pairs; `metrics` has its metrics already."""
+        """Add the loss of a batch, summed over its trained tokens, or its rows; `metrics` has its metrics already."""
         self._losses.append((total, num_items))
         if len(self.metrics) >= MOST_PENDING:
             self._read += self.metrics.read()[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.lora import LoraLayer
 from transformers import IntervalStrategy, TrainerState
 from transformers.integrations.neftune import deactivate_neftune
@@ -16,20 +17,20 @@ from qlora_cli.adapters.calls import watch_calls
 from qlora_cli.adapters.checkpointing import enable_checkpointing
 from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
-from qlora_cli.data.feeding.known_values import with_known_values
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.batches import (
-    HOST_COPIES,
     IS_BLANK,
+    MISMATCHED,
     NUM_MICRO_BATCHES,
     NUM_TRAINED,
     Batch,
     StepCollator,
     blanks_of,
+    loss_inputs,
     micro_batches_of,
     num_items_of,
 )
@@ -47,17 +48,7 @@ from qlora_cli.training.resuming.loop_state import (
     load_generators,
     preserve_generators,
 )
-from qlora_cli.training.resuming.saved_state import (
-    OPTIMIZER,
-    PEERS,
-    RNG_STATE,
-    SCALER,
-    SCHEDULER,
-    blame_file,
-    check_optimizer,
-    check_schedule,
-    groups_of,
-)
+from qlora_cli.training.resuming.saved_state import PEERS, RNG_STATE, SCALER, blame_file, optimizer_checked
 from qlora_cli.training.shared_step import EvaluationRecorder, StepRecorder, draw_apart, unused_kept
 from qlora_cli.training.trainer_seam import LoopCounters, TrainerSeam
 
@@ -148,15 +139,11 @@ class QloraTrainer(TrainerSeam):
         )
         self.phase = "the forward pass"
         mode = "train" if self.model.training else "eval"
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        num_tokens_fed, is_blank = inputs.pop("num_tokens"), inputs.pop(IS_BLANK, False)
-        positions, targets = inputs.pop("trained_positions"), inputs.pop("trained_targets")
-        inputs.pop(NUM_TRAINED, None)
-        if (copies := inputs.pop(HOST_COPIES, None)) is not None:
-            inputs = with_known_values(inputs, copies)
+        num_tokens_fed, is_blank = inputs["num_tokens"], inputs.get(IS_BLANK, False)
+        inputs = loss_inputs(inputs)
         if self.aux_loss_enabled and not is_blank:
             inputs["output_router_logits"] = True
-        losses = self._loss_model(positions=positions, targets=targets, **inputs, use_cache=False)
+        losses = self._loss_model(**inputs, use_cache=False)
         number = losses.num_items if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(number).clamp(min=1)
         if not is_blank:
@@ -168,10 +155,16 @@ class QloraTrainer(TrainerSeam):
         self.phase = "the backward pass"
         return loss
 
+    def _begin_step(self, batch: Batch) -> None:
+        """Compute what the losses of a step need before its first micro-batch."""
+        self.phase = "the forward pass"
+        mismatched = send_to_device(batch.get(MISMATCHED, []), self.args.device)
+        self._loss_model.begin_step([loss_inputs(one) for one in mismatched])
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the batches of a step and the number of its trained tokens, or of its pairs."""
+        """Return the batches of a step and the number of its items: trained tokens, or rows that are compared."""
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_micro_batches = sum(batch.get(NUM_MICRO_BATCHES, 1) for batch in batches)
         if any(NUM_TRAINED in batch for batch in batches):  # whose labels the trainer does not see
@@ -184,6 +177,7 @@ class QloraTrainer(TrainerSeam):
         With several processes, a batch is a step, whose gradients are those of all from here on.
         """
         model.train()  # in a process without a micro-batch, too
+        self._begin_step(inputs)
         for index, micro_batch in enumerate(micro_batches_of(inputs)):
             if index:
                 self.end_micro_batch()
@@ -201,8 +195,9 @@ class QloraTrainer(TrainerSeam):
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """Return the loss of a batch of an evaluation: the mean over its trained tokens, or its pairs."""
+        """Return the loss of a batch of an evaluation: the mean over its trained tokens, or its rows."""
         total, num_items = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
+        self._begin_step(inputs)
         for micro_batch in micro_batches_of(inputs):
             number = num_items_of(micro_batch)
             total += number * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
@@ -231,6 +226,7 @@ class QloraTrainer(TrainerSeam):
             # The trainer has averaged over rows of a batch, however many tokens they have.
             logs["eval_loss"], metrics = evaluated
             self.add_metrics("eval", metrics, 0)
+        self.add_margin("eval" if "eval_loss" in logs else "train")
         super().log(logs, start_time)
         self.state.log_history.clear()
 
@@ -378,18 +374,10 @@ class QloraTrainer(TrainerSeam):
 
     @contextmanager
     def optimizer_loading(self, checkpoint: Path) -> Iterator[None]:
-        """Check that the loaded states are of this optimizer and this schedule.
-
-        Raises:
-            OutputDirectoryError: they are not; names the file.
-        """
+        """Check that the loaded states are of this optimizer and this schedule; see `optimizer_checked`."""
         optimizer = self.optimizer.optimizer
-        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        groups, state = groups_of(optimizer), schedule.state_dict()
-        with blame_file(checkpoint / OPTIMIZER):
+        with optimizer_checked(optimizer, getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), checkpoint):
             yield
-            check_optimizer(optimizer, groups, checkpoint / OPTIMIZER)
-        check_schedule(schedule, state, checkpoint / SCHEDULER)
         restore_paging(optimizer)
 
     def scaler_loading(self, checkpoint: Path) -> AbstractContextManager[None]:
@@ -429,6 +417,7 @@ class QloraTrainer(TrainerSeam):
             with self._without_effect():
                 _, num_tokens = self.get_batch_samples(iter([micro_batch]), 1, self.args.device)
                 self.current_gradient_accumulation_steps = 1
+                self._begin_step(micro_batch)
                 with self.uncompiled(), watch_calls(self.model) as never_used:
                     super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
                 # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.

@@ -4,15 +4,19 @@ A version of theirs that renames one breaks this module and no other; `tests/con
 """
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 import torch
 from torch.utils.data import Sampler
 from trl import SFTTrainer
+
+from qlora_cli.loss.preference_loss import CHOSEN_REWARDS, MARGINS, REJECTED_REWARDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class TrainerSeam(SFTTrainer, ABC):
             total_loss=self._total_loss_scalar,
             reported_step=self._globalstep_last_logged,
             num_tokens=int(self._total_train_tokens),
-            means={name: list(values) for name, values in self._metrics["train"].items()},
+            means={name: list(values) for name, values in self.means_of("train").items()},
         )
 
     def set_counters(self, counters: LoopCounters) -> None:
@@ -106,7 +110,7 @@ class TrainerSeam(SFTTrainer, ABC):
         self._globalstep_last_logged = counters.reported_step
         self._total_train_tokens = counters.num_tokens
         for name, values in counters.means.items():
-            self._metrics["train"][name] = list(values)
+            self.means_of("train")[name] = list(values)
 
     def add_losses(self, losses: Sequence[float]) -> None:
         """Add the losses of the micro-batches of a step to the sum, in fp32 as the trainer does."""
@@ -128,11 +132,22 @@ class TrainerSeam(SFTTrainer, ABC):
         `mode` is `train` or `eval`.
         """
         self._total_train_tokens += num_tokens
-        means = self._metrics[mode]
+        means = self.means_of(mode)
         means["num_tokens"] = [self._total_train_tokens]
         for of_batch in metrics:
             for name, value in of_batch.items():
                 means[name].append(value)
+
+    def add_margin(self, mode: str) -> None:
+        """Add how much higher the rewards of wanted answers are, if no metric of single rows says so, as in a pair."""
+        means = self.means_of(mode)
+        if MARGINS not in means and CHOSEN_REWARDS in means and REJECTED_REWARDS in means:
+            means[MARGINS] = [fmean(means[CHOSEN_REWARDS]) - fmean(means[REJECTED_REWARDS])]
+
+    def means_of(self, mode: str) -> defaultdict[str, list[float]]:
+        """Return the values that TRL will report the mean of, by name; `mode` is `train` or `eval`."""
+        of_mode: defaultdict[str, list[float]] = self._metrics[mode]
+        return of_mode
 
     # ---- overridden ----
 

@@ -51,6 +51,8 @@ def _data_rows(report: DataReport, max_length: int) -> list[Row]:
         rows.append(("lost to train", f"{lost} of {all_trained:,} tokens"))
     if len(report.mixture) > 1:
         rows.append(("mixed of", describe_mixture(report)))
+    if report.desirable_rows is not None:
+        rows.append(("labels", f"{report.desirable_rows:,} wanted, {report.undesirable_rows:,} not"))
     if report.groups is not None:
         rows.append(("groups", f"{report.groups:,}"))
     for name, number, what in (

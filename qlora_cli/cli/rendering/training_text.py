@@ -95,7 +95,7 @@ def _training_rows(result: TrainResult) -> list[Row]:
         ("loss", f"{_loss(result.final_loss)} at the last step, {_loss(result.train_loss)} on average"),
         *([("preferences", f"{result.rewards}, at the last step")] if result.rewards else []),
         ("held-out loss", _loss(result.eval_loss)),
-        *([("held-out pairs", str(result.eval_rewards))] if result.eval_rewards else []),
+        *([(f"held-out {result.eval_rewards.rows}", str(result.eval_rewards))] if result.eval_rewards else []),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s over all steps ({counted(result.num_tokens, 'token')})"),
         *_step_rows(result),
         ("time", _describe_time(result)),

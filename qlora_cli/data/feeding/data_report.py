@@ -47,6 +47,7 @@ class DataReport:
         held_out_rows: Rows that are held out of training.
         near_duplicate_rows: In the report on held-out rows, those that equal a trained one except for case,
             punctuation and spaces; None in the report on trained rows.
+        desirable_rows: Rows that are fed whose label says that their answer is wanted; None if rows have no labels.
         groups: The number of groups of the rows that are fed; None if rows are not held out by group.
         bad_rows: Rows that can't be used, and were skipped.
         empty_answers: Rows among them that only lack an answer.
@@ -72,12 +73,19 @@ class DataReport:
     duplicates_dropped: int
     held_out_rows: int
     near_duplicate_rows: int | None
+    desirable_rows: int | None
     groups: int | None
     bad_rows: int
     empty_answers: int
     mixture: tuple[Contribution, ...]
     packed_rows: int | None
     fingerprint: str
+
+    @property
+    def undesirable_rows(self) -> int:
+        """Rows that are fed whose label says that their answer is not wanted; rows have labels."""
+        assert self.desirable_rows is not None
+        return self.rows_trained - self.desirable_rows
 
 
 def describe_mixture(report: DataReport) -> str:

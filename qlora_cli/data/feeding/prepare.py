@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from qlora_cli.data.feeding.data_report import Contribution, DataReport
 from qlora_cli.data.feeding.held_out import HeldOutDigests, hold_out
+from qlora_cli.data.feeding.label_balance import label_refusals
 from qlora_cli.data.feeding.mixing import mix
 from qlora_cli.data.feeding.packing import best_fit, pack
 from qlora_cli.data.feeding.stream import MAX_LOST_SHARE, TokenStream
@@ -34,7 +35,8 @@ from qlora_cli.units import counted
 class PreparedData:
     """Rows of `input_ids` and `labels`, both `(seq,)` with seq ≤ max_length, and the report on them.
 
-    A pair is a row of two sequences, each of up to max_length tokens, and `first` is the length of the first one.
+    A pair is a row of two sequences, each of up to max_length tokens, and `first` is the length of the first one. Of
+    an answer with a label, `desirable` is 1 if it is wanted, and 0 if not.
     `lengths` are those of the rows of `dataset`, int64 `(rows,)`, and `padded_lengths` what they take where all their
     sequences are padded to the longest; `share_lost` is the share of the tokens to train
     that truncating and dropping long rows loses, each row counted once. `table` has all rows that were read, and
@@ -97,7 +99,8 @@ def prepare_data(
         num_near = len(near_duplicates(train, evaluation))
         evaluation = replace(evaluation, report=replace(evaluation.report, near_duplicate_rows=num_near))
     if not inspect_only:
-        for error in (error for data in (train, evaluation) if data is not None for error in refusals(data, settings)):
+        found = [error for data in (train, evaluation) if data is not None for error in refusals(data, settings)]
+        for error in (*found, *label_refusals(train.report)):
             raise error
     if settings.streaming:
         stream = TokenStream(sources, settings, text, seed=seed, held_out=_held_out_digests(evaluation))
@@ -311,8 +314,9 @@ def _select_rows(
     if len(selected) == 0:
         raise _no_rows_error(rows, report, settings)
     lengths, columns = table.fed[selected], ["input_ids", "labels"]
+    columns += [name for name, has_it in (("first", table.has_pairs), ("desirable", table.has_labels)) if has_it]
     return PreparedData(
-        dataset=table.dataset.select_columns([*columns, "first"] if table.has_pairs else columns).select(selected),
+        dataset=table.dataset.select_columns(columns).select(selected),
         lengths=lengths,
         padded_lengths=2 * table.longest_fed[selected] if table.has_pairs else lengths,
         share_lost=report.supervised_tokens_lost / int((table.trained + table.lost)[is_read].sum()),
@@ -369,6 +373,7 @@ def _report(rows: _RowSelection, selected: Numbers, settings: DataSettings) -> D
         duplicates_dropped=int((is_read & rows.usable & rows.repeated & rows.drops_repeated).sum()),
         held_out_rows=int(rows.held_out.sum()),
         near_duplicate_rows=None,
+        desirable_rows=int((table.desirable[selected] == 1).sum()) if table.has_labels else None,
         groups=None if settings.eval_group is None else len(np.setdiff1d(table.group[selected], [NO_GROUP])),
         bad_rows=sum(dataset.num_bad for dataset in table.datasets),
         empty_answers=sum(dataset.num_empty for dataset in table.datasets),

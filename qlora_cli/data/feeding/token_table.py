@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from qlora_cli.data.rows.groups import NO_GROUP
-from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset
+from qlora_cli.data.tokenizing.store import UNLABELLED, StoredTokens, TokenizedDataset
 
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -50,6 +50,16 @@ class TokenTable:
     def first(self) -> Numbers:
         """The number of tokens of the first sequence of each row that is a pair; 0 of others."""
         return self._column("first")
+
+    @cached_property
+    def desirable(self) -> Numbers:
+        """Whether the answer of each row is wanted, 1 or 0, by its label; `UNLABELLED` of others."""
+        return self._column("desirable")
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether answers have labels; all of them have, or none."""
+        return bool((self.desirable != UNLABELLED).any())
 
     @cached_property
     def fed(self) -> Numbers:

@@ -43,6 +43,7 @@ def _recognise(columns: Collection[str], first: Sequence[RawRow], settings: Data
     try:
         return recognise(columns, settings, name)
     except DataError as error:
-        if settings.format != DataFormat.PREFERENCE:  # where it is, what is missing of a pair is what is to be said
+        # Where it is chosen, what rows lack of it is what is to be said.
+        if settings.format not in (DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE):
             check_preferences([row.value for row in first if row.value is not None], settings, name)
         raise (nested_rows_error(first[0]) if is_alone else None) or error from error

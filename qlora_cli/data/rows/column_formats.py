@@ -7,6 +7,7 @@ from difflib import SequenceMatcher, get_close_matches
 from qlora_cli.data.limits import join_names
 from qlora_cli.data.rows.special_columns import (
     HISTORY,
+    LABELS,
     SYSTEM,
     TEMPLATE_VARIABLES,
     THINKING,
@@ -15,7 +16,7 @@ from qlora_cli.data.rows.special_columns import (
 )
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.objectives import SEGMENTS_HINT, DataFormat
+from qlora_cli.settings.objectives import OBJECTIVES_OF_PAIRS, SEGMENTS_HINT, DataFormat
 
 # The names of each part of a format: ours first, then those that popular data sets use.
 PARTS: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
@@ -63,6 +64,15 @@ OPTIONAL: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
         **CHAT,
     },
 }
+# The formats of single answers that may have a label besides; the part of `unpaired_preference` that they lack.
+LABELLED = (
+    DataFormat.MESSAGES,
+    DataFormat.SHAREGPT,
+    DataFormat.PROMPT_COMPLETION,
+    DataFormat.ALPACA,
+    DataFormat.QUESTION_ANSWER,
+)
+LABEL_PART = "label"
 COLUMNS = "data.columns"
 # Names that are accepted only if the user chooses the format: each is the mark of the other format.
 EXTRA_NAMES: Mapping[DataFormat, Mapping[str, tuple[str, ...]]] = {
@@ -77,6 +87,7 @@ class RowLayout:
 
     Attributes:
         format: The format of the rows.
+        answers: The format of their answers, if those have labels besides.
         columns: The column of the data set that holds each part, by our name for the part.
         unused: The columns that hold no part.
     """
@@ -84,12 +95,19 @@ class RowLayout:
     format: DataFormat
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    answers: DataFormat | None = None
+
+    @property
+    def answer_format(self) -> DataFormat:
+        """The format of the rows without their labels."""
+        return self.answers or self.format
 
     def describe(self) -> str:
         """Return the format, its renamed parts and the unused columns: `alpaca (output is response)`."""
         details = [f"{ours} is {theirs}" for ours, theirs in self.columns.items() if ours != theirs]
         details += [f"not used: {join_names(self.unused)}"] if self.unused else []
-        return f"{self.format.value} ({'; '.join(details)})" if details else self.format.value
+        names = self.format.value if self.answers is None else f"{self.format.value} of {self.answers.value}"
+        return f"{names} ({'; '.join(details)})" if details else names
 
 
 def recognise(columns: Collection[str], settings: DataSettings, name: str) -> RowLayout:
@@ -100,11 +118,12 @@ def recognise(columns: Collection[str], settings: DataSettings, name: str) -> Ro
     """
     named = settings.columns or {}
     _check_named(named, columns, settings.format, name)
+    if settings.format == DataFormat.UNPAIRED_PREFERENCE:
+        return _labelled_layout(columns, named, name)
     if settings.format != DataFormat.AUTO:
         return _chosen_layout(settings.format, columns, named, name)
     # Two answers of a row are compared only if the objective says so, by choosing the format.
-    candidates = [fmt for fmt in PARTS if fmt != DataFormat.PREFERENCE]
-    fits = [fmt for fmt in candidates if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
+    fits = _fitting([fmt for fmt in PARTS if fmt != DataFormat.PREFERENCE], columns, named)
     if len(fits) > 1 and DataFormat.TEXT in fits:
         fits.remove(DataFormat.TEXT)  # often a copy of the other columns as one text
     if not fits:
@@ -170,6 +189,43 @@ def _layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str])
     return RowLayout(format=fmt, columns=by_part, unused=tuple(name for name in columns if name not in taken))
 
 
+def _fitting(
+    candidates: Collection[DataFormat], columns: Collection[str], named: Mapping[str, str]
+) -> list[DataFormat]:
+    return [fmt for fmt in candidates if _missing(fmt, columns, named) == [] and set(named) <= _parts(fmt).keys()]
+
+
+def _labelled_layout(columns: Collection[str], named: Mapping[str, str], name: str) -> RowLayout:
+    """Return the layout of answers with labels: that of the answers, and the column of the label."""
+    found = [column for column in LABELS if column in columns and column not in named.values()]
+    labels = [named[LABEL_PART]] if LABEL_PART in named else found
+    if len(labels) != 1:
+        pairs = "; rows of chosen and rejected answers are for " + OBJECTIVES_OF_PAIRS if "chosen" in columns else ""
+        raise DataError(
+            f"{name} has no column label, which says whether an answer is wanted"
+            if not labels
+            else f"several columns of {name} may say whether an answer is wanted: {join_names(labels)}",
+            hint=f"Its columns are {join_names(columns)}; --columns {LABEL_PART}=NAME says which one it is{pairs}.",
+        )
+    rest = [column for column in columns if column != labels[0]]
+    others = {ours: theirs for ours, theirs in named.items() if ours != LABEL_PART}
+    fits = _fitting(LABELLED, rest, others)
+    if len(fits) != 1:
+        known = "; ".join(f"{fmt.value}: {', '.join(PARTS[fmt])}" for fmt in fits or LABELLED)
+        raise DataError(
+            f"the columns of {name} fit {'several formats' if fits else 'no known format'} of answers with a label: "
+            f"{join_names(columns)}",
+            hint=f"Name the parts of one with --columns: {known}.",
+        )
+    layout = _layout(fits[0], rest, others)
+    return RowLayout(
+        format=DataFormat.UNPAIRED_PREFERENCE,
+        columns={**layout.columns, LABEL_PART: labels[0]},
+        unused=layout.unused,
+        answers=layout.format,
+    )
+
+
 def _chosen_layout(fmt: DataFormat, columns: Collection[str], named: Mapping[str, str], name: str) -> RowLayout:
     named = {**_extra_names(fmt, columns, named), **named}
     if missing := _missing(fmt, columns, named):
@@ -188,7 +244,7 @@ def _extra_names(fmt: DataFormat, columns: Collection[str], named: Mapping[str, 
 
 
 def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFormat, name: str) -> None:
-    known = set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
+    known = _known_parts(fmt)
     for theirs in named.values():
         parts = [ours for ours, other in named.items() if other == theirs]
         if len(parts) > 1:
@@ -213,6 +269,13 @@ def _check_named(named: Mapping[str, str], columns: Collection[str], fmt: DataFo
                 hint=f"Did you mean {near[0]}?" if near else f"Its columns are {join_names(columns)}.",
                 setting=COLUMNS,
             )
+
+
+def _known_parts(fmt: DataFormat) -> set[str]:
+    """Return the names of the parts that rows of a format may have; of those of any format if that is open."""
+    if fmt == DataFormat.UNPAIRED_PREFERENCE:
+        return {LABEL_PART}.union(*(_parts(each) for each in LABELLED))
+    return set().union(*(_parts(each) for each in PARTS)) if fmt == DataFormat.AUTO else set(_parts(fmt))
 
 
 def _no_format(columns: Collection[str], name: str) -> DataError:

@@ -21,10 +21,12 @@ PUNCTUATION = re.compile(
 )
 
 
-def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-    """Return a digest that is equal for equal rows."""
+def digest_row(input_ids: NDArray[np.int32], labels: NDArray[np.int32], *, is_desirable: bool | None = None) -> int:
+    """Return a digest that is equal for equal rows; those with equal answers differ if one alone is wanted."""
     digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
     digest.update(labels.tobytes())
+    if is_desirable is not None:
+        digest.update(bytes([is_desirable]))
     return _as_number(digest.digest())
 
 

@@ -91,6 +91,14 @@ class Pair:
     rejected: Conversation | PromptCompletion
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """An answer that says by a label whether it is wanted."""
+
+    answer: Example
+    is_desirable: bool
+
+
 def json_type_of(value: object) -> str:
     """Return the JSON type of `value`, as messages name it."""
     if value is None:

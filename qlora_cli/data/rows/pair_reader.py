@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_cli.data.rows.column_formats import RowLayout
-from qlora_cli.data.rows.examples import Conversation, Example, Pair, PromptCompletion, RowError, json_type_of
+from qlora_cli.data.rows.examples import Conversation, Pair, PromptCompletion, RowError, json_type_of
 from qlora_cli.data.rows.row_reader import RowReader, as_context
-from qlora_cli.settings.choices import LossOn
-from qlora_cli.settings.objectives import DataFormat
 
 SIDES = ("chosen", "rejected")
 SKIP = "Leave such rows out (--on-bad-row skip)."
@@ -98,21 +95,6 @@ class PairReader(RowReader):
     def _optional(self, row: Mapping[str, Any], part: str) -> object:
         column = self._layout.columns.get(part)
         return None if column is None else row.get(column)
-
-
-def reader_of(layout: RowLayout, loss_on: LossOn, *, use_chat: bool) -> RowReader:
-    """Return what reads the rows of a layout."""
-    reader = PairReader if layout.format == DataFormat.PREFERENCE else RowReader
-    return reader(layout, loss_on, use_chat=use_chat)
-
-
-def read_row(reader: RowReader, row: Mapping[str, Any]) -> Example | Pair:
-    """Return `row` as an example, or as a pair.
-
-    Raises:
-        RowError: a part is missing, empty or of the wrong type.
-    """
-    return reader.read_pair(row) if isinstance(reader, PairReader) else reader.read(row)
 
 
 def _answer(text: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ RANKED = ("responses", "completions", "candidates", "generations")
 RANKS = ("scores", "ratings", "ranks", "rankings", "labels")
 # Columns that say whether the answer is wanted. A bare label does so only as a boolean; else it may mean anything.
 LABEL, VERDICTS = "label", ("kto_tag", "kto_label", "desirable")
+LABELS = (LABEL, *VERDICTS)
 # Words that do so only as booleans (a number of them is a count): true approves, or disapproves, of the answer.
 APPROVING = frozenset({"chosen", "preferred", "accepted", "desirable", "approved", "thumbsup"})
 DISAPPROVING = frozenset({"rejected", "dispreferred", "nonpreferred", "undesirable", "thumbsdown"})

@@ -8,12 +8,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qlora_cli.data.limits import join_names
-from qlora_cli.data.rows.column_formats import EXTRA_NAMES, OPTIONAL, PARTS, RowLayout, recognise
+from qlora_cli.data.rows.column_formats import EXTRA_NAMES, LABEL_PART, OPTIONAL, PARTS, RowLayout, recognise
 from qlora_cli.data.rows.examples import Conversation, RowError, Unreadable, is_blank
 from qlora_cli.data.rows.messages import is_media_name
-from qlora_cli.data.rows.pair_reader import read_row, reader_of
+from qlora_cli.data.rows.rows_by_format import read_row, reader_of
 from qlora_cli.data.rows.special_columns import (
     HISTORY,
+    LABELS,
     better_answer_columns,
     comparison_columns,
     find_media_column,
@@ -24,7 +25,7 @@ from qlora_cli.data.rows.special_columns import (
 from qlora_cli.data.rows.train_switches import row_switch
 from qlora_cli.errors import DataError
 from qlora_cli.settings.models import DataSettings
-from qlora_cli.settings.objectives import OBJECTIVES_OF_PAIRS, DataFormat
+from qlora_cli.settings.objectives import OBJECTIVES_OF_LABELS, OBJECTIVES_OF_PAIRS, DataFormat
 from qlora_cli.settings.settle import with_values
 
 QUESTION_COLUMNS = (
@@ -107,7 +108,7 @@ class UnusedColumnChecker:
         """Check that no column holds context of the text that the format has no part for."""
         if self._layout.format == DataFormat.TOKENS:  # they already contain all context
             return
-        for part in CONTEXT_PARTS.keys() - OPTIONAL[self._layout.format].keys():
+        for part in CONTEXT_PARTS.keys() - OPTIONAL[self._layout.answer_format].keys():
             for name in CONTEXT_COLUMNS[part]:
                 if _is_context(part, special.get(name)) and not self._is_in_text(row, special[name]):
                     purpose = f"Write it into {next(iter(self._layout.columns.values()))!r}. To train without it"
@@ -125,7 +126,9 @@ class UnusedColumnChecker:
     @property
     def _own_flags(self) -> Flags:
         """The flags that name the columns in use, by which a user confirms that the others may be ignored."""
-        return self._layout.format, {part: self._layout.columns[part] for part in PARTS[self._layout.format]}
+        parts = PARTS[self._layout.answer_format]
+        labels = [LABEL_PART] if self._layout.answers is not None else []
+        return self._layout.format, {part: self._layout.columns[part] for part in (*labels, *parts)}
 
     def _check_media(self, row: Mapping[str, Any], special: Mapping[str, Any]) -> None:
         if special and (name := find_media_column(special)):
@@ -151,7 +154,7 @@ class UnusedColumnChecker:
         if self._has_answers and (name := row_switch(special)):
             purpose = (
                 'Say it in each message, with "train": true or false. To train on all answers'
-                if self._layout.format in EXTRA_NAMES
+                if self._layout.answer_format in EXTRA_NAMES
                 else f"Leave out the rows that {name!r} says not to train on. To train on all rows"
             )
             raise RowError(
@@ -160,7 +163,8 @@ class UnusedColumnChecker:
             )
         if self._has_answers and (verdict := find_verdict(special)):
             name, unwanted = verdict
-            purpose = f"Leave out the rows whose {name!r} is {unwanted}. To train on all rows"
+            both = f"To learn from both kinds, use {OBJECTIVES_OF_LABELS}. Or leave" if name in LABELS else "Leave"
+            purpose = f"{both} out the rows whose {name!r} is {unwanted}. To train on all rows"
             raise RowError(
                 f"{name!r} says whether the answer is wanted (KTO), but would be ignored: {NOT_HERE}",
                 hint=self._hint([name], row, [own_flags], purpose),

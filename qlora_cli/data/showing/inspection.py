@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_cli.data.feeding.data_report import NEARLY_EQUAL, DataReport
+from qlora_cli.data.feeding.label_balance import balance_notes, label_refusals
 from qlora_cli.data.feeding.micro_batches import micro_batch_tokens, padding_of_epoch
 from qlora_cli.data.feeding.packing import best_fit
 from qlora_cli.data.feeding.prepare import PreparedData, near_duplicates, prepare_data, refusals
@@ -53,8 +54,8 @@ class BatchSummary:
         micro_batches: The number of batches of an epoch that are filled with tokens; None if none are.
         padding_share: The share of pad tokens, in the order that the settings ask for.
         grouped_padding_share: The same with rows grouped by length.
-        packed_rows: The number of rows after packing; None for pairs, which are not packed.
-        packing_efficiency: The share of tokens in packed rows that are filled; None for pairs.
+        packed_rows: The number of rows after packing; None for answers that are compared, which are not packed.
+        packing_efficiency: The share of tokens in packed rows that are filled; None if there are none.
     """
 
     micro_batch_size: int
@@ -127,10 +128,13 @@ def inspect_data(
         lengths=count_lengths(table.longest),
         batches=_batches(train, training, settings.max_length),
         troubles=(*(trouble for data in both for trouble in _bad_rows(data)), *_troubles(table, settings), *near),
-        notes=train.notes,
+        notes=(*train.notes, *balance_notes(train.report, training)),
         skipped_rows=train.skipped,
         previews=preview_rows(train, text.tokenizer, num_previews),
-        refusals=tuple(str(refusal) for data in both for refusal in refusals(data, settings)),
+        refusals=tuple(
+            str(refusal)
+            for refusal in (*(one for data in both for one in refusals(data, settings)), *label_refusals(train.report))
+        ),
     )
 
 
@@ -164,7 +168,8 @@ def _batches(data: PreparedData, training: TrainingSettings, max_length: int) ->
     if tokens is not None:
         num_steps = training.steps_per_epoch(len(data.lengths))
         filled = micro_batch_tokens(data.lengths, training, num_steps=num_steps, is_packed=False).total()
-    num_packed = None if data.table.has_pairs else len(best_fit(data.lengths, max_length))
+    is_compared = data.table.has_pairs or data.table.has_labels
+    num_packed = None if is_compared else len(best_fit(data.lengths, max_length))
     return BatchSummary(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=tokens,

@@ -119,6 +119,7 @@ def _figures(report: DataReport, *, is_evaluation: bool) -> list[list[tuple[str,
             ("Bad rows", Cell(report.bad_rows, _if_any(report.empty_answers, "empty"))),
             ("Rows held out", Cell(None if is_evaluation else report.held_out_rows)),
             ("Near-duplicates of trained rows", Cell(report.near_duplicate_rows)),
+            ("Rows with a wanted answer", Cell(report.desirable_rows)),
             ("Groups", Cell(report.groups)),
         ],
     ]

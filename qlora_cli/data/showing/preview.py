@@ -59,7 +59,7 @@ def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_row
     indices = data.selected[:num_rows]
     if len(indices) == 0:
         return ()
-    named = [(index, side) for index in indices for side in (SIDES if data.table.has_pairs else ("",))]
+    named = [(index, side) for index in indices for side in _names_of(data, int(index))]
     sequences = [one for index in indices for one in sequences_of(data.table.dataset[int(index)])]
     batch = make_collator(tokenizer.pad_token_id, packing=False)(sequences)
     return tuple(
@@ -73,6 +73,13 @@ def preview_rows(data: PreparedData, tokenizer: PreTrainedTokenizerBase, num_row
             named, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
         )
     )
+
+
+def _names_of(data: PreparedData, index: int) -> tuple[str, ...]:
+    """Return the names of the sequences of a row: the sides of a pair, or what the label of an answer says of it."""
+    if data.table.has_labels:
+        return ("wanted" if data.table.desirable[index] else "unwanted",)
+    return SIDES if data.table.has_pairs else ("",)
 
 
 class _TokenDecoder:

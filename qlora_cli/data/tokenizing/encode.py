@@ -24,12 +24,12 @@ from qlora_cli.data.opening.skipped import SkippedRow, bad_row_error, read_skipp
 from qlora_cli.data.reading.readers import RawRow, read_rows, resolve_hub, selection_for
 from qlora_cli.data.rows.column_formats import RowLayout
 from qlora_cli.data.rows.digests import digest_row, digest_text, digest_tokens
-from qlora_cli.data.rows.examples import Example, Pair, RowError
+from qlora_cli.data.rows.examples import Example, Labelled, Pair, RowError
 from qlora_cli.data.rows.groups import NO_GROUP, digest_group
-from qlora_cli.data.rows.pair_reader import read_row, reader_of
+from qlora_cli.data.rows.rows_by_format import read_row, reader_of
 from qlora_cli.data.rows.unused_columns import UnusedColumnChecker
 from qlora_cli.data.tokenizing import row_notes, store
-from qlora_cli.data.tokenizing.store import StoredTokens, TokenizedDataset, TokenRow, TokenWriter
+from qlora_cli.data.tokenizing.store import UNLABELLED, StoredTokens, TokenizedDataset, TokenRow, TokenWriter
 from qlora_cli.data.tokenizing.tokens import EncodedText, RenderedText, Rendering, RowTokenizer, Tokens
 from qlora_cli.errors import DataError
 from qlora_cli.events import Reporter
@@ -197,7 +197,7 @@ class Encoder:
 class _ReadRow(NamedTuple):
     """A row as an example or an error, and the digest of its group."""
 
-    example: Example | Pair | RowError
+    example: Example | Labelled | Pair | RowError
     group: int = NO_GROUP
 
 
@@ -210,15 +210,18 @@ class _PendingBatch(NamedTuple):
     encoded: "Future[list[EncodedText]]"
 
 
-def _examples_of(item: Example | Pair | RowError) -> tuple[Example, ...]:
+def _examples_of(item: Example | Labelled | Pair | RowError) -> tuple[Example, ...]:
     """Return the examples that a row is tokenized as: two of a pair, none of an error."""
     if isinstance(item, Pair):
         return item.chosen, item.rejected
+    if isinstance(item, Labelled):
+        return (item.answer,)
     return () if isinstance(item, RowError) else (item,)
 
 
 def _joined(
-    item: Example | Pair | RowError, done: Sequence[tuple[Tokens | RowError, RenderedText | Tokens | RowError]]
+    item: Example | Labelled | Pair | RowError,
+    done: Sequence[tuple[Tokens | RowError, RenderedText | Tokens | RowError]],
 ) -> tuple[Tokens | RowError, int]:
     """Return the tokens of a row, of those of its examples and their renderings, or its error; and its digest."""
     errors = [one for one in (item, *(tokens for tokens, _ in done)) if isinstance(one, RowError)]
@@ -226,6 +229,8 @@ def _joined(
         return errors[0], 0
     sequences = [tokens for tokens, _ in done if isinstance(tokens, Tokens)]
     digest = _text_digest([rendered for _, rendered in done])
+    if isinstance(item, Labelled):
+        return sequences[0]._replace(is_desirable=item.is_desirable), digest
     return (sequences[0] if len(sequences) == 1 else Tokens.pair_of(*sequences)), digest
 
 
@@ -273,24 +278,19 @@ def _tokenize_rows(
 
 def _token_row(row: RawRow, tokens: Tokens, max_length: int, *, file: int, group: int, text_digest: int) -> TokenRow:
     length, trained = len(tokens.input_ids), tokens.num_trained
-    digest = digest_row(tokens.input_ids, tokens.labels)
-    truncated, truncated_trained, truncated_digest = tokens, trained, digest
-    if tokens.longest > max_length:
-        truncated = tokens.truncate(max_length)
-        truncated_trained, truncated_digest = (
-            truncated.num_trained,
-            digest_row(truncated.input_ids, truncated.labels),
-        )
+    truncated = tokens.truncate(max_length) if tokens.longest > max_length else tokens
+    truncated_trained = truncated.num_trained
     return TokenRow(
         input_ids=truncated.input_ids,
         labels=truncated.labels,
         first=truncated.first,
+        desirable=UNLABELLED if tokens.is_desirable is None else int(tokens.is_desirable),
         length=length,
         longest=tokens.longest,
         trained=truncated_trained,
         lost=trained - truncated_trained,
-        digest=digest,
-        truncated_digest=truncated_digest,
+        digest=digest_row(tokens.input_ids, tokens.labels, is_desirable=tokens.is_desirable),
+        truncated_digest=digest_row(truncated.input_ids, truncated.labels),
         group=group,
         text_digest=text_digest,
         file=file,

@@ -45,12 +45,14 @@ FILES = {TOKENS, ABOUT, SKIPPED}
 CHECKSUM = "sha256"  # of the tokens, in `about.json`
 MAX_TABLES = 24
 MIN_UNUSED_SECONDS = 24 * 60 * 60  # before one may be deleted, because a run may be using it
+UNLABELLED = -1
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [
         ("input_ids", IDS),
         ("labels", IDS),
         ("first", pa.int64()),
+        ("desirable", pa.int64()),
         ("length", pa.int64()),
         ("longest", pa.int64()),
         ("trained", pa.int64()),
@@ -72,12 +74,13 @@ class TokenRow(NamedTuple):
         input_ids: int32 `(seq,)`, each sequence truncated to `max_length`.
         labels: int32 `(seq,)`; -100 is ignored by the loss.
         first: The number of tokens of the first sequence, if the row is a pair of two; else 0.
+        desirable: 1 if a label says that the answer is wanted, 0 if it says that it is not, `UNLABELLED` without one.
         length: The number of tokens before truncation.
         longest: The number of tokens of the longest sequence before truncation.
         trained: The number of trained tokens in `input_ids`.
         lost: The number of tokens to train that truncation removed.
-        digest: A digest of tokens and labels before truncation.
-        truncated_digest: The same after truncation.
+        digest: A digest of tokens and labels before truncation, and of whether the answer is wanted, if that is known.
+        truncated_digest: One of tokens and labels after truncation.
         group: A digest of the group that the row is held out with; 0 if it has none.
         text_digest: A digest of the row's text, equal for texts that differ only in case, punctuation and spaces;
             of a pretokenized row, a digest of its tokens.
@@ -88,6 +91,7 @@ class TokenRow(NamedTuple):
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     first: int
+    desirable: int
     length: int
     longest: int
     trained: int

@@ -38,12 +38,14 @@ class Tokens(NamedTuple):
     """One row: `input_ids` and `labels`, both int32 `(seq,)`; a label is the token, or -100 if it is not trained.
 
     The first token of a sequence is never predicted, so its label is always -100. A pair is two sequences, the chosen
-    one first, of `first` tokens; of a single sequence that is 0.
+    one first, of `first` tokens; of a single sequence that is 0. An answer with a label is one sequence, which is
+    wanted or not.
     """
 
     input_ids: Ids
     labels: Ids
     first: int = 0
+    is_desirable: bool | None = None
 
     @classmethod
     def pair_of(cls, chosen: "Tokens", rejected: "Tokens") -> "Tokens":
@@ -80,7 +82,7 @@ class Tokens(NamedTuple):
         if self.first:
             chosen, rejected = (one.truncate(max_length) for one in self.sequences)
             return Tokens.pair_of(chosen, rejected)
-        return Tokens(input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
+        return self._replace(input_ids=self.input_ids[:max_length], labels=self.labels[:max_length])
 
 
 class RenderedText(NamedTuple):

@@ -84,7 +84,8 @@ def kind_of_step(settings: EstimateSettings, dtype: Dtype) -> str:
     training, method = settings.training, settings.quantization.method
     parts = {
         "fused adapters": training.fused_lora,
-        f"pairs by {training.objective.value}": training.objective.compares,
+        f"pairs by {training.objective.value}": training.objective.has_pairs,
+        f"labels by {training.objective.value}": training.objective.has_labels,
         "compiled": training.torch_compile,
         "several processes": training.num_gpus > 1,
         "Liger kernels": training.use_liger_kernel,

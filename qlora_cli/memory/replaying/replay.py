@@ -8,8 +8,9 @@ from qlora_cli.memory.replaying.allocator import Block, CachingAllocator
 from qlora_cli.memory.replaying.loaded_weights import ADAPT, LOAD
 from qlora_cli.memory.replaying.optimizer_step import FIRST, LATER
 from qlora_cli.memory.tracing.kernels import CUBLAS, GATHER_BUFFERS, GATHERED, WORKSPACES
-from qlora_cli.memory.tracing.passes import REFERENCE, Passes
+from qlora_cli.memory.tracing.passes import MISMATCHED, REFERENCE, Passes
 
+OPENINGS = (f"{MISMATCHED}{REFERENCE}", MISMATCHED, REFERENCE, "")  # the passes of a forward pass that there may be
 NUM_STEPS = 2  # the first creates the optimizer's state, the second has it from the start
 
 
@@ -60,15 +61,16 @@ class Replay:
         rounds = min(run.num_micro_batches - 1, 1)  # later micro-batches find gradients, as the second does
         for step in range(NUM_STEPS):
             again = step > 0
-            self.run("forward", run.step, [f"first forward{REFERENCE}", "first forward"], again=again)
+            self.run("forward", run.step, [f"first forward{opening}" for opening in OPENINGS], again=again)
             self.run("backward", run.step, ["first backward", "first end"], again=again)
             for _ in range(rounds):
-                self.run("forward", run.step, [f"again forward{REFERENCE}", "again forward"], again=again)
+                self.run("forward", run.step, [f"again forward{opening}" for opening in OPENINGS], again=again)
                 self.run("backward", run.step, ["again backward", "again end"], again=again)
             self.run("optimizer", run.optimizer, [LATER if again else FIRST], again=again)
             self.run("optimizer", run.step, ["zero"], again=again)
         if run.evaluates:
-            self.run("evaluation", run.step, [f"evaluation{REFERENCE}", "evaluation", "evaluation end"])
+            evaluation = [f"evaluation{opening}" for opening in OPENINGS]
+            self.run("evaluation", run.step, [*evaluation, "evaluation end"])
         return Peaks(
             phases=tuple(self.phases[name] for name in PHASES if name in self.phases),
             allocated_bytes=self.peak_bytes,

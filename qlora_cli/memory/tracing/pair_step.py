@@ -1,4 +1,4 @@
-"""The traced step of pairs: before the pass with the adapter, one through the base alone if that is the reference."""
+"""The traced step of answers that are compared: before the pass with the adapter, those through the base alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from qlora_cli.adapters.calls import disable_dropout, without_adapter
-from qlora_cli.loss.preference_loss import PAIR_LOSSES
-from qlora_cli.memory.tracing.passes import REFERENCE
+from qlora_cli.loss.label_loss import LabelLoss, baseline_of
+from qlora_cli.loss.preference_loss import PAIR_LOSSES, log_probs_of
+from qlora_cli.memory.tracing.passes import MISMATCHED, REFERENCE
 from qlora_cli.memory.tracing.training_step import Loop, StepSettings, TrainingStep
 
 BETA = 0.1  # which decides no size
+LOSS = LabelLoss(beta=BETA, desirable_weight=1.0, undesirable_weight=1.0)
 
 
 class PairStep(TrainingStep):
@@ -53,6 +55,37 @@ class PairStep(TrainingStep):
         return [(length - 1) // 2, length - 1 - (length - 1) // 2]
 
 
+class LabelStep(PairStep):
+    """The passes of a step over answers with labels.
+
+    Those of the baseline are traced before each micro-batch, as many as there are of these. In a run they come before
+    the first one of a step, where no gradients are in memory yet.
+    """
+
+    def opening_of(self, phase: str) -> str:
+        """Return the pass of the baseline through the base."""
+        return f"{phase}{MISMATCHED}{REFERENCE}"
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """Return the loss of a batch of answers in which every token is trained, and the tokens' losses."""
+        rows, length = batch["labels"].shape
+        numbers, phase = [length - 1] * rows, self.phase.removesuffix(f"{MISMATCHED}{REFERENCE}")
+        with without_adapter(self.model):
+            other_reference = log_probs_of(self.token_losses(batch).nll, numbers)
+        self.begin(f"{phase}{MISMATCHED}")
+        with torch.no_grad():
+            baseline = baseline_of(log_probs_of(self.token_losses(batch).nll, numbers), other_reference)
+        self.begin(f"{phase}{REFERENCE}")
+        with without_adapter(self.model):
+            reference = log_probs_of(self.token_losses(batch).nll, numbers)
+        self.begin(phase)
+        losses = self.token_losses(batch)
+        of_rows = LOSS.losses(log_probs_of(losses.nll, numbers), reference, [True] * rows, baseline)
+        return of_rows.sum() / rows, losses
+
+
 def loop_of(settings: StepSettings) -> Loop | None:
-    """Return the step of pairs if rows are pairs; None for that of single rows."""
-    return PairStep if settings.objective.compares else None
+    """Return the step of an objective that compares answers; None for that of others."""
+    if settings.objective.has_labels:
+        return LabelStep
+    return PairStep if settings.objective.has_pairs else None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+MISMATCHED = ", mismatched"  # ends the name of the passes of KTO's baseline, before the first micro-batch of a step
 REFERENCE = ", reference"  # ends the name of the pass through the base alone that a forward pass of pairs begins with
 
 

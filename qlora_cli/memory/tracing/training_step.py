@@ -49,7 +49,7 @@ class StepSettings:
         length: The length of a row, in tokens.
         is_packed: Whether rows are packed into one of `batch_size` times the length.
         is_padded: Whether rows of a batch differ in length, so that there is an attention mask; never with packing.
-        objective: What is learned; if it compares, rows are the sequences of pairs.
+        objective: What is learned; with pairs, rows are their sequences.
         fuses_lora: Whether layers compute together with their adapters where they can.
         trains_dft: Whether the loss of each trained token is weighted by its probability.
         adds_noise: Whether NEFTune adds noise to the embedded tokens; its strength does not matter.

@@ -37,7 +37,7 @@ def loss_chart(history: RunHistory) -> RunChart | None:
     labels = Labels(
         name="loss",
         title="Loss",
-        unit="mean over pairs" if history.is_of_pairs else "nats a token",
+        unit="nats a token" if history.compared is None else f"mean over {history.compared}",
         remark=_outside_remark(losses, y),
         description=_describe(losses, history),
         legend=(*_line_entries(losses, history), *_event_entries(history)),

@@ -50,6 +50,7 @@ DATA_ROWS = (
     ("duplicate_rows", "Duplicate rows"),
     ("held_out_rows", "Rows held out"),
     ("near_duplicate_rows", "Near-duplicates of trained rows"),
+    ("desirable_rows", "Rows with a wanted answer"),
     ("groups", "Groups"),
     ("bad_rows", "Bad rows"),
 )
@@ -173,8 +174,12 @@ def tiles_of(summary: RunSummary, history: RunHistory, result: RecordedResult | 
         remark = "at the last evaluation" if is_last else f"at step {summary.best_step:,}, {last.loss:.4f} at the end"
         yield Tile("Best held-out loss", f"{summary.best_loss:.4f}", remark)
     if (rewards := summary.rewards) is not None:
-        of_which = "held-out pairs at the last evaluation" if history.evaluations else "pairs of the last step"
-        yield Tile("Reward accuracy", f"{rewards.accuracy:.0%}", f"of the {of_which}; margin {rewards.margin:.3f}")
+        of_which = (
+            f"held-out {rewards.rows} at the last evaluation"
+            if history.evaluations
+            else f"{rewards.rows} of the last step"
+        )
+        yield Tile("Reward accuracy", f"{rewards.accuracy:.0%}", f"of the {of_which}{rewards.margin_text('; ')}")
     if summary.tokens_per_second is not None:
         yield Tile("Speed", f"{summary.tokens_per_second:,.0f}", f"tokens a second over all steps{_of_step(summary)}")
     if summary.peak_reserved_bytes is not None:

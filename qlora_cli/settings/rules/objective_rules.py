@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_cli.settings.choices import LoraInit, LossOn, TrainingLoss
 from qlora_cli.settings.models import TrainingSettings
-from qlora_cli.settings.objectives import COMPARED_BY, OBJECTIVES_OF_PAIRS, DataFormat, Objective
+from qlora_cli.settings.objectives import COMPARED_BY, OBJECTIVES_OF_LABELS, OBJECTIVES_OF_PAIRS, DataFormat, Objective
 from qlora_cli.settings.rules.conflict import Conflict
 
 FORMAT, LEARNING_RATE = "data.format", "training.learning_rate"
@@ -16,7 +16,7 @@ def implied_values(objective: Objective) -> dict[str, object]:
     """Return the settings that an objective implies where they are not given, by `section.key`."""
     if not objective.compares:
         return {}
-    return {FORMAT: DataFormat.PREFERENCE, LEARNING_RATE: COMPARED_BY[objective].learning_rate}
+    return {FORMAT: COMPARED_BY[objective].format, LEARNING_RATE: COMPARED_BY[objective].learning_rate}
 
 
 def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
@@ -29,6 +29,7 @@ def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
     if objective.compares:
         for path, is_set, reason, hint in (
             *_loop_problems(training),
+            *(_baseline_problems(training) if objective.has_labels else ()),
             *_data_problems(data),
             *_adapter_problems(objective, validated),
         ):
@@ -37,13 +38,20 @@ def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
 
 
 def _format_conflicts(objective: Objective, given: DataFormat) -> Iterator[Conflict]:
-    if given == DataFormat.PREFERENCE and not objective.compares:
+    own = COMPARED_BY[objective].format if objective.compares else None
+    if given == DataFormat.PREFERENCE != own:
         message = f"--format preference is for rows of two answers, which {OBJECTIVES_OF_PAIRS} compares"
         hint = f"Add {OBJECTIVES_OF_PAIRS} to qlora train, or name the better answers by --format and --columns."
         yield FORMAT, message, hint
-    if objective.compares and given not in (DataFormat.AUTO, DataFormat.PREFERENCE):
+    elif given == DataFormat.UNPAIRED_PREFERENCE != own:
+        message = f"--format {given.value} is for answers with a label, which {OBJECTIVES_OF_LABELS} compares"
+        yield FORMAT, message, f"Add {OBJECTIVES_OF_LABELS} to qlora train, or leave it out."
+    elif objective.has_pairs and given not in (DataFormat.AUTO, own):
         message = f"--format {given.value} has one answer a row, and --objective {objective.value} compares two"
         yield FORMAT, message, "Leave it out; --columns chosen=NAME,rejected=NAME names the columns of the answers."
+    elif objective.has_labels and given not in (DataFormat.AUTO, own):
+        message = f"--format {given.value} has no label, and --objective {objective.value} compares answers by theirs"
+        yield FORMAT, message, "Leave it out; --columns label=NAME names the column of the label."
 
 
 def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:
@@ -54,8 +62,8 @@ def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str,
         "the noise would differ between the answers that are compared",
         leave_out,
     )
-    yield "training.loss", training.loss != TrainingLoss.NLL, "pairs have a loss of their own", leave_out
-    yield "training.torch_compile", training.torch_compile, "compiled layers were not tried with pairs", leave_out
+    yield "training.loss", training.loss != TrainingLoss.NLL, "it has a loss of its own", leave_out
+    yield "training.torch_compile", training.torch_compile, "compiled layers were not tried with it", leave_out
     yield (
         "training.calibrate",
         training.calibrate,
@@ -64,15 +72,35 @@ def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str,
     )
 
 
+def _baseline_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:
+    yield (
+        "training.num_gpus",
+        training.num_gpus > 1,
+        "the baseline, which is one over all rows of a step, is not divided among processes",
+        "Use one GPU.",
+    )
+    yield (
+        "training.gradient_accumulation_steps",
+        training.rows_per_step == 1,
+        "a step of one row has no other answer to compare with",
+        "Give more, or a larger --micro-batch-size: several rows a step, better 16.",
+    )
+
+
 def _data_problems(data: Any) -> Iterator[tuple[str, bool, str, str]]:
     if data is None:
         return
-    yield "data.packing", data.packing, "a pair is not divided among packed rows", "Use --micro-batch-tokens."
-    yield "data.streaming", data.streaming, "pairs are read before the first step", "Leave it out."
+    yield (
+        "data.packing",
+        data.packing,
+        "an answer is compared as a whole, and a packed row has several",
+        "Use --micro-batch-tokens.",
+    )
+    yield "data.streaming", data.streaming, "its rows are read before the first step", "Leave it out."
     yield (
         "data.loss_on",
         data.loss_on == LossOn.ALL,
-        "the prompt is the same for both answers",
+        "answers are compared, and prompts are not",
         "Leave --loss-on out.",
     )
 

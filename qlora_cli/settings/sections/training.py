@@ -31,15 +31,29 @@ class TrainingSettings(Section):
     ] = Field(
         default=Objective.SFT,
         description="What is learned: the answers of the rows (sft), or which of two answers is better (dpo, orpo), "
-        "from rows with a chosen and a rejected one.",
+        "from rows with a chosen and a rejected one, or which answers are wanted (kto), from rows with a label.",
     )
     beta: Annotated[
         float, Metadata(flag="--beta", effective_with=EffectiveWith(key="objective", values=tuple(COMPARED_BY)))
     ] = Field(
         default=0.1,
         gt=0,
-        description="How strongly dpo is held to the base, and how much orpo weighs the comparison: the reward of "
-        "a nat of log-probability.",
+        description="How strongly dpo and kto are held to the base, and how much orpo weighs the comparison: the "
+        "reward of a nat of log-probability.",
+    )
+    desirable_weight: Annotated[
+        float, Metadata(effective_with=EffectiveWith(key="objective", values=(Objective.KTO,)))
+    ] = Field(
+        default=1.0,
+        gt=0,
+        description="Weight of the loss of an answer that is wanted, with kto: more, if there are fewer of them.",
+    )
+    undesirable_weight: Annotated[
+        float, Metadata(effective_with=EffectiveWith(key="objective", values=(Objective.KTO,)))
+    ] = Field(
+        default=1.0,
+        gt=0,
+        description="Weight of the loss of an answer that is not wanted, with kto: more, if there are fewer of them.",
     )
     learning_rate: Annotated[float, Metadata(flag="--learning-rate", group=HelpGroup.ESSENTIALS)] = Field(
         default=2e-4, gt=0, lt=1, description="Peak learning rate."
@@ -270,8 +284,8 @@ class TrainingSettings(Section):
 
     @property
     def divides_steps(self) -> bool:
-        """Whether the rows of a step are divided as a whole: into filled micro-batches, or among processes."""
-        return self.micro_batch_tokens is not None or self.num_gpus > 1
+        """Whether the rows of a step are divided as a whole: filled, among processes, or compared by one baseline."""
+        return self.micro_batch_tokens is not None or self.num_gpus > 1 or self.objective.has_labels
 
     @property
     def shards_base(self) -> bool:

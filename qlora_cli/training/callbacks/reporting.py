@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_cli.events import CheckpointSaved, EvalDone, Event, Noted, Reporter, Rewards, StepDone
 from qlora_cli.hardware.counters import current_memory
-from qlora_cli.loss.preference_loss import LOG_SIGMOID, NLL
+from qlora_cli.loss.label_loss import KL
+from qlora_cli.loss.preference_loss import ACCURACIES, LOG_SIGMOID, MARGINS, NLL
 from qlora_cli.runs.directory import REPORT_FILE
 from qlora_cli.runs.report.run_page import write_report
 from qlora_cli.training.callbacks.step_timer import StepClock, StepTimer
@@ -135,16 +136,20 @@ class ReportingCallback(TrainerCallback):
 
 
 def _rewards_in(logs: dict[str, float], prefix: str = "") -> Rewards | None:
-    """Return the rewards of pairs that TRL's metrics tell of; None if rows are no pairs."""
-    accuracy, margin = (logs.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
-    if accuracy is None or margin is None:
+    """Return the rewards that TRL's metrics tell of; None if answers are not compared."""
+
+    def found(name: str) -> float | None:
+        return None if (value := logs.get(f"{prefix}{name}")) is None else float(value)
+
+    if (accuracy := found(ACCURACIES)) is None:
         return None
-    nll, log_sigmoid = (logs.get(f"{prefix}{name}") for name in (NLL, LOG_SIGMOID))
+    log_sigmoid = found(LOG_SIGMOID)
     return Rewards(
-        accuracy=float(accuracy),
-        margin=float(margin),
-        chosen_nll=None if nll is None else float(nll),
-        odds_ratio_loss=None if log_sigmoid is None else -float(log_sigmoid),
+        accuracy=accuracy,
+        margin=found(MARGINS),
+        chosen_nll=found(NLL),
+        odds_ratio_loss=None if log_sigmoid is None else -log_sigmoid,
+        kl=found(KL),
     )
 
 

@@ -33,7 +33,7 @@ CARD = "README.md"
 class TrainedSteps:
     """The steps of a run whose adapter is described, with the losses of the last one, if finite.
 
-    They are means over trained tokens, in nats, or over pairs, of which `eval_rewards` are those held out.
+    They are means over trained tokens, in nats, or over what is compared; `eval_rewards` are those of held-out rows.
     """
 
     steps: int
@@ -102,7 +102,9 @@ def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, 
     training = prepared.settings.training
     if training.objective.compares:
         compared = ", compared with the base" if training.objective.has_reference else ""
-        yield "objective", f"{training.objective.value}, beta {training.beta:g}{compared}"
+        wanted, unwanted = training.desirable_weight, training.undesirable_weight
+        weights = f", weights {wanted:g} (wanted) and {unwanted:g} (not)" if (wanted, unwanted) != (1, 1) else ""
+        yield "objective", f"{training.objective.value}, beta {training.beta:g}{weights}{compared}"
     data = (("trained on", prepared.train_data), ("held out", prepared.eval_data))
     for what, report in ((what, one.report) for what, one in data if one is not None):
         names = ", ".join(f"`{public_name(name)}`" for name in report.name.split(", "))
@@ -113,7 +115,7 @@ def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, 
         if loss is not None and math.isfinite(loss):
             yield what, f"{loss:.4f}{'' if training.objective.compares else ' nats a token'}"
     if trained.eval_rewards is not None:
-        yield "held-out pairs", str(trained.eval_rewards)
+        yield f"held-out {trained.eval_rewards.rows}", str(trained.eval_rewards)
 
 
 def _settings(settings: TrainSettings) -> Iterator[tuple[str, str]]:

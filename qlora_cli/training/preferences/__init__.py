@@ -1,1 +1,1 @@
-"""Training by comparison: pairs of answers, their batches and their loss."""
+"""Training by comparison: of pairs of answers, or of answers with labels; their batches and their loss."""

@@ -1,8 +1,4 @@
-"""The loss of pairs in training: a pass with the adapter, after one through the base alone if that is the reference.
-
-The base is there already: no second model is loaded, nothing is kept between steps, and a run that begins with an
-adapter of zeros begins with exactly equal log-probabilities.
-"""
+"""The loss of pairs in training: a pass with the adapter, after one through the base if that is the reference."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,17 +7,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from qlora_cli.adapters.calls import disable_dropout, without_adapter
-from qlora_cli.loss.preference_loss import CHOSEN_REWARDS, PAIR_LOSSES, REJECTED_REWARDS
+from qlora_cli.loss.preference_loss import ACCURACIES, CHOSEN_REWARDS, MARGINS, PAIR_LOSSES, REJECTED_REWARDS
 from qlora_cli.settings.objectives import Objective
-from qlora_cli.training.loss_model import Autocast, BatchLosses, LossModel
+from qlora_cli.training.loss_model import Autocast, BatchLosses
+from qlora_cli.training.preferences.comparing_model import ComparingModel
 from qlora_cli.training.preferences.pair_batches import NUM_TRAINED_OF
 
-ROUTING = "output_router_logits"  # asks for the balance of experts, which the reference has no part in
 
-
-class PairModel(LossModel):
-    """Computes the losses of a micro-batch of `PairCollator`, by an objective that compares."""
+class PairModel(ComparingModel):
+    """Computes the losses of a micro-batch of `PairCollator`, by an objective that compares two answers."""
 
     def __init__(self, model: PeftModel, autocast: Autocast, *, objective: Objective, beta: float) -> None:
         """Compute in a context of `autocast`.
@@ -29,27 +23,20 @@ class PairModel(LossModel):
         Raises:
             ModelError: the loss of this model can't be computed so.
         """
-        super().__init__(model.get_base_model(), autocast, trains_dft=False)
-        self._adapted = model
         self._loss = PAIR_LOSSES[objective]
+        super().__init__(model, autocast, is_by_token=self._loss.is_by_token)
         self._has_reference = objective.has_reference
         self._beta = beta
-        disable_dropout(model)  # what is dropped would differ between what is compared
 
     def __call__(self, *, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> BatchLosses:
         """Return the losses of pairs; `inputs` have the number of trained tokens of each sequence, in order."""
-        num_trained_of: Sequence[int] = inputs.pop(NUM_TRAINED_OF)
-        reference = None
-        if self._has_reference:
-            of_reference = {name: value for name, value in inputs.items() if name != ROUTING}
-            with without_adapter(self._adapted):
-                losses, _ = self.token_losses(positions, targets, of_reference)
-                reference = self._loss.log_probs(losses.nll, num_trained_of)
-        losses, outputs = self.token_losses(positions, targets, inputs)
-        pairs = self._loss.compute(self._loss.log_probs(losses.nll, num_trained_of), reference, self._beta)
+        numbers: Sequence[int] = inputs.pop(NUM_TRAINED_OF)
+        reference = self.reference_log_probs(positions, targets, inputs, numbers) if self._has_reference else None
+        policy, outputs = self.log_probs(positions, targets, inputs, numbers)
+        pairs = self._loss.compute(policy, reference, self._beta)
         return BatchLosses(
             total=pairs.losses.sum(),
-            num_items=len(num_trained_of) // 2,
+            num_items=len(numbers) // 2,
             aux_loss=self.balance(outputs, inputs),
             figures=torch.cat(list(pairs.metrics.values())),
             metrics_of=partial(pair_metrics, names=tuple(pairs.metrics)),
@@ -65,4 +52,4 @@ def pair_metrics(values: Sequence[float], names: Sequence[str]) -> list[dict[str
 
 def _with_margin(metrics: dict[str, float]) -> dict[str, float]:
     margin = metrics[CHOSEN_REWARDS] - metrics[REJECTED_REWARDS]
-    return {**metrics, "rewards/accuracies": float(margin > 0), "rewards/margins": margin}
+    return {**metrics, ACCURACIES: float(margin > 0), MARGINS: margin}

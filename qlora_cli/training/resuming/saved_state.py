@@ -141,6 +141,20 @@ def check_optimizer(optimizer: Optimizer, own: list[dict[str, object]], file: Pa
                     )
 
 
+@contextmanager
+def optimizer_checked(optimizer: Optimizer, schedule: Any, checkpoint: Path) -> Iterator[None]:
+    """Check that the states that are loaded meanwhile are of this optimizer and this schedule.
+
+    Raises:
+        OutputDirectoryError: they are not; names the file.
+    """
+    groups, state = groups_of(optimizer), schedule.state_dict()
+    with blame_file(checkpoint / OPTIMIZER):
+        yield
+        check_optimizer(optimizer, groups, checkpoint / OPTIMIZER)
+    check_schedule(schedule, state, checkpoint / SCHEDULER)
+
+
 def _kind(value: object) -> object:
     """Return the kind of a value used in computations, which a loaded one must share; None for any other value."""
     if isinstance(value, tuple | list):

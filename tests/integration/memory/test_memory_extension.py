@@ -20,19 +20,19 @@ from qlora_cli.memory.tracing.extension import UnevenError, extend, passes_of
 from qlora_cli.memory.tracing.functions import GpuFunctions
 from qlora_cli.memory.tracing.layers import LayerStack, find_stack
 from qlora_cli.memory.tracing.meta_model import MetaModel
-from qlora_cli.memory.tracing.passes import REFERENCE, Passes
+from qlora_cli.memory.tracing.passes import MISMATCHED, REFERENCE, Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace
 from qlora_cli.memory.tracing.training_step import trace_step
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.models import EstimateSettings, QuantizationSettings
 from tests.support.models.tiny_models import FAMILIES
 from tests.support.models.tracing import (
-    UncountedPairs,
     UncountedStep,
     deep_config,
     meta_model_of,
     peaks,
     step_settings,
+    uncounted,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,7 +103,7 @@ def estimate(family: str, *, whole: bool, gpu: Gpu = A100, **training: Any) -> P
         },
     }
     settings = EstimateSettings.model_validate(values)
-    loop = UncountedPairs if settings.training.objective.compares else UncountedStep
+    loop = uncounted(settings.training.objective)
     estimator = Estimator(facts, evaluates=family in WITH_STATES, whole=whole, loop=loop)
     return estimator.peaks(settings, gpu)
 
@@ -127,6 +127,12 @@ def test_few_layers_extend_to_the_memory_of_all_for_pairs(family: str, spy: Spy)
     assert few == estimate(family, whole=True, objective="dpo")
     assert peaks(spy.extended[0]) == peaks(spy.whole[0])
     assert any(name.endswith(REFERENCE) for name in spy.extended[0].events)
+
+
+def test_few_layers_extend_to_the_memory_of_all_for_labels(spy: Spy) -> None:
+    few = estimate("llama", whole=False, objective="kto")
+    assert few == estimate("llama", whole=True, objective="kto")
+    assert any(name.endswith(MISMATCHED) for name in spy.extended[0].events)
 
 
 def test_pairs_without_a_reference_take_no_more_memory_than_with_one(spy: Spy) -> None:

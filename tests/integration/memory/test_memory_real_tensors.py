@@ -21,7 +21,7 @@ from qlora_cli.memory.tracing.extension import passes_of
 from qlora_cli.memory.tracing.kernels import CUBLAS, Kernels
 from qlora_cli.memory.tracing.layers import find_stack
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
-from qlora_cli.memory.tracing.passes import REFERENCE, Passes
+from qlora_cli.memory.tracing.passes import MISMATCHED, REFERENCE, Passes
 from qlora_cli.memory.tracing.trace import MemoryTrace, Segment
 from qlora_cli.memory.tracing.training_step import TracedStep, trace_step
 from qlora_cli.quantization.methods.method import META
@@ -36,7 +36,7 @@ from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.session import Session
 from tests.conftest import Recorder, train_settings
 from tests.support.models.loading import load, save_model
-from tests.support.models.tracing import UncountedPairs, UncountedStep, peaks, step_settings
+from tests.support.models.tracing import peaks, step_settings, uncounted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +85,7 @@ class Pair:
         for model, device in ((self.real, CPU), (self.meta, META)):
             values = {"is_autocast": False, "dtype": torch.float32, "attention": "eager", "backend": SdpaBackend.MATH}
             settings = step_settings(**{**values, "length": 20, "device": device, **changes})
-            steps.append(trace_step(model, settings, UncountedPairs if settings.objective.compares else UncountedStep))
+            steps.append(trace_step(model, settings, uncounted(settings.objective)))
         return steps[0], steps[1]
 
 
@@ -160,6 +160,16 @@ def test_pairs_and_their_reference_allocate_on_meta_as_with_real_tensors(
     real, meta = pair(model).traced(objective=Objective.ORPO, **settings)
     assert_same(real, meta)
     assert {name for name in events if not name.endswith(REFERENCE)} == set(passes_of(meta.trace).events)
+
+
+def test_labels_and_their_baseline_allocate_on_meta_as_with_real_tensors(pair: Make) -> None:
+    settings: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    real, meta = pair("plain").traced(objective=Objective.KTO, **settings)
+    assert_same(real, meta)
+    events = passes_of(meta.trace).events
+    openings = (f"{MISMATCHED}{REFERENCE}", MISMATCHED, REFERENCE)
+    for name in ("first forward", "again forward", "evaluation"):
+        assert all(len(events[f"{name}{opening}"]) > 100 for opening in openings)
 
 
 @pytest.mark.parametrize("step", ["checkpointing", "no checkpointing", "selective checkpointing", "padded rows"])

@@ -84,6 +84,21 @@ def test_pairs_take_a_forward_pass_of_the_base_more_only_where_it_is_the_referen
     assert dpo == {key: flops for key, flops in orpo.items() if key not in (forward, attention, loss)}
 
 
+def test_labels_take_three_forward_passes_more_than_answers() -> None:
+    config = deep_config("llama", 1, **ONE_LAYER)
+    kto, sft = (flops_by_kind(counted(config, "on", objective=name)) for name in ("kto", "sft"))
+    forward, attention, loss = (
+        (kind, Pass.FORWARD) for kind in (OperationKind.BASE_GEMM, OperationKind.ATTENTION, OperationKind.LOSS)
+    )
+    assert kto.pop(forward) == 4 * sft[forward]
+    assert kto.pop(attention) == 4 * sft[attention]
+    assert kto.pop(loss) > sft[loss]
+    adapter = (OperationKind.LORA_GEMM, Pass.FORWARD)
+    assert kto.pop(adapter) == 2 * sft[adapter], "of the baseline, and of the answers"
+    rest = {key: flops for key, flops in sft.items() if key not in (forward, attention, loss, adapter)}
+    assert {key: kto[key] for key in rest} == rest
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_experts_multiply_the_tokens_that_are_sent_to_them(dtype: str) -> None:
     config = deep_config("mixtral", 1, num_experts=8, num_experts_per_tok=2)

@@ -1,7 +1,7 @@
 """Training on pairs: losses and adapter are those of TRL's trainers, and all else is as of any run."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Trained:
         return [event.rewards for event in self.events if isinstance(event, StepDone) and event.rewards is not None]
 
     @property
-    def margins(self) -> list[float]:
+    def margins(self) -> list[float | None]:
         """The reward margin of each step."""
         return [rewards.margin for rewards in self.rewards]
 
@@ -143,17 +143,26 @@ def _orpo_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-OF_TRL: dict[str, tuple[type, type, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "dpo": (DPOConfig, DPOTrainer, _dpo_row),
-    "orpo": (ORPOConfig, ORPOTrainer, _orpo_row),
-}
+@dataclass(frozen=True)
+class OfTrl:
+    """A trainer of TRL: its rows, made of ours, and some that its own reading is content with."""
+
+    config: type
+    trainer: type
+    rows_of: Callable[[Iterable[dict[str, Any]]], list[dict[str, Any]]]
+    readable: Sequence[dict[str, Any]] = ({"prompt": "a", "chosen": "b", "rejected": "c"},)
 
 
-def _of_trl(prepared: PreparedRun, model: Path, folder: Path) -> tuple[list[dict[str, float]], PeftModel]:
+DPO = OfTrl(DPOConfig, DPOTrainer, lambda rows: list(map(_dpo_row, rows)))
+ORPO = OfTrl(ORPOConfig, ORPOTrainer, lambda rows: list(map(_orpo_row, rows)))
+
+
+def train_by_trl(
+    trl: OfTrl, prepared: PreparedRun, model: Path, folder: Path, **arguments: Any
+) -> tuple[list[dict[str, float]], PeftModel]:
     """Train by TRL's own trainer on the same tokens, from the same adapter; return its logs and the model."""
     training = prepared.settings.training
-    config, trainer_class, row_of = OF_TRL[training.objective]
-    rows = [row_of(row) for row in prepared.train_data.dataset]
+    rows = trl.rows_of(prepared.train_data.dataset)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"))
     begins = {name: weight for name, weight in prepared.model.named_parameters() if weight.requires_grad}
@@ -162,12 +171,14 @@ def _of_trl(prepared: PreparedRun, model: Path, folder: Path) -> tuple[list[dict
             if weight.requires_grad:
                 weight.copy_(begins[name])
     logged = _Logged()
-    arguments = config(
+    division = {
+        "per_device_train_batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+    }
+    config = trl.config(
         output_dir=str(folder),
         beta=0.5,
         max_steps=NUM_STEPS,
-        per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         max_grad_norm=training.max_grad_norm,
@@ -181,11 +192,12 @@ def _of_trl(prepared: PreparedRun, model: Path, folder: Path) -> tuple[list[dict
         disable_tqdm=True,
         activation_checkpointing=False,
         seed=0,
+        **{**division, **arguments},
     )
-    trainer = trainer_class(
+    trainer = trl.trainer(
         model=adapted,
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        args=config,
+        train_dataset=Dataset.from_list(list(trl.readable)),
         processing_class=AutoTokenizer.from_pretrained(model),
         callbacks=[logged],
     )
@@ -198,7 +210,7 @@ def test_losses_rewards_and_adapter_are_those_of_trl(
     trained: Trained, base_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
     prepared = prepare_run(train_settings(base_model, pairs, tmp_path / "run", **SETTINGS), Recorder())
-    logs, model = _of_trl(prepared, base_model, tmp_path / "trl")
+    logs, model = train_by_trl(DPO, prepared, base_model, tmp_path / "trl")
     assert trained.losses == pytest.approx([log["loss"] for log in logs], rel=1e-5)
     assert max(trained.losses) - min(trained.losses) > 0.01, "far more than what is allowed"
     assert trained.margins == pytest.approx([log["rewards/margins"] for log in logs], abs=1e-5)
@@ -222,7 +234,7 @@ def test_losses_parts_and_adapter_of_orpo_are_those_of_trl(base_model: Path, tmp
     }
     ours = train_pairs(base_model, pairs, tmp_path / "ours", **flags)
     prepared = prepare_run(train_settings(base_model, pairs, tmp_path / "run", **{**SETTINGS, **flags}), Recorder())
-    logs, model = _of_trl(prepared, base_model, tmp_path / "trl")
+    logs, model = train_by_trl(ORPO, prepared, base_model, tmp_path / "trl")
     assert ours.losses == pytest.approx([log["loss"] for log in logs], rel=1e-5)
     assert max(ours.losses) - min(ours.losses) > 0.01, "far more than what is allowed"
     assert ours.margins == pytest.approx([log["rewards/margins"] for log in logs], abs=1e-5)
@@ -273,7 +285,7 @@ class Whole:
     flags: dict[str, object]
 
 
-@pytest.fixture(scope="module", params=list(COMPARED_BY))
+@pytest.fixture(scope="module", params=[name for name in COMPARED_BY if name.has_pairs])
 def whole(
     base_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Whole:
@@ -332,7 +344,7 @@ def _of_dpo(model: PeftModel, *sides: dict[str, list[int]]) -> tuple[torch.Tenso
 def _of_orpo(model: PeftModel, *sides: dict[str, list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss and the margin of a pair, by the odds themselves."""
     chosen, rejected = (
-        _log_prob(model, torch.tensor(side["input_ids"]), torch.tensor(side["labels"])).double()
+        log_prob(model, torch.tensor(side["input_ids"]), torch.tensor(side["labels"])).double()
         / sum(label != IGNORE_INDEX for label in side["labels"])
         for side in sides
     )
@@ -344,11 +356,11 @@ def _of_orpo(model: PeftModel, *sides: dict[str, list[int]]) -> tuple[torch.Tens
 def _reward(model: PeftModel, side: dict[str, list[int]]) -> torch.Tensor:
     ids, labels = torch.tensor(side["input_ids"]), torch.tensor(side["labels"])
     with model.disable_adapter():
-        reference = _log_prob(model, ids, labels)
-    return 0.5 * (_log_prob(model, ids, labels) - reference)
+        reference = log_prob(model, ids, labels)
+    return 0.5 * (log_prob(model, ids, labels) - reference)
 
 
-def _log_prob(model: PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def log_prob(model: PeftModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the log-probability of the trained tokens of a sequence, by all logits."""
     log_probs = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)
     is_trained = labels[1:] != IGNORE_INDEX

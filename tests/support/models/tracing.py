@@ -8,12 +8,13 @@ import torch
 from qlora_cli.memory.replaying.allocator import CachingAllocator
 from qlora_cli.memory.tracing.meta_model import MetaModel, build_meta_model
 from qlora_cli.memory.tracing.operation_count import OperationCount
-from qlora_cli.memory.tracing.pair_step import PairStep
+from qlora_cli.memory.tracing.pair_step import LabelStep, PairStep
 from qlora_cli.memory.tracing.passes import Passes
 from qlora_cli.memory.tracing.training_step import StepSettings, TrainingStep
 from qlora_cli.quantization.storage_plan import build_on_meta, plan_layout
 from qlora_cli.settings.choices import SdpaBackend
 from qlora_cli.settings.models import LoraSettings, QuantizationSettings
+from qlora_cli.settings.objectives import Objective
 from tests.support.models.tiny_models import FAMILIES, tiny_config
 
 CUDA = torch.device("cuda")
@@ -79,6 +80,17 @@ class UncountedStep(TrainingStep):
 
 class UncountedPairs(UncountedStep, PairStep):
     """A step over pairs whose operations are not counted."""
+
+
+class UncountedLabels(UncountedStep, LabelStep):
+    """A step over answers with labels whose operations are not counted."""
+
+
+def uncounted(objective: Objective) -> type[UncountedStep]:
+    """Return the step of an objective whose operations are not counted."""
+    if objective.has_labels:
+        return UncountedLabels
+    return UncountedPairs if objective.has_pairs else UncountedStep
 
 
 def meta_model_of(

@@ -82,6 +82,7 @@ REPORT = DataReport(
     duplicates_dropped=80,
     held_out_rows=500,
     near_duplicate_rows=None,
+    desirable_rows=None,
     groups=None,
     mixture=(),
     bad_rows=3,

@@ -243,6 +243,20 @@ def test_training_by_comparison_is_translated(objective: str, text: str, tmp_pat
     assert migration.left_out == []
 
 
+@pytest.mark.parametrize(
+    ("desirable", "undesirable"),
+    [("kto_chosen_weight", "kto_rejected_weight"), ("kto_desirable_weight", "kto_undesirable_weight")],
+)
+def test_weights_of_labels_are_translated_where_they_are_read(
+    desirable: str, undesirable: str, tmp_path: Path
+) -> None:
+    text = f"base_model: owner/base-8b\ndatasets: rows.jsonl\noutput_dir: run\n{desirable}: 1.5\n{undesirable}: 0.5\n"
+    text += "micro_batch_size: 4\n"
+    training = as_read(migrated(f"{text}rl: kto\n", tmp_path), tmp_path).settings.training
+    assert (training.objective, training.desirable_weight, training.undesirable_weight) == ("kto", 1.5, 0.5)
+    assert {entry.key for entry in migrated(f"{text}rl: dpo\n", tmp_path).left_out} == {desirable, undesirable}
+
+
 @pytest.mark.parametrize("stage", ["", "stage: sft\n", "rl: null\n"])
 def test_what_other_tools_read_of_pairs_alone_is_left_out_without_them(stage: str, tmp_path: Path) -> None:
     text = (

@@ -38,17 +38,17 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
         ("training.neftune_noise_alpha", "5", "the noise would differ"),
         ("training.torch_compile", "true", "compiled layers were not tried"),
         ("training.calibrate", "true", "the rows that calibrate a base have one answer"),
-        ("data.packing", "true", "a pair is not divided"),
-        ("data.streaming", "true", "pairs are read before the first step"),
-        ("data.loss_on", "all", "the prompt is the same for both answers"),
-        ("data.format", "alpaca", "compares two"),
-        ("training.loss", "dft", "have a loss of their own"),
+        ("data.packing", "true", "an answer is compared as a whole"),
+        ("data.streaming", "true", "its rows are read before the first step"),
+        ("data.loss_on", "all", "answers are compared, and prompts are not"),
+        ("data.format", "alpaca", " compares "),
+        ("training.loss", "dft", "it has a loss of its own"),
         ("lora.dropout", "0.1", "noise to the comparison"),
         ("lora.modules_to_save", "lm_head", "no gradient of single answers"),
         ("model.new_tokens", "<x>", "no gradient of single answers"),
     ],
 )
-def test_what_can_not_be_trained_on_pairs_is_refused(path: str, value: str, message: str, objective: str) -> None:
+def test_what_can_not_be_trained_by_comparison_is_refused(path: str, value: str, message: str, objective: str) -> None:
     asked = {"training.objective": objective}
     assert problems(asked) == []
     found = [problem for problem in problems({**asked, path: value}) if message in problem.message]
@@ -74,6 +74,7 @@ def test_an_objective_implies_what_is_not_given() -> None:
     implied = resolved()
     assert (implied.settings.data.format, implied.settings.training.learning_rate) == ("preference", 5e-6)
     assert resolved(training__objective="orpo").settings.training.learning_rate == 8e-5
+    assert resolved(training__objective="kto").settings.data.format == "unpaired_preference"
     assert implied.origin_of("data.format").where == "training.objective"
     assert not implied.is_given("training.learning_rate")
     assert resolved(training__learning_rate="1e-4", data__format="auto").settings.training.learning_rate == 1e-4
@@ -84,6 +85,30 @@ def test_beta_and_pairs_need_an_objective_that_compares() -> None:
     assert ["no effect with --objective sft" in one.message for one in problems({"training.beta": "0.2"})] == [True]
     (problem,) = problems({"data.format": "preference"})
     assert "which --objective dpo or orpo compares" in problem.message
+    (problem,) = problems({"data.format": "preference", "training.objective": "kto"})
+    assert "which --objective dpo or orpo compares" in problem.message
+
+
+def test_labels_and_their_weights_need_kto() -> None:
+    (problem,) = problems({"data.format": "unpaired_preference", "training.objective": "dpo"})
+    assert "which --objective kto compares" in problem.message
+    for weight in ("desirable_weight", "undesirable_weight"):
+        (problem,) = problems({f"training.{weight}": "2", "training.objective": "dpo"})
+        assert "no effect with --objective dpo" in problem.message
+
+
+def test_a_step_of_one_row_has_no_baseline() -> None:
+    one = {"training.micro_batch_size": "1", "training.gradient_accumulation_steps": "1"}
+    (problem,) = problems({**one, "training.objective": "kto"})
+    assert "a step of one row has no other answer to compare with" in problem.message
+    assert problems({**one, "training.objective": "dpo"}) == []
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, InspectMemorySettings])
+def test_the_baseline_of_a_step_is_that_of_one_process(kind: type[LoadSettings]) -> None:
+    (problem,) = problems({"training.objective": "kto", "training.num_gpus": "2"}, kind)
+    assert "is not divided among processes" in problem.message
+    assert problems({"training.objective": "dpo", "training.num_gpus": "2"}, kind) == []
 
 
 @pytest.mark.parametrize(
