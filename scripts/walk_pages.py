@@ -53,6 +53,7 @@ SKIPPED: Mapping[str, str] = {
     r"--tasks": "lm-eval and its data sets",
     r"--report-to tensorboard": "an optional package",
     r"use_liger_kernel": "kernels for GPUs",
+    r"--optimizer paged_": "a GPU",
 }
 # What stands for a model or data set of the hub, and what keeps a run short.
 REPLACED: Mapping[str, str] = {
@@ -62,6 +63,7 @@ REPLACED: Mapping[str, str] = {
     r"owner/name@v1\.0:config:": "./my-set::",
     r"owner/name": "./my-set",
     r"step-400": "step-20",
+    r"\.jsonl#500": f".jsonl#{NUM_ROWS}",
     r"(qlora train --preset \S+)": r"\1 --model base",
     r"(qlora train )(?!.*(--max-steps|--dry-run))": rf"\1--max-steps {NUM_STEPS} ",
     r"(qlora tune )(?!.*--dry-run)": rf"\1--trial-steps {NUM_STEPS} ",
