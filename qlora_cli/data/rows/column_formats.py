@@ -202,7 +202,7 @@ def _labelled_layout(columns: Collection[str], named: Mapping[str, str], name: s
     if len(labels) != 1:
         pairs = "; rows of chosen and rejected answers are for " + OBJECTIVES_OF_PAIRS if "chosen" in columns else ""
         raise DataError(
-            f"{name} has no column label, which says whether an answer is wanted"
+            f"{name} has no column {LABEL_PART}, which the format {DataFormat.UNPAIRED_PREFERENCE.value} needs"
             if not labels
             else f"several columns of {name} may say whether an answer is wanted: {join_names(labels)}",
             hint=f"Its columns are {join_names(columns)}; --columns {LABEL_PART}=NAME says which one it is{pairs}.",

@@ -109,7 +109,7 @@ def test_columns_of_labels_are_named(tmp_path: Path, tokenizer: PreTrainedTokeni
     rows = [{"prompt": "Why?\n", "completion": text, "good": text == "a", "label": 7} for text in ("a", "b")]
     data = prepare(tmp_path, tokenizer, *rows, columns={"label": "good"})
     assert [row["desirable"] for row in data.dataset] == [1, 0]
-    with pytest.raises(DataError, match="has no column label, which says whether an answer is wanted") as caught:
+    with pytest.raises(DataError, match="has no column label, which the format unpaired_preference needs") as caught:
         prepare(tmp_path, tokenizer, {"prompt": "a", "chosen": "b", "rejected": "c"})
     assert "--objective dpo or orpo" in str(caught.value.hint)
     with pytest.raises(DataError, match=r"several columns of .* may say whether an answer is wanted"):

@@ -121,7 +121,7 @@ def test_verdicts_are_refused_and_the_flags_of_the_hint_train_all_rows(
     rows = [{**row, column: value}]
     error = refusal(tmp_path, tokenizer, rows)
     assert f"{column!r} says whether the answer is wanted (KTO)" in str(error)
-    assert f"Leave out the rows whose {column!r} is false" in str(error.hint)
+    assert f"use --objective kto. Or leave out the rows whose {column!r} is false" in str(error.hint)
     assert trained(prepare(tmp_path, tokenizer, rows, **typed(error.hint)), tokenizer) == f"42{END}"
 
 
