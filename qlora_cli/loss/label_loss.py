@@ -32,9 +32,10 @@ class LabelLoss:
         return weights * torch.sigmoid(self.beta * signs * (baseline - (policy - reference)))
 
 
-def baseline_of(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def baseline_of(gain: torch.Tensor, num_answers: int) -> torch.Tensor:
     """Return the estimate of the divergence of the trained model from the reference, in nats, at least 0.
 
-    Both are log-probabilities of answers to prompts that are not theirs, `(answers,)` each.
+    `gain` is a sum over answers to prompts that are not theirs, without a gradient: of their log-probabilities by the
+    trained model, less those by the reference.
     """
-    return (policy - reference).mean().clamp(min=0).detach()
+    return (gain / num_answers).clamp(min=0)

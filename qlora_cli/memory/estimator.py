@@ -365,7 +365,7 @@ class Estimator:
             entries,
             settings.training.num_gpus,
             is_on_host=is_on_host,
-            has_reference=settings.training.objective.has_reference,
+            num_forward=settings.training.objective.num_forward_passes,
         )
 
     def _trace_step(

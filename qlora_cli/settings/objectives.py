@@ -122,6 +122,12 @@ class Objective(Choice):
         """Whether the log-probabilities of the base, without its adapter, are part of the loss."""
         return self.compares and COMPARED_BY[self].has_reference
 
+    @property
+    def num_forward_passes(self) -> int:
+        """How often a step passes forward through the base: for the reference and, both again, for a baseline, too."""
+        own = 2 if self.has_reference else 1
+        return 2 * own if self.has_labels else own
+
 
 # The learning rates of pairs are those of TRL's own command or example with LoRA; that of labels is the one of
 # LLaMA-Factory's example with LoRA, and the highest that TRL's page on KTO recommends.

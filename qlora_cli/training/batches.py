@@ -92,18 +92,27 @@ class StepCollator:
 
     def __call__(self, rows: list[Row]) -> Batch:
         """Return a batch of the micro-batches of this process, and how many there are, and their items, in all."""
+        micro_batches, blanks, number = self._divided(rows)
+        others = self._collate.mismatched(rows)
+        mismatched, more_blanks, _ = self._divided(others) if others else ([], [], 0)
+        return {
+            MISMATCHED: [*mismatched, *more_blanks],
+            MICRO_BATCHES: micro_batches,
+            BLANKS: [{**blank, IS_BLANK: True} for blank in blanks],
+            NUM_MICRO_BATCHES: number,
+            NUM_TRAINED: self._collate.num_items(rows),
+        }
+
+    def _divided(self, rows: list[Row]) -> tuple[list[Batch], list[Batch], int]:
+        """Return the micro-batches of this process, its blanks, and the number of micro-batches of all processes."""
         shares = shares_of_step(np.array([len(row["input_ids"]) for row in rows]), self._settings)
         own = shares[self._rank]
         num_blank = max(map(len, shares)) - len(own) if self._has_blanks else 0
-        others = self._collate.mismatched(rows)
-        divided = shares_of_step(np.array([len(row["input_ids"]) for row in others]), self._settings) if others else []
-        return {
-            MISMATCHED: [self._collate([others[place] for place in places]) for share in divided for places in share],
-            MICRO_BATCHES: [self._collate([rows[place] for place in places]) for places in own],
-            BLANKS: [{**self._collate([self._collate.blank(rows[0])]), IS_BLANK: True} for _ in range(num_blank)],
-            NUM_MICRO_BATCHES: sum(map(len, shares)),
-            NUM_TRAINED: self._collate.num_items(rows),
-        }
+        return (
+            [self._collate([rows[place] for place in places]) for places in own],
+            [self._collate([self._collate.blank(rows[0])]) for _ in range(num_blank)],
+            sum(map(len, shares)),
+        )
 
 
 def num_trained(row: Row) -> int:

@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from qlora_cli.loss.chunked_loss import TokenLosses, token_losses
 from qlora_cli.loss.output_head import backbone_of, check_head, compute_dtype, gathered_head
+from qlora_cli.ranks.group import ProcessGroup
 
 Autocast = Callable[[], AbstractContextManager[None]]
 # Returns the metrics of a batch, by TRL's names, of its figures as numbers: the means of each are reported.
@@ -68,8 +69,11 @@ class LossModel:
         self._autocast = autocast
         self._trains_dft = trains_dft
 
-    def begin_step(self, mismatched: Sequence[dict[str, Any]]) -> None:
-        """Compute what the losses of a step need before its first micro-batch, of the inputs of further batches."""
+    def begin_step(self, mismatched: Sequence[dict[str, Any]], num_rows: int, group: ProcessGroup) -> None:  # noqa: ARG002
+        """Compute what the losses of a step need before its first micro-batch, of the inputs of further batches.
+
+        The step has `num_rows` in all the processes of `group`, which share these batches.
+        """
         assert not mismatched, "the losses of tokens need nothing"
 
     def __call__(self, *, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> BatchLosses:

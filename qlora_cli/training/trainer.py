@@ -19,7 +19,7 @@ from qlora_cli.adapters.state import restore_adapter
 from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
-from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.batches import (
@@ -155,11 +155,11 @@ class QloraTrainer(TrainerSeam):
         self.phase = "the backward pass"
         return loss
 
-    def _begin_step(self, batch: Batch) -> None:
-        """Compute what the losses of a step need before its first micro-batch."""
+    def _begin_step(self, batch: Batch, group: ProcessGroup) -> None:
+        """Compute what the losses of a step, shared by `group`, need before its first micro-batch."""
         self.phase = "the forward pass"
         mismatched = send_to_device(batch.get(MISMATCHED, []), self.args.device)
-        self._loss_model.begin_step([loss_inputs(one) for one in mismatched])
+        self._loss_model.begin_step([loss_inputs(one) for one in mismatched], batch.get(NUM_TRAINED, 0), group)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -177,7 +177,7 @@ class QloraTrainer(TrainerSeam):
         With several processes, a batch is a step, whose gradients are those of all from here on.
         """
         model.train()  # in a process without a micro-batch, too
-        self._begin_step(inputs)
+        self._begin_step(inputs, self._group)
         for index, micro_batch in enumerate(micro_batches_of(inputs)):
             if index:
                 self.end_micro_batch()
@@ -197,7 +197,7 @@ class QloraTrainer(TrainerSeam):
     ) -> Any:
         """Return the loss of a batch of an evaluation: the mean over its trained tokens, or its rows."""
         total, num_items = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
-        self._begin_step(inputs)
+        self._begin_step(inputs, self._group)
         for micro_batch in micro_batches_of(inputs):
             number = num_items_of(micro_batch)
             total += number * super().prediction_step(model, micro_batch, prediction_loss_only, ignore_keys)[0]
@@ -417,7 +417,7 @@ class QloraTrainer(TrainerSeam):
             with self._without_effect():
                 _, num_tokens = self.get_batch_samples(iter([micro_batch]), 1, self.args.device)
                 self.current_gradient_accumulation_steps = 1
-                self._begin_step(micro_batch)
+                self._begin_step(micro_batch, ALONE)
                 with self.uncompiled(), watch_calls(self.model) as never_used:
                     super().training_step(self.model_wrapped, dict(micro_batch), num_tokens)
                 # From the second on, gradients are in memory, too. Compiled code would keep what watches the calls.

@@ -116,11 +116,7 @@ def with_number_of_gpus(
     values: dict[str, object] = {NUM_GPUS: number, GPUS: cards}
     origin = resolved.origin_of(GPUS)
     settled = settle(resolved, [InferredSettings(values=values, origin=origin, is_fixed=True)])
-    training = settled.settings.training
-    if number > 1 and training.objective.has_labels:
-        message = f"the baseline of --objective {training.objective.value} is not divided among GPUs"
-        return settled, [Problem(where=resolved.where_of(GPUS), message=message, hint="Name one.")]
-    rows = training.rows_per_step
+    rows = settled.settings.training.rows_per_step
     if number > rows:
         hint = "Use fewer, or more rows a step."
         message = f"{number} GPUs would share the {counted(rows, 'row')} of a step, so that some have none"

@@ -74,7 +74,8 @@ class LabelStep(PairStep):
             other_reference = log_probs_of(self.token_losses(batch).nll, numbers)
         self.begin(f"{phase}{MISMATCHED}")
         with torch.no_grad():
-            baseline = baseline_of(log_probs_of(self.token_losses(batch).nll, numbers), other_reference)
+            gain = (log_probs_of(self.token_losses(batch).nll, numbers) - other_reference).sum()
+            baseline = baseline_of(gain, rows)
         self.begin(f"{phase}{REFERENCE}")
         with without_adapter(self.model):
             reference = log_probs_of(self.token_losses(batch).nll, numbers)

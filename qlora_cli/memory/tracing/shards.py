@@ -34,14 +34,14 @@ class WeightShard:
 class ShardedBase:
     """The weights of a base that is sharded, by name; those without a shard are whole on every process.
 
-    `is_on_host`: shards are kept in host memory, and copied to the device when they are gathered. `has_reference`: a
-    micro-batch passes once more through the base, forward.
+    `is_on_host`: shards are kept in host memory, and copied to the device when they are gathered. A
+    micro-batch passes `num_forward` times forward through the base.
     """
 
     shards: Mapping[str, WeightShard]
     num_processes: int
     is_on_host: bool
-    has_reference: bool = False
+    num_forward: int = 1
 
     @property
     def shard_bytes(self) -> int:
@@ -76,7 +76,7 @@ class ShardedBase:
         return sum(shard.num_bytes * self._times(shard) for shard in self.shards.values())
 
     def _times(self, shard: WeightShard) -> int:
-        forward = shard.num_units * (2 if self.has_reference else 1)
+        forward = shard.num_units * self.num_forward
         return forward + (0 if shard.unit == HEAD else 1)
 
 
@@ -87,7 +87,7 @@ def sharded_base(
     num_processes: int,
     *,
     is_on_host: bool = False,
-    has_reference: bool = False,
+    num_forward: int = 1,
 ) -> ShardedBase:
     """Return how the weights of `shapes`, stored as `entries` say, are divided.
 
@@ -103,7 +103,7 @@ def sharded_base(
         num_bytes = -(-rows // num_processes) * (entry.weight_bytes // rows)
         shares_head = unit == EMBEDDING and is_tied(shapes) and ends_of(adapted)[1] is not None
         shards[name] = WeightShard(unit, num_bytes, 2 if shares_head else 1)
-    return ShardedBase(shards=shards, num_processes=num_processes, is_on_host=is_on_host, has_reference=has_reference)
+    return ShardedBase(shards=shards, num_processes=num_processes, is_on_host=is_on_host, num_forward=num_forward)
 
 
 def _units(shapes: PreTrainedModel, adapted: PreTrainedModel) -> Iterator[tuple[str, str]]:

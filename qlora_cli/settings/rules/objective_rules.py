@@ -74,12 +74,6 @@ def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str,
 
 def _baseline_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:
     yield (
-        "training.num_gpus",
-        training.num_gpus > 1,
-        "the baseline, which is one over all rows of a step, is not divided among processes",
-        "Use one GPU.",
-    )
-    yield (
         "training.gradient_accumulation_steps",
         training.rows_per_step == 1,
         "a step of one row has no other answer to compare with",

@@ -36,6 +36,10 @@ class LabelCollator(BatchCollator):
         """Return the number of answers."""
         return len(rows)
 
+    def blank(self, row: Row) -> Row:
+        """Return a short row without a trained token, whose log-probability is 0."""
+        return {**super().blank(row), DESIRABLE: True}
+
     def mismatched(self, rows: list[Row]) -> list[Row]:
         """Return the prompt of each row with the answer of the one before it, of the first with that of the last."""
         starts = [int(np.flatnonzero(np.asarray(row["labels"]) != IGNORE_INDEX)[0]) for row in rows]

@@ -19,6 +19,7 @@ from qlora_cli.loss.preference_loss import (
     REJECTED_LOG_PROBS,
     REJECTED_REWARDS,
 )
+from qlora_cli.ranks.group import ProcessGroup
 from qlora_cli.training.loss_model import Autocast, BatchLosses
 from qlora_cli.training.preferences.comparing_model import ComparingModel
 from qlora_cli.training.preferences.label_batches import DESIRABLE
@@ -39,15 +40,21 @@ class LabelModel(ComparingModel):
         self._baseline = torch.zeros(())
 
     @torch.no_grad()
-    def begin_step(self, mismatched: Sequence[dict[str, Any]]) -> None:
-        """Compute the baseline of a step, by the inputs of its batches of answers to other prompts."""
-        policy, reference = [], []
+    def begin_step(self, mismatched: Sequence[dict[str, Any]], num_rows: int, group: ProcessGroup) -> None:
+        """Compute the baseline of a step, by the inputs of its batches of answers to other prompts.
+
+        An answer of no trained token adds nothing.
+        """
+        gains = []
         for batch in mismatched:
             inputs = {name: value for name, value in batch.items() if name not in (NUM_TRAINED_OF, DESIRABLE)}
             of_batch = inputs.pop("positions"), inputs.pop("targets"), inputs, batch[NUM_TRAINED_OF]
-            reference.append(self.reference_log_probs(*of_batch))
-            policy.append(self.log_probs(*of_batch)[0])
-        self._baseline = baseline_of(torch.cat(policy), torch.cat(reference))
+            reference = self.reference_log_probs(*of_batch)
+            gains.append((self.log_probs(*of_batch)[0] - reference).sum())
+        gain = torch.stack(gains).sum() if gains else torch.zeros(())
+        if group.size > 1:
+            gain = torch.tensor(sum(group.exchange(float(gain))))
+        self._baseline = baseline_of(gain, num_rows)
 
     def __call__(self, *, positions: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> BatchLosses:
         """Return the losses of answers; `inputs` say how many trained tokens each has, and whether it is wanted."""

@@ -104,13 +104,6 @@ def test_a_step_of_one_row_has_no_baseline() -> None:
     assert problems({**one, "training.objective": "dpo"}) == []
 
 
-@pytest.mark.parametrize("kind", [TrainSettings, InspectMemorySettings])
-def test_the_baseline_of_a_step_is_that_of_one_process(kind: type[LoadSettings]) -> None:
-    (problem,) = problems({"training.objective": "kto", "training.num_gpus": "2"}, kind)
-    assert "is not divided among processes" in problem.message
-    assert problems({"training.objective": "dpo", "training.num_gpus": "2"}, kind) == []
-
-
 @pytest.mark.parametrize(
     ("values", "where", "message"),
     [

@@ -1,6 +1,7 @@
-"""Pairs are shared out among processes as other rows are, and train the adapter of one."""
+"""Rows that are compared are shared out among processes as others are, and train the adapter of one."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ import pytest
 import torch
 
 from qlora_cli.events import StepDone
-from qlora_cli.ranks.group import ProcessGroup
+from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.ranks.weight_gather import WeightGather
 from qlora_cli.training import batches, trainer
+from qlora_cli.training.preferences.label_model import LabelModel
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, RunQlora, train_settings
+from tests.conftest import Recorder, RunQlora, train_settings, write_jsonl
+from tests.integration.training.test_labelled_answers import LABELLED
 from tests.integration.training.test_preferences import PAIRS, SETTINGS, write_pairs
 from tests.integration.training.test_ranks import all_done, distance
-from tests.support.processes.rank_processes import run_ranks
+from tests.support.processes.rank_processes import Fault, run_ranks
 
-# Three pairs a step: of two processes, one has two, and the other one and, of a sharded base, a blank.
+TOLERANCE = 1e-5  # of the adapter, relative
+# Three rows a step: of two processes, one has two, and the other one and, of a sharded base, a blank.
 UNEVEN: dict[str, object] = {
     **SETTINGS,
     "quantization__method": "nf4",
@@ -30,8 +34,11 @@ UNEVEN: dict[str, object] = {
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", PAIRS[:5])
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Rows by objective."""
+    folder = tmp_path_factory.mktemp("rows")
+    pairs = write_pairs(folder / "pairs.jsonl", PAIRS[:5])
+    return {"dpo": pairs, "orpo": pairs, "kto": write_jsonl(folder / "labels.jsonl", LABELLED)}
 
 
 def events_of(run: Path) -> list[dict[str, Any]]:
@@ -76,20 +83,18 @@ class Counting:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_two_processes_train_the_adapter_of_one_on_pairs(
-    run_qlora: RunQlora, base_model: Path, pairs: Path, tmp_path: Path, objective: str, strategy: str
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_two_processes_train_the_adapter_of_one(
+    run_qlora: RunQlora, base_model: Path, files: dict[str, Path], tmp_path: Path, objective: str, strategy: str
 ) -> None:
-    changed = {**UNEVEN, "training__objective": objective}
+    changed, rows = {**UNEVEN, "training__objective": objective}, files[objective]
     if (objective, strategy) == ("orpo", "ddp"):
         changed["training__micro_batch_tokens"] = 90
-    train(train_settings(base_model, pairs, tmp_path / "one", **changed), Recorder())
+    train(train_settings(base_model, rows, tmp_path / "one", **changed), Recorder())
     changed |= {"training__num_gpus": 2, "training__strategy": strategy}
     counting = Counting(tmp_path / "ranks")
-    all_done(
-        run_ranks(train_settings(base_model, pairs, tmp_path / "two", **changed), tmp_path / "ranks", counting), 2
-    )
-    assert distance(tmp_path / "two", tmp_path / "one") < 1e-5
+    all_done(run_ranks(train_settings(base_model, rows, tmp_path / "two", **changed), tmp_path / "ranks", counting), 2)
+    assert distance(tmp_path / "two", tmp_path / "one") < TOLERANCE
     alone, shared = events_of(tmp_path / "one"), events_of(tmp_path / "two")
     assert len(alone) == len(shared) == 4  # three steps and an evaluation
     for mine, its in zip(shared, alone, strict=True):
@@ -103,18 +108,34 @@ def test_two_processes_train_the_adapter_of_one_on_pairs(
         assert [counting.of_second_step(rank) for rank in range(2)] == [predicted] * 2
 
 
-def test_a_blank_that_counted_would_give_another_adapter(base_model: Path, pairs: Path, tmp_path: Path) -> None:
-    changed = {**UNEVEN, "training__objective": "orpo"}
-    train(train_settings(base_model, pairs, tmp_path / "one", **changed), Recorder())
-    changed |= {"training__num_gpus": 2, "training__strategy": "fsdp"}
-    settings = train_settings(base_model, pairs, tmp_path / "two", **changed)
-    all_done(run_ranks(settings, tmp_path / "ranks", with_blanks_that_count), 2)
-    assert distance(tmp_path / "two", tmp_path / "one") > 1e-3
-
-
 def with_blanks_that_count(group: ProcessGroup) -> Recorder:  # noqa: ARG001 - a fault has this signature
     def counting(batch: batches.Batch) -> list[batches.Batch]:
         return [{**blank, batches.IS_BLANK: False} for blank in batches.blanks_of(batch)]
 
     setattr(trainer, "blanks_of", counting)  # noqa: B010 - in a process of its own
     return Recorder()
+
+
+def with_baselines_of_their_own(group: ProcessGroup) -> Recorder:  # noqa: ARG001
+    original = LabelModel.begin_step
+
+    def alone(self: LabelModel, mismatched: Sequence[dict[str, Any]], num_rows: int, group: ProcessGroup) -> None:  # noqa: ARG001
+        original(self, mismatched, num_rows, ALONE)
+
+    setattr(LabelModel, "begin_step", alone)  # noqa: B010
+    return Recorder()
+
+
+@pytest.mark.parametrize(
+    ("objective", "strategy", "fault"),
+    [("orpo", "fsdp", with_blanks_that_count), ("kto", "ddp", with_baselines_of_their_own)],
+)
+def test_a_blank_that_counted_or_a_baseline_that_is_not_shared_would_give_another_adapter(
+    base_model: Path, files: dict[str, Path], tmp_path: Path, objective: str, strategy: str, fault: Fault
+) -> None:
+    changed = {**UNEVEN, "training__objective": objective}
+    train(train_settings(base_model, files[objective], tmp_path / "one", **changed), Recorder())
+    changed |= {"training__num_gpus": 2, "training__strategy": strategy}
+    settings = train_settings(base_model, files[objective], tmp_path / "two", **changed)
+    all_done(run_ranks(settings, tmp_path / "ranks", fault), 2)
+    assert distance(tmp_path / "two", tmp_path / "one") > 10 * TOLERANCE
