@@ -53,7 +53,7 @@ SKIPPED: Mapping[str, str] = {
     r"--tasks": "lm-eval and its data sets",
     r"--report-to tensorboard": "an optional package",
     r"use_liger_kernel": "kernels for GPUs",
-    r"--optimizer paged_": "a GPU",
+    r"--optimizer paged_|configs/paper": "a GPU",
 }
 # What stands for a model or data set of the hub, and what keeps a run short.
 REPLACED: Mapping[str, str] = {
