@@ -24,7 +24,17 @@ from filelock import FileLock, Timeout
 from qlora_cli.errors import OutputDirectoryError, QloraError
 from qlora_cli.files import check_output_directory, path_problem
 from qlora_cli.runs.checksums import Checksums, find_foreign_content
-from qlora_cli.writing import PRIVATE_FILE, delete, discard, is_leftover, move_aside, unsafe_reason, write_file
+from qlora_cli.writing import (
+    PRIVATE_FILE,
+    clear_leftover,
+    clear_unfinished_files,
+    delete,
+    discard,
+    is_leftover,
+    move_aside,
+    unsafe_reason,
+    write_file,
+)
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -132,6 +142,18 @@ class RunDirectory:
     def has_adapter(self) -> bool:
         """Whether the trained adapter exists: its config and its weights."""
         return self.holds_adapter_weights and (self.adapter / ADAPTER_CONFIG).is_file()
+
+    def clear_leftovers(self) -> None:
+        """Delete what killed processes left half written or half deleted; the caller holds the run's lock.
+
+        What a merge left is for the next merge, since one may be writing.
+        """
+        clear_unfinished_files(self.path)
+        staged = [*self.path.glob(f".{ADAPTER}.*.saving"), *self.path.glob(f".{BASE}.*.saving")]
+        if not self.checkpoints.is_symlink():
+            staged += self.checkpoints.glob(".*.saving")
+        for leftover in staged:
+            clear_leftover(leftover)
 
     def remove_adapter(self, known: Sequence[Checksums]) -> Path | None:
         """Delete the adapter of an earlier end before the run is resumed.

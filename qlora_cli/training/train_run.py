@@ -67,7 +67,7 @@ from qlora_cli.training.settling.calibrated_base import with_calibrated_base
 from qlora_cli.training.settling.settle_strategy import settle_by_strategy
 from qlora_cli.training.sharding.refusals import check_dry_run, check_processes
 from qlora_cli.units import counted
-from qlora_cli.writing import PRIVATE_FILE, clear_unfinished_files, copy_folder, write_directory, write_file
+from qlora_cli.writing import PRIVATE_FILE, copy_folder, write_directory, write_file
 
 ADAPTER_SECTIONS = ("lora", "model")  # sections that define an adapter
 
@@ -148,6 +148,8 @@ def _already_done(
         return result
     directory = RunDirectory(settings.output.directory)
     reporter.report(Noted(message=f"{directory.path} holds this run, and it is done: nothing is left to train"))
+    with suppress(OutputDirectoryError), RunLock(directory):  # a disk that can't be written to has none to clear
+        directory.clear_leftovers()
     if not _has_current_report(directory):  # the process was killed after the record was written
         draw_report(directory.path, reporter)
     return _pushed(settings, directory, load_record(directory.path), result, reporter)
@@ -180,7 +182,7 @@ def _run_locked(
     prepared: PreparedRun, directory: RunDirectory, reporter: Reporter, group: ProcessGroup
 ) -> TrainResult:
     _check_unchanged(prepared, directory)
-    clear_unfinished_files(directory.path)
+    directory.clear_leftovers()
     _prepare_resume(prepared, directory, reporter)
     group.exchange(None)  # the others may read the checkpoint
     writer = MetricsWriter(directory)

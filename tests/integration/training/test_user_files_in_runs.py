@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from qlora_cli.events import Noted, PhaseStarted, StepDone
 from qlora_cli.training.train_run import train
-from qlora_cli.writing import write_file
+from qlora_cli.writing import write_directory, write_file
 from tests.conftest import Recorder, short_settings
 from tests.support.processes.killed_runs import Killed, kill_after
 
@@ -25,12 +27,15 @@ def notes_of(recorder: Recorder) -> list[str]:
     return [event.message for event in recorder.events if isinstance(event, Noted)]
 
 
-def kill_write(target: Path) -> None:
-    """Write a file in a process that is killed right before the file gets its name."""
+def killed_in(write: Callable[[], None]) -> None:
+    """Write in a process that is killed right before something gets its name."""
 
     def child() -> None:
-        Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
-        write_file(target, "{}")
+        def kill(*_: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.replace = Path.rename = kill  # type: ignore[method-assign, assignment]
+        write()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -109,24 +114,27 @@ def test_an_adapter_is_its_runs_own_as_soon_as_it_is_in_place(base_model: Path, 
     assert not [note for note in notes_of(recorder) if "adapter-kept" in note]
 
 
-def test_unfinished_files_of_a_killed_run_are_deleted_and_a_users_are_not(
-    base_model: Path, rows: Path, run: Path
+@pytest.mark.parametrize("is_done", [False, True], ids=["resumed", "done"])
+def test_what_a_killed_run_left_unfinished_is_deleted_and_a_users_files_are_not(
+    base_model: Path, rows: Path, run: Path, *, is_done: bool
 ) -> None:
-    written = (run / "run.json", run / "metrics.jsonl", run / "report.html", run / "held_out_losses.json")
-    before = {path: path.read_bytes() for path in written if path.exists()}
-    for path in written:
-        kill_write(path)
-    unfinished = {path.name for path in run.iterdir() if path.name.endswith(".saving")}
-    assert len(unfinished) == len(written)
-    assert {path: path.read_bytes() for path in before} == before
+    settings = short_settings(base_model, rows, run, **FAST)
+    if is_done:
+        train(settings, Recorder())
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    for name in ("run.json", "metrics.jsonl", "report.html", "held_out_losses.json"):
+        killed_in(partial(write_file, run / name, "{}"))
+    for folder in (run / "adapter", run / "checkpoints" / "step-5"):
+        killed_in(partial(write_directory, folder, lambda path: (path / "weights").touch()))
+    left = {path for path in run.rglob("*.saving") if path.relative_to(run) not in before}
+    assert len(left) == 6
     mine = (run / ".run.json.saving", run / ".thesis.saving", run / ".thesis.0123456789abcdef.saving.txt")
     for path in mine:
         path.write_text("mine")
     link = run / ".run.json.0123456789abcdef.saving"
     link.symlink_to(rows)
-    assert train(short_settings(base_model, rows, run, **FAST), Recorder()).steps == 5
-    left = {path.name for path in run.iterdir() if ".saving" in path.name}
-    assert left == {path.name for path in (*mine, link)}
+    assert train(settings, Recorder()).steps == 5
+    assert {path for path in run.rglob("*.saving*") if path.relative_to(run) not in before} == {*mine, link}
     assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
