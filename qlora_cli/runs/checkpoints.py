@@ -152,18 +152,21 @@ class CheckpointStore:
         seal(finished)
         if self.journal.exists():
             flush(self.journal)
-        target, not_deleted = self.path_of(step), self.free_path(step)
+        target, moved = self.path_of(step), self.free_path(step)
         publish_directory(finished, target)
+        return PublishedCheckpoint(path=target, not_deleted={**moved, **self.delete_old(step, best_step)})
+
+    def delete_old(self, step: int, best_step: int | None) -> dict[Path, str]:
+        """Delete the checkpoints beyond the limit, never that of `step`; return those that stay, and why."""
         checkpoints = self.all()
         foreign = {path: reason for path in checkpoints if (reason := reason_to_keep(path, reads=False))}
         old = [path for path in checkpoints if path not in foreign]
-        old = [path for path in self._beyond_limit(old, best_step) if path != target]
+        old = [path for path in self._beyond_limit(old, best_step) if path != self.path_of(step)]
         foreign |= {path: reason for path in old if (reason := reason_to_keep(path))}
-        not_deleted |= {path: foreign[path] for path in self._beyond_limit(checkpoints, best_step) if path in foreign}
         for path in old:
             if path not in foreign:
                 discard(path)
-        return PublishedCheckpoint(path=target, not_deleted=not_deleted)
+        return {path: foreign[path] for path in self._beyond_limit(checkpoints, best_step) if path in foreign}
 
     def free_path(self, step: int) -> dict[Path, str]:
         """Move aside what is at a checkpoint's path and must not be deleted; return its new path and the reason."""

@@ -262,6 +262,7 @@ class Session:
         if stopped:
             # The loop evaluates before it saves: a signal in an evaluation prevents the checkpoint of its step.
             self.trainer.save_last_step()
+        self.trainer.delete_old_checkpoints()
         # After the last step and its evaluation, a signal interrupts nothing: a resume would have nothing to train.
         is_whole = self._stop.name is None or (self.step >= num_steps and self._is_evaluated)
         interrupted_by = None if is_whole else self._stop.name

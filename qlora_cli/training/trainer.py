@@ -1,6 +1,6 @@
 """TRL's trainer with the adapter in fp32, checkpoints that are complete or absent, and exact resumes."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +20,7 @@ from qlora_cli.adapters.writer import save_adapter
 from qlora_cli.errors import ModelError, OutputDirectoryError
 from qlora_cli.events import CheckpointSaved, EvalStarted, Noted, Reporter
 from qlora_cli.ranks.group import ALONE, ProcessGroup
-from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore, PublishedCheckpoint
+from qlora_cli.runs.checkpoints import TRAINER_STATE, CheckpointStore
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.training.batches import (
     IS_BLANK,
@@ -291,12 +291,17 @@ class QloraTrainer(TrainerSeam):
             # For a failed step, the trainer wrote the generators as the failure left them.
             torch.save(dict(self._generators()), finished / RNG_STATE)
             published = self._store.publish(finished, step, self.state.best_global_step)
-        self._report_not_deleted(published)
+        self._report_not_deleted(published.not_deleted)
         self._reporter.report(CheckpointSaved(step=step, path=published.path))
 
-    def _report_not_deleted(self, published: PublishedCheckpoint) -> None:
+    def delete_old_checkpoints(self) -> None:
+        """Delete what a process that was killed as it had saved a checkpoint did not."""
+        if self._group.is_first:
+            self._report_not_deleted(self._store.delete_old(self.state.global_step, self.state.best_global_step))
+
+    def _report_not_deleted(self, reasons: Mapping[Path, str]) -> None:
         """Report once of each folder among the checkpoints that it is not deleted."""
-        for path, reason in published.not_deleted.items():
+        for path, reason in reasons.items():
             if path not in self._reported:
                 self._reported.add(path)
                 self._reporter.report(Noted(level="warning", message=f"{path} is not deleted: {reason}"))

@@ -138,6 +138,19 @@ def test_what_a_killed_run_left_unfinished_is_deleted_and_a_users_files_are_not(
     assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
+def test_a_checkpoint_beyond_the_limit_is_deleted_where_nothing_is_left_to_save(
+    base_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings, checkpoints = (
+        short_settings(base_model, rows, tmp_path / "run", **FAST),
+        tmp_path / "run" / "checkpoints",
+    )
+    kill_after(settings, 5)
+    shutil.copytree(checkpoints / "step-5", checkpoints / "step-4")  # as if killed before this one was deleted
+    assert train(settings, Recorder()).resumed_from_step == 5
+    assert [path.name for path in checkpoints.iterdir()] == ["step-5"]
+
+
 def test_files_added_to_a_run_while_it_trains_are_kept_and_reported(base_model: Path, rows: Path, run: Path) -> None:
     places = (run / "adapter", run / "checkpoints" / "step-4", run / "checkpoint-now")
 
