@@ -27,6 +27,7 @@ from qlora_cli.runs.checksums import Checksums, find_foreign_content
 from qlora_cli.writing import (
     PRIVATE_FILE,
     clear_leftover,
+    clear_leftovers,
     clear_unfinished_files,
     delete,
     discard,
@@ -146,10 +147,12 @@ class RunDirectory:
     def clear_leftovers(self) -> None:
         """Delete what killed processes left half written or half deleted; the caller holds the run's lock.
 
-        What a merge left is for the next merge, since one may be writing.
+        A base may be calibrated without the lock, so of that only what dead processes left is deleted; what a merge left
+        is for the next merge.
         """
         clear_unfinished_files(self.path)
-        staged = [*self.path.glob(f".{ADAPTER}.*.saving"), *self.path.glob(f".{BASE}.*.saving")]
+        clear_leftovers(self.path, BASE)
+        staged = [*self.path.glob(f".{ADAPTER}.*.saving")]
         if not self.checkpoints.is_symlink():
             staged += self.checkpoints.glob(".*.saving")
         for leftover in staged:

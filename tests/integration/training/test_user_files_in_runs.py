@@ -124,10 +124,10 @@ def test_what_a_killed_run_left_unfinished_is_deleted_and_a_users_files_are_not(
     before = {path.relative_to(run) for path in run.rglob("*")}
     for name in ("run.json", "metrics.jsonl", "report.html", "held_out_losses.json"):
         killed_in(partial(write_file, run / name, "{}"))
-    for folder in (run / "adapter", run / "checkpoints" / "step-5"):
+    for folder in (run / "adapter", run / "base", run / "checkpoints" / "step-5"):
         killed_in(partial(write_directory, folder, lambda path: (path / "weights").touch()))
     left = {path for path in run.rglob("*.saving") if path.relative_to(run) not in before}
-    assert len(left) == 6
+    assert len(left) == 7
     mine = (run / ".run.json.saving", run / ".thesis.saving", run / ".thesis.0123456789abcdef.saving.txt")
     for path in mine:
         path.write_text("mine")
