@@ -147,8 +147,8 @@ class RunDirectory:
     def clear_leftovers(self) -> None:
         """Delete what killed processes left half written or half deleted; the caller holds the run's lock.
 
-        A base may be calibrated without the lock, so of that only what dead processes left is deleted; what a merge left
-        is for the next merge.
+        A base may be calibrated without the lock, so of that only what dead processes left is deleted; what a merge
+        left is for the next merge.
         """
         clear_unfinished_files(self.path)
         clear_leftovers(self.path, BASE)
