@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
-from qlora_cli.merging.exports.converter import find_converter
+from qlora_cli.merging.exports.llama_cpp.converter import find_converter
 from qlora_cli.merging.output_directory import output_path, output_problem
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ExportFormat

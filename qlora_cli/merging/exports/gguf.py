@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
-from qlora_cli.merging.exports.converter import Converter, convert, find_converter
 from qlora_cli.merging.exports.export_format import Export, Format
+from qlora_cli.merging.exports.llama_cpp.converter import UPDATE, Converter, convert, find_converter
 from qlora_cli.merging.exports.template_turns import writes_bos
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
@@ -63,7 +63,8 @@ class GgufFormat(Format):
         return (f"*{SUFFIX}",)
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
-        """Try the converter on the vocabulary."""
+        """Fetch the converter if necessary, and try it on the vocabulary."""
+        self._converter.prepare(reporter)
         check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self._converter, reporter)
 
     def write(self, export: Export) -> Divergence | None:
@@ -150,7 +151,7 @@ def export_gguf(
 def _check(
     model: Path, target_file: Path, outtype: GgufType, reporter: Reporter, *, trust_remote_code: bool
 ) -> GgufExport:
-    from qlora_cli.merging.exports.gguf_file import mismatches, read_gguf  # needs an optional package
+    from qlora_cli.merging.exports.llama_cpp.gguf_file import mismatches, read_gguf  # needs an optional package
 
     reporter.report(PhaseStarted(title=f"Checking {target_file.name}"))
     source = find_model(ModelSettings(name=str(model), trust_remote_code=trust_remote_code))
@@ -161,7 +162,7 @@ def _check(
     if wrong:
         raise ExportError(
             f"{target_file.name} is not the model that was merged: it has {'; and '.join(wrong)}",
-            hint="Update llama.cpp (git pull): its converter does not fully support this model.",
+            hint=f"Its converter does not fully support this model. {UPDATE}.",
         )
     _warn_about_bos(facts.adds_bos, tokenizer, reporter)
     return GgufExport(

@@ -56,7 +56,8 @@ class MergeSettings(Section):
         default=None, description="Branch, tag or commit of an adapter on the hub."
     )
     llama_cpp: Annotated[Path | None, Metadata(flag="--llama-cpp", commands=MERGE, effective_with=OF_GGUF)] = Field(
-        default=None, description="Checkout of llama.cpp, for --format gguf."
+        default=None,
+        description="Checkout of llama.cpp, for --format gguf; by default its converter is downloaded once.",
     )
     gguf_type: Annotated[GgufType, Metadata(flag="--gguf-type", commands=MERGE, effective_with=OF_GGUF)] = Field(
         default=GgufType.AUTO, description="Type of the weights in the GGUF file."

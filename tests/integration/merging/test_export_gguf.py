@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted
-from qlora_cli.merging.exports.converter import find_converter
 from qlora_cli.merging.exports.gguf import GgufExport, check_gguf, export_gguf
+from qlora_cli.merging.exports.llama_cpp.converter import find_converter
 from qlora_cli.settings.choices import GgufType
 from tests.conftest import Recorder
 

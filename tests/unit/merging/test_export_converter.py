@@ -9,11 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from huggingface_hub import constants
 
 from qlora_cli.errors import ExportError, MissingDependencyError
-from qlora_cli.merging.exports import converter as converting
-from qlora_cli.merging.exports.converter import SCRIPT, VARIABLE, Converter, convert, find_converter
+from qlora_cli.merging.exports.llama_cpp import converter as converting
+from qlora_cli.merging.exports.llama_cpp.converter import SCRIPT, VARIABLE, Converter, convert, find_converter
+from qlora_cli.merging.exports.llama_cpp.source_archive import PINNED
 from qlora_cli.settings.choices import GgufType
+from tests.conftest import Recorder
 
 # A converter that starts another process, as one that reads in several does; both write down their process ids.
 HANGS_IN_TWO = """
@@ -29,7 +32,7 @@ import sys
 from pathlib import Path
 from qlora_cli.cli.termination import signals_as_errors
 from qlora_cli.errors import TerminatedError
-from qlora_cli.merging.exports.converter import find_converter, convert
+from qlora_cli.merging.exports.llama_cpp.converter import find_converter, convert
 from qlora_cli.settings.choices import GgufType
 script, model, target = map(Path, sys.argv[1:])
 try:
@@ -44,6 +47,7 @@ except TerminatedError as error:
 def _no_converter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
 
 def script(directory: Path, code: str = "", name: str = SCRIPT) -> Path:
@@ -75,12 +79,28 @@ def test_a_link_is_followed_because_modules_are_next_to_the_script(tmp_path: Pat
     assert find_converter(None).script == path
 
 
-def test_none_is_an_error_that_says_how_to_get_it() -> None:
-    with pytest.raises(MissingDependencyError, match="neither on the PATH nor named") as caught:
+def test_none_is_that_of_the_pinned_archive_or_offline_an_error_with_both_ways_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingDependencyError, match="has to be downloaded once, and HF_HUB_OFFLINE=1") as caught:
         find_converter(None)
     assert "git clone --depth 1 https://github.com/ggml-org/llama.cpp" in str(caught.value.hint)
-    assert "--llama-cpp" in str(caught.value.hint)
+    assert f"Download {PINNED.url} elsewhere and give it as --llama-cpp {PINNED.name}" in str(caught.value.hint)
     assert caught.value.exit_code == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert find_converter(None) == Converter(script=PINNED.checkout / SCRIPT, is_pinned=True)
+
+
+def test_a_file_of_the_archive_is_unpacked_once_it_is_needed(tmp_path: Path) -> None:
+    file = tmp_path / PINNED.name
+    file.write_bytes(b"something else")
+    found = find_converter(file)
+    assert found == Converter(script=PINNED.checkout / SCRIPT, is_pinned=True, archive=file)
+    with pytest.raises(
+        MissingDependencyError, match=r"python-0.3.36.tar.gz is not the pinned llama_cpp_python-0.3.36"
+    ):
+        found.prepare(Recorder())
 
 
 def test_a_named_place_without_one_is_an_error_although_the_path_has_one(

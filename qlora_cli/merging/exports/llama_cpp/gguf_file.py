@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_cli.errors import ExportError
+from qlora_cli.merging.exports.llama_cpp.converter import UPDATE
 from qlora_cli.units import counted
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -56,7 +57,7 @@ def read_gguf(path: Path) -> GgufFacts:
     except UNREADABLE as error:
         raise ExportError(
             f"what llama.cpp's converter wrote to {path.name} can't be read as GGUF: {error}",
-            hint="Is the disk full? Otherwise update llama.cpp (git pull).",
+            hint=f"Is the disk full? Otherwise: {UPDATE}.",
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""The programs of llama.cpp that write its files, and what is in a file: found, run and read."""
