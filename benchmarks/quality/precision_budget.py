@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.records import RESULTS, append, cpu_hardware, now, results_file, revision, versions
-from qlora_cli.calibrating.precision_budget import LayerPart, choose, extra_bytes, keep_precision
+from qlora_cli.calibrating.divergence_parts import LayerPart, extra_bytes
+from qlora_cli.calibrating.precision_budget import choose, keep_precision
 from qlora_cli.calibrating.prediction_error import measure_prediction_error, predict_unquantized
 from qlora_cli.events import SilentReporter
 from qlora_cli.loading.load_plan import LoadPlan, plan_load

@@ -65,7 +65,7 @@ class PredictionError:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPrecision:
-    """The linear layers, by full name, that stay in 16 bit since `budget_bytes` of weights allow it.
+    """The linear layers and weights of experts, by full name, that stay in 16 bit since `budget_bytes` allow it.
 
     Of `num_layers` that would be quantized, these take `extra_bytes` more. `mean_kl_quantized` is the divergence from
     the unquantized model, in nats a token, with all of them quantized, and `expected_kl` that with these in 16 bit, on

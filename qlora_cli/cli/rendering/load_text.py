@@ -141,7 +141,7 @@ def kept_rows(kept: KeptPrecision | None) -> list[Row]:
     """Return the layers that a budget keeps unquantized, what they take, and what was expected of them."""
     if kept is None:
         return []
-    layers = f"{len(kept.modules):,} of {counted(kept.num_layers, 'linear layer')}"
+    layers = f"{len(kept.modules):,} of {counted(kept.num_layers, 'quantized layer')}"
     more = f"{format_bytes(kept.extra_bytes)} more, within {format_bytes(kept.budget_bytes)}"
     expected = f"{kept.mean_kl_quantized:.3g} nats a token without them, {kept.expected_kl:.3g} expected with them"
     return [("kept unquantized", f"{layers}, {more}"), ("", f"on the rows that they were chosen by: {expected}")]

@@ -225,7 +225,10 @@ class _Quantize(ConversionOps):
 
 
 class _QuantizeExperts(ConversionOps):
-    """Quantizes the experts of a layer as they are read, one at a time; `operations` would stack them."""
+    """Quantizes the experts of a layer as they are read, one at a time; `operations` would stack them.
+
+    Those that are to stay unquantized, as in single layers, are stacked.
+    """
 
     def __init__(self, config: QloraConfig, operations: list[ConversionOps]) -> None:
         self._config = config
@@ -265,6 +268,8 @@ class _QuantizeExperts(ConversionOps):
 
         with self._config.refused.recording(full_layer_name):
             _check_number(num_experts, shape[0])
+            if full_layer_name not in self._config.quantized_parameters:
+                return {full_layer_name: stacked(slice(None))}
             return {full_layer_name: _quantized(self._config, full_layer_name, experts(), shape, module)}
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import kl_div
+from torch.nn.utils.parametrize import remove_parametrizations
 from typer.testing import CliRunner
 
 from qlora_cli.calibrating.calibration import calibrate_on
-from qlora_cli.calibrating.precision_budget import (
-    LayerPart,
-    check_budget,
-    choose,
-    extra_bytes,
-    keep_precision,
-    parts_of_divergence,
-)
+from qlora_cli.calibrating.divergence_parts import LayerPart, extra_bytes, parts_of_divergence
+from qlora_cli.calibrating.precision_budget import check_budget, choose, keep_precision
 from qlora_cli.calibrating.prediction_error import (
     UnquantizedPredictions,
     measure_prediction_error,
@@ -33,6 +30,7 @@ from qlora_cli.loading.load_plan import LoadPlan, plan_load
 from qlora_cli.loading.loader import LoadedModel, load_planned
 from qlora_cli.loading.save import save_quantized
 from tests.conftest import ASSETS, Recorder
+from tests.support.models.experts import save_moe
 from tests.support.models.loading import asked_load, load, logits, save_model
 from tests.support.models.reference_models import ROWS
 
@@ -154,20 +152,62 @@ def test_other_families_and_methods_keep_layers_as_they_were(tmp_path: Path, fam
     extra = extra_bytes(case.load_plan)
     kept = case.kept(sum(extra.values()) // 2)
     exact = load(base, model__dtype="fp32", quantization__method="none").base
-    names = [name for name in extra if held_or_none(kept, name) is None]
+    names = [name for name in extra if kept.layout.unquantized.get(name) == "as asked"]
     assert 0 < len(names) < len(extra)
     for name in names:
-        layer, same = kept.base.get_submodule(name), exact.get_submodule(name)
+        layer, same = (attrgetter(name)(model) for model in (kept.base, exact))
         assert type(layer) is type(same)
-        assert layer.state_dict().keys() == same.state_dict().keys()
-        for key, value in same.state_dict().items():
-            torch.testing.assert_close(layer.state_dict()[key], value, rtol=0, atol=0)
+        for (key, value), (one, other) in zip(state_of(same).items(), state_of(layer).items(), strict=True):
+            assert key == one
+            torch.testing.assert_close(other, value, rtol=0, atol=0)
     assert kept.inventory.total_bytes <= case.quantized_bytes + sum(extra.values()) // 2
     assert not any(module.training for module in kept.base.modules() if isinstance(module, nn.Linear))
 
 
-def held_or_none(loaded: LoadedModel, name: str) -> torch.Tensor | None:
-    return loaded.layout.method.held_weight(loaded.base.get_submodule(name))
+def state_of(layer: nn.Module | nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer, or of the fused weight of experts."""
+    return layer.state_dict() if isinstance(layer, nn.Module) else {"": layer}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_part_of_experts_is_that_of_their_gradient(tmp_path: Path, family: str) -> None:
+    case = case_of(save_moe(tmp_path / family, family), 300)
+    exact, experts = case.chosen_by, case.load_plan.layout.experts
+    parts = {part.name: part.mean_kl for part in parts_of_divergence(case.load(), case.load_plan, exact)[1]}
+    assert parts.keys() == set(extra_bytes(case.load_plan)) > set(experts)
+    loaded = case.load()
+    for name in experts:  # as plain trainable weights, whose gradients PyTorch accumulates
+        owner, _, leaf = name.rpartition(".")
+        module = loaded.base.get_submodule(owner)
+        held = getattr(module, leaf).clone()
+        remove_parametrizations(module, leaf, leave_parametrized=False)
+        setattr(module, leaf, nn.Parameter(held))
+    reference, predicted = exact.logits.log_softmax(1), exact.logits_of(loaded.base).log_softmax(1)
+    mean_kl = kl_div(predicted, reference, reduction="sum", log_target=True) / len(reference)
+    mean_kl.backward()  # type: ignore[no-untyped-call]
+    for name in experts:
+        weight = attrgetter(name)(loaded.base)
+        expected = -0.5 * float((weight.grad * (exact.read(name) - weight.detach())).sum())
+        assert parts[name] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_experts_of_single_layers_stay_unquantized_as_if_loaded_so(tmp_path: Path) -> None:
+    base = save_moe(tmp_path / "qwen3_moe", "qwen3_moe")
+    case = case_of(base, 300)
+    extra, experts = extra_bytes(case.load_plan), case.load_plan.layout.experts
+    smallest = min(extra[name] for name in experts)
+    kept = case.kept(smallest + sum(size for name, size in extra.items() if name not in experts))
+    assert 0 < len(set(experts) & kept.layout.unquantized.keys()) < len(experts)
+    names = ",".join(name for name in extra if name in kept.layout.unquantized)
+    loaded = load(base, model__dtype="fp32", quantization__skip_modules=names)
+    assert loaded.layout.experts == kept.layout.experts
+    assert loaded.inventory.total_bytes == kept.inventory.total_bytes
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(logits(kept.base, ids), logits(loaded.base, ids), rtol=0, atol=0)
+    save_quantized(kept, tmp_path / "stored", Recorder())
+    stored = load(tmp_path / "stored", model__dtype="fp32")
+    assert set(stored.layout.experts) == set(kept.layout.experts)
+    torch.testing.assert_close(logits(stored.base, ids), logits(kept.base, ids), rtol=0, atol=0)
 
 
 sizes = st.integers(min_value=1, max_value=1000)
