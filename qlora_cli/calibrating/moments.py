@@ -82,21 +82,23 @@ class MomentSums:
         if known is None:
             width = values.shape[1]
             known = InputMoments(matrix=torch.zeros(width, width, device=values.device), num_tokens=0)
-        with _tensor_cores() if is_narrow else nullcontext():
+        with _narrow_products(tokens.dtype) if is_narrow else nullcontext():
             matrix = known.matrix.addmm_(values.T, values)
         self._sums[name, expert] = InputMoments(matrix=matrix, num_tokens=known.num_tokens + len(values))
 
 
 @contextmanager
-def _tensor_cores() -> Iterator[None]:
-    """Let a GPU multiply fp32 values as TF32, which holds all bits of a value that was bf16 or fp16."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+def _narrow_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let fp32 values that were of `dtype` be multiplied as what holds all their bits: TF32 on a GPU, bf16 on a CPU."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    cuda.fp32_precision = "tf32"
+    if dtype == torch.bfloat16:
+        cpu.fp32_precision = "bf16"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        cuda.fp32_precision, cpu.fp32_precision = before
 
 
 class _Products(TorchFunctionMode):

@@ -21,8 +21,9 @@ from qlora_cli.quantization.blocks import BLOCK_SIZE, FourBitFormat, nest
 SHARES = tuple(0.6 + 0.03 * index for index in range(16))
 TABLE_SIZE = 4097  # values from -1 to 1, zero among them
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # shares of the mean of the diagonal that are added to it
-# Blocks whose scales are searched at a time: 4 million weights, a few copies of them in fp32.
+# Blocks whose scales are searched at a time, with a few copies of them in fp32: 4 million weights keep a GPU busy.
 PIECE_BLOCKS = 65_536
+CPU_PIECE_BLOCKS = 4096  # with their copies they fit into its caches
 AT_ONCE = 32 * 1024**2  # weights of several experts whose codes are chosen together
 
 
@@ -136,7 +137,8 @@ class _Weighted:
         shape = self._part.values.shape
         column = self._importance[:, None] if self._part.is_transposed else self._importance
         importance = _blocks(column.expand(shape).reshape(-1))
-        pieces = zip(torch.split(blocks, PIECE_BLOCKS), torch.split(importance, PIECE_BLOCKS), strict=True)
+        size = CPU_PIECE_BLOCKS if blocks.is_cpu else PIECE_BLOCKS
+        pieces = zip(torch.split(blocks, size), torch.split(importance, size), strict=True)
         return torch.cat([_best_scales(piece.float(), important, levels) for piece, important in pieces])
 
     def matrix(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

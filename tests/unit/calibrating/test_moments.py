@@ -49,6 +49,22 @@ def test_sums_are_of_the_tokens_that_are_no_padding() -> None:
     torch.testing.assert_close(out.matrix, (2 * inner.T @ inner).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_keep_all_bits_of_the_values(dtype: torch.dtype) -> None:
+    layer = nn.Linear(256, 8, bias=False, dtype=dtype)
+    tokens = torch.randn(1, 512, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = MomentSums({"layer": layer}, {})
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with sums.watching(), torch.no_grad():
+        sums.begin(torch.ones(1, 512, dtype=torch.bool))
+        layer(tokens)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    moments = sums.of("layer")
+    assert moments is not None
+    exact = tokens[0].double()
+    torch.testing.assert_close(moments.matrix.double(), exact.T @ exact, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", [family for family in MOE if family not in CONCATENATED])
 def test_each_expert_is_known_by_its_own_tokens(family: str) -> None:
     model = tiny_model(family).float().eval()
