@@ -89,8 +89,9 @@ class MomentSums:
 
 @contextmanager
 def _narrow_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 values that were of `dtype` be multiplied as what holds all their bits: TF32 on a GPU, bf16 on a CPU."""
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    """Let fp32 values that were of `dtype` be multiplied as what holds their bits: TF32 on a GPU, bf16 on a CPU."""
+    cuda = torch.backends.cuda.matmul
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when it is imported
     before = cuda.fp32_precision, cpu.fp32_precision
     cuda.fp32_precision = "tf32"
     if dtype == torch.bfloat16:

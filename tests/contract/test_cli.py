@@ -94,7 +94,7 @@ def test_what_ends_a_command_from_outside_is_one_object_too(
     def ended(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", ended)
+    monkeypatch.setattr("qlora_cli.settings.resolve.describe", ended)
     done = CliRunner().invoke(app, ["config", "show", "--json"])
     assert done.exit_code == code
     error = json.loads(done.stdout)["error"]

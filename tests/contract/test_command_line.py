@@ -125,7 +125,7 @@ def test_a_bug_of_ours_shows_a_traceback_without_secrets(monkeypatch: pytest.Mon
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret-token")
 
-    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.settings.resolve.describe", broken)
     done = CliRunner().invoke(app, ["config", "show"])
     assert done.exit_code == 1
     assert "ZeroDivisionError: ***" in done.output
@@ -137,7 +137,7 @@ def test_a_panic_of_a_library_is_one_message_and_bad_input(monkeypatch: pytest.M
     def panics(*_: object) -> None:
         decoders.Strip("a", 9, 9).decode(["a"])
 
-    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", panics)
+    monkeypatch.setattr("qlora_cli.settings.resolve.describe", panics)
     done = CliRunner().invoke(app, ["config", "show"])
     assert done.exit_code == 2
     assert "error: an input file made a library panic: index out of bounds" in done.output
@@ -150,7 +150,7 @@ def test_a_traceback_has_at_most_forty_lines_and_says_what_is_left_out(monkeypat
         for _ in range(2):
             broken([*values])
 
-    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.settings.resolve.describe", broken)
     done = CliRunner().invoke(app, ["config", "show"])
     lines = done.output.splitlines()
     traceback = lines[: next(number for number, line in enumerate(lines) if line.startswith("error: RecursionError"))]
@@ -164,7 +164,7 @@ def test_a_traceback_of_a_long_chain_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("\n".join(f"line {number}" for number in range(1000)))
 
-    monkeypatch.setattr("qlora_cli.cli.commands.config.describe", broken)
+    monkeypatch.setattr("qlora_cli.settings.resolve.describe", broken)
     output = CliRunner().invoke(app, ["config", "show"]).output
     assert output.index("lines left out") < output.index("line 999")
     assert len(output.partition("\nerror: ")[0].splitlines()) == 40

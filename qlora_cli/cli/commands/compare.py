@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,11 +12,11 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError, UsageError
-from qlora_cli.evaluating.evaluation_checks import check_evaluation
-from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.settings.display import choices_of, metavar
 from qlora_cli.settings.models import EvaluateSettings, field_of
-from qlora_cli.settings.resolve import Resolved, Sources, resolve
+
+if TYPE_CHECKING:
+    from qlora_cli.settings.resolve import Resolved
 
 RUN_ARGUMENT = "RUN"
 Text = str | None
@@ -93,8 +93,11 @@ def compare(
 
 def _asked(
     run: Path, given: Mapping[str, tuple[str, object]], assignments: Sequence[str]
-) -> Resolved[EvaluateSettings]:
+) -> "Resolved[EvaluateSettings]":
     """Return what is evaluated of a run, checked as by `qlora evaluate`."""
+    from qlora_cli.evaluating.evaluation_checks import check_evaluation  # reads files: not for the help
+    from qlora_cli.settings.resolve import Sources, resolve
+
     flags = {path: entry for path, entry in given.items() if entry[1] not in (None, ())}
     sources = Sources(assignments=assignments, flags={"model.name": (RUN_ARGUMENT, str(run)), **flags})
     resolved = resolve(sources, EvaluateSettings, {"model.name": RUN_ARGUMENT})
@@ -110,6 +113,8 @@ def _check(runs: Sequence[Path], margin: float | None) -> None:
         raise SettingsError([problem])
     if len(runs) < 2:
         raise UsageError("there is only one run", hint="Name two or more: qlora compare RUN RUN")
+    from qlora_cli.runs.directory import RunDirectory
+
     for run in runs:
         if not RunDirectory(run).is_run:
             raise RunNotFoundError(f"{run} is no run directory", hint="List the runs: qlora runs DIR")

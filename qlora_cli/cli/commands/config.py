@@ -10,7 +10,6 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import UsageError
 from qlora_cli.settings.models import KINDS, json_schema, metadata_of
-from qlora_cli.settings.resolve import describe
 from qlora_cli.settings.setting_metadata import Command
 
 OWN = ("quiet", "json")  # what `config show` takes itself
@@ -87,6 +86,8 @@ def schema() -> None:
 
 def _print(context: typer.Context, command: Command | None) -> None:
     """Print all settings, or those that a command uses."""
+    from qlora_cli.settings.resolve import describe  # reads files: not for the help
+
     rows = describe(options.read_sources(context), None if command is None else KINDS[command])
     rows = [row for row in rows if command is None or _is_used_by(row[0], command)]
     if context.params["json"]:

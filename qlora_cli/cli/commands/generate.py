@@ -6,21 +6,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from qlora_cli.answering.answer_checks import check_merged
-from qlora_cli.answering.answers import prompt_name
 from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import UsageError
-from qlora_cli.model_files.given_model import check_model_name
-from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import AnswerSettings, ChatSettings, GenerateSettings
-from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.setting_metadata import Command
 
 if TYPE_CHECKING:
     from qlora_cli.answering.open_model import OpenModel
+    from qlora_cli.settings.resolve import Resolved
 
 FROM_STDIN = "-"
 PROMPTS = "generate.prompts"
@@ -62,6 +58,7 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
 def _stream(opened: "OpenModel", request: AnswerSettings, prompts: Sequence[str]) -> None:
     """Print each answer as it comes."""
     from qlora_cli.answering.answer_prompts import answer_prompt
+    from qlora_cli.answering.answers import prompt_name
     from qlora_cli.cli.rendering.answer_text import AnswerPrinter, print_prompt
 
     for number, text in enumerate(prompts, start=1):
@@ -72,13 +69,17 @@ def _stream(opened: "OpenModel", request: AnswerSettings, prompts: Sequence[str]
         answer_prompt(opened, request, text, printer)
 
 
-def check_request(resolved: Resolved[ChatSettings] | Resolved[GenerateSettings]) -> None:
+def check_request(resolved: "Resolved[ChatSettings] | Resolved[GenerateSettings]") -> None:
     """Check the paths of the models, without torch.
 
     Raises:
         QloraError: there is no such model, or no merged model at its path.
         SettingsError: both.
     """
+    from qlora_cli.answering.answer_checks import check_merged  # read files: not for the help
+    from qlora_cli.model_files.given_model import check_model_name
+    from qlora_cli.settings.error_collector import ErrorCollector
+
     settings, errors = resolved.settings, ErrorCollector(resolved.where_of)
     if problem := check_model_name(settings.model):
         errors.add("model.name", problem.for_setting("model.name"))

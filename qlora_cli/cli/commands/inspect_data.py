@@ -7,13 +7,9 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
-from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk
-from qlora_cli.data.opening.name_checks import data_problems
 from qlora_cli.errors import DataError, SettingsError
-from qlora_cli.settings.error_collector import ErrorCollector
 from qlora_cli.settings.models import InspectDataSettings
 from qlora_cli.settings.setting_metadata import Command
-from qlora_cli.settings.settle import settle
 
 
 @options.takes(Command.INSPECT_DATA)
@@ -26,6 +22,12 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     resolved = options.resolve_settings(context, InspectDataSettings)
     settings = resolved.settings
     html = settings.inspect_data.html
+
+    from qlora_cli.data.opening.first_rows import first_rows_errors, on_this_disk  # readers: not for the help
+    from qlora_cli.data.opening.name_checks import data_problems
+    from qlora_cli.settings.error_collector import ErrorCollector
+    from qlora_cli.settings.settle import settle
+
     if problems := data_problems(resolved, settings.data):
         raise SettingsError(problems)
     errors = ErrorCollector(resolved.where_of)

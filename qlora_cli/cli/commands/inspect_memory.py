@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from qlora_cli.cli import options
-from qlora_cli.cli.commands.memory_request import read_request, reads_data
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import print_next, volume_of
@@ -34,6 +33,8 @@ def inspect_memory(
 
     MODEL may also be a config.json, or a name of the bundled catalogue. Takes the flags of train that matter here.
     """
+    from qlora_cli.cli.commands.memory_request import read_request, reads_data  # not for the help
+
     request, plot = read_request(context, words or ())
     asked = request.asked.settings.inspect_memory
 

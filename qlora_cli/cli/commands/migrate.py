@@ -9,8 +9,6 @@ from qlora_cli.cli import options
 from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
-from qlora_cli.settings.migration import as_yaml
-from qlora_cli.settings.migration import migrate as read_foreign
 
 AFTER_MIGRATION = ("save it as qlora.yaml, then qlora train --config qlora.yaml --dry-run",)
 Source = Annotated[
@@ -27,6 +25,9 @@ def migrate(file: Source, quiet: Quiet = False, json: options.Json = False) -> N
     What has no counterpart is named, and stands in the file as a comment. Values that the other tool has by default,
     where ours differ, are written out.
     """
+    from qlora_cli.settings.migration import as_yaml  # YAML: not for the help
+    from qlora_cli.settings.migration import migrate as read_foreign
+
     migration = read_foreign(file)
     if json:
         print_json(migration)

@@ -13,7 +13,6 @@ from qlora_cli.cli.json_output import print_json
 from qlora_cli.cli.stderr import print_line
 from qlora_cli.cli.volume import Quiet, print_next, quiet_or_normal
 from qlora_cli.errors import Problem, RunNotFoundError, SettingsError
-from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
 from qlora_cli.runs.ordering import Order, ordered, selected
 
 DEFAULT_COMMAND = "list"
@@ -86,6 +85,7 @@ def show(
     from qlora_cli.cli.rendering.run_text import render_run
     from qlora_cli.data.showing.page_file import check_page
     from qlora_cli.runs.detail import detail_of
+    from qlora_cli.runs.directory import METRICS_FILE, RUN_FILE
     from qlora_cli.runs.find_runs import is_run, read_run
 
     if not is_run(run):

@@ -54,11 +54,12 @@ def test_products_keep_all_bits_of_the_values(dtype: torch.dtype) -> None:
     layer = nn.Linear(256, 8, bias=False, dtype=dtype)
     tokens = torch.randn(1, 512, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     sums = MomentSums({"layer": layer}, {})
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
     with sums.watching(), torch.no_grad():
         sums.begin(torch.ones(1, 512, dtype=torch.bool))
         layer(tokens)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert settings.fp32_precision == before
     moments = sums.of("layer")
     assert moments is not None
     exact = tokens[0].double()
