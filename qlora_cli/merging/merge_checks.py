@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from qlora_cli.errors import Problem, QloraError, SettingsError
 from qlora_cli.hub.push import push_problem
 from qlora_cli.merging.exports.llama_cpp.converter import find_converter
+from qlora_cli.merging.exports.llama_cpp.quantizer import find_quantizer
 from qlora_cli.merging.output_directory import output_path, output_problem
 from qlora_cli.model_files.given_model import check_model_name
 from qlora_cli.settings.choices import ExportFormat
@@ -30,6 +31,8 @@ def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
     if ExportFormat.GGUF in request.merge.formats:
         with collector.collecting("merge.formats"):
             find_converter(request.merge.llama_cpp)
+        with collector.collecting("merge.gguf_type"):
+            find_quantizer(request.merge.llama_cpp, request.merge.gguf_type)
     collector.raise_collected()
 
 

@@ -46,12 +46,10 @@ class Format(ABC):
 
     Attributes:
         name: Its name in the settings, and the name of its directory.
-        share: An upper bound of its disk space, as a share of the 16-bit model's.
         library: The library that loads it, as named in model cards.
     """
 
     name: ClassVar[ExportFormat]
-    share: ClassVar[float] = 0.0
     library: ClassVar[str] = "transformers"
 
     def __init__(self, request: MergeCommandSettings) -> None:
@@ -66,6 +64,11 @@ class Format(ABC):
     def serving(path: Path) -> Sequence[str]:
         """Return the command, word by word, that runs the model in `path`."""
         return ("qlora", "chat", str(path))
+
+    @property
+    def share(self) -> float:
+        """An upper bound of the disk space that writing it takes, as a share of the 16-bit model's."""
+        return 0.0
 
     @property
     def holds_model(self) -> bool:

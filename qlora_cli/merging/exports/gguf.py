@@ -14,6 +14,7 @@ from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.merging.exports.export_format import Export, Format
 from qlora_cli.merging.exports.llama_cpp.converter import UPDATE, Converter, convert, find_converter
+from qlora_cli.merging.exports.llama_cpp.quantizer import CONVERTED, Quantizer, find_quantizer, quantize
 from qlora_cli.merging.exports.template_turns import writes_bos
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
@@ -29,13 +30,15 @@ from qlora_cli.units import format_bytes, format_count
 from qlora_cli.writing import copy_file
 
 SUFFIX = ".gguf"
+UNQUANTIZED = frozenset({GgufType.AUTO, GgufType.F32, GgufType.F16, GgufType.BF16})
+BLOCK_WEIGHTS = 256  # of the types that the quantizer writes; a row is made of whole blocks
+Q8_0_SHARE = 8.5 / 16
 
 
 class GgufFormat(Format):
     """A file for llama.cpp, written by its own converter."""
 
     name = ExportFormat.GGUF
-    share = 1.0
     library = "gguf"
 
     @staticmethod
@@ -44,18 +47,31 @@ class GgufFormat(Format):
         return ("llama-server", "--jinja", "-m", str(min(path.glob("*.gguf"), default=path)))
 
     def __init__(self, request: MergeCommandSettings) -> None:
-        """Find the converter.
+        """Find the converter and, for a type that it does not write, the quantizer.
 
         Raises:
-            MissingDependencyError: the converter or a package that it needs is missing.
+            MissingDependencyError: one of them, or a package that they need, is missing.
         """
         super().__init__(request)
-        self._converter = find_converter(request.merge.llama_cpp)
+        merge = request.merge
+        self._writer = GgufWriter(
+            converter=find_converter(merge.llama_cpp),
+            quantizer=find_quantizer(merge.llama_cpp, merge.gguf_type),
+            outtype=merge.gguf_type,
+        )
+
+    @property
+    def share(self) -> float:
+        """The file; before it is quantized, also that of the converter, and Q8_0 for rows that don't fit its type."""
+        if self._writer.quantizer is not None:
+            return 1.0 + Q8_0_SHARE
+        return 2.0 if self.request.merge.gguf_type == GgufType.F32 else 1.0
 
     @property
     def quantized_to(self) -> str | None:
-        """Q8_0 if requested; all other types have 16 or 32 bits."""
-        return "Q8_0" if self.request.merge.gguf_type == GgufType.Q8_0 else None
+        """The requested type, unless it has 16 or 32 bits."""
+        outtype = self.request.merge.gguf_type
+        return None if outtype in UNQUANTIZED else outtype.value.upper()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -64,16 +80,17 @@ class GgufFormat(Format):
 
     def check(self, inputs: Inputs, reporter: Reporter) -> None:
         """Fetch the converter if necessary, and try it on the vocabulary."""
-        self._converter.prepare(reporter)
-        check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self._converter, reporter)
+        self._writer.converter.prepare(reporter)
+        check_gguf(inputs.source.path, inputs.tokenizer.tokenizer, self._writer.converter, reporter)
 
     def write(self, export: Export) -> Divergence | None:
         """Convert the model, and read the file back."""
         file = gguf_file(export.target, export.name)
         file.parent.mkdir(exist_ok=True)
-        trust, outtype = self.request.model.trust_remote_code, self.request.merge.gguf_type
-        done = export_gguf(export.model, file, self._converter, outtype, export.reporter, trust_remote_code=trust)
-        held = f"{done.architecture}, {format_count(done.num_parameters)} parameters, {format_bytes(done.num_bytes)}"
+        trust = self.request.model.trust_remote_code
+        done = export_gguf(export.model, file, self._writer, export.reporter, trust_remote_code=trust)
+        size = f"{format_bytes(done.num_bytes)}, {done.bits_per_weight:.2f} bits a weight"
+        held = f"{done.architecture}, {format_count(done.num_parameters)} parameters, {size}"
         export.reporter.report(Noted(message=f"{file.name} was opened and holds {held}"))
         return None
 
@@ -81,6 +98,32 @@ class GgufFormat(Format):
 def gguf_file(directory: Path, name: str) -> Path:
     """Return the path of the GGUF file in `directory`."""
     return directory / f"{name}{SUFFIX}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufWriter:
+    """The programs that write the requested type; `quantizer` is None if the converter does."""
+
+    converter: Converter
+    quantizer: Quantizer | None
+    outtype: GgufType
+
+    def write(self, model: Path, target_file: Path, reporter: Reporter) -> None:
+        """Convert the model in the directory `model`, and quantize the file.
+
+        Raises:
+            ExportError: one of them failed; no file is left.
+        """
+        if self.quantizer is None:
+            reporter.report(PhaseStarted(title=f"Converting to GGUF ({self.outtype.value}) with llama.cpp"))
+            convert(self.converter, model, target_file, self.outtype)
+            return
+        with TemporaryDirectory(dir=target_file.parent) as name:
+            unquantized = Path(name) / target_file.name  # the file's name is also the model's
+            reporter.report(PhaseStarted(title="Converting to GGUF (16 bit) with llama.cpp"))
+            convert(self.converter, model, unquantized, GgufType.AUTO)
+            reporter.report(PhaseStarted(title=f"Quantizing to {self.outtype.value} with llama.cpp"))
+            quantize(self.quantizer, unquantized, target_file, self.outtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +136,7 @@ class GgufExport:
     architecture: str
     num_tensors: int
     num_parameters: int
+    bits_per_weight: float
     vocabulary_size: int
 
 
@@ -128,8 +172,7 @@ def _as_merged(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> di
 def export_gguf(
     model: Path,
     target_file: Path,
-    converter: Converter,
-    outtype: GgufType,
+    writer: GgufWriter,
     reporter: Reporter,
     *,
     trust_remote_code: bool = False,
@@ -137,12 +180,11 @@ def export_gguf(
     """Write the 16-bit model in the directory `model` to `target_file`, and check that it is the same model.
 
     Raises:
-        ExportError: the converter failed, or the file is not this model; it is deleted.
+        ExportError: a program failed, or the file is not this model; it is deleted.
     """
-    reporter.report(PhaseStarted(title=f"Converting to GGUF ({outtype.value}) with llama.cpp"))
-    convert(converter, model, target_file, outtype)
+    writer.write(model, target_file, reporter)
     try:
-        return _check(model, target_file, outtype, reporter, trust_remote_code=trust_remote_code)
+        return _check(model, target_file, writer.outtype, reporter, trust_remote_code=trust_remote_code)
     except BaseException:
         target_file.unlink(missing_ok=True)
         raise
@@ -165,6 +207,8 @@ def _check(
             hint=f"Its converter does not fully support this model. {UPDATE}.",
         )
     _warn_about_bos(facts.adds_bos, tokenizer, reporter)
+    if outtype not in CONVERTED and (message := facts.in_other_types(BLOCK_WEIGHTS)):
+        reporter.report(Noted(message=message))
     return GgufExport(
         file=target_file,
         num_bytes=target_file.stat().st_size,
@@ -172,6 +216,7 @@ def _check(
         architecture=facts.architecture,
         num_tensors=facts.num_tensors,
         num_parameters=facts.num_parameters,
+        bits_per_weight=facts.bits_per_weight,
         vocabulary_size=facts.vocabulary_size,
     )
 

@@ -1,6 +1,7 @@
 """GGUF: what the converter writes is read back and compared with the model; what is not the model is an error."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from transformers import AutoTokenizer
 
 from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted
-from qlora_cli.merging.exports.gguf import GgufExport, check_gguf, export_gguf
+from qlora_cli.merging.exports.gguf import GgufExport, GgufWriter, check_gguf, export_gguf
 from qlora_cli.merging.exports.llama_cpp.converter import find_converter
+from qlora_cli.merging.exports.llama_cpp.quantizer import Quantizer
 from qlora_cli.settings.choices import GgufType
 from tests.conftest import Recorder
 
@@ -30,7 +32,8 @@ WRONG = {
 
 
 def export(model: Path, directory: Path, recorder: Recorder) -> GgufExport:
-    return export_gguf(model, directory / "tiny.gguf", find_converter(STAND_IN), GgufType.F16, recorder)
+    writer = GgufWriter(converter=find_converter(STAND_IN), quantizer=None, outtype=GgufType.F16)
+    return export_gguf(model, directory / "tiny.gguf", writer, recorder)
 
 
 def test_the_written_file_is_the_model(base_model: Path, tmp_path: Path) -> None:
@@ -43,6 +46,7 @@ def test_the_written_file_is_the_model(base_model: Path, tmp_path: Path) -> None
         architecture="llama",
         num_tensors=38,
         num_parameters=3_541_248,
+        bits_per_weight=16.0,
         vocabulary_size=3072,
     )
     assert 2 * done.num_parameters < done.num_bytes < 2.2 * done.num_parameters
@@ -61,6 +65,21 @@ def test_a_file_that_is_not_the_model_is_an_error_and_is_deleted(
     assert WRONG[wrong] in str(caught.value)
     assert "git pull" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_converter_does_not_write_is_quantized_from_16_bit_which_is_deleted(
+    base_model: Path, tmp_path: Path
+) -> None:
+    quantizer = Quantizer(start=[sys.executable, str(STAND_IN.with_name("gguf_quantizer.py"))])
+    writer = GgufWriter(converter=find_converter(STAND_IN), quantizer=quantizer, outtype=GgufType.Q6_K)
+    recorder = Recorder()
+    done = export_gguf(base_model, tmp_path / "tiny.gguf", writer, recorder)
+    assert done.num_parameters == 3_541_248
+    assert 8.5 < done.bits_per_weight < 8.6  # of the stand-in
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+    titles = [event.title for event in recorder.events if isinstance(event, PhaseStarted)]
+    assert titles[:2] == ["Converting to GGUF (16 bit) with llama.cpp", "Quantizing to q6_k with llama.cpp"]
+    assert not [event for event in recorder.events if isinstance(event, Noted)]  # all rows are whole blocks
 
 
 def test_text_that_would_begin_differently_causes_a_warning(

@@ -26,6 +26,7 @@ class GgufFacts:
     """The contents of a GGUF file.
 
     Attributes:
+        matrices: The weights in a row of each tensor with several rows, and the type that it is stored in.
         num_announced_blocks: The layers by the metadata; `blocks` are those with tensors.
         width: The hidden size.
         num_rows: The rows of the embedding.
@@ -35,6 +36,8 @@ class GgufFacts:
     architecture: str
     num_tensors: int
     num_parameters: int
+    bits_per_weight: float
+    matrices: tuple[tuple[int, str], ...]
     num_announced_blocks: int | None
     blocks: frozenset[int]
     width: int | None
@@ -44,6 +47,17 @@ class GgufFacts:
     eos_id: int | None
     adds_bos: bool | None
     chat_template: str | None
+
+    def in_other_types(self, block_weights: int) -> str | None:
+        """Return how many matrices are in other types because their rows are no whole blocks; None if none are."""
+        others = [kind for row_weights, kind in self.matrices if row_weights % block_weights]
+        if not others:
+            return None
+        kinds = " and ".join(sorted(set(others)))
+        return (
+            f"{len(others)} of {len(self.matrices)} matrices have rows that are no multiple of {block_weights} "
+            f"weights, and are stored in {kinds}: {self.bits_per_weight:.2f} bits a weight on average"
+        )
 
 
 def read_gguf(path: Path) -> GgufFacts:
@@ -73,10 +87,15 @@ def _facts(reader: GGUFReader) -> GgufFacts:
     if architecture is None or tokens is None or not rows:
         missing = "architecture" if architecture is None else "vocabulary" if tokens is None else "embedding"
         raise ValueError(f"it has no {missing}")
+    num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     return GgufFacts(
         architecture=architecture,
         num_tensors=len(names),
-        num_parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        num_parameters=num_parameters,
+        bits_per_weight=8 * sum(int(tensor.n_bytes) for tensor in reader.tensors) / num_parameters,
+        matrices=tuple(
+            (int(tensor.shape[0]), tensor.tensor_type.name) for tensor in reader.tensors if len(tensor.shape) > 1
+        ),
         num_announced_blocks=value(f"{architecture}.block_count"),
         blocks=frozenset(int(match[1]) for name in names if (match := BLOCK.match(name))),
         width=value(f"{architecture}.embedding_length"),
