@@ -9,6 +9,7 @@ from qlora_cli.runs.forgetting import Forgetting
 # Beyond so many standard errors a difference is not called chance.
 NUM_STDERRS = 2
 Verdict = Literal["reference", "worse", "not_worse", "unclear"]
+LossOf = Literal["tokens", "dpo", "orpo", "kto", "chosen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,13 @@ class ComparedRun:
     Attributes:
         path: The run's directory.
         state, step: How it ended, and the step of its weights.
-        loss: Mean negative log-likelihood of a trained token, in nats; None if it is not finite.
+        loss: Mean loss, see `RunComparison.loss_of`; None if it is not finite.
         loss_stderr: Standard error of the loss, over rows; None for a single row.
         difference: The loss minus that of the reference; None for the reference itself.
         difference_stderr: Standard error of the difference, paired by row.
+        accuracy, accuracy_stderr: Share of pairs, or of answers with labels, that are judged as the data does; None of
+            other rows, or without a base to compare with.
+        accuracy_difference, accuracy_difference_stderr: The accuracy minus that of the reference, paired by row.
         num_rows_lower, num_rows_higher: Rows with a lower and with a higher loss than by the reference.
         verdict: `worse` if the difference exceeds the margin by more than two of its standard errors, `not_worse` if
             it is below the margin by as much, otherwise `unclear`.
@@ -43,6 +47,10 @@ class ComparedRun:
     loss_stderr: float | None
     difference: float | None
     difference_stderr: float | None
+    accuracy: float | None
+    accuracy_stderr: float | None
+    accuracy_difference: float | None
+    accuracy_difference_stderr: float | None
     num_rows_lower: int
     num_rows_higher: int
     verdict: Verdict
@@ -75,8 +83,11 @@ class RunComparison:
     Attributes:
         reference: The run that the others are compared with, the first.
         dataset: The rows as they were named.
-        num_rows, num_tokens: The rows, and the trained tokens in them.
-        margin: What a loss may exceed that of the reference by, in nats.
+        num_rows, num_tokens: The rows, and the trained tokens in them; of pairs, or answers with labels, those of the
+            chosen or wanted answers.
+        loss_of: What losses are means over: `tokens`, in nats; rows by the objective that all runs have, `dpo`, `orpo`
+            or `kto`, the first two in nats; or, where runs differ in it, the tokens of `chosen` or wanted answers.
+        margin: What a loss may exceed that of the reference by.
         is_worse: Whether the verdict on any run is `worse`.
         runs: Each run, the reference first.
         differing_settings: The settings that are not the same in all runs.
@@ -87,6 +98,7 @@ class RunComparison:
     dataset: str | None
     num_rows: int
     num_tokens: int
+    loss_of: LossOf
     margin: float
     is_worse: bool
     runs: tuple[ComparedRun, ...]

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,10 +13,20 @@ from peft import PeftModel
 from qlora_cli.adapters.initialization import base_change
 from qlora_cli.data.feeding.prepare import PreparedData
 from qlora_cli.errors import DataError, ModelError
+from qlora_cli.evaluating.answer_losses import ComparedBy, figures_of
+from qlora_cli.evaluating.compared_rows import ComparedRows, MeasuredAnswers
 from qlora_cli.evaluating.evaluation_checks import check_evaluation
 from qlora_cli.evaluating.evaluation_plan import plan_evaluation
-from qlora_cli.evaluating.evaluation_result import Evaluation, Kind, QuantizationCost, SourceResult, TaskResult
-from qlora_cli.evaluating.losses import RowLosses, measure_losses
+from qlora_cli.evaluating.evaluation_result import (
+    EvaluatedAnswers,
+    Evaluation,
+    Kind,
+    PreferenceResult,
+    QuantizationCost,
+    SourceResult,
+    TaskResult,
+)
+from qlora_cli.evaluating.losses import MeasuredRows, RowLosses, measure_losses
 from qlora_cli.evaluating.merged_model import Merged, find_merged
 from qlora_cli.evaluating.quantization_cost import (
     QuantizedModel,
@@ -24,7 +35,7 @@ from qlora_cli.evaluating.quantization_cost import (
     quantization_cost,
 )
 from qlora_cli.evaluating.rows import HeldOutRows
-from qlora_cli.evaluating.statistics import summarize
+from qlora_cli.evaluating.statistics import summarize, summarize_preference
 from qlora_cli.evaluating.tasks import Tasks, find_tasks
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.hardware.cudnn import without_cudnn_attention
@@ -65,11 +76,15 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     rows = plan.read_rows(reporter) if plan.has_rows or needs_rows else None
     if merged is not None and rows is not None:
         merged.check_rows(rows)
-    has_base = base_note is None and request.with_base is not False
+    compared = None if rows is None else plan.compared(rows)
+    has_base = base_note is None and (request.with_base is not False or compared is not None)
     num_known = load_plan.num_own_rows if has_base and load_plan.adapter is not None else None
+    by = ComparedBy.of_settings(plan.settled.training)
     benchmark = _Benchmark(
         request=request,
         rows=rows,
+        compared=compared,
+        by=by,
         tasks=tasks,
         reporter=reporter,
         num_known=num_known,
@@ -99,9 +114,19 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
         fingerprint=rows.data.report.fingerprint if rows is not None else None,
         is_training_data=rows is not None and rows.is_training_data,
         sources=tuple(benchmark.sources),
+        compared_answers=None if compared is None else _evaluated_answers(compared, by),
         quantization_cost=benchmark.quantization_cost,
         tasks=tuple(benchmark.figures),
         notes=(*((base_note,) if base_note else ()), *(rows.notes if rows is not None else ()), *benchmark.notes),
+    )
+
+
+def _evaluated_answers(compared: ComparedRows, by: ComparedBy) -> EvaluatedAnswers:
+    return EvaluatedAnswers(
+        rows="pairs" if compared.has_pairs else "labels",
+        num_rows=len(compared.data.selected),
+        objective=by.objective.value,
+        beta=by.beta,
     )
 
 
@@ -129,11 +154,14 @@ class _Benchmark:
     """The measurements for each model, and the results so far. `base` is what others are compared with.
 
     Only tokens with ids below `num_known` are counted, if the base has fewer than the adapter. With `keeps_states`,
-    hidden states are kept, so that the requested model, in `quantized`, is compared with it unquantized.
+    hidden states are kept, so that the requested model, in `quantized`, is compared with it unquantized. The
+    answers of `compared` rows are compared by `by`, with those by the base, `reference`.
     """
 
     request: EvaluationSettings
     rows: HeldOutRows | None
+    compared: ComparedRows | None
+    by: ComparedBy
     tasks: Tasks | None
     reporter: Reporter
     num_known: int | None
@@ -141,6 +169,7 @@ class _Benchmark:
     quantized: QuantizedModel | None = None
     quantization_cost: QuantizationCost | None = None
     base: RowLosses | None = None
+    reference: MeasuredAnswers | None = None
     notes: list[str] = field(default_factory=list)
     sources: list[SourceResult] = field(default_factory=list)
     figures: list[TaskResult] = field(default_factory=list)
@@ -149,7 +178,7 @@ class _Benchmark:
         """Evaluate a model in its current state: its adapter may be disabled."""
         if self.rows is not None:
             self._measure_rows(kind, path, loaded, self.rows.data)
-        if self.tasks is not None:
+        if self.tasks is not None and (kind != "base" or self.request.with_base is not False):
             title = f"{', '.join(self.tasks.names)} on {TITLES[kind]}"
             self.reporter.report(PhaseStarted(title=f"Evaluating {title}"))
             self.figures += self.tasks.run(
@@ -163,9 +192,44 @@ class _Benchmark:
 
     def _measure_rows(self, kind: Kind, path: str, loaded: LoadedModel, data: PreparedData) -> None:
         self.reporter.report(PhaseStarted(title=f"Evaluating {TITLES[kind]}"))
-        losses = measure_losses(
+        measured, preference = None, None
+        if self.compared is None:
+            losses = self._losses(kind, loaded, data)
+        else:
+            measured = self.compared.measure(partial(self._losses, kind, loaded))
+            losses = measured.answers
+        if kind == "base" and losses.num_left_out:
+            self._note_skipped_tokens(losses)
+        if bad := int((~np.isfinite(losses.nll)).sum()):
+            message = f"the loss of {TITLES[kind]} is not finite in {counted(bad, 'row')}"
+            self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
+        quantization = loaded.settings.quantization.method.value
+        shown = losses
+        if self.compared is not None and measured is not None:
+            shown, preference = self.compared.chosen(losses), self._preference(kind, measured)
+        if kind != "base" or self.request.with_base is not False:
+            self.sources.append(summarize(kind, path, quantization, shown, self.base, preference))
+        if kind == "base":
+            self.reference = measured
+            self.base = shown if self.request.with_base is not False else None
+        if kind == "unquantized":
+            assert self.quantized is not None, "measured before"
+            self.quantization_cost = quantization_cost(self.quantized, losses, loaded)
+            self.quantized = None  # its states are as many bytes as those of the other
+        elif self.keeps_states and kind in COMPARED:
+            self.quantized = QuantizedModel(source=kind, quantization=quantization, losses=losses)
+
+    def _preference(self, kind: Kind, measured: MeasuredAnswers) -> PreferenceResult | None:
+        """Return what a model makes of the answers, as compared with the base on which its adapter was trained."""
+        assert self.compared is not None, "there is something to compare"
+        reference = None if kind == "unquantized" else self.reference
+        figures = figures_of(self.compared.losses(measured, reference), self.by)
+        return None if figures is None else summarize_preference(figures)
+
+    def _losses(self, kind: Kind, loaded: LoadedModel, rows: MeasuredRows) -> RowLosses:
+        return measure_losses(
             loaded.model,
-            data,
+            rows,
             pad_token_id=loaded.tokenizer.pad_token_id,
             dtype=loaded.dtype.torch_dtype,
             batch_size=self.request.batch_size,
@@ -174,21 +238,6 @@ class _Benchmark:
             title=TITLES[kind],
             reporter=self.reporter,
         )
-        if kind == "base" and losses.num_left_out:
-            self._note_skipped_tokens(losses)
-        if bad := int((~np.isfinite(losses.nll)).sum()):
-            message = f"the loss of {TITLES[kind]} is not finite in {counted(bad, 'row')}"
-            self.reporter.report(Noted(level="warning", message=f"{message}; is it in another --dtype?"))
-        quantization = loaded.settings.quantization.method.value
-        self.sources.append(summarize(kind, path, quantization, losses, self.base))
-        if kind == "base":
-            self.base = losses
-        if kind == "unquantized":
-            assert self.quantized is not None, "measured before"
-            self.quantization_cost = quantization_cost(self.quantized, losses, loaded)
-            self.quantized = None  # its states are as many bytes as those of the other
-        elif self.keeps_states and kind in COMPARED:
-            self.quantized = QuantizedModel(source=kind, quantization=quantization, losses=losses)
 
     def note(self, message: str) -> None:
         """Report a warning that belongs to the figures."""

@@ -7,9 +7,54 @@ from typing import Literal
 Kind = Literal["model", "base", "adapter", "unquantized", "merged"]
 
 
+RowsOfAnswers = Literal["pairs", "labels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceResult:
+    """What a model makes of answers that are compared; standard errors are over rows, None for a single one.
+
+    Rewards are `beta` times how much more likely, in nats, an answer is than by the base; of ORPO, times the
+    log-probability of a token. Those of KTO take its baseline as given.
+
+    Attributes:
+        loss, loss_stderr: The mean loss of the objective over the rows; None if it has none for them, or not finite.
+        accuracy, accuracy_stderr: Share of pairs whose chosen answer has the higher reward; of answers with labels,
+            of those whose reward is on the side of the baseline that their label asks for.
+        margin, margin_stderr: The mean reward of chosen or wanted answers less that of the others.
+        chosen_reward, chosen_reward_stderr: The mean reward of chosen or wanted answers.
+        rejected_reward, rejected_reward_stderr: The mean reward of the others.
+        kl: The mean baseline of answers with labels, in nats; None of pairs.
+    """
+
+    loss: float | None
+    loss_stderr: float | None
+    accuracy: float
+    accuracy_stderr: float | None
+    margin: float | None
+    margin_stderr: float | None
+    chosen_reward: float | None
+    chosen_reward_stderr: float | None
+    rejected_reward: float | None
+    rejected_reward_stderr: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedAnswers:
+    """How answers are compared: rows are `pairs` or have `labels`; `objective` is that of the run, `sft` of others."""
+
+    rows: RowsOfAnswers
+    num_rows: int
+    objective: str
+    beta: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceResult:
     """The figures of one model on the rows. Losses are means over all trained tokens, independent of batching.
+
+    Of rows whose answers are compared, they are those of the chosen or wanted answers by themselves.
 
     Attributes:
         source: The kind of model; `model` is one without an adapter, `unquantized` the requested model on its base as
@@ -25,6 +70,8 @@ class SourceResult:
         tokens_per_second: All tokens of the rows per second, without padding.
         difference: The loss minus that of the base; None without a base.
         difference_stderr: Standard error of the difference, paired by row.
+        preference: What it makes of answers that are compared; None of other rows, of a model that they are compared
+            by, and without one.
     """
 
     source: Kind
@@ -40,6 +87,7 @@ class SourceResult:
     tokens_per_second: float
     difference: float | None
     difference_stderr: float | None
+    preference: PreferenceResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +142,7 @@ class Evaluation:
         fingerprint: A SHA-256 over the tokens and labels of the rows.
         is_training_data: Whether the adapter is known to have been trained on that data.
         sources: The result of each model, the base first.
+        compared_answers: How answers are compared; None of other rows.
         quantization_cost: What the model lost by quantization, if it was evaluated unquantized, too.
         tasks: The figures of lm-eval.
         notes: Notes for reading the figures.
@@ -111,6 +160,7 @@ class Evaluation:
     fingerprint: str | None
     is_training_data: bool
     sources: tuple[SourceResult, ...]
+    compared_answers: EvaluatedAnswers | None = None
     quantization_cost: QuantizationCost | None = None
     tasks: tuple[TaskResult, ...]
     notes: tuple[str, ...]

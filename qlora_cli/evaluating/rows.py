@@ -14,18 +14,17 @@ from qlora_cli.data.finding.split_names import TRAIN
 from qlora_cli.data.opening.train_and_eval import EVAL_SPLIT, trained_sources
 from qlora_cli.data.tokenizing.encode import TextTokenizer
 from qlora_cli.errors import DataError, DatasetNotFoundError, QloraError
+from qlora_cli.evaluating.answer_losses import OF_COMPARISON
 from qlora_cli.evaluating.evaluation_checks import names_rows
 from qlora_cli.model_files.source import ModelSource
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.record import RunRecord
 from qlora_cli.settings.choices import Mixing
 from qlora_cli.settings.models import DataSettings, EvaluateSettings
-from qlora_cli.settings.objectives import DataFormat
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import InferredSettings, by_path, inferred_origin
 
 NAME_THEM = "Name the rows to evaluate with --dataset."
-OF_ROWS = ("dataset", "eval_dataset", "eval_split", "eval_group", "format", "columns")  # settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +39,16 @@ class TrainedRows:
     eval_fingerprint: str | None
 
     @property
-    def compares(self) -> bool:
-        """Whether the rows are pairs of answers, or answers with labels: their loss is that of a comparison."""
-        return self.settings.get("format") in (DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE)
+    def comparison(self) -> Mapping[str, Any]:
+        """The settings of training by which the answers of a row are compared."""
+        recorded = self.record.settings.get("training", {})
+        return {key: recorded[key] for key in OF_COMPARISON if key in recorded}
 
     @property
-    def of_answers(self) -> Mapping[str, Any]:
-        """The settings by which rows of answers are read as in training; without rows, if those were compared."""
-        if not self.compares:
-            return self.settings
-        return {key: value for key, value in self.settings.items() if key not in OF_ROWS}
+    def longest_tokens(self) -> int:
+        """The tokens of the longest row that was trained; 0 if it is not known."""
+        trained = self.record.data.train
+        return (None if trained is None else trained.integer("longest_row_tokens")) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +131,14 @@ def inferred_from_rows(asked: Resolved[EvaluateSettings], run: TrainedRows | Non
         InferredSettings(values=by_path("data", here), origin=inferred_origin("what is evaluated"), is_fixed=True)
     ]
     if run is not None:
-        of_run = {**by_path("data", run.of_answers), "training.seed": run.seed}
+        training = {**run.comparison, "seed": run.seed}
+        of_run = {**by_path("data", run.settings), **by_path("training", training)}
         facts.append(InferredSettings(values=of_run, origin=inferred_origin(RunDirectory(run.path).run_file)))
     return facts
 
 
 def _data_of(asked: Resolved[EvaluateSettings], run: TrainedRows | None) -> dict[str, Any]:
-    return {**(run.of_answers if run is not None else {}), **asked.given("data")}
+    return {**(run.settings if run is not None else {}), **asked.given("data")}
 
 
 def read_rows(
@@ -176,14 +176,6 @@ def _of_trained(data: PreparedData, run: TrainedRows) -> str:
 
 def nothing_held_out(model: str, run: TrainedRows | None) -> DataError:
     """Return the error for an evaluation without known rows."""
-    if run is not None and run.compares:
-        is_pairs = run.settings.get("format") == DataFormat.PREFERENCE
-        rows, ones = ("pairs", "the chosen ones") if is_pairs else ("answers with labels", "those that are wanted")
-        return DataError(
-            f"{run.path} was trained on {rows}, whose loss and accuracy it measured on those held out: see qlora runs "
-            "show; here the loss of answers by themselves is measured",
-            hint=f"{NAME_THEM[:-1]}: such as {ones}, with --format and --columns.",
-        )
     if run is not None:
         return DataError(f"{run.path} held no rows out: it was trained without --eval-dataset", hint=NAME_THEM)
     return DataError(f"{model} is not a run, so the rows to evaluate are not known", hint=NAME_THEM)

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_cli.errors import DataError
+from qlora_cli.evaluating.answer_losses import ComparedBy
 from qlora_cli.evaluating.comparison_result import ComparedRun, DifferingSetting, RunComparison
 from qlora_cli.evaluating.evaluation_checks import names_rows
+from qlora_cli.evaluating.judged_answers import JudgedRuns, MeasuredRun, how_rows_are_read, judge_answers
 from qlora_cli.evaluating.paired_losses import LossesOfRows, judge
 from qlora_cli.evaluating.run_losses import RunLosses, losses_of_run
 from qlora_cli.evaluating.statistics import finite
@@ -25,7 +27,7 @@ def compare(asked: Sequence[Resolved[EvaluateSettings]], margin: float, reporter
 
     Args:
         asked: For each run, its directory as the model, and the rows if they are named.
-        margin: What a loss may exceed that of the reference by, in nats, before it counts as worse.
+        margin: What a loss may exceed that of the reference by before it counts as worse.
         reporter: Shows progress.
 
     Raises:
@@ -33,24 +35,43 @@ def compare(asked: Sequence[Resolved[EvaluateSettings]], margin: float, reporter
         QloraError: of the type of the problem with a run.
     """
     runs = [read_run(Path(one.settings.model.name)) for one in asked]
-    losses = [losses_of_run(run, one, reporter) for run, one in zip(runs, asked, strict=True)]
+    by = [ComparedBy.of_record(run.record.settings.get("training", {})) for run in runs]
+    read = how_rows_are_read(asked[0], [run.record for run in runs])
+    losses = [
+        losses_of_run(run, one, reporter, read=read, rows_per_baseline=by[0].rows_per_step)
+        for run, one in zip(runs, asked, strict=True)
+    ]
     reference = losses[0].rows
     for run, one in zip(runs[1:], losses[1:], strict=True):
         if not one.rows.has_rows_of(reference):
             raise _other_rows([runs[0], run], [reference, one.rows])
-    compared = [_compared_run(*each, reference, margin) for each in zip(runs, losses, strict=True)]
-    compared[0] = _reference_run(runs[0], losses[0])
+    judged = judge_answers(losses, by)
+    compared = [
+        _compared_run(run, one, rows, judged, margin)
+        for run, one, rows in zip(runs, losses, judged.measured, strict=True)
+    ]
+    compared[0] = replace(
+        compared[0],
+        difference=None,
+        difference_stderr=None,
+        accuracy_difference=None,
+        accuracy_difference_stderr=None,
+        verdict="reference",
+    )
     named = asked[0].settings.data.dataset if names_rows(asked[0]) else None
     return RunComparison(
         reference=runs[0].summary.path,
         dataset=", ".join(named) if named else _held_out_name(runs[0]),
         num_rows=len(reference.nll),
         num_tokens=int(reference.tokens.sum()),
+        loss_of=judged.loss_of,
         margin=margin,
         is_worse=any(run.verdict == "worse" for run in compared),
         runs=tuple(compared),
         differing_settings=tuple(_differing_settings(runs)),
-        notes=tuple(dict.fromkeys([*(note for one in losses for note in one.notes), *_notes(runs, losses)])),
+        notes=tuple(
+            dict.fromkeys([*(note for one in losses for note in one.notes), *judged.notes, *_notes(runs, losses)])
+        ),
     )
 
 
@@ -58,14 +79,11 @@ def _held_out_name(run: Run) -> str | None:
     return None if run.record.data.eval is None else run.record.data.eval.name
 
 
-def _reference_run(run: Run, losses: RunLosses) -> ComparedRun:
-    return replace(
-        _compared_run(run, losses, losses.rows, 0), difference=None, difference_stderr=None, verdict="reference"
-    )
-
-
-def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: float) -> ComparedRun:
-    summary, rows = run.summary, losses.rows
+def _compared_run(
+    run: Run, losses: RunLosses, measured: MeasuredRun, judged: JudgedRuns, margin: float
+) -> ComparedRun:
+    summary, rows, reference = run.summary, measured.losses, judged.measured[0].losses
+    accuracy, of_first = measured.accuracy, judged.measured[0].accuracy
     result = run.record.result if run.record.result and losses.weights.is_result else RecordedResult()
     health = result.adapter_health
     return ComparedRun(
@@ -76,6 +94,10 @@ def _compared_run(run: Run, losses: RunLosses, reference: LossesOfRows, margin: 
         loss_stderr=finite(rows.stderr),
         difference=finite(rows.loss - reference.loss),
         difference_stderr=finite(rows.stderr_of_difference(reference)),
+        accuracy=None if accuracy is None else accuracy.loss,
+        accuracy_stderr=None if accuracy is None else accuracy.stderr,
+        accuracy_difference=accuracy.loss - of_first.loss if accuracy and of_first else None,
+        accuracy_difference_stderr=accuracy.stderr_of_difference(of_first) if accuracy and of_first else None,
         num_rows_lower=int((rows.nll < reference.nll).sum()),
         num_rows_higher=int((rows.nll > reference.nll).sum()),
         verdict=judge(rows, reference, margin),

@@ -109,11 +109,8 @@ def resolve(
 def _implied(
     merged: Mapping[str, SettingEntry], validated: Mapping[str, Section], kind: type[Section]
 ) -> dict[str, SettingEntry]:
-    """Return what the objective of a run implies for settings that are not given, or left open.
-
-    An evaluation reads answers, whatever the run was trained by.
-    """
-    training: Any = None if "evaluate" in kind.model_fields else validated.get("training")
+    """Return what the objective of a run implies for settings that are not given, or left open."""
+    training: Any = validated.get("training")
     implied: dict[str, SettingEntry] = {}
     for path, value in implied_values(Objective.SFT if training is None else training.objective).items():
         section, key = path.split(".")

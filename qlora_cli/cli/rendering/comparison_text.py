@@ -5,8 +5,8 @@ from os.path import commonpath
 from pathlib import Path
 
 from qlora_cli.cli.console import print_lines, print_rows, title
-from qlora_cli.cli.rendering.evaluation_text import NOTHING, print_table, with_stderr
-from qlora_cli.evaluating.comparison_result import ComparedRun, RunComparison, Verdict
+from qlora_cli.cli.rendering.evaluation_text import NOTHING, print_table, share_with_stderr, with_stderr
+from qlora_cli.evaluating.comparison_result import ComparedRun, LossOf, RunComparison, Verdict
 from qlora_cli.runs.record import as_text
 from qlora_cli.units import counted, format_bytes
 from qlora_cli.visible import visible
@@ -15,17 +15,23 @@ HEADINGS = ("run", "loss", "against the first", "", "tok/s", "memory")
 VERDICTS: dict[Verdict, str] = {"reference": "", "worse": "worse", "not_worse": "not worse", "unclear": "unclear"}
 # Without a margin, to be below it is to be better.
 VERDICTS_OF_NONE: dict[Verdict, str] = {**VERDICTS, "not_worse": "better"}
+LOSS_HEADINGS: dict[LossOf, str] = {"dpo": "dpo loss", "orpo": "orpo loss", "kto": "kto loss", "chosen": "chosen loss"}
+OF_ANSWERS: dict[LossOf, str] = {**dict.fromkeys(LOSS_HEADINGS, " of chosen answers"), "tokens": ""}
 LONGEST_NAME = 24
 
 
 def render_comparison(comparison: RunComparison, *, has_margin: bool) -> None:
     """Print a comparison; `has_margin`: the verdicts are on a margin that was given."""
-    rows = f"{counted(comparison.num_rows, 'row')}, {comparison.num_tokens:,} tokens"
+    rows = f"{counted(comparison.num_rows, 'row')}, {comparison.num_tokens:,} tokens{OF_ANSWERS[comparison.loss_of]}"
     title(f"{counted(len(comparison.runs), 'run')} on {visible(comparison.dataset or NOTHING)}: {rows}")
     names = _names([run.path for run in comparison.runs])
     verdicts = VERDICTS if has_margin else VERDICTS_OF_NONE
     cells = [run_cells(name, run, verdicts) for name, run in zip(names, comparison.runs, strict=True)]
-    print_table([HEADINGS, *cells], num_names=1)
+    name, _, *others = HEADINGS
+    print_table([(name, LOSS_HEADINGS.get(comparison.loss_of, "loss"), *others), *cells], num_names=1)
+    if accuracies := list(_accuracy_rows(names, comparison.runs)):
+        title("Answers that are preferred as in the data")
+        print_rows(accuracies)
     if updates := list(_update_rows(names, comparison.runs)):
         title("Updates of the adapters")
         print_rows(updates)
@@ -58,11 +64,12 @@ def run_cells(name: str, run: ComparedRun, verdicts: dict[Verdict, str]) -> tupl
 def failure_line(comparison: RunComparison) -> str | None:
     """Return which runs fail the margin, or for which the rows can't tell; None if all pass."""
     for verdict, says in (
-        ("worse", "worse than {first} by more than {margin} nats, beyond two standard errors"),
-        ("unclear", "can't be told from {first} within {margin} nats: hold out more rows"),
+        ("worse", "worse than {first} by more than {margin}, beyond two standard errors"),
+        ("unclear", "can't be told from {first} within {margin}: hold out more rows"),
     ):
         if paths := [str(run.path) for run in comparison.runs if run.verdict == verdict]:
-            said = says.format(first=comparison.reference, margin=f"{comparison.margin:g}")
+            unit = "of the kto loss" if comparison.loss_of == "kto" else "nats"
+            said = says.format(first=comparison.reference, margin=f"{comparison.margin:g} {unit}")
             return f"{'failed' if verdict == 'worse' else 'warning'}: {', '.join(paths)}: {said}"
     return None
 
@@ -76,6 +83,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
         name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
         for name in map(visible, short if len(set(short)) == len(set(parts)) else parts)
     ]
+
+
+def _accuracy_rows(names: Sequence[str], runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str]]:
+    for name, run in zip(names, runs, strict=True):
+        if run.accuracy is not None:
+            difference = ""
+            if run.accuracy_difference is not None:
+                difference = share_with_stderr(run.accuracy_difference, run.accuracy_difference_stderr, sign="+")
+            yield name, share_with_stderr(run.accuracy, run.accuracy_stderr) + (difference and f", {difference}")
 
 
 def _update_rows(names: Sequence[str], runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str]]:

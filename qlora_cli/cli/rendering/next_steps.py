@@ -28,13 +28,12 @@ def after_training(result: TrainResult) -> list[str]:
     """Return what to do with a run; nothing for one that was stopped, which has said how it is resumed."""
     if result.interrupted_by is not None:
         return []
-    return _with_run(result.output, compares=result.rewards is not None)
+    return _with_run(result.output)
 
 
-def _with_run(run: object, *, compares: bool) -> list[str]:
-    """Return what to do with a run; of one that compares answers, no rows are known whose loss can be measured."""
-    evaluation = f"{command('evaluate', run)}{' --dataset FILE' if compares else ''}"
-    return [command("chat", run), evaluation, command("merge", run)]
+def _with_run(run: object) -> list[str]:
+    """Return what to do with a run."""
+    return [command("chat", run), command("evaluate", run), command("merge", run)]
 
 
 def after_tuning(result: TuneResult) -> list[str]:
@@ -53,7 +52,7 @@ def after_show(run: RunSummary) -> list[str]:
     """Return what to do with a run in its state."""
     match run.state:
         case "done":
-            return _with_run(run.path, compares=run.rewards is not None)
+            return _with_run(run.path)
         case "running":
             return [f"{command('runs', 'show', run.path)} again, while it trains"]
         case _:

@@ -22,8 +22,9 @@ def implied_values(objective: Objective) -> dict[str, object]:
 def objective_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
     """Yield what the rows and the loop of an objective can't be combined with; `validated` are sections of a run."""
     training, data = validated["training"], validated.get("data")
-    # An evaluation reads answers, whatever a settings file says of training.
-    objective: Objective = Objective.SFT if "evaluate" in validated else training.objective
+    if "evaluate" in validated:  # it measures rows of any format, whatever a settings file says of training
+        return
+    objective: Objective = training.objective
     if data is not None:
         yield from _format_conflicts(objective, data.format)
     if objective.compares:

@@ -1,8 +1,6 @@
 """The batches of answers with labels, and those of answers to prompts that are not theirs, for the baseline of KTO."""
 
-import numpy as np
-
-from qlora_cli.data.rows.examples import IGNORE_INDEX
+from qlora_cli.data.feeding.mismatched import mismatched_rows
 from qlora_cli.training.batches import NUM_TRAINED, Batch, BatchCollator, Row, num_trained
 from qlora_cli.training.preferences.pair_batches import NUM_TRAINED_OF
 
@@ -42,16 +40,7 @@ class LabelCollator(BatchCollator):
 
     def mismatched(self, rows: list[Row]) -> list[Row]:
         """Return the prompt of each row with the answer of the one before it, of the first with that of the last."""
-        starts = [int(np.flatnonzero(np.asarray(row["labels"]) != IGNORE_INDEX)[0]) for row in rows]
         return [
-            {
-                **{
-                    name: [*row[name][:start], *other[name][start_of_other:]][: self._longest_tokens]
-                    for name in ("input_ids", "labels")
-                },
-                DESIRABLE: row[DESIRABLE],
-            }
-            for row, start, other, start_of_other in zip(
-                rows, starts, [rows[-1], *rows[:-1]], [starts[-1], *starts[:-1]], strict=True
-            )
+            {**sequence, DESIRABLE: row[DESIRABLE]}
+            for row, sequence in zip(rows, mismatched_rows(rows, self._longest_tokens), strict=True)
         ]

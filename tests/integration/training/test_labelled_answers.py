@@ -204,14 +204,9 @@ def _gain(model: PeftModel, prompt: list[int], answer: list[int]) -> torch.Tenso
     return log_prob(model, ids, labels) - reference
 
 
-def test_a_wrong_label_and_an_evaluation_of_labels_end_with_2(
-    trained: Trained, base_model: Path, tmp_path: Path, run_qlora: RunQlora
-) -> None:
+def test_a_wrong_label_ends_with_2(base_model: Path, tmp_path: Path, run_qlora: RunQlora) -> None:
     file = write_jsonl(tmp_path / "labels.jsonl", [*LABELLED, {**LONGEST, "label": "maybe"}])
     command = ("train", "--model", base_model, "--dataset", file, "--output", tmp_path / "run", "--objective", "kto")
     refused = run_qlora(*command)
     assert refused.code == 2
     assert "row 9 (line 9): 'label' must be true if the answer is wanted" in refused.stderr
-    refused = run_qlora("evaluate", trained.directory)
-    assert refused.code == 2
-    assert "was trained on answers with labels" in refused.stderr

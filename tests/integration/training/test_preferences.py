@@ -24,7 +24,7 @@ from qlora_cli.runs.find_runs import read_run
 from qlora_cli.settings.objectives import COMPARED_BY
 from qlora_cli.training.run_plan import PreparedRun, prepare_run, settle_run
 from qlora_cli.training.train_run import train
-from tests.conftest import Recorder, RunQlora, train_settings
+from tests.conftest import Recorder, train_settings
 from tests.support.processes.killed_runs import Copier, assert_same, place_killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -401,13 +401,3 @@ def test_an_adapter_that_trains_parts_of_the_model_is_not_trained_further_on_pai
             train_settings(tmp_path / "adapter", pairs, tmp_path / "run", training__objective="orpo"), Recorder()
         )
     assert "qlora merge" in str(caught.value.hint)
-
-
-def test_evaluate_measures_answers_and_refuses_pairs(trained: Trained, pairs: Path, run_qlora: RunQlora) -> None:
-    refused = run_qlora("evaluate", trained.directory)
-    assert refused.code == 2
-    assert "was trained on pairs" in refused.stderr
-    columns = ("--format", "prompt_completion", "--columns", "prompt=prompt,completion=chosen")
-    measured = run_qlora("evaluate", trained.directory, "--dataset", pairs, *columns, "--json")
-    assert measured.code == 0, measured.stderr
-    assert [source["source"] for source in measured.json["sources"]] == ["base", "adapter"]

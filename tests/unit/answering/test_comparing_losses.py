@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_cli.cli.rendering.comparison_text import failure_line
-from qlora_cli.evaluating.comparison_result import NUM_STDERRS, ComparedRun, RunComparison, Verdict
+from qlora_cli.cli.rendering.comparison_text import failure_line, render_comparison
+from qlora_cli.evaluating.comparison_result import NUM_STDERRS, ComparedRun, LossOf, RunComparison, Verdict
 from qlora_cli.evaluating.paired_losses import LossesOfRows, judge
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.held_out_losses import HeldOutLosses, read_losses, write_losses
@@ -149,10 +150,47 @@ def test_a_damaged_file_counts_as_none(damage: Callable[[str], str], tmp_path: P
     assert read_losses(run, fingerprint="of the rows", weights="of the adapter") is None
 
 
+def with_answers(**changed: Any) -> HeldOutLosses:
+    answers = {
+        "nll": (1.0, 2.5),
+        "tokens": (3, 4),
+        "reference_nll": (1.5, 2.0),
+        "is_desirable": (True, False),
+        "gain": (0.25, -0.5),
+        "rows_per_baseline": 2,
+    }
+    return HeldOutLosses.model_validate({**kept().model_dump(), "answers": {**answers, **changed}})
+
+
+def test_answers_that_are_compared_are_read_as_they_were_written(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    write_losses(run, with_answers())
+    assert read_losses(run, fingerprint="of the rows", weights="of the adapter") == with_answers()
+    write_losses(run, with_answers(gain=(0.25, math.nan)))
+    assert read_losses(run, fingerprint="of the rows", weights="of the adapter") is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokens": (3, 0)},
+        {"reference_nll": (1.5,)},
+        {"is_desirable": None},  # of pairs, there is no baseline
+        {"is_desirable": None, "gain": None, "rows_per_baseline": None},  # one pair, and two rows
+        {"gain": None},
+        {"rows_per_baseline": 0},
+        {"rows_per_baseline": None},
+    ],
+)
+def test_answers_that_do_not_fit_together_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must |greater"):
+        with_answers(**changed)
+
+
 # ---- what CI reads
 
 
-def compared(path: str, verdict: Verdict) -> ComparedRun:
+def compared(path: str, verdict: Verdict, accuracy: float | None = None) -> ComparedRun:
     return ComparedRun(
         path=Path(path),
         state="done",
@@ -161,6 +199,10 @@ def compared(path: str, verdict: Verdict) -> ComparedRun:
         loss_stderr=0.1,
         difference=None if verdict == "reference" else 0.1,
         difference_stderr=None if verdict == "reference" else 0.01,
+        accuracy=accuracy,
+        accuracy_stderr=None if accuracy is None else 0.05,
+        accuracy_difference=None if accuracy is None or verdict == "reference" else 0.125,
+        accuracy_difference_stderr=None if accuracy is None or verdict == "reference" else 0.025,
         num_rows_lower=0,
         num_rows_higher=0,
         verdict=verdict,
@@ -179,6 +221,21 @@ def compared(path: str, verdict: Verdict) -> ComparedRun:
     )
 
 
+def comparison_of(*runs: ComparedRun, loss_of: LossOf = "tokens") -> RunComparison:
+    return RunComparison(
+        reference=Path("first"),
+        dataset="rows",
+        num_rows=3,
+        num_tokens=30,
+        loss_of=loss_of,
+        margin=0.02,
+        is_worse=True,
+        runs=runs,
+        differing_settings=(),
+        notes=(),
+    )
+
+
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [
@@ -190,16 +247,17 @@ def compared(path: str, verdict: Verdict) -> ComparedRun:
 )
 def test_the_line_for_ci_names_the_runs_that_fail(verdicts: tuple[Verdict, Verdict], expected: str | None) -> None:
     runs = (compared("first", "reference"), *(compared(f"run-{at}", one) for at, one in enumerate(verdicts, start=1)))
-    comparison = RunComparison(
-        reference=Path("first"),
-        dataset="rows",
-        num_rows=3,
-        num_tokens=30,
-        margin=0.02,
-        is_worse=True,
-        runs=runs,
-        differing_settings=(),
-        notes=(),
-    )
-    line = failure_line(comparison)
+    line = failure_line(comparison_of(*runs))
     assert line == expected if expected is None else line is not None and line.startswith(expected)
+
+
+def test_answers_that_are_compared_have_a_loss_of_their_own_and_accuracies(capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = comparison_of(compared("a", "reference", 0.5), compared("b", "worse", 0.625), loss_of="kto")
+    render_comparison(comparison, has_margin=True)
+    shown = capsys.readouterr().out
+    assert "2 runs on rows: 3 rows, 30 tokens of chosen answers" in shown
+    assert "kto loss" in shown
+    assert "  b  62.5% ± 5.0%, +12.5% ± 2.5%\n" in shown
+    line = failure_line(comparison)
+    assert line is not None
+    assert "by more than 0.02 of the kto loss, beyond" in line

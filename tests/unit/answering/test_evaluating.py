@@ -14,7 +14,14 @@ from qlora_cli.cli.progress.plain_lines import PlainReporter
 from qlora_cli.cli.rendering.evaluation_text import render_evaluation, source_cells
 from qlora_cli.data.feeding.prepare import PreparedData, prepare_data
 from qlora_cli.errors import ModelError, OutOfMemoryError
-from qlora_cli.evaluating.evaluation_result import Evaluation, SourceResult, TaskResult
+from qlora_cli.evaluating.evaluation_result import (
+    EvaluatedAnswers,
+    Evaluation,
+    PreferenceResult,
+    RowsOfAnswers,
+    SourceResult,
+    TaskResult,
+)
 from qlora_cli.evaluating.losses import RowLosses, measure_losses
 from qlora_cli.evaluating.statistics import perplexity_of, ratio_stderr, summarize
 from qlora_cli.events import Noted, WorkAdvanced
@@ -175,6 +182,12 @@ def test_the_standard_error_of_rows_of_equal_length_is_that_of_their_mean() -> N
     assert ratio_stderr(values[:1], np.array([1])) is None
 
 
+def test_rows_of_no_token_change_no_standard_error() -> None:
+    values, sizes = np.array([1.0, 4.0, 2.0]), np.array([2, 3, 4])
+    with_empty = ratio_stderr(np.append(values, [0.0, 0.0]), np.append(sizes, [0, 0]))
+    assert with_empty == pytest.approx(ratio_stderr(values, sizes))
+
+
 def test_the_standard_error_is_the_spread_of_losses_over_samples_of_rows() -> None:
     chance = np.random.default_rng(0)
 
@@ -256,6 +269,34 @@ def test_columns_without_a_figure_are_left_out(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "against base" not in shown
     assert "lm-eval" not in shown
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("pairs", "40 pairs, 634 tokens of the chosen answers"),
+        ("labels", "40 answers with labels, 634 tokens of the 21 wanted ones"),
+    ],
+)
+def test_answers_that_are_compared_have_a_column_for_each_model(
+    rows: RowsOfAnswers, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+    result = PreferenceResult(
+        **dict(zip(names, (0.5, 0.75, 0.25, 0.125, -0.125), strict=True)),
+        **{f"{name}_stderr": 0.0625 for name in names},
+        kl=None if rows == "pairs" else 1.5,
+    )
+    sources = (source(num_rows=21), source(source="adapter", preference=result))
+    answers = EvaluatedAnswers(rows=rows, num_rows=40, objective="dpo", beta=0.1)
+    render_evaluation(Evaluation(**{**vars(EVALUATION), "sources": sources, "compared_answers": answers}))
+    shown = capsys.readouterr().out
+    assert f"  {says} evaluated, fp32\n" in shown
+    assert "  dpo, beta 0.1" in shown
+    cells = {line[:22].strip(): line[22:].strip() for line in shown.splitlines()}
+    assert (cells["accuracy"], cells["margin"]) == ("75.0% ± 6.2%", "+0.2500 ± 0.0625")
+    assert ("  KL " in shown) == (rows == "labels")
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
