@@ -177,12 +177,12 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class Requantized:
-    """A requantized format: `to` describes it, `divergence` is that from the merged 16-bit model.
+    """A format that is not the merged 16-bit model itself: `divergence` is that from it, None if not measured.
 
-    `divergence` is None if it was not measured.
+    `to` describes what its weights are quantized to; it is None for one in 16 bit or more, which another program ran.
     """
 
-    to: str
+    to: str | None
     divergence: Divergence | None
 
 
@@ -199,7 +199,7 @@ class MergeResult:
         merge_seconds: The time to read, merge and write the 16-bit model, without comparing and exporting.
         peak_host_bytes: The largest resident set of the process until the model was written.
         verification: None if it was not requested.
-        requantized: The requantized formats, by name.
+        requantized: The formats that were quantized again, or run by another program, by name.
         notes: The notes that were reported.
         already_merged_at: When an earlier merge wrote all this, in ISO 8601; None if this one did.
     """

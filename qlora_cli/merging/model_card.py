@@ -99,7 +99,8 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield f"| weights | {result.num_merged_tensors:,} of {tensors} merged, in {result.dtype} |"
     yield f"| verified | {_verified(result)} |"
     if (requantized := result.requantized.get(written.name)) is not None:
-        yield f"| requantized | to {requantized.to}: {_from_merged(requantized.divergence)} |"
+        key = "as it runs |" if requantized.to is None else f"requantized | to {requantized.to}:"
+        yield f"| {key} {_from_merged(requantized.divergence)} |"
     yield ""
     yield f"Merged by qlora {__version__}; `{MERGE_FILE}` holds all figures."
 

@@ -85,7 +85,7 @@ class RequestedFormats:
     def write(
         self, output: Path, name: str, comparer: ModelComparer | None, reporter: Reporter
     ) -> Mapping[str, Requantized]:
-        """Write all formats from the 16-bit model; return the requantized ones, with their divergence, by name."""
+        """Write all formats from the 16-bit model; return those that may differ from it, by name."""
         model, requantized = self.model(output), {}
         for kind, one in self.by_name.items():
             export = Export(
@@ -97,7 +97,7 @@ class RequestedFormats:
                 reporter=reporter,
             )
             divergence = one.write(export)
-            if one.quantized_to is not None:
+            if one.quantized_to is not None or divergence is not None:
                 requantized[kind.value] = Requantized(to=one.quantized_to, divergence=divergence)
         if model == output / MODEL:
             self._move_up(output, model)

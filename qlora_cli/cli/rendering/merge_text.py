@@ -1,6 +1,6 @@
 """The text of `qlora merge`: what was merged into what, and how close the result is to the trained model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.text import Text
 
@@ -12,6 +12,7 @@ from qlora_cli.merging.merge_result import (
     MergeReport,
     MergeResult,
     ModuleCheck,
+    Requantized,
     TensorPlan,
     Verification,
 )
@@ -39,6 +40,7 @@ def render_merge(result: MergeResult, *, in_detail: bool = False) -> None:
             ("merged", f"{adapters} into {_describe_choice(result.base_choice)}"),
             ("written", f"{format_bytes(result.bytes_written)}: {tensors}"),
             ("verified", _verified_in_short(result.verification)),
+            *_compared_in_short(result.requantized),
             _work(result),
             *(_format_rows(result) if len(result.outputs) > 1 else ()),
             *([("on the hub", result.pushed_to)] if result.pushed_to else []),
@@ -60,6 +62,17 @@ def _verified_in_short(verification: Verification | None) -> str:
     against = "the base with the adapter on it" if verification.ran_adapters else "their sum in fp32"
     same = f"top token the same at {divergence.top_token_agreement:.2%}"
     return f"against {against}: KL divergence {divergence.mean_kl:.2g} nats a token, {same}"
+
+
+def _compared_in_short(requantized: Mapping[str, Requantized]) -> Iterator[Row]:
+    for name, one in requantized.items():
+        if (divergence := one.divergence) is not None:
+            what = name if one.to is None else f"{name}, {one.to},"
+            same = f"top token the same at {divergence.top_token_agreement:.2%}"
+            yield (
+                "compared",
+                f"{what} with the merged model: KL divergence {divergence.mean_kl:.2g} nats a token, {same}",
+            )
 
 
 def _render_in_detail(result: MergeResult) -> None:
@@ -86,9 +99,10 @@ def _render_in_detail(result: MergeResult) -> None:
         print_rows(list(_verification_rows(result.verification)))
     else:
         console().print(Text("not verified (--no-verify)"), soft_wrap=True)
-    for again in result.requantized.values():
+    for name, again in result.requantized.items():
         if again.divergence is not None:
-            title(f"Quantized again to {again.to}, against the merged model")
+            what = f"As {name}" if again.to is None else f"Quantized again to {again.to}"
+            title(f"{what}, against the merged model")
             print_rows(list(_divergence_rows(again.divergence)))
 
 

@@ -14,7 +14,8 @@ from qlora_cli.errors import ExportError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
 from qlora_cli.merging.exports.export_format import Export, Format
 from qlora_cli.merging.exports.llama_cpp.converter import UPDATE, Converter, convert, find_converter
-from qlora_cli.merging.exports.llama_cpp.quantizer import CONVERTED, Quantizer, find_quantizer, quantize
+from qlora_cli.merging.exports.llama_cpp.quantizer import CONVERTED, Quantizer, find_quantizer, has_library, quantize
+from qlora_cli.merging.exports.llama_cpp.run_gguf import run_gguf
 from qlora_cli.merging.exports.template_turns import writes_bos
 from qlora_cli.merging.merge_result import Divergence
 from qlora_cli.merging.planning.inputs import Inputs
@@ -33,6 +34,11 @@ SUFFIX = ".gguf"
 UNQUANTIZED = frozenset({GgufType.AUTO, GgufType.F32, GgufType.F16, GgufType.BF16})
 BLOCK_WEIGHTS = 256  # of the types that the quantizer writes; a row is made of whole blocks
 Q8_0_SHARE = 8.5 / 16
+MOST_KL = 0.1  # nats a token, of a file in 16 bit or more; a layer or a head in the wrong place is whole nats
+NOT_RUN = (
+    "the GGUF was not run: where llama-cpp-python is installed, its divergence from the merged model is measured "
+    "(pip install 'qlora-cli[llama-cpp]')"
+)
 
 
 class GgufFormat(Format):
@@ -92,7 +98,40 @@ class GgufFormat(Format):
         size = f"{format_bytes(done.num_bytes)}, {done.bits_per_weight:.2f} bits a weight"
         held = f"{done.architecture}, {format_count(done.num_parameters)} parameters, {size}"
         export.reporter.report(Noted(message=f"{file.name} was opened and holds {held}"))
-        return None
+        return self._divergence(file, export)
+
+    def _divergence(self, file: Path, export: Export) -> Divergence | None:
+        """Return the divergence of the file from the merged model, if it can be run and is to be verified.
+
+        Raises:
+            ExportError: it does not run, or is another model.
+        """
+        if export.comparer is None or not self.request.merge.verify:
+            return None
+        if not has_library():
+            export.reporter.report(Noted(message=NOT_RUN))
+            return None
+        merged = export.comparer.stored(export.model)
+        export.reporter.report(PhaseStarted(title=f"Running {file.name} with llama.cpp"))
+        logits = run_gguf(file, export.comparer.texts.rows)
+        divergence = export.comparer.compare(merged, logits[:, : merged.shape[1]])
+        if self.quantized_to is None:
+            check_divergence(file, divergence)
+        return divergence
+
+
+def check_divergence(file: Path, divergence: Divergence) -> None:
+    """Check that a file in 16 bit or more runs as the merged model does, but for rounding.
+
+    Raises:
+        ExportError: it is another model.
+    """
+    if not divergence.mean_kl <= MOST_KL:  # nor is it if that is NaN
+        raise ExportError(
+            f"{file.name} is not the model that was merged: run by llama.cpp, its KL divergence from that is "
+            f"{divergence.mean_kl:.2g} nats a token, and rounding explains {MOST_KL:g} at most",
+            hint=f"Its converter does not fully support this model. {UPDATE}. --no-verify skips the comparison.",
+        )
 
 
 def gguf_file(directory: Path, name: str) -> Path:

@@ -206,7 +206,7 @@ def test_each_of_several_formats_has_a_directory(formats: tuple[Path, dict[str, 
 
 def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, dict[str, Any]]) -> None:
     output, report = formats
-    assert report["requantized"].keys() == {"nf4"}
+    assert report["requantized"].keys() - {"gguf"} == {"nf4"}  # where llama.cpp is here, it runs the other
     assert report["requantized"]["nf4"]["to"] == "NF4 with double quantization"
     merged_kl, nf4 = report["verification"]["divergence"]["mean_kl"], report["requantized"]["nf4"]["divergence"]
     assert merged_kl < nf4["mean_kl"] < 0.5  # quantized again, it differs, but it is the same model

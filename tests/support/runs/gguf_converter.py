@@ -54,18 +54,44 @@ def write(model: Path, target: Path, wrong: str | None, *, vocabulary_only: bool
     writer = gguf.GGUFWriter(target, "llama")
     writer.add_block_count(config["num_hidden_layers"] - (wrong == "layers"))
     writer.add_embedding_length(config["hidden_size"] + (wrong == "width"))
+    _add_architecture(writer, config)
     _add_vocabulary(writer, vocabulary, config, wrong)
     template = (model / "chat_template.jinja").read_text(encoding="utf-8")
     if wrong != "no template":
         writer.add_chat_template(template + (" " if wrong == "template" else ""))
     for name, tensor in () if vocabulary_only else tensors_of(model / "model.safetensors"):
         if not (wrong == "weights" and name.endswith("q_proj.weight")):
+            if wrong != "heads":
+                tensor = _with_pairs_together(name, tensor, config)
             rows = slice(0, -1 if wrong == "rows" and "embed_tokens" in name else None)
-            writer.add_tensor(gguf_name(name), tensor[rows])
+            values = tensor[rows]
+            # llama.cpp runs norms in fp32 only.
+            writer.add_tensor(gguf_name(name), values.astype(np.float32) if values.ndim == 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_architecture(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """Add what llama.cpp needs to run the model."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+
+
+def _with_pairs_together(name: str, tensor: Array, config: dict[str, Any]) -> Array:
+    """Return queries and keys with the rows of each rotated pair next to each other, as llama.cpp rotates them."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    kind = name.split(".")[-2]
+    if kind not in heads:
+        return tensor
+    halves = tensor.reshape(heads[kind], 2, -1, tensor.shape[1])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def tokens_of(stored: Any) -> dict[str, int]:
@@ -76,6 +102,8 @@ def tokens_of(stored: Any) -> dict[str, int]:
 def _add_vocabulary(writer: gguf.GGUFWriter, stored: Any, config: dict[str, Any], wrong: str | None) -> None:
     tokens = tokens_of(stored)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])
     writer.add_token_list(sorted(tokens, key=lambda token: tokens[token]))
     writer.add_eos_token_id(config["eos_token_id"] + (wrong == "eos"))
     writer.add_bos_token_id(config["bos_token_id"] + (wrong == "bos"))

@@ -177,11 +177,13 @@ def test_each_format_is_shown_with_its_path_and_nf4_with_its_divergence(capsys: 
     again = {
         "nf4": Requantized(to="NF4 with double quantization", divergence=FAR),
         "gguf": Requantized(to="Q8_0", divergence=None),
+        "other": Requantized(to=None, divergence=FAR),
     }
     text, rows = shown(replace(RESULT, outputs=outputs, requantized=again, pushed_to="https://hub/me/x"), capsys)
     assert (rows["hf"], rows["nf4"], rows["on the hub"]) == ("out/hf", "out/nf4", "https://hub/me/x")
     last = text.partition("Quantized again to NF4 with double quantization, against the merged model\n")[2]
-    assert "0.029 nats a token" in last
+    assert "0.029 nats a token" in last.partition("As other, against the merged model\n")[0]
+    assert "0.029 nats a token" in last.partition("As other, against the merged model\n")[2]
     assert "Q8_0" not in text  # nothing ran it
     text, rows = shown(replace(RESULT, outputs={"gguf": Path("out")}), capsys)
     assert rows["format"] == "gguf"
@@ -214,5 +216,9 @@ def test_a_merge_is_five_lines_unless_all_figures_are_asked_for(capsys: pytest.C
         "top token the same at 99.37%",
         "took 4.29 s, 562.00 MiB at most; all figures: merge.json",
     ]
-    render_merge(replace(RESULT, verification=None))
-    assert "verified  no (--no-verify)" in capsys.readouterr().out
+    compared = {"a": Requantized(to="Q4_K_M", divergence=FAR), "b": Requantized(to=None, divergence=NEAR)}
+    render_merge(replace(RESULT, verification=None, requantized=compared))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "verified no (--no-verify)" in text
+    assert "compared a, Q4_K_M, with the merged model: KL divergence 0.029 nats a token, top token the same at" in text
+    assert "compared b with the merged model: KL divergence 1e-05 nats" in text

@@ -9,6 +9,10 @@ from contextlib import suppress
 
 LAST_LINES = 12
 KILL_SECONDS = 5
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",  # everything that it needs is on the disk
+    "GGML_NO_BACKTRACE": "1",  # its last lines say why the library aborts, unless a debugger adds pages to them
+}
 
 
 def run_to_end(command: Sequence[str]) -> tuple[int, list[str]]:
@@ -20,7 +24,7 @@ def run_to_end(command: Sequence[str]) -> tuple[int, list[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # everything that it needs is on the disk
+        env={**os.environ, **VARIABLES},
         start_new_session=True,  # Ctrl-C reaches only us, and its children can be ended with it
     )
     assert process.stdout is not None, "it is a pipe"
