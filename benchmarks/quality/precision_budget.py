@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.records import RESULTS, append, cpu_hardware, now, results_file, revision, versions
-from qlora_cli.calibrating.divergence_parts import LayerPart, extra_bytes
+from qlora_cli.calibrating.divergence_parts import LayerPart
 from qlora_cli.calibrating.precision_budget import choose, keep_precision
 from qlora_cli.calibrating.prediction_error import measure_prediction_error, predict_unquantized
 from qlora_cli.events import SilentReporter
@@ -55,7 +55,7 @@ def main() -> None:
         load_plan, (arguments.data,), SilentReporter(), num_tokens=arguments.tokens, num_halves=2
     )
     chosen_by, judged_by = both.halves()
-    extra, takes = extra_bytes(load_plan), load_plan.layout.inventory.total_bytes
+    extra, takes = load_plan.layout.extra_bytes, load_plan.layout.inventory.total_bytes
     for share in SHARES:
         spare = int(share * sum(extra.values()))
         quantized = load(arguments.model)[1]

@@ -22,7 +22,6 @@ from qlora_cli.calibrating.prediction_error import UnquantizedPredictions
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.quantization.embedding import embedding_of
-from qlora_cli.quantization.methods.skip_modules import linear_layers
 
 ROWS_AT_ONCE = 4096  # of a weight `(out, in)`, compared in fp32
 
@@ -36,21 +35,6 @@ class LayerPart:
     extra_bytes: int
 
 
-def extra_bytes(load_plan: LoadPlan) -> dict[str, int]:
-    """Return what each layer that would be quantized takes more unquantized, by full name.
-
-    Layers are linear ones, and the fused weights of experts, each for itself.
-    """
-    itemsize, experts = load_plan.layout.dtype.itemsize, set(load_plan.layout.experts)
-    layers = {f"{name}.weight": name for name, _ in linear_layers(load_plan.shapes)}
-    layers |= {name: name for name in experts}
-    return {
-        layers[entry.name]: entry.num_parameters * itemsize - entry.weight_bytes - entry.constant_bytes
-        for entry in load_plan.layout.inventory.entries
-        if entry.is_quantized and entry.name in layers
-    }
-
-
 def parts_of_divergence(
     loaded: LoadedModel, load_plan: LoadPlan, exact: UnquantizedPredictions
 ) -> tuple[float, list[LayerPart]]:
@@ -58,7 +42,7 @@ def parts_of_divergence(
 
     In memory are the weights, the activations of one decoder layer, and the inputs of all.
     """
-    model, extra = loaded.base, extra_bytes(load_plan)
+    model, extra = loaded.base, load_plan.layout.extra_bytes
     parts: dict[str, float] = {}
 
     def add(name: str, gradient: torch.Tensor, error: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import PreTrainedModel
 
-from qlora_cli.calibrating.divergence_parts import LayerPart, extra_bytes, parts_of_divergence
+from qlora_cli.calibrating.divergence_parts import LayerPart, parts_of_divergence
 from qlora_cli.calibrating.prediction_error import UnquantizedPredictions
 from qlora_cli.errors import ModelError
 from qlora_cli.events import PhaseStarted, Reporter
@@ -33,7 +33,7 @@ def check_budget(budget_bytes: int, load_plan: LoadPlan) -> None:
         ModelError: it does not.
     """
     name, takes = load_plan.source.base_name, load_plan.layout.inventory.total_bytes
-    whole = takes + sum(extra_bytes(load_plan).values())
+    whole = takes + sum(load_plan.layout.extra_bytes.values())
     if takes > budget_bytes:
         raise ModelError(
             f"{format_bytes(budget_bytes)} are less than the {format_bytes(takes)} that {name} takes with every layer "
@@ -59,7 +59,7 @@ def keep_precision(
     reporter.report(PhaseStarted(title="Measuring what each layer costs"))
     mean_kl, parts = parts_of_divergence(loaded, load_plan, exact)
     chosen = choose(parts, budget_bytes - loaded.inventory.total_bytes)
-    kept = _with_layers(loaded, load_plan, exact, [part.name for part in chosen])
+    kept = with_layers(loaded, load_plan, exact, [part.name for part in chosen])
     return kept, KeptPrecision(
         budget_bytes=budget_bytes,
         extra_bytes=kept.inventory.total_bytes - loaded.inventory.total_bytes,
@@ -80,7 +80,7 @@ def choose(parts: Iterable[LayerPart], spare_bytes: int) -> list[LayerPart]:
     return sorted(chosen, key=lambda part: part.name)
 
 
-def _with_layers(
+def with_layers(
     loaded: LoadedModel, load_plan: LoadPlan, exact: UnquantizedPredictions, names: list[str]
 ) -> LoadedModel:
     """Return the model with the layers `names` unquantized, as if it had been loaded so."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_cli.calibrating.calibration import base_model
-from qlora_cli.calibrating.calibration_rows import read_rows
+from qlora_cli.calibrating.calibration_rows import CalibrationRows, read_rows
 from qlora_cli.errors import DataError, ModelError
 from qlora_cli.events import PhaseStarted, Reporter
 from qlora_cli.loading.load_plan import LoadPlan
@@ -31,13 +31,12 @@ MOST_TOKENS = 512  # of a row
 NO_TARGET = -100
 
 
-def check_comparable(load_plan: LoadPlan) -> None:
-    """Check that there is a quantized base, and that its unquantized weights are at hand.
+def check_comparable(load_plan: LoadPlan, setting: str) -> None:
+    """Check that there is a quantized base, and that its unquantized weights are at hand, as `setting` needs.
 
     Raises:
         ModelError: there is none, or they are not.
     """
-    setting = "load.error_on"
     if load_plan.source.adapter is not None:
         raise ModelError(
             f"the error of a base is measured, and {load_plan.source.name} is an adapter of one",
@@ -113,13 +112,29 @@ def predict_unquantized(
         DatasetNotFoundError: no such data set.
         DataError: it can't be read, or has too few rows.
     """
-    rows = [row[:MOST_TOKENS] for row in read_rows(names, load_plan, num_halves * num_tokens, reporter).rows]
-    if len(rows) < num_halves:
+    rows = read_rows(names, load_plan, num_halves * num_tokens, reporter)
+    if num_halves == 2:
+        check_halves(rows, "load.error_on")
+    return predict_on_rows(load_plan, rows, reporter)
+
+
+def check_halves(rows: CalibrationRows, setting: str) -> None:
+    """Check that layers that are chosen by some rows can be judged by others.
+
+    Raises:
+        DataError: there is one row.
+    """
+    if len(rows.rows) < 2:
         raise DataError(
-            f"{', '.join(names)}: has one row, and layers that are chosen by one are to be judged by another",
+            f"{', '.join(rows.names)}: has one row, and layers that are chosen by one are to be judged by another",
             hint="Name more data.",
-            setting="load.error_on",
+            setting=setting,
         )
+
+
+def predict_on_rows(load_plan: LoadPlan, chosen: CalibrationRows, reporter: Reporter) -> UnquantizedPredictions:
+    """Return what the unquantized model of `load_plan` predicts on the beginnings of rows."""
+    rows = [row[:MOST_TOKENS] for row in chosen.rows]
     reporter.report(PhaseStarted(title=f"Comparing {load_plan.source.base_name} with itself unquantized"))
     base = base_model(load_plan, reporter)
     read = base_reader(base, Base(base, BaseWeights.ORIGINAL))
@@ -136,7 +151,7 @@ def predict_unquantized(
     with _outputs(exact.model, mask) as layers:
         logits = exact.logits(ids, mask.long())
     return UnquantizedPredictions(
-        data=tuple(names), ids=ids, mask=mask, logits=logits, layers=tuple(layers), read=read
+        data=chosen.names, ids=ids, mask=mask, logits=logits, layers=tuple(layers), read=read
     )
 
 

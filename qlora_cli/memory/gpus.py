@@ -6,7 +6,7 @@ so that what fits on it fits on each.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 import psutil
@@ -152,6 +152,13 @@ def find_gpu(text: str) -> Gpu:
         names = ", ".join(card.name for card in cards)
         raise UsageError(f"{text!r} names GPUs of different memory: {names}", hint="Name one of them.")
     return cards[0]
+
+
+def within_budget(gpu: Gpu, budget_bytes: int | None) -> Gpu:
+    """Return the GPU as seen by a run that may take `budget_bytes` of it: all if None, or if it has no more."""
+    if budget_bytes is None or budget_bytes >= gpu.total_bytes:
+        return gpu
+    return replace(gpu, total_bytes=budget_bytes)
 
 
 def classes(oldest: tuple[int, int] = OLDEST_WITH_KERNELS) -> Iterator[Gpu]:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qlora_cli import __version__
 from qlora_cli.errors import UsageError
 from qlora_cli.files import read_small
-from qlora_cli.memory.lock_check import ChangedSetting, LockCheck
 from qlora_cli.memory.prediction import MemoryReport
+from qlora_cli.memory.report_parts import ChangedSetting, LockCheck
 from qlora_cli.visible import public_name
 from qlora_cli.writing import USUAL_FILE, write_file
 

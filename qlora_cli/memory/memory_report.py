@@ -28,7 +28,7 @@ from qlora_cli.memory.fitting.card_ranking import PlannedOnCard, rank_cards
 from qlora_cli.memory.fitting.division import changes_results, is_given
 from qlora_cli.memory.fitting.method_choice import MethodChoice, choose_method
 from qlora_cli.memory.fitting.plan import PlannedRun, PlanOn, best_option, is_open, plan_run, planning
-from qlora_cli.memory.fitting.solver import solve, sweep
+from qlora_cli.memory.fitting.solver import solve, spare_bytes, sweep
 from qlora_cli.memory.fitting.strategy import NUM_GPUS, on_more_gpus, with_strategy
 from qlora_cli.memory.fitting.suggestions import NO, YES, judge_fit, suggest
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
@@ -36,10 +36,8 @@ from qlora_cli.memory.host_run import as_host_memory, host_assumptions, on_cpu
 from qlora_cli.memory.model_facts import ModelFacts, facts_of_catalogue, find_model_facts
 from qlora_cli.memory.prediction import (
     Estimate,
-    FittingModel,
     GpuFit,
     HostMemory,
-    LargerModel,
     MemoryReport,
     PlanOption,
     RankedCard,
@@ -48,6 +46,7 @@ from qlora_cli.memory.prediction import (
     Solution,
     figures_of_run,
 )
+from qlora_cli.memory.report_parts import FittingModel, LargerModel, SpareMemory
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.memory.run_batches import FedRows, RunBatches, StepRows, average_step, run_batches, with_longest
 from qlora_cli.settings.choices import Solvable, Strategy
@@ -189,6 +188,7 @@ def _report(
         plan=plans[0].plan if plans else None,
         methods=None if choice is None else choice.options,
         unquantized=unquantized(),
+        spare=_spare(request, facts, settings, gpu, estimator),
         fits=fits,
         smallest_gpu=None if request.is_on_host else smallest_gpu(asked, estimator.estimate),
         smallest_class=smallest,
@@ -356,6 +356,26 @@ def _num_positions(settings: EstimateSettings, gpu: Gpu, estimator: "Estimator")
     from qlora_cli.tokenizing.positions import num_positions
 
     return num_positions(estimator.shapes(settings, estimator.dtype_on(settings, gpu)).config)
+
+
+def _spare(
+    request: MemoryRequest, facts: ModelFacts, settings: EstimateSettings, gpu: Gpu, estimator: "Estimator"
+) -> SpareMemory | None:
+    """Return what a memory budget leaves for layers in 16 bit; None where `train` can't choose them."""
+    budget_bytes, dtype = request.asked.settings.training.memory_budget, estimator.dtype_on(settings, gpu)
+    layout = estimator.layout(settings, dtype)
+    is_loaded_so = layout.is_quantized and layout.prequantized is None and facts.adapter is None
+    if budget_bytes is None or not is_loaded_so or settings.training.num_gpus > 1:
+        return None
+    estimate, extra = estimator.estimate(settings, gpu), layout.extra_bytes
+    spare, extra_bytes = spare_bytes(estimate, gpu), sum(extra.values())
+    return SpareMemory(
+        budget_bytes=budget_bytes,
+        spare_bytes=spare,
+        process_bytes=estimate.predicted.process_bytes + min(spare, extra_bytes),
+        num_layers=len(extra),
+        extra_bytes=extra_bytes,
+    )
 
 
 def _longer_rows(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from qlora_cli.memory.lock_check import LockCheck
+from qlora_cli.memory.report_parts import FittingModel, LargerModel, LockCheck, SpareMemory
 from qlora_cli.timing.run_ratios import RunKey
 
 # The error bands, as a share. On the public rows that `benchmarks/measured_rows.py` compares with, the largest errors
@@ -279,26 +279,6 @@ class CardClass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FittingModel:
-    """A model of the catalogue whose run fits where that of the requested model can't."""
-
-    model: str
-    num_parameters: int
-    process_bytes: int
-    process_high_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LargerModel:
-    """A larger model that fits, too, with the settings of its `preset`, and rows of up to `max_length_tokens`."""
-
-    preset: str
-    num_parameters: int
-    max_length_tokens: int
-    process_high_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
     """The memory of a run with other `values` of some settings, keyed by the flag's name without dashes.
 
@@ -448,6 +428,7 @@ class MemoryReport:
         methods: The methods that `--quant auto` looked at, the least quantization first; None if one was given.
         unquantized: The run with its base in 16 bit, if how it is stored was not asked for and that fits on the first
             requested GPU, too.
+        spare: What a memory budget leaves on the first requested GPU; None without one, or if nothing is quantized.
         smallest_gpu: The smallest GPU of the catalogue on which the run fits; None if there is none.
         smallest_class: The smallest class on each card of which the run fits.
         roomy_class: The smallest class on which a quarter of the memory is left.
@@ -496,4 +477,5 @@ class MemoryReport:
     sweep: tuple[SweepPoint, ...]
     assumptions: tuple[str, ...]
     estimate_seconds: float
+    spare: SpareMemory | None = None
     check: LockCheck | None = None

@@ -62,6 +62,20 @@ class StoragePlan:
         """Whether any weight is quantized."""
         return any(entry.is_quantized for entry in self.inventory.entries)
 
+    @property
+    def extra_bytes(self) -> dict[str, int]:
+        """What each layer that is quantized would take more unquantized, by full name.
+
+        Layers are linear ones, and the fused weights of experts, each for itself.
+        """
+        return {
+            entry.name if entry.name in self.experts else entry.name.removesuffix(".weight"): (
+                entry.num_parameters * self.dtype.itemsize - entry.weight_bytes - entry.constant_bytes
+            )
+            for entry in self.inventory.entries
+            if entry.is_quantized
+        }
+
     def describe(self) -> str:
         """Describe in a few words how the model is stored: `NF4, double quantization`."""
         return self.method.describe(self.settings) + ("" if self.prequantized is None else ", as stored")

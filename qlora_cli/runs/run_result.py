@@ -13,7 +13,7 @@ from qlora_cli.runs.checkpoints import list_checkpoints
 from qlora_cli.runs.directory import RunDirectory
 from qlora_cli.runs.forgetting import Forgetting
 from qlora_cli.runs.record import RunRecord, recorded_path
-from qlora_cli.units import counted
+from qlora_cli.units import counted, format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,47 @@ class PredictedTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptLayers:
+    """The `modules`, of `num_layers` that would be quantized, that stay unquantized by a run's memory budget.
+
+    They take `extra_bytes` of the `spare_bytes` that the plan left of `budget_bytes`. On `num_tokens` of rows that
+    they were not chosen by, `mean_kl_quantized` is the divergence from the unquantized model, in nats a token, with
+    all layers quantized, and `mean_kl` that with these unquantized.
+    """
+
+    budget_bytes: int
+    spare_bytes: int
+    extra_bytes: int
+    num_layers: int
+    modules: tuple[str, ...]
+    mean_kl_quantized: float
+    mean_kl: float
+    num_tokens: int
+
+    @classmethod
+    def of_run(cls, record: RunRecord) -> "KeptLayers | None":
+        """Return those of a recorded run; None if it has none, or they can't be read."""
+        try:
+            return TypeAdapter(cls).validate_python(record.plan.content.get("kept_layers"))
+        except ValidationError:
+            return None
+
+    @property
+    def sentence(self) -> str:
+        """What is kept, and what it gains, in words."""
+        layers = f"{len(self.modules):,} of {counted(self.num_layers, 'layer')} stay unquantized"
+        gain = f"{self.mean_kl_quantized:.3g} → {self.mean_kl:.3g} nats a token on other rows"
+        return f"{layers}, {format_bytes(self.extra_bytes)} more; the divergence from the unquantized model: {gain}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainPlan:
     """The plan of a run before the first step. Sizes in bytes, lengths in tokens.
 
     `predicted_memory` is None without a GPU, `predicted_time` where the speed of the device is not known,
     `num_packed_rows` without packing, `num_epochs` for a stream, whose numbers of rows and tokens are those of its
     first rows. `padding_share` is the share of the tokens in the first epoch. `micro_batch_tokens` is None if
-    micro-batches have `micro_batch_size` rows each.
+    micro-batches have `micro_batch_size` rows each, `kept_layers` without a memory budget, or if it leaves none.
     """
 
     model: str
@@ -98,6 +132,7 @@ class TrainPlan:
     notes: tuple[str, ...] = ()
     micro_batch_tokens: int | None = None
     predicted_time: PredictedTime | None = None
+    kept_layers: KeptLayers | None = None
 
     @property
     def batch(self) -> str:

@@ -27,10 +27,10 @@ from qlora_cli.model_files.model_config import balances_experts
 from qlora_cli.quantization.methods.skip_modules import linear_layers
 from qlora_cli.quantization.residuals import QuantizationResiduals
 from qlora_cli.ranks.group import ALONE, ProcessGroup
-from qlora_cli.runs.run_result import TrainPlan, TrainResult
+from qlora_cli.runs.run_result import KeptLayers, TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.objectives import Objective
-from qlora_cli.settings.open_method import is_method_open, with_provisional_method
+from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
@@ -39,14 +39,19 @@ from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
+from qlora_cli.training.checks.kept_layers import keep_layers, planned_memory
 from qlora_cli.training.checks.memory_plan import (
     ACCUMULATION,
     FITS,
+    MEASURED,
     PLANNED,
     choose_storage,
     decided,
+    has_spent_budget,
     inferred_from_resume,
+    longest_row,
     plan_memory,
+    with_skipped,
 )
 from qlora_cli.training.checks.packing_check import check_packing, packing_fault_of
 from qlora_cli.training.checks.predicted_memory import Outlook, estimator_of
@@ -71,9 +76,10 @@ MIXES_ROWS = inferred_origin("a model that can't keep joined rows apart")
 
 @dataclass(frozen=True, kw_only=True)
 class SettledRun:
-    """A run with everything that can be decided before its weights are read.
+    """A run with everything that can be decided before its weights are read to be trained on.
 
-    `resume` is the earlier run that it continues; `num_steps` are those of the whole run.
+    `kept` are the layers that its memory budget keeps unquantized; `resume` is the earlier run that it continues;
+    `num_steps` are those of the whole run.
     """
 
     asked: Resolved[TrainSettings]
@@ -81,6 +87,7 @@ class SettledRun:
     load_plan: LoadPlan
     rows: TrainingData
     outlook: Outlook | None
+    kept: KeptLayers | None
     resume: Resume | None
     num_steps: int
     started: float
@@ -132,7 +139,7 @@ def prepare_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bo
 
 
 def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: bool = False) -> SettledRun:
-    """Decide everything that does not need the weights.
+    """Decide everything that does not need the weights, and what a memory budget is spent on, which does.
 
     Cheap checks come first, and their problems are reported together: names and files; then the model, its headers and
     the first rows of the data. Then come the data as a whole and the memory of training.
@@ -163,11 +170,27 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         resolved = choose_storage(resolved, load_plan, rows, estimator, reporter)
         load_plan = with_storage(load_plan, model.outline, resolved.settings)
         check_hardware(resolved.settings.quantization, resolved.settings.training, load_plan.device)
-    resolved, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force, estimator=estimator)
+    planned, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force, estimator=estimator)
+    kept = None if resume is None else KeptLayers.of_run(resume.record)
+    if resolved.settings.training.memory_budget is not None and not has_spent_budget(resolved.settings, resume):
+        estimator = estimator or estimator_of(resolved.settings, load_plan)
+        room = planned_memory(
+            resolved.settings, load_plan, outlook, estimator, longest_row=longest_row(settings, rows)
+        )
+        kept = keep_layers(
+            resolved.settings, load_plan, rows, room, reporter, is_method_planned=resolved.origin_of(METHOD) == PLANNED
+        )
+        if kept is not None:
+            resolved = decided(resolved, with_skipped(resolved.settings, kept), MEASURED)
+            load_plan = with_storage(load_plan, model.outline, resolved.settings)
+            planned, outlook = plan_memory(
+                resolved, load_plan, rows, reporter, resume, force=force, estimator=estimator
+            )
     settled = SettledRun(
         asked=asked,
-        resolved=resolved,
+        resolved=planned,
         load_plan=load_plan,
+        kept=kept,
         rows=rows,
         outlook=outlook,
         resume=resume,
@@ -467,5 +490,6 @@ def _plan(settled: SettledRun, loaded: LoadedModel, model: PeftModel, forecast: 
         disk_bytes=disk_bytes(sizes, settings),
         predicted_memory=outlook.predicted if outlook is not None else None,
         predicted_time=forecast.predicted if forecast is not None else None,
+        kept_layers=settled.kept,
         notes=loaded.notes,
     )

@@ -46,6 +46,11 @@ def check_tune(asked: Resolved[TrainSettings]) -> None:
             "a base of the run's own is made by the run",
             "Tune without it; add --calibrate to the training.",
         ),
+        "training.memory_budget": (
+            settings.training.memory_budget is not None,
+            "layers in 16 bit are chosen by the run",
+            "Tune without it; add --memory-budget to the training.",
+        ),
         "training.objective": (
             settings.training.objective.compares,
             "trials are judged by the loss of answers",

@@ -28,7 +28,6 @@ from qlora_cli.memory.prediction import (
     CardClass,
     Components,
     Figures,
-    FittingModel,
     GpuFit,
     MemoryReport,
     MethodOption,
@@ -38,6 +37,7 @@ from qlora_cli.memory.prediction import (
     Suggestion,
     SweepPoint,
 )
+from qlora_cli.memory.report_parts import FittingModel, SpareMemory
 from qlora_cli.merging.merge_result import (
     ActionCount,
     AppliedAdapter,
@@ -161,6 +161,7 @@ MERGE = (MergeResult, Verification, ModuleCheck, Rounding, Divergence, BaseChoic
 MERGE_PLAN = (MergeReport, ActionCount, TensorPlan)
 MEMORY = (
     *(MemoryReport, Figures, Components, Phase, GpuFit, Suggestion, Solution, SweepPoint, CardClass, FittingModel),
+    SpareMemory,
     *(PlanOption, MethodOption),
 )
 

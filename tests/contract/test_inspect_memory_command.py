@@ -274,6 +274,7 @@ def test_all_problems_of_sweeps_are_reported() -> None:
         ),
         (["base", "--sdpa-backend", "cudnn"], "--sdpa-backend: 'cudnn' is not one of auto, flash, efficient, math"),
         (["base", "--sdpa-backend", "flash", "--attention", "eager"], "has no effect with --attention eager"),
+        (["base", "--memory-budget", "9GiB"], "--memory-budget: is what a run may take of a GPU, and none is named"),
         (["base", "--solve", "rank"], "--solve: needs a GPU to fit on\n  hint: Name one: --gpu 'RTX 4090'"),
         (["base", "--gpu", "T4", "--solve", "alpha"], "--solve: 'alpha' is not one of max-length, micro-batch-size"),
         (["base", "--sweep", "rank=8..4"], "--sweep rank=8..4: expected values such as 512..32768 (rising)"),

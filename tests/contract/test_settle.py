@@ -53,6 +53,7 @@ VARIES = {
     "merging/verifying/texts.py": 1,  # a few rows to compare on
     "model_files/merged.py": 1,  # the merged model, loaded as the adapter's base was
     "quantization/memory_check.py": 1,  # loads that would fit instead
+    "training/checks/kept_layers.py": 1,  # the same run with more layers in 16 bit
     "training/checks/adapter_outline.py": 1,  # values that the adapter begins with do not matter
     "tuning/trial_bench.py": 1,  # a trial: another learning rate, and fewer steps
 }

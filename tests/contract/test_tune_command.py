@@ -119,6 +119,7 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(folder: Path) -> N
         (("--trial-steps", "0"), "--trial-steps"),
         (("--num-gpus", "2"), "--num-gpus: can't be tuned with"),
         (("--calibrate",), "--calibrate: can't be tuned with"),
+        (("--memory-budget", "20GiB"), "--memory-budget: can't be tuned with"),
         (("--streaming", "--max-steps", "9", "--eval-dataset", "ROWS"), "--streaming: can't be tuned with"),
         (("--eval-dataset", "no.jsonl"), "--eval-dataset: "),
         (("--rank", "0"), "--rank: must be greater"),

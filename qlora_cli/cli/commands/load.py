@@ -63,7 +63,7 @@ def _load(resolved: "Resolved[LoadCommandSettings]", reporter: "Reporter") -> "L
     if given.error_on is not None:
         from qlora_cli.calibrating.prediction_error import check_comparable
 
-        check_comparable(load_plan)
+        check_comparable(load_plan, "load.error_on")
     if given.memory_budget is not None:
         from qlora_cli.calibrating.precision_budget import check_budget
 

@@ -19,7 +19,7 @@ from qlora_cli.errors import (
 )
 from qlora_cli.memory.costs.step_time import rates_on
 from qlora_cli.memory.fitting.solver import SETTINGS
-from qlora_cli.memory.gpus import Gpu, find_gpu, one_of_several
+from qlora_cli.memory.gpus import Gpu, find_gpu, one_of_several, within_budget
 from qlora_cli.memory.request import MemoryRequest
 from qlora_cli.settings.choices import Attention, CardOrder, Checkpointing, Quantization, SdpaBackend, Solvable
 from qlora_cli.settings.display import flag_of
@@ -55,7 +55,7 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
         read = _ReadFlags.of(given["gpus"] or (), given["sweep"] or (), words, flag_of)
         raise SettingsError([*_misplaced(context, words, given["sweep"]), *error.problems, *read.problems]) from None
     resolved, several = with_number_of_gpus(resolved)
-    asked = resolved.settings.inspect_memory
+    asked, budget_bytes = resolved.settings.inspect_memory, resolved.settings.training.memory_budget
     read = _ReadFlags.of(asked.gpus, asked.sweep, words, resolved.where_of)
     problems = [*_misplaced(context, words, asked.sweep), *several, *read.problems, *_without_effect(resolved)]
     if any(gpu.is_host for gpu in read.gpus):
@@ -70,7 +70,8 @@ def read_request(context: typer.Context, words: Sequence[str]) -> tuple[MemoryRe
     if wrong_prices:
         raise SettingsError(wrong_prices)
     sweep = read.sweep if asked.plot is None else {"max-length": (), **read.sweep}
-    request = MemoryRequest(asked=resolved, gpus=read.gpus, sweep=sweep, prices=prices)
+    gpus = tuple(within_budget(gpu, budget_bytes) for gpu in read.gpus)
+    request = MemoryRequest(asked=resolved, gpus=gpus, sweep=sweep, prices=prices)
     if problems := list(_unranked(request)):
         raise SettingsError(problems)
     return request, asked.plot
@@ -187,6 +188,10 @@ def _without_effect(resolved: Resolved[InspectMemorySettings]) -> Iterator[Probl
         message = "auto chooses by the memory of a GPU, and none is named"
         yield Problem(where=resolved.where_of("quantization.method"), message=message, hint=hint)
     training = resolved.settings.training
+    if training.memory_budget is not None and not asked.gpus:
+        hint = "Name one: --gpu 'RTX 4090', --gpu 24GB, or --gpu auto for this machine's."
+        message = "is what a run may take of a GPU, and none is named"
+        yield Problem(where=resolved.where_of("training.memory_budget"), message=message, hint=hint)
     if training.shards_base and training.num_gpus == 1:
         hint = "Name several, as in --gpu 2x24GB, or give --num-gpus."
         where = resolved.where_of(training.sharding_setting)

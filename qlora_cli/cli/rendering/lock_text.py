@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qlora_cli.memory.lock_check import LockCheck
+from qlora_cli.memory.report_parts import LockCheck
 from qlora_cli.units import format_bytes
 from qlora_cli.visible import visible
 

@@ -7,6 +7,7 @@ from qlora_cli.memory.fitting.suggestions import NO, YES
 from qlora_cli.memory.gpus import GPUS, Gpu, examples
 from qlora_cli.memory.host_run import HOW_TO_MEASURE
 from qlora_cli.memory.prediction import CardClass, GpuFit, MemoryReport, RunFigures, Sharding
+from qlora_cli.memory.report_parts import SpareMemory
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.timing.roofline import HOST, MEMORY
 from qlora_cli.units import GIB, format_count
@@ -41,6 +42,8 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
             f"In 16 bit it fits, too, without the error of quantization: with --quant none it takes {takes} GiB, at "
             f"most {at_most}; {recomputed}{time}."
         )
+    if report.spare is not None:
+        lines.append(_of_budget(report.spare))
     if (longer := report.longer_rows) is not None and longer.value is not None:
         at_most = "" if longer.limited_by in (MEMORY, None) else f", {longer.limited_by}"
         more = "" if longer.limited_by is not None else "; --solve max-length finds the longest"
@@ -57,6 +60,20 @@ def verdict_lines(report: MemoryReport, gpus: Sequence[Gpu]) -> list[str]:
         named = f"{model.model} ({format_count(model.num_parameters)} parameters)"
         lines.append(f"The largest model of the catalogue that fits there: {named}, {takes} GiB, at most {at_most}.")
     return lines
+
+
+def _of_budget(spare: SpareMemory) -> str:
+    """Return what is left of a budget for layers in 16 bit."""
+    budget, layers = f"The budget of {_gib(spare.budget_bytes)} GiB", f"all {spare.num_layers:,} quantized layers"
+    if not spare.spare_bytes:
+        return f"{budget} leaves nothing for layers in 16 bit."
+    if spare.spare_bytes >= spare.extra_bytes:
+        return f"{budget} suffices for {layers} in 16 bit: use --quant none."
+    left, more = significant(spare.spare_bytes / GIB), significant(spare.extra_bytes / GIB)
+    return (
+        f"{budget} leaves {left} GiB for layers in 16 bit; {layers} would take {more} more. train measures which cost "
+        f"predictions most, and takes {_gib(spare.process_bytes)} GiB with these."
+    )
 
 
 def _of_several(report: MemoryReport) -> list[str]:

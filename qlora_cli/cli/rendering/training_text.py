@@ -27,6 +27,7 @@ def plan_rows(plan: TrainPlan) -> list[Row]:
     evaluation = f", {plan.num_eval_rows:,} held out" if plan.num_eval_rows is not None else ""
     return [
         ("model", f"{plan.model} ({format_count(plan.num_parameters)}, {plan.quantization}) on {plan.device}"),
+        *([("unquantized", plan.kept_layers.sentence)] if plan.kept_layers else []),
         ("compute dtype", f"{plan.compute_dtype} ({plan.compute_dtype_reason})"),
         ("attention", plan.attention),
         ("checkpointing", plan.gradient_checkpointing),

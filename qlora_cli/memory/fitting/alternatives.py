@@ -10,7 +10,8 @@ from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalo
 from qlora_cli.memory.fitting.plan import PlanOn
 from qlora_cli.memory.fitting.suggestions import YES, judge_fit
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes
-from qlora_cli.memory.prediction import CardClass, Estimate, FittingModel, GpuFit, LargerModel, PlanOption
+from qlora_cli.memory.prediction import CardClass, Estimate, GpuFit, PlanOption
+from qlora_cli.memory.report_parts import FittingModel, LargerModel
 from qlora_cli.memory.request import Predict
 from qlora_cli.settings.choices import UNQUANTIZED_METHOD
 from qlora_cli.settings.files.preset_files import Preset, presets

@@ -37,6 +37,15 @@ class Point:
     headroom: float
 
 
+def spare_bytes(estimate: Estimate, gpu: Gpu) -> int:
+    """Return what weights may take in addition so that the run fits on `gpu` with its whole error band.
+
+    The upper end of the band grows in proportion to what is reserved.
+    """
+    figures = estimate.predicted
+    return max(0, headroom_bytes(estimate, gpu) * figures.reserved_bytes // figures.reserved_high_bytes)
+
+
 def headroom_bytes(estimate: Estimate, gpu: Gpu) -> int:
     """Return the usable bytes left at the upper end of the error band; a run fits unless it is negative."""
     return gpu.usable_bytes - estimate.predicted.process_high_bytes

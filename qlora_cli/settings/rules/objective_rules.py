@@ -71,6 +71,12 @@ def _loop_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str,
         "the rows that calibrate a base have one answer",
         "Calibrate the base first, on answers: qlora load MODEL --calibrate DATA --save DIR",
     )
+    yield (
+        "training.memory_budget",
+        training.memory_budget is not None,
+        "the rows that it is spent by have one answer",
+        "Choose the layers first, by answers: qlora load MODEL --error-on DATA --memory-budget SIZE --save DIR",
+    )
 
 
 def _baseline_problems(training: TrainingSettings) -> Iterator[tuple[str, bool, str, str]]:

@@ -17,7 +17,7 @@ from qlora_cli.settings.setting_metadata import (
     Metadata,
     OnResume,
 )
-from qlora_cli.settings.values import WHERE_CHEAP, CheckpointingSwitch, NameList, SwitchOrFile, Texts
+from qlora_cli.settings.values import WHERE_CHEAP, CheckpointingSwitch, NameList, NumBytes, SwitchOrFile, Texts
 
 TIMED = (Command.TRAIN, Command.INSPECT_MEMORY)
 
@@ -164,6 +164,14 @@ class TrainingSettings(Section):
         ge=1,
         description="Tokens of the rows for --calibrate and --lora-init calibrated; by default 8 for each feature of "
         "the widest layer.",
+    )
+    memory_budget: Annotated[
+        NumBytes | None,
+        Metadata(flag="--memory-budget", group=HelpGroup.MEMORY, affects_memory=True, metavar="SIZE"),
+    ] = Field(
+        default=None,
+        description="What the run may take of the GPU, such as 20GiB. Layers stay in 16 bit as far as the plan leaves "
+        "some of it, those first that cost predictions on the rows most for their bytes, which is measured.",
     )
     gradient_checkpointing: Annotated[
         CheckpointingSwitch,

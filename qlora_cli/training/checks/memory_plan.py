@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from qlora_cli.calibrating.precision_budget import SKIPPED
 from qlora_cli.data.feeding.prepare import TrainingData
 from qlora_cli.errors import OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, Reporter
@@ -10,12 +11,15 @@ from qlora_cli.memory.estimator import Estimator
 from qlora_cli.memory.fitting.division import MICRO_BATCH, MICRO_BATCH_TOKENS, changes_results, is_given
 from qlora_cli.memory.fitting.method_choice import choose_method, describe_choice
 from qlora_cli.memory.fitting.plan import CHECKPOINTING, KEPT, best_option
+from qlora_cli.memory.gpus import Gpu, within_budget
 from qlora_cli.memory.run_batches import StepRows
 from qlora_cli.model_files.model_config import balances_experts
+from qlora_cli.runs.run_result import KeptLayers
 from qlora_cli.settings.choices import quant_flag
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.open_method import LEFT_OPEN, METHOD, is_method_open
 from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.rules.conflicts_calibrating import BUDGET
 from qlora_cli.settings.settle import InferredSettings, inferred_origin, settle
 from qlora_cli.settings.value_sources import Origin
 from qlora_cli.training.batches import average_step
@@ -32,6 +36,7 @@ from qlora_cli.training.resuming.resume import Resume
 ACCUMULATION = "training.gradient_accumulation_steps"
 FITS = inferred_origin("training.auto_micro_batch")  # the micro-batch that fits
 PLANNED = inferred_origin("the plan for this GPU")  # what is fastest among what fits
+MEASURED = inferred_origin(BUDGET)  # what costs predictions most, quantized
 
 
 def decided(
@@ -45,11 +50,30 @@ def inferred_from_resume(asked: Resolved[TrainSettings], resume: Resume | None) 
     """Return what was planned of the earlier run, or fitted there: how its base is stored, and its micro-batch."""
     if resume is None:
         return []
+    inferred = [*_inferred_layers(asked, resume), *_inferred_micro_batch(asked, resume)]
     method = resume.record.setting(METHOD)
     if is_method_open(asked) and isinstance(method, str):
-        stored = InferredSettings(values={METHOD: method}, origin=PLANNED)
-        return [stored, *_inferred_micro_batch(asked, resume)]
-    return _inferred_micro_batch(asked, resume)
+        return [InferredSettings(values={METHOD: method}, origin=PLANNED), *inferred]
+    return inferred
+
+
+def has_spent_budget(settings: TrainSettings, resume: Resume | None) -> bool:
+    """Return whether the earlier run had the same memory budget, so that what it was spent on is known."""
+    budget = settings.training.memory_budget
+    return resume is not None and budget is not None and resume.record.setting(BUDGET) == budget
+
+
+def _inferred_layers(asked: Resolved[TrainSettings], resume: Resume) -> list[InferredSettings]:
+    """Return the layers that the earlier run kept unquantized within the same memory budget."""
+    kept = KeptLayers.of_run(resume.record) if has_spent_budget(asked.settings, resume) else None
+    if kept is None:
+        return []
+    return [InferredSettings(values=with_skipped(asked.settings, kept), origin=MEASURED, is_fixed=True)]
+
+
+def with_skipped(settings: TrainSettings, kept: KeptLayers) -> dict[str, object]:
+    """Return the setting of layers that stay unquantized, with those that are kept in addition."""
+    return {SKIPPED: (*(settings.quantization.skip_modules or ()), *kept.modules)}
 
 
 def _inferred_micro_batch(asked: Resolved[TrainSettings], resume: Resume) -> list[InferredSettings]:
@@ -84,7 +108,7 @@ def choose_storage(
 
     The provisional method stays without a GPU, and where no memory can be predicted.
     """
-    gpu, settings = current_gpu(load_plan), resolved.settings
+    gpu, settings = _gpu_of_run(load_plan, resolved), resolved.settings
     provisional = quant_flag([settings.quantization.method])
     if gpu is None:
         reporter.report(Noted(message=f"{LEFT_OPEN.where} is {provisional}: without a GPU, nothing says what fits"))
@@ -93,7 +117,7 @@ def choose_storage(
     step_rows = _open_rows(resolved, load_plan, rows, None)
     try:
         choice = choose_method(
-            as_asked(settings, load_plan, _longest_row(settings, rows)),
+            as_asked(settings, load_plan, longest_row(settings, rows)),
             gpu,
             lambda run, gpu: best_option(run, gpu, predict, find_products, step_rows),
             contained(estimator.resident_bytes),
@@ -104,6 +128,12 @@ def choose_storage(
         return resolved
     reporter.report(Noted(message=f"planned: {describe_choice(choice)}"))
     return decided(resolved, {METHOD: choice.method}, PLANNED)
+
+
+def _gpu_of_run(load_plan: LoadPlan, resolved: Resolved[TrainSettings]) -> Gpu | None:
+    """Return the GPU of a run, with no more memory than its budget; None for a run on the CPU."""
+    gpu = current_gpu(load_plan)
+    return None if gpu is None else within_budget(gpu, resolved.settings.training.memory_budget)
 
 
 def _planned_tokens(asked: Resolved[TrainSettings], resume: Resume) -> int | None:
@@ -140,7 +170,7 @@ def plan_memory(
 
     `may_fill`: micro-batches may be filled with several rows.
     """
-    gpu = current_gpu(load_plan)
+    gpu = _gpu_of_run(load_plan, resolved)
     if gpu is None:
         return resolved, None
     outlook = check_memory(
@@ -148,7 +178,7 @@ def plan_memory(
         load_plan,
         gpu,
         reporter,
-        longest_row_tokens=_longest_row(resolved.settings, rows),
+        longest_row_tokens=longest_row(resolved.settings, rows),
         force=force,
         estimator=estimator,
         earlier=_earlier_plan(resume),
@@ -159,7 +189,7 @@ def plan_memory(
     return resolved, outlook
 
 
-def _longest_row(settings: TrainSettings, data: TrainingData) -> int:
+def longest_row(settings: TrainSettings, data: TrainingData) -> int:
     """Return the tokens of the longest row, trained or held out."""
     if settings.data.streaming:  # later rows may be longer than the first
         return settings.data.max_length

@@ -105,6 +105,8 @@ def _facts(prepared: PreparedRun, trained: TrainedSteps) -> Iterator[tuple[str, 
         wanted, unwanted = training.desirable_weight, training.undesirable_weight
         weights = f", weights {wanted:g} (wanted) and {unwanted:g} (not)" if (wanted, unwanted) != (1, 1) else ""
         yield "objective", f"{training.objective.value}, beta {training.beta:g}{weights}{compared}"
+    if (kept := prepared.plan.kept_layers) is not None:
+        yield "base", kept.sentence
     data = (("trained on", prepared.train_data), ("held out", prepared.eval_data))
     for what, report in ((what, one.report) for what, one in data if one is not None):
         names = ", ".join(f"`{public_name(name)}`" for name in report.name.split(", "))

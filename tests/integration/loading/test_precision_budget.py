@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 from typer.testing import CliRunner
 
 from qlora_cli.calibrating.calibration import calibrate_on
-from qlora_cli.calibrating.divergence_parts import LayerPart, extra_bytes, parts_of_divergence
+from qlora_cli.calibrating.divergence_parts import LayerPart, parts_of_divergence
 from qlora_cli.calibrating.precision_budget import check_budget, choose, keep_precision
 from qlora_cli.calibrating.prediction_error import (
     UnquantizedPredictions,
@@ -77,12 +77,12 @@ def demo(base_model: Path) -> Case:
 def test_the_parts_of_all_layers_add_up_to_the_divergence(demo: Case) -> None:
     mean_kl, parts = parts_of_divergence(demo.load(), demo.load_plan, demo.chosen_by)
     assert mean_kl == pytest.approx(measure_prediction_error(demo.load(), demo.chosen_by).mean_kl, rel=1e-3)
-    assert {part.name for part in parts} == set(extra_bytes(demo.load_plan))
+    assert {part.name for part in parts} == set(demo.load_plan.layout.extra_bytes)
     assert sum(part.mean_kl for part in parts) == pytest.approx(mean_kl, rel=0.15)
 
 
 def test_more_memory_brings_predictions_on_other_rows_nearer(demo: Case) -> None:
-    whole = sum(extra_bytes(demo.load_plan).values())
+    whole = sum(demo.load_plan.layout.extra_bytes.values())
     shares = (0.0, 0.2, 0.5, 0.9)
     divergences = [demo.mean_kl(demo.kept(int(share * whole))) for share in shares]
     assert divergences == sorted(divergences, reverse=True)
@@ -90,7 +90,7 @@ def test_more_memory_brings_predictions_on_other_rows_nearer(demo: Case) -> None
 
 
 def test_what_is_chosen_is_worth_more_than_as_many_bytes_of_any_layers(demo: Case) -> None:
-    extra = extra_bytes(demo.load_plan)
+    extra = demo.load_plan.layout.extra_bytes
     spare = sum(extra.values()) // 4
     chosen = demo.mean_kl(demo.kept(spare))
     others = []
@@ -104,7 +104,7 @@ def test_what_is_chosen_is_worth_more_than_as_many_bytes_of_any_layers(demo: Cas
 
 
 def test_the_model_is_the_one_that_is_loaded_with_these_layers_skipped(demo: Case, tmp_path: Path) -> None:
-    spare = sum(extra_bytes(demo.load_plan).values()) // 4
+    spare = sum(demo.load_plan.layout.extra_bytes.values()) // 4
     budget = demo.quantized_bytes + spare
     kept, figures = keep_precision(demo.load(), demo.load_plan, demo.chosen_by, budget, Recorder())
     assert 0 < figures.extra_bytes <= spare
@@ -127,7 +127,7 @@ def test_the_codes_of_a_calibration_stay_in_the_other_layers(base_model: Path) -
     codes = calibrate_on(DATA, load_plan, Recorder(), num_tokens=2000)
     loaded = load_planned(load_plan, Recorder(), calibrated=codes)
     one, other = predict_unquantized(load_plan, DATA, Recorder(), num_tokens=400, num_halves=2).halves()
-    before = {name: held(loaded, name) for name in extra_bytes(load_plan)}
+    before = {name: held(loaded, name) for name in load_plan.layout.extra_bytes}
     without = measure_prediction_error(loaded, other).mean_kl
     budget = load_plan.layout.inventory.total_bytes + 2 * MIB
     kept, figures = keep_precision(loaded, load_plan, one, budget, Recorder())
@@ -149,7 +149,7 @@ def held(loaded: LoadedModel, name: str) -> torch.Tensor:
 def test_other_families_and_methods_keep_layers_as_they_were(tmp_path: Path, family: str, method: str) -> None:
     base = save_model(tmp_path / family, family, vocab_size=ROWS)
     case = case_of(base, 300, quantization__method=method)
-    extra = extra_bytes(case.load_plan)
+    extra = case.load_plan.layout.extra_bytes
     kept = case.kept(sum(extra.values()) // 2)
     exact = load(base, model__dtype="fp32", quantization__method="none").base
     names = [name for name in extra if kept.layout.unquantized.get(name) == "as asked"]
@@ -174,7 +174,7 @@ def test_the_part_of_experts_is_that_of_their_gradient(tmp_path: Path, family: s
     case = case_of(save_moe(tmp_path / family, family), 300)
     exact, experts = case.chosen_by, case.load_plan.layout.experts
     parts = {part.name: part.mean_kl for part in parts_of_divergence(case.load(), case.load_plan, exact)[1]}
-    assert parts.keys() == set(extra_bytes(case.load_plan)) > set(experts)
+    assert parts.keys() == set(case.load_plan.layout.extra_bytes) > set(experts)
     loaded = case.load()
     for name in experts:  # as plain trainable weights, whose gradients PyTorch accumulates
         owner, _, leaf = name.rpartition(".")
@@ -194,7 +194,7 @@ def test_the_part_of_experts_is_that_of_their_gradient(tmp_path: Path, family: s
 def test_experts_of_single_layers_stay_unquantized_as_if_loaded_so(tmp_path: Path) -> None:
     base = save_moe(tmp_path / "qwen3_moe", "qwen3_moe")
     case = case_of(base, 300)
-    extra, experts = extra_bytes(case.load_plan), case.load_plan.layout.experts
+    extra, experts = case.load_plan.layout.extra_bytes, case.load_plan.layout.experts
     smallest = min(extra[name] for name in experts)
     kept = case.kept(smallest + sum(size for name, size in extra.items() if name not in experts))
     assert 0 < len(set(experts) & kept.layout.unquantized.keys()) < len(experts)
@@ -227,7 +227,7 @@ def test_a_choice_fits_and_leaves_nothing_out_that_would(parts: list[LayerPart],
 
 
 def test_a_budget_that_leaves_no_choice_is_refused_before_weights_are_read(demo: Case) -> None:
-    whole = demo.quantized_bytes + sum(extra_bytes(demo.load_plan).values())
+    whole = demo.quantized_bytes + sum(demo.load_plan.layout.extra_bytes.values())
     with pytest.raises(ModelError, match="takes with every layer quantized"):
         check_budget(demo.quantized_bytes - 1, demo.load_plan)
     with pytest.raises(ModelError, match="suffice for every layer"):

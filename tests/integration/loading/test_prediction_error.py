@@ -29,7 +29,7 @@ DATA = (f"{ASSETS / 'held_out.jsonl'}#12",)
 
 def measured(model: Path, *, calibrate_first: bool = False, **flags: object) -> PredictionError:
     load_plan = plan_load(asked_load(model, **flags), Recorder())
-    check_comparable(load_plan)
+    check_comparable(load_plan, "load.error_on")
     codes = calibrate_on((f"{ASSETS / 'train.jsonl'}#60",), load_plan, Recorder()) if calibrate_first else None
     loaded = load_planned(load_plan, Recorder(), calibrated=codes)
     return measure_prediction_error(loaded, predict_unquantized(load_plan, DATA, Recorder()))

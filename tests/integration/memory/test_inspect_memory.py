@@ -17,6 +17,7 @@ from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.memory.model_facts import ModelFacts
 from qlora_cli.settings.choices import Attention
 from qlora_cli.settings.models import EstimateDataSettings, EstimateSettings, ModelSettings, TrainingSettings
+from qlora_cli.units import MIB
 from tests.conftest import RunQlora
 from tests.support.models.predictions import leave_out_catalogue
 from tests.support.processes.hub_server import COMMIT, Hub, Repo
@@ -344,6 +345,17 @@ def test_every_flag_changes_the_prediction(
     )
     if less is not None:
         assert changed["components"][less] < base["components"][less]
+
+
+def test_a_budget_bounds_the_card_and_says_what_it_leaves_for_layers_in_16_bit(
+    config: Path, alone: dict[str, str]
+) -> None:
+    result = asked(config, alone, "--memory-budget", "1000MiB", "--set", "quantization.skip_modules=mlp,k_proj")
+    spare, (fits,) = result["spare"], result["fits"]
+    assert fits["usable_bytes"] == spare["budget_bytes"] == 1000 * MIB
+    assert 0 < spare["spare_bytes"] <= fits["usable_bytes"] - fits["process_high_bytes"]
+    assert spare["num_layers"] == 4 * 3  # q_proj, v_proj and o_proj
+    assert 0 < spare["extra_bytes"] == spare["process_bytes"] - result["predicted"]["process_bytes"]
 
 
 def test_the_answer_for_several_gpus_says_what_is_of_each_and_what_of_all(config: Path, alone: dict[str, str]) -> None:

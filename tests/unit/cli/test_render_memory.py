@@ -21,8 +21,6 @@ from qlora_cli.memory.bands import process_band, verdict
 from qlora_cli.memory.gpus import GPUS, Gpu, find_gpu
 from qlora_cli.memory.prediction import (
     DataSummary,
-    FittingModel,
-    LargerModel,
     MemoryReport,
     Plan,
     PlanOption,
@@ -31,6 +29,7 @@ from qlora_cli.memory.prediction import (
     Sharding,
     Solution,
 )
+from qlora_cli.memory.report_parts import FittingModel, LargerModel, SpareMemory
 from qlora_cli.settings.choices import Checkpointing
 from qlora_cli.units import GIB, MIB
 from tests.support.models.predictions import (
@@ -636,3 +635,25 @@ def test_a_swept_run_is_judged_like_the_run_itself() -> None:
         (RTX_4090.usable_bytes, "yes"),
     ):
         assert verdict(REPORT, point, usable) == expected
+
+
+@pytest.mark.parametrize(
+    ("spare_bytes", "says"),
+    [
+        (0, "The budget of 20.0 GiB leaves nothing for layers in 16 bit."),
+        (3 * GIB, "leaves 3.00 GiB for layers in 16 bit; all 224 quantized layers would take 11.00 more"),
+        (12 * GIB, "The budget of 20.0 GiB suffices for all 224 quantized layers in 16 bit: use --quant none."),
+    ],
+)
+def test_what_a_budget_leaves_is_part_of_the_answer(
+    spare_bytes: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spare = SpareMemory(
+        budget_bytes=20 * GIB,
+        spare_bytes=spare_bytes,
+        process_bytes=19 * GIB,
+        num_layers=224,
+        extra_bytes=11 * GIB,
+    )
+    render_memory(replace(REPORT, fits=(fit(RTX_4090, 9 * GIB, 10 * GIB),), spare=spare), [RTX_4090])
+    assert says in " ".join(capsys.readouterr().out.split())

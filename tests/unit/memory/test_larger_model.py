@@ -7,7 +7,7 @@ import pytest
 from qlora_cli.memory.catalogue import find_in_catalogue
 from qlora_cli.memory.fitting.alternatives import CLEARLY_LARGER, larger_model
 from qlora_cli.memory.gpus import AMPERE, GPUS, Gpu, classes, find_gpu
-from qlora_cli.memory.prediction import LargerModel
+from qlora_cli.memory.report_parts import LargerModel
 from qlora_cli.settings.files.preset_files import presets
 
 BILLION = 10**9

@@ -8,7 +8,8 @@ from qlora_cli.errors import ModelError
 from qlora_cli.memory.catalogue import CatalogueModel, catalogue, find_in_catalogue
 from qlora_cli.memory.fitting.alternatives import MAX_PREDICTIONS, SLOW_TO_PREDICT, largest_model, stored_bytes
 from qlora_cli.memory.gpus import Gpu, find_gpu
-from qlora_cli.memory.prediction import Estimate, FittingModel
+from qlora_cli.memory.prediction import Estimate
+from qlora_cli.memory.report_parts import FittingModel
 from qlora_cli.settings.models import EstimateSettings
 from qlora_cli.units import GIB
 from tests.unit.memory.test_fitting import estimate

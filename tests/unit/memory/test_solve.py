@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qlora_cli.errors import ModelError, UsageError
-from qlora_cli.memory.fitting.solver import SETTINGS, Point, search_between, solve, sweep, with_value
+from qlora_cli.memory.fitting.solver import SETTINGS, Point, search_between, solve, spare_bytes, sweep, with_value
 from qlora_cli.memory.gpus import Gpu
 from qlora_cli.memory.prediction import COMPONENTS, Components, Estimate, Figures
 from qlora_cli.settings.models import EstimateSettings
@@ -89,6 +89,18 @@ def candidates(setting: str, most: int | None) -> list[int]:
     if setting == "max-length":
         return list(range(64, (most or 2**17) + 1, 64))
     return list(range(1, 1025)) if setting == "micro-batch-size" else [1, 2, 4, *range(8, 4097, 8)]
+
+
+def test_what_is_spare_fits_with_its_own_share_of_the_band() -> None:
+    used = 10 * GIB
+    spare = spare_bytes(Counting(lambda _: used)(SETTINGS_ASKED, CARD), CARD)
+    assert spare > 12 * GIB
+
+    def high_with(more: int) -> int:
+        return Counting(lambda _: used + more)(SETTINGS_ASKED, CARD).predicted.process_high_bytes
+
+    assert high_with(spare) <= CARD.usable_bytes < high_with(spare + 2)
+    assert spare_bytes(Counting(lambda _: 24 * GIB)(SETTINGS_ASKED, CARD), CARD) == 0
 
 
 @pytest.mark.parametrize("usable_gib", [5, 7, 12, 24, 80, 180])

@@ -38,6 +38,7 @@ def problems(values: dict[str, str], kind: type[LoadSettings] = TrainSettings) -
         ("training.neftune_noise_alpha", "5", "the noise would differ"),
         ("training.torch_compile", "true", "compiled layers were not tried"),
         ("training.calibrate", "true", "the rows that calibrate a base have one answer"),
+        ("training.memory_budget", "20GiB", "the rows that it is spent by have one answer"),
         ("data.packing", "true", "an answer is compared as a whole"),
         ("data.streaming", "true", "its rows are read before the first step"),
         ("data.loss_on", "all", "answers are compared, and prompts are not"),
@@ -249,3 +250,21 @@ def test_a_prediction_refuses_what_a_sharded_base_can_not_be_used_with() -> None
     assert problems(sharded, InspectMemorySettings) == []
     (problem,) = problems({**sharded, "lora.use_dora": "true"}, InspectMemorySettings)
     assert "lora.use_dora" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training.num_gpus": "2"}, "is spent by one process, and --num-gpus starts several"),
+        ({"training.calibrate": "true"}, "can't be used with --calibrate"),
+        ({"quantization.method": "none"}, "is spent on layers in 16 bit, as all are with --quant none"),
+        ({"data.streaming": "true", "training.max_steps": "5"}, "data.streaming reads none before the first step"),
+    ],
+    ids=str,
+)
+def test_a_memory_budget_needs_layers_to_choose_and_rows_to_choose_by(values: dict[str, str], message: str) -> None:
+    (problem,) = problems({**values, "training.memory_budget": "20GiB"})
+    assert problem.where.startswith("--training.memory_budget")
+    assert message in problem.message
+    assert problems(values) == []
+    assert problems({"training.memory_budget": "20GiB", "quantization.method": "auto"}) == []
