@@ -23,6 +23,8 @@ OPTIONS = (
     *("--disable-component-update", "--disable-sync", "--disable-quic", "--hide-scrollbars"),
     "--force-color-profile=srgb",
 )
+# Without them, a picture that is taken on a busy machine may have parts that are not drawn yet.
+ALL_IS_DRAWN = ("--run-all-compositor-stages-before-draw", "--virtual-time-budget=10000")
 DARK_SCHEME = "--blink-settings=preferredColorScheme=0"
 CSP = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>\n')
 
@@ -58,7 +60,7 @@ class Browser:
         """Return the visible pixels, `(height, width, 3)`."""
         path = self.folder / "screenshot.png"
         path.unlink(missing_ok=True)
-        self.open(address, f"--window-size={width},{height}", f"--screenshot={path}", *options)
+        self.open(address, f"--window-size={width},{height}", f"--screenshot={path}", *ALL_IS_DRAWN, *options)
         pixels = np.round(255 * imread(path)[..., :3]).astype(np.int16)
         assert pixels.shape == (height, width, 3)
         return pixels
