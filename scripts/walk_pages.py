@@ -53,7 +53,7 @@ SKIPPED: Mapping[str, str] = {
     r"--tasks": "lm-eval and its data sets",
     r"--report-to tensorboard": "an optional package",
     r"use_liger_kernel": "kernels for GPUs",
-    r"--optimizer paged_|configs/paper": "a GPU",
+    r"--optimizer paged_|--config llama-7b\.yaml": "a GPU",
 }
 # What stands for a model or data set of the hub, and what keeps a run short.
 REPLACED: Mapping[str, str] = {
@@ -64,7 +64,7 @@ REPLACED: Mapping[str, str] = {
     r"owner/name": "./my-set",
     r"step-400": "step-20",
     r"\.jsonl#500": f".jsonl#{NUM_ROWS}",
-    r"(qlora train --preset \S+)": r"\1 --model base",
+    r"(qlora (?:train|inspect-data) --preset \S+)": r"\1 --model base",
     r"(qlora train )(?!.*(--max-steps|--dry-run))": rf"\1--max-steps {NUM_STEPS} ",
     r"(qlora tune )(?!.*--dry-run)": rf"\1--trial-steps {NUM_STEPS} ",
 }
@@ -163,7 +163,7 @@ class Given:
 
     def lock(self, path: Path) -> None:
         """Write the file as the page says in words."""
-        command = 'qlora inspect-memory "$MODEL" --config configs/ci.yaml --gpu "RTX 4090" --write-lock'
+        command = 'qlora inspect-memory "$MODEL" --config ci.yaml --gpu "RTX 4090" --write-lock'
         done = run(f"{command} {path.name}", path.parent)
         assert done.returncode == 0, done.stdout
 

@@ -3,21 +3,24 @@
 from collections.abc import Mapping
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "inspect-data": ("--dataset train.jsonl --model ./my-model", "--config configs/demo.yaml --html page.html"),
+    "inspect-data": (
+        "--dataset train.jsonl --model ./my-model",
+        "--preset qwen3-8b-24gb --dataset train.jsonl --html page.html",
+    ),
     "inspect-memory": (
         'llama-3.1-8b --gpu "RTX 4090" --max-length 4096',
-        "Qwen/Qwen3-8B --config configs/llama-3.1-8b-24gb.yaml --gpu 24GB --solve max-length --solve rank",
+        "--preset qwen3-8b-24gb --gpu 24GB --solve max-length --solve rank",
         "./base --sweep max-length=512..32768 micro-batch-size=1..8 --plot memory.png",
     ),
     "load": ("meta-llama/Llama-3.1-8B", "./my-model --save ./my-model-nf4 --error"),
-    "presets": ("", "--json"),
+    "presets": ("", "llama-3.1-8b-24gb > llama.yaml"),
     "train": (
         "--model ./my-model --dataset train.jsonl --output runs/first",
-        "--config configs/llama-3.1-8b-24gb.yaml --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",
+        "--preset llama-3.1-8b-24gb --dataset train.jsonl --eval-split 2% --output runs/llama --dry-run",
     ),
     "tune": (
         "--model ./my-model --dataset train.jsonl --eval-split 5% --output runs/tune",
-        "--config configs/demo.yaml --output runs/tune --learning-rates 1e-4,3e-4,1e-3 --dry-run",
+        "--preset qwen3-8b-24gb --dataset train.jsonl --eval-split 5% --output runs/tune --dry-run",
     ),
     "merge": (
         "runs/llama-8b",
@@ -33,6 +36,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "runs list": ("", "runs/sweep --json"),
     "runs show": ("runs/llama-8b --html run.html",),
     "migrate": ("axolotl.yaml > qlora.yaml",),
-    "config show": ("--config configs/demo.yaml --rank 8", "merge runs/demo --format nf4"),
+    "config show": ("--preset qwen3-8b-24gb --rank 8", "merge runs/demo --format nf4"),
     "config schema": ("> schema.json",),
 }

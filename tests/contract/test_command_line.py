@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from qlora_cli.demo.demonstration import DEMO_SETTINGS
 from qlora_cli.quantization.load_report import LoadReport
 from qlora_cli.runs.checkpoints import damage_of
 from qlora_cli.runs.run_result import TrainPlan, TrainResult
+from qlora_cli.settings.files.preset_files import preset_file
+from qlora_cli.settings.models import TrainSettings
+from qlora_cli.settings.resolve import Sources, resolve
 from tests.conftest import RunQlora, write_jsonl
 from tests.support.processes.forks import end_of, start_command, start_on_terminal
 from tests.support.processes.light_commands import LightQlora
@@ -402,12 +405,24 @@ def test_libraries_say_nothing_when_they_are_imported_and_no_environment_is_need
     assert done.stderr.startswith("40 is imported\n")
 
 
-def test_presets_are_listed_without_torch_and_a_wrong_name_is_answered(light_qlora: LightQlora) -> None:
+def test_presets_are_listed_and_written_without_torch_and_a_wrong_name_is_answered(
+    light_qlora: LightQlora, tmp_path: Path
+) -> None:
     listed = light_qlora("presets", "--json")
     assert (listed.code, listed.heavy, listed.stderr) == (0, [], "")
     entries = json.loads(listed.stdout)["presets"]
     shown = light_qlora("presets")
     assert [entry["name"] for entry in entries if entry["name"] not in shown.stdout] == []
+    file = tmp_path / "my.yaml"
+    file.write_text(light_qlora("presets", "qwen3-8b-24gb").stdout, encoding="utf-8")
+    sources = (Sources(config=file), Sources(preset=preset_file("qwen3-8b-24gb")))
+    flags = {"data.dataset": ("--dataset", "train.jsonl"), "output.directory": ("--output", "run")}
+    written, own = (resolve(replace(one, flags=flags), TrainSettings).settings for one in sources)
+    assert written == own
+    of_one = json.loads(light_qlora("presets", "qwen3-8b-24gb", "--json").stdout)
+    assert ([one["name"] for one in of_one["presets"]], of_one["settings"]) == (["qwen3-8b-24gb"], file.read_text())
+    none = light_qlora("presets", "qwen3-8b-25gb")
+    assert (none.code, "qwen3-8b-24gb" in none.stderr) == (2, True)
     wrong = light_qlora("train", "--preset", "qwen3-8b-25gb", "--dataset", "x.jsonl", "--output", "y")
     assert (wrong.code, wrong.heavy, wrong.stdout) == (2, [], "")
     assert "qwen3-8b-24gb" in wrong.stderr

@@ -68,6 +68,7 @@ REFERENCE = ROOT / "docs" / "reference"
 
 
 COMMANDS = sorted({line.split(" > ")[0] for page in PAGES for line in code_lines(page) if line.startswith("qlora ")})
+SHOWN_FILE = re.compile(r"^```yaml\n# ([\w.-]+\.yaml)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = [
     (page, block)
     for page in PAGES
@@ -101,10 +102,24 @@ def test_there_are_commands_and_examples_to_check() -> None:
     assert len(PYTHON) >= 2
 
 
+@pytest.fixture(scope="module")
+def of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the settings files that pages show, of the clone, and what they say is to be downloaded."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for page in PAGES:
+        for name, text in SHOWN_FILE.findall(page.read_text(encoding="utf-8")):
+            (folder / name).write_text(text, encoding="utf-8")
+    for file in (ROOT / "configs" / "paper").iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_documented_command_parses_with_valid_values(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Settings files are read: a page names those that are shipped.
-    monkeypatch.chdir(ROOT)
+def test_every_documented_command_parses_with_valid_values(
+    line: str, of_a_reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(of_a_reader)  # settings files are read
     arguments = shlex.split(line, comments=True)[1:]
     context = parse(typer.main.get_command(app), arguments)
     if "assignments" in context.params:
@@ -153,6 +168,12 @@ def test_local_links_and_paths_lead_somewhere() -> None:
         for path in re.findall(r"`((?:qlora_cli|configs|tests|scripts|benchmarks|docs)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{page}: {path}"
     assert links >= 15
+
+
+def test_no_command_names_a_settings_file_that_a_wheel_does_not_have() -> None:
+    of_the_clone = {ROOT / "docs" / "tutorial" / "first-fine-tune.md"}
+    pages = {page: re.findall(r"^.*\bqlora .*--config configs/.*$", page.read_text("utf-8"), re.M) for page in PAGES}
+    assert {page for page, commands in pages.items() if commands} == of_the_clone
 
 
 DATA = (DataReport, DataInspection, BatchSummary, Trouble, Bar, RowPreview, TokenPiece)

@@ -87,6 +87,9 @@ def test_every_command_about_runs_and_models_says_what_is_next(trained: dict[str
         ("config", "show", "merge"): ["qlora merge with the same flags"],
         ("config", "show", "--rank", "8"): ["qlora train with the same flags"],
         ("presets",): ["qlora train --preset NAME --dataset FILE --output DIRECTORY"],
+        ("presets", "qwen3-8b-24gb"): [
+            "save and edit it, then qlora train --config FILE --dataset DATA --output DIRECTORY"
+        ],
     }
     for arguments, steps in expected.items():
         done = run_qlora(*arguments)
