@@ -30,7 +30,7 @@ from qlora_cli.ranks.group import ALONE, ProcessGroup
 from qlora_cli.runs.run_result import KeptLayers, TrainPlan, TrainResult
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.objectives import Objective
-from qlora_cli.settings.open_method import METHOD, is_method_open, with_provisional_method
+from qlora_cli.settings.open_method import is_method_open, with_provisional_method
 from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.settle import inferred_origin
 from qlora_cli.training.arguments import check_hardware, resolve_checkpointing, save_interval
@@ -39,7 +39,7 @@ from qlora_cli.training.callbacks.step_timer import Forecast
 from qlora_cli.training.checks.adapter_outline import check_space, disk_bytes, sizes_of
 from qlora_cli.training.checks.checks_before_data import check_before_data, with_data_errors
 from qlora_cli.training.checks.input_checks import check_train_inputs
-from qlora_cli.training.checks.kept_layers import keep_layers, planned_memory
+from qlora_cli.training.checks.kept_layers import is_budget_open, keep_layers
 from qlora_cli.training.checks.memory_plan import (
     ACCUMULATION,
     FITS,
@@ -47,9 +47,7 @@ from qlora_cli.training.checks.memory_plan import (
     PLANNED,
     choose_storage,
     decided,
-    has_spent_budget,
     inferred_from_resume,
-    longest_row,
     plan_memory,
     with_skipped,
 )
@@ -172,14 +170,9 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
         check_hardware(resolved.settings.quantization, resolved.settings.training, load_plan.device)
     planned, outlook = plan_memory(resolved, load_plan, rows, reporter, resume, force=force, estimator=estimator)
     kept = None if resume is None else KeptLayers.of_run(resume.record)
-    if resolved.settings.training.memory_budget is not None and not has_spent_budget(resolved.settings, resume):
+    if is_budget_open(resolved.settings, load_plan, resume):
         estimator = estimator or estimator_of(resolved.settings, load_plan)
-        room = planned_memory(
-            resolved.settings, load_plan, outlook, estimator, longest_row=longest_row(settings, rows)
-        )
-        kept = keep_layers(
-            resolved.settings, load_plan, rows, room, reporter, is_method_planned=resolved.origin_of(METHOD) == PLANNED
-        )
+        kept = keep_layers(resolved, load_plan, rows, outlook, estimator, reporter)
         if kept is not None:
             resolved = decided(resolved, with_skipped(resolved.settings, kept), MEASURED)
             load_plan = with_storage(load_plan, model.outline, resolved.settings)

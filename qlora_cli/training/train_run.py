@@ -106,9 +106,11 @@ def train(
     if (done := group.exchange(result)[0]) is not None:
         return _already_done(resolved.settings, done, reporter, group)
     with without_launcher(), determinism(resolved.settings.training):
+        kept = None
         if resolved.settings.training.calibrate:
-            resolved = with_calibrated_base(resolved, reporter, force=force)
-        return _train_settled(_settle_together(resolved, reporter, force=force, group=group), reporter, group)
+            resolved, kept = with_calibrated_base(resolved, reporter, force=force)
+        settled = _settle_together(resolved, reporter, force=force, group=group)
+        return _train_settled(replace(settled, kept=kept or settled.kept), reporter, group)
 
 
 def _settle_together(

@@ -34,9 +34,6 @@ def _budget_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
     how = "qlora load MODEL --error-on DATA --memory-budget SIZE --save DIR"
     if training.num_gpus > 1:
         yield BUDGET, "is spent by one process, and --num-gpus starts several", f"Choose the layers first: {how}"
-    if training.calibrate:
-        message = "can't be used with --calibrate: codes and layers are chosen in two steps"
-        yield BUDGET, message, f"Make the base first: {how} --calibrate DATA"
     if method == UNQUANTIZED_METHOD:
         hint = f"Leave one of them out, or use {quant_flag(LEAST_FIRST[1:])}."
         yield BUDGET, f"is spent on layers in 16 bit, as all are with {quant_flag([method])}", hint

@@ -31,9 +31,13 @@ from qlora_cli.memory.host_run import on_cpu
 from qlora_cli.memory.prediction import Estimate
 from qlora_cli.runs.run_result import KeptLayers
 from qlora_cli.settings.models import EstimateSettings, TrainSettings
+from qlora_cli.settings.open_method import METHOD
+from qlora_cli.settings.resolve import Resolved
 from qlora_cli.settings.rules.conflicts_calibrating import BUDGET
 from qlora_cli.settings.settle import with_settings
+from qlora_cli.training.checks.memory_plan import PLANNED, has_spent_budget, longest_row
 from qlora_cli.training.checks.predicted_memory import Outlook, as_asked, contained
+from qlora_cli.training.resuming.resume import Resume
 from qlora_cli.units import counted, format_bytes
 
 MAX_CHOICES = 6  # that are predicted, until one fits and is near to the largest that does
@@ -71,14 +75,19 @@ def planned_memory(
     )
 
 
+def is_budget_open(settings: TrainSettings, load_plan: LoadPlan, resume: Resume | None) -> bool:
+    """Return whether there is a memory budget that was not spent yet, by an earlier run or on the run's own base."""
+    has_own_base = settings.training.calibrate and load_plan.layout.prequantized is not None
+    return settings.training.memory_budget is not None and not has_own_base and not has_spent_budget(settings, resume)
+
+
 def keep_layers(
-    settings: TrainSettings,
+    resolved: Resolved[TrainSettings],
     load_plan: LoadPlan,
     rows: TrainingData,
-    planned: PlannedMemory,
+    outlook: Outlook | None,
+    estimator: Estimator,
     reporter: Reporter,
-    *,
-    is_method_planned: bool,
 ) -> KeptLayers | None:
     """Return the layers to keep unquantized; None if nothing is quantized, or nothing is left for them.
 
@@ -90,6 +99,9 @@ def keep_layers(
     if load_plan.layout.prequantized is None and not load_plan.layout.is_quantized:
         return None  # as `--quant auto` chose
     check_comparable(load_plan, BUDGET)
+    settings, is_method_planned = resolved.settings, resolved.origin_of(METHOD) == PLANNED
+    longest = longest_row(settings, rows)
+    planned = planned_memory(settings, load_plan, outlook, estimator, longest_row=longest)
     budget, extra = settings.training.memory_budget, load_plan.layout.extra_bytes
     assert budget is not None, "checked by the caller"
     try:

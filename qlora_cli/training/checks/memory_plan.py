@@ -66,7 +66,7 @@ def has_spent_budget(settings: TrainSettings, resume: Resume | None) -> bool:
 def _inferred_layers(asked: Resolved[TrainSettings], resume: Resume) -> list[InferredSettings]:
     """Return the layers that the earlier run kept unquantized within the same memory budget."""
     kept = KeptLayers.of_run(resume.record) if has_spent_budget(asked.settings, resume) else None
-    if kept is None:
+    if kept is None or asked.settings.training.calibrate:  # a base of the run's own is stored so
         return []
     return [InferredSettings(values=with_skipped(asked.settings, kept), origin=MEASURED, is_fixed=True)]
 

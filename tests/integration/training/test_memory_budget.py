@@ -130,6 +130,22 @@ def test_a_resumed_run_measures_nothing_and_keeps_its_layers(
     assert after["origins"][SKIPPED] == BUDGET
 
 
+def test_with_calibrate_the_other_layers_are_calibrated_and_the_base_is_stored_so(
+    run: tuple[Path, Recorder], asked: Asked, budget: int, tmp_path: Path
+) -> None:
+    flags = {BUDGET: budget, "training.calibrate": True, "training.calibration_tokens": 100}
+    trained(asked(tmp_path / "run", **flags))
+    record = record_of(tmp_path / "run")
+    assert record["plan"]["kept_layers"] == record_of(run[0])["plan"]["kept_layers"]
+    modules = set(record["plan"]["kept_layers"]["modules"])
+    stored = json.loads((tmp_path / "run" / "base" / "config.json").read_text())["quantization_config"]
+    assert modules <= set(stored["llm_int8_skip_modules"])
+    again = trained(asked(tmp_path / "run", **flags, **{"training.max_steps": 2}))
+    assert len(losses(again)) == 1
+    assert not any(event == PhaseStarted(title=MEASURING) for event in again.events)
+    assert record_of(tmp_path / "run")["plan"]["kept_layers"] == record["plan"]["kept_layers"]
+
+
 def test_too_much_is_refused_and_too_little_keeps_nothing(asked: Asked, budget: int, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="suffice for every layer unquantized") as caught:
         settle_run(asked(tmp_path / "run", **{BUDGET: 2 * budget}), Recorder())

@@ -256,7 +256,6 @@ def test_a_prediction_refuses_what_a_sharded_base_can_not_be_used_with() -> None
     ("values", "message"),
     [
         ({"training.num_gpus": "2"}, "is spent by one process, and --num-gpus starts several"),
-        ({"training.calibrate": "true"}, "can't be used with --calibrate"),
         ({"quantization.method": "none"}, "is spent on layers in 16 bit, as all are with --quant none"),
         ({"data.streaming": "true", "training.max_steps": "5"}, "data.streaming reads none before the first step"),
     ],
