@@ -28,9 +28,10 @@ def check_merge(request: MergeCommandSettings, where: Where = flag_of) -> None:
     collector = ErrorCollector(where)
     if problems := list(_problems(request, where)):
         collector.add("merge.adapters", SettingsError(problems))
-    if ExportFormat.GGUF in request.merge.formats:
+    if {ExportFormat.GGUF, ExportFormat.GGUF_LORA} & set(request.merge.formats):
         with collector.collecting("merge.formats"):
             find_converter(request.merge.llama_cpp)
+    if ExportFormat.GGUF in request.merge.formats:
         with collector.collecting("merge.gguf_type"):
             find_quantizer(request.merge.llama_cpp, request.merge.gguf_type)
     collector.raise_collected()

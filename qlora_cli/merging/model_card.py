@@ -84,7 +84,7 @@ def _card(inputs: Inputs, result: MergeResult, data: list[dict[str, Any]], writt
     yield f"# {result_name(result.output)}"
     yield ""
     at = f" at commit `{result.commit}`" if result.commit else ""
-    yield f"`{public_name(result.base_model)}`{at}, with the adapter merged into its weights."
+    yield f"`{public_name(result.base_model)}`{at}, {written.content}."
     yield ""
     yield "| | |"
     yield "|---|---|"

@@ -378,11 +378,12 @@ class CardOrder(Choice):
 
 
 class ExportFormat(Choice):
-    """The format of a merged model: for transformers in 16 bit or NF4, for llama.cpp, or for Ollama."""
+    """The format of a merged model: for transformers in 16 bit or NF4, llama.cpp (whole or the adapter), Ollama."""
 
     HF = "hf"
     NF4 = "nf4"
     GGUF = "gguf"
+    GGUF_LORA = "gguf-lora"
     OLLAMA = "ollama"
 
 

@@ -169,11 +169,11 @@ NAMED = re.compile(
 ELSEWHERE = {
     # Their names; the default, and what llama.cpp and its types are for.
     "settings/choices.py": 3,
-    "settings/sections/merge.py": 3,
+    "settings/sections/merge.py": 5,
     # Examples in the help of commands.
     "cli/command_examples.py": 3,
     # Whether llama.cpp is here, before torch is imported.
-    "merging/merge_checks.py": 1,
+    "merging/merge_checks.py": 3,
     # Weights that are GGUF already, which nothing here reads.
     "model_files/given_model.py": 2,
     "quantization/prequantized.py": 1,

@@ -47,10 +47,12 @@ class Format(ABC):
     Attributes:
         name: Its name in the settings, and the name of its directory.
         library: The library that loads it, as named in model cards.
+        content: What it is of the base, in model cards.
     """
 
     name: ClassVar[ExportFormat]
     library: ClassVar[str] = "transformers"
+    content: ClassVar[str] = "with the adapter merged into its weights"
 
     def __init__(self, request: MergeCommandSettings) -> None:
         """Store the request.

@@ -193,9 +193,14 @@ def check_gguf(base: Path, tokenizer: PreTrainedTokenizerBase, converter: Conver
         tokenizer.save_pretrained(directory)
         for file in base.glob("*.model"):
             copy_file(file, directory / file.name)
-        values = _as_merged(read_json(base / CONFIG), tokenizer)
-        (directory / CONFIG).write_text(json.dumps(values), encoding="utf-8")
+        write_config(base, tokenizer, directory)
         convert(converter, directory, directory / "vocabulary.gguf", GgufType.F16, vocabulary_only=True)
+
+
+def write_config(base: Path, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the config that the merged model will have into `directory`."""
+    values = _as_merged(read_json(base / CONFIG), tokenizer)
+    (directory / CONFIG).write_text(json.dumps(values), encoding="utf-8")
 
 
 def _as_merged(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

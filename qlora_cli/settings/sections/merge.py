@@ -14,6 +14,7 @@ from qlora_cli.settings.values import Datasets, Formats, Nats, Weights
 
 MERGE = (Command.MERGE,)
 OF_GGUF = EffectiveWith(key="formats", values=(ExportFormat.GGUF,))
+CONVERTED = EffectiveWith(key="formats", values=(ExportFormat.GGUF, ExportFormat.GGUF_LORA))
 
 
 class MergeSettings(Section):
@@ -55,7 +56,7 @@ class MergeSettings(Section):
     revision: Annotated[str | None, Metadata(flag="--revision", commands=MERGE)] = Field(
         default=None, description="Branch, tag or commit of an adapter on the hub."
     )
-    llama_cpp: Annotated[Path | None, Metadata(flag="--llama-cpp", commands=MERGE, effective_with=OF_GGUF)] = Field(
+    llama_cpp: Annotated[Path | None, Metadata(flag="--llama-cpp", commands=MERGE, effective_with=CONVERTED)] = Field(
         default=None,
         description="Checkout of llama.cpp, for --format gguf; by default its converter is downloaded once.",
     )

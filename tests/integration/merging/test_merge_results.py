@@ -65,7 +65,7 @@ def model(run: Path, result: dict[str, Any]) -> Path:
 def formats(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The directory of a merge into all formats at once, and the command's report on it."""
     output = tmp_path_factory.mktemp("formats") / "all"
-    names = [part for name in ("hf", "nf4", "ollama") for part in ("--format", name)]
+    names = [part for name in ("hf", "nf4", "ollama", "gguf-lora") for part in ("--format", name)]
     return output, merged(run, "--output", output, *names, *GGUF)
 
 
@@ -193,15 +193,17 @@ def test_the_card_says_that_nothing_was_verified(run: Path, tmp_path: Path) -> N
 
 def test_each_of_several_formats_has_a_directory(formats: tuple[Path, dict[str, Any]]) -> None:
     output, report = formats
-    assert list(report["outputs"]) == ["hf", "nf4", "ollama", "gguf"]
+    assert list(report["outputs"]) == ["hf", "nf4", "ollama", "gguf-lora", "gguf"]
     assert report["outputs"]["nf4"] == str(output / "nf4")
-    assert sorted(path.name for path in output.iterdir()) == ["gguf", "hf", "nf4", "ollama"]
+    assert sorted(path.name for path in output.iterdir()) == ["gguf", "gguf-lora", "hf", "nf4", "ollama"]
     assert (output / "hf" / "model.safetensors").is_file()
     assert sorted(path.name for path in (output / "gguf").iterdir()) == ["README.md", "all.gguf", "merge.json"]
     assert (output / "ollama" / "Modelfile").read_text().startswith("FROM ../gguf/all.gguf\n")
     assert report["bytes_written"] == sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     assert [read(output / name / "merge.json")["format"] for name in report["outputs"]] == list(report["outputs"])
     assert "library_name: gguf" in (output / "gguf" / "README.md").read_text()
+    assert (output / "gguf-lora" / "all-lora.gguf").is_file()
+    assert ", the adapter alone, for llama.cpp" in (output / "gguf-lora" / "README.md").read_text()
 
 
 def test_the_4_bit_model_is_compared_with_the_merged_one(formats: tuple[Path, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from safetensors import deserialize
 
 Array = npt.NDArray[np.float16]
+Value = TypeVar("Value", bound=np.generic)
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -62,7 +63,7 @@ def write(model: Path, target: Path, wrong: str | None, *, vocabulary_only: bool
     for name, tensor in () if vocabulary_only else tensors_of(model / "model.safetensors"):
         if not (wrong == "weights" and name.endswith("q_proj.weight")):
             if wrong != "heads":
-                tensor = _with_pairs_together(name, tensor, config)
+                tensor = with_pairs_together(name, tensor, config)
             rows = slice(0, -1 if wrong == "rows" and "embed_tokens" in name else None)
             values = tensor[rows]
             # llama.cpp runs norms in fp32 only.
@@ -84,7 +85,7 @@ def _add_architecture(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
 
 
-def _with_pairs_together(name: str, tensor: Array, config: dict[str, Any]) -> Array:
+def with_pairs_together(name: str, tensor: npt.NDArray[Value], config: dict[str, Any]) -> npt.NDArray[Value]:
     """Return queries and keys with the rows of each rotated pair next to each other, as llama.cpp rotates them."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     kind = name.split(".")[-2]

@@ -21,6 +21,7 @@ from qlora_cli.merging.exports.llama_cpp.source_archive import CLONE, PINNED, SU
 from qlora_cli.settings.choices import GgufType
 
 SCRIPT = "convert_hf_to_gguf.py"
+ADAPTER_SCRIPT = "convert_lora_to_gguf.py"  # next to it
 VARIABLE = "LLAMA_CPP_DIR"
 PACKAGES = ("gguf", "sentencepiece")  # the second is imported for every Llama, even one with a tokenizer.json
 WITHOUT_A_NAME = f"Name a checkout of llama.cpp ({CLONE}), or name none: then its converter is downloaded."
@@ -100,6 +101,22 @@ def _at(path: Path, *, named_by: str = "", setting: str | None = None) -> Conver
     raise MissingDependencyError(f"{named_by}{path} {what}", hint=WITHOUT_A_NAME, setting=setting)
 
 
+def convert_adapter(converter: Converter, adapter: Path, base: Path, target_file: Path) -> None:
+    """Convert the LoRA in `adapter` to `target_file`, in fp32; `base` holds the config of its base.
+
+    Raises:
+        MissingDependencyError: the script for adapters is not next to the other.
+        ExportError: it failed; the message has its last lines.
+    """
+    script = converter.script.with_name(ADAPTER_SCRIPT)
+    if not script.is_file():
+        raise MissingDependencyError(
+            f"{script.parent} holds no {ADAPTER_SCRIPT}", hint=WITHOUT_A_NAME, setting="merge.formats"
+        )
+    files = [str(adapter), "--base", str(base), "--outfile", str(target_file.resolve())]
+    _run([sys.executable, str(script), *files, "--outtype", "f32"], target_file)
+
+
 def convert(
     converter: Converter, model: Path, target_file: Path, outtype: GgufType, *, vocabulary_only: bool = False
 ) -> None:
@@ -108,7 +125,10 @@ def convert(
     Raises:
         ExportError: it failed; the message has its last lines.
     """
-    command = converter.command(model, target_file, outtype) + ["--vocab-only"] * vocabulary_only
+    _run(converter.command(model, target_file, outtype) + ["--vocab-only"] * vocabulary_only, target_file)
+
+
+def _run(command: Sequence[str], target_file: Path) -> None:
     try:
         code, lines = run_to_end(command)
         if code == 0 and not target_file.is_file():
