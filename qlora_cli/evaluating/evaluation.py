@@ -70,7 +70,7 @@ def evaluate(resolved: Resolved[EvaluateSettings], reporter: Reporter) -> Evalua
     plan = plan_evaluation(resolved, reporter)
     load_plan = plan.load_plan
     base_note = _check_base(request, load_plan, reporter)
-    unquantized = plan_unquantized(load_plan, plan.outline) if request.with_unquantized else None
+    unquantized = plan_unquantized(load_plan, plan.outline, reporter) if request.with_unquantized else None
     merged = find_merged(request, load_plan, reporter)
     needs_rows = not request.tasks or request.with_unquantized
     rows = plan.read_rows(reporter) if plan.has_rows or needs_rows else None

@@ -4,7 +4,9 @@ The two models are never in memory together. Of each, the last hidden states of 
 the output head, which is not quantized, makes the predictions of both again.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,24 +14,32 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch.nn.functional import kl_div, log_softmax
 
-from qlora_cli.errors import ModelError, OutOfMemoryError
+from qlora_cli.errors import ModelError, ModelNotFoundError, OutOfMemoryError
 from qlora_cli.evaluating.evaluation_result import Kind, QuantizationCost
 from qlora_cli.evaluating.losses import RowLosses, autocast
 from qlora_cli.evaluating.statistics import finite, ratio_stderr
-from qlora_cli.loading.load_plan import LoadPlan, with_storage
-from qlora_cli.loading.loader import LoadedModel
-from qlora_cli.loading.model_outline import ModelOutline
+from qlora_cli.events import Reporter
+from qlora_cli.files import existing_path
+from qlora_cli.loading.load_plan import LoadPlan, plan_outlined, with_storage
+from qlora_cli.loading.loader import LoadedModel, check_weights
+from qlora_cli.loading.model_outline import ModelOutline, find, read_model_outline
+from qlora_cli.loading.save import NOTE
 from qlora_cli.loss.chunked_loss import block_tokens, slices
 from qlora_cli.loss.output_head import logits_of, output_head
+from qlora_cli.model_files.checkpoint import read_json
+from qlora_cli.model_files.digest import base_digest
 from qlora_cli.settings.choices import LoraInit, Quantization
 from qlora_cli.settings.open_method import METHOD
 from qlora_cli.settings.settle import with_settings
 
 SETTING = "evaluate.with_unquantized"
+UNQUANTIZED = {METHOD: Quantization.NONE, "quantization.skip_modules": None}
 
 
-def plan_unquantized(load_plan: LoadPlan, model: ModelOutline) -> LoadPlan:
+def plan_unquantized(load_plan: LoadPlan, model: ModelOutline, reporter: Reporter) -> LoadPlan:
     """Return the plan to load the same model unquantized; `model` are its small files.
+
+    Of a base that was stored quantized, it is the model that this was made from.
 
     Raises:
         ModelError: it is not quantized, or there are no unquantized weights of it.
@@ -37,26 +47,64 @@ def plan_unquantized(load_plan: LoadPlan, model: ModelOutline) -> LoadPlan:
     """
     source = load_plan.source
     if load_plan.layout.prequantized is not None:
-        raise ModelError(
-            f"{source.base_name} is quantized already, without the weights that it was made from",
-            hint="Leave it out, or evaluate the 16-bit model with --quant.",
-            setting=SETTING,
-        )
+        return _plan_original(load_plan, reporter)
     if not load_plan.layout.is_quantized:
         raise ModelError(
             f"{source.name} is evaluated unquantized already, so nothing is lost",
             hint="Leave it out, or quantize the model with --quant.",
             setting=SETTING,
         )
-    settings = with_settings(load_plan.settings, {METHOD: Quantization.NONE})
+    with _explained_memory(source.base_name):
+        return with_storage(load_plan, model, with_settings(load_plan.settings, UNQUANTIZED))
+
+
+@contextmanager
+def _explained_memory(base: str) -> Iterator[None]:
     try:
-        return with_storage(load_plan, model, settings)
+        yield
     except OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"unquantized, {error.message}",
-            hint=f"Leave it out; qlora load {source.base_name} --error-on DATA compares a layer at a time.",
+            hint=f"Leave it out; qlora load {base} --error-on DATA compares a layer at a time.",
             setting=SETTING,
         ) from error
+
+
+def _plan_original(load_plan: LoadPlan, reporter: Reporter) -> LoadPlan:
+    """Return the plan to load the model that a stored quantized base was made from, with the same adapter.
+
+    Raises:
+        ModelError: the base does not say which one that is, or it is not here, or another one is.
+        OutOfMemoryError: it does not fit in memory.
+    """
+    stored = load_plan.source
+    note = read_json(stored.path / NOTE) if (stored.path / NOTE).is_file() else {}
+    name, commit, digest = (note.get(key) for key in ("source", "commit", "source_digest"))
+    if not isinstance(name, str):
+        raise _no_original(f"{stored.base_name} is quantized already, without the weights that it was made from")
+    # A file of somebody else's names it: no code of that model is run, whatever is allowed of this one.
+    values = {"model.name": name, "model.revision": commit, "model.base_model": None, "model.trust_remote_code": False}
+    settings = with_settings(load_plan.settings, {**values, **UNQUANTIZED})
+    made_from = f"{stored.base_name} is quantized already, and {name}, which it was made from,"
+    if commit is None and existing_path(name) is None:  # no repository may stand in for a directory
+        raise _no_original(f"{made_from} is not here")
+    try:
+        found = find(settings.model, reporter)
+    except ModelNotFoundError as error:
+        raise _no_original(f"{made_from} is not here: {error.message}") from error
+    if found.source.adapter is not None or (commit is None and base_digest(found.source.path) != digest):
+        raise _no_original(f"{made_from} has other weights now")
+    keys = ("path", "base_name", "revision", "commit", "pending")
+    source = replace(stored, **{key: getattr(found.source, key) for key in keys})
+    with _explained_memory(name):
+        outline = read_model_outline(source, trust_remote_code=False)
+        original = plan_outlined(outline, settings, reporter)
+    check_weights(original, reporter)
+    return original
+
+
+def _no_original(message: str) -> ModelError:
+    return ModelError(message, hint="Leave it out, or evaluate the 16-bit model with --quant.", setting=SETTING)
 
 
 def note_on_initialization(load_plan: LoadPlan) -> str | None:

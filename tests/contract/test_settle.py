@@ -37,7 +37,7 @@ VARIES = {
     "data/showing/inspection.py": 2,  # the rows themselves are inspected, not packed ones; in another order
     "data/rows/unused_columns.py": 1,  # the flags that a hint names are tried before they are named
     "data/feeding/prepare.py": 1,  # an inspection continues where training would be refused
-    "evaluating/quantization_cost.py": 1,  # the same model unquantized
+    "evaluating/quantization_cost.py": 2,  # the same model unquantized, or the one that it was made from
     "memory/fitting/suggestions.py": 1,  # runs that would fit instead
     "memory/fitting/method_choice.py": 1,  # other ways to store the base
     "memory/memory_report.py": 1,  # the one that was chosen

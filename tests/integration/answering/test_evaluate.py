@@ -168,19 +168,30 @@ def test_the_quantized_model_is_freed_before_the_unquantized_one_is_loaded(
     assert len(loaded) == 2
 
 
-def test_where_nothing_is_quantized_or_known_unquantized_it_is_refused(merged_run: TrainResult, folder: Path) -> None:
+def test_where_nothing_is_quantized_it_is_refused(merged_run: TrainResult) -> None:
     request = {"with_unquantized": True}
     with pytest.raises(ModelError, match="is evaluated unquantized already") as refused:
         run_evaluation(merged_run.output, request=request)
     assert refused.value.setting == "evaluate.with_unquantized"
-    quantized = folder / "quantized"
-    save_quantized(
-        load_planned(plan_in_fp32(folder / "base", folder / "other.jsonl").load_plan, Recorder()),
-        quantized,
-        Recorder(),
-    )
-    with pytest.raises(ModelError, match="is quantized already, without the weights"):
-        run_evaluation(quantized, request=request, data__dataset=str(folder / "other.jsonl"))
+
+
+def test_a_base_that_is_stored_quantized_is_compared_with_the_one_that_it_was_made_from(folder: Path) -> None:
+    request, rows, quantized = {"with_unquantized": True}, str(folder / "other.jsonl"), folder / "quantized"
+    loaded = load_planned(plan_in_fp32(folder / "base", folder / "other.jsonl").load_plan, Recorder())
+    save_quantized(loaded, quantized, Recorder())
+    flags: dict[str, Any] = {"data__dataset": rows, "model__dtype": "fp32"}
+    expected = run_evaluation(folder / "base", request=request, **flags).quantization_cost
+    assert run_evaluation(quantized, request=request, **flags).quantization_cost == expected
+    note = json.loads((quantized / "qlora.json").read_text())
+    for changed, message in (
+        ({"source_digest": "of other weights"}, "has other weights now"),
+        ({"source": str(folder / "gone")}, "is not here"),
+        ({"source": None}, "is quantized already, without the weights"),
+    ):
+        (quantized / "qlora.json").write_text(json.dumps({**note, **changed}))
+        with pytest.raises(ModelError, match=message) as refused:
+            run_evaluation(quantized, request=request, **flags)
+        assert refused.value.setting == "evaluate.with_unquantized"
 
 
 # ---- a run

@@ -10,12 +10,13 @@ import torch
 
 from qlora_cli.calibrating.calibration import calibrate_on
 from qlora_cli.errors import ModelError, OutputDirectoryError, SettingsError
+from qlora_cli.evaluating.evaluation import evaluate
 from qlora_cli.events import Noted, StepDone
 from qlora_cli.loading.load_plan import plan_load
 from qlora_cli.loading.loader import load_model, load_planned
 from qlora_cli.loading.save import save_quantized
-from qlora_cli.settings.models import TrainSettings
-from qlora_cli.settings.resolve import Resolved
+from qlora_cli.settings.models import EvaluateSettings, TrainSettings
+from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from qlora_cli.training.run_plan import prepare_run
 from qlora_cli.training.train_run import train
 from tests.conftest import ASSETS, Recorder, short_settings
@@ -101,6 +102,16 @@ def test_the_same_command_resumes_on_that_base(shallow_base: Path, tmp_path: Pat
     second = trained(asked(shallow_base, tmp_path / "cut", training__max_steps=4, **constant))
     assert losses(first) + losses(second) == losses(whole)
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "base").iterdir()}
+
+
+def test_what_its_base_lost_is_measured_against_the_one_that_it_was_made_from(run: Path) -> None:
+    values = {"model.name": str(run), "data.dataset": f"{ROWS}#4", "evaluate.with_unquantized": True}
+    sources = Sources(flags={path: (path, value) for path, value in values.items()})
+    evaluation = evaluate(resolve(sources, EvaluateSettings), Recorder())
+    quantization = {source.source: source.quantization for source in evaluation.sources}
+    assert quantization == {"base": "nf4", "adapter": "nf4", "unquantized": "none"}
+    assert evaluation.quantization_cost is not None
+    assert 0 < (evaluation.quantization_cost.mean_kl or 0) < 0.1
 
 
 def test_a_run_that_was_moved_finds_its_base(copy: Path) -> None:
