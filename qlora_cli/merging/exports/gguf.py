@@ -23,6 +23,7 @@ from qlora_cli.model_files.checkpoint import read_json
 from qlora_cli.model_files.given_model import CONFIG
 from qlora_cli.model_files.model_config import read_config
 from qlora_cli.model_files.source import find_model
+from qlora_cli.quantization.memory_check import free_bytes
 from qlora_cli.quantization.storage_plan import build_on_meta
 from qlora_cli.settings.choices import ExportFormat, GgufType
 from qlora_cli.settings.models import MergeCommandSettings, ModelSettings
@@ -35,8 +36,8 @@ UNQUANTIZED = frozenset({GgufType.AUTO, GgufType.F32, GgufType.F16, GgufType.BF1
 BLOCK_WEIGHTS = 256  # of the types that the quantizer writes; a row is made of whole blocks
 Q8_0_SHARE = 8.5 / 16
 MOST_KL = 0.1  # nats a token, of a file in 16 bit or more; a layer or a head in the wrong place is whole nats
-NOT_RUN = (
-    "the GGUF was not run: where llama-cpp-python is installed, its divergence from the merged model is measured "
+NO_LIBRARY = (
+    "where llama-cpp-python is installed, its divergence from the merged model is measured "
     "(pip install 'qlora-cli[llama-cpp]')"
 )
 
@@ -108,8 +109,8 @@ class GgufFormat(Format):
         """
         if export.comparer is None or not self.request.merge.verify:
             return None
-        if not has_library():
-            export.reporter.report(Noted(message=NOT_RUN))
+        if (reason := why_not_run(file)) is not None:
+            export.reporter.report(Noted(message=f"{file.name} was not run: {reason}"))
             return None
         merged = export.comparer.stored(export.model)
         export.reporter.report(PhaseStarted(title=f"Running {file.name} with llama.cpp"))
@@ -118,6 +119,16 @@ class GgufFormat(Format):
         if self.quantized_to is None:
             check_divergence(file, divergence)
         return divergence
+
+
+def why_not_run(file: Path) -> str | None:
+    """Return why a file can't be run here; None if it can. Each row would read it from the disk if it did not fit."""
+    if not has_library():
+        return NO_LIBRARY
+    size, free = file.stat().st_size, free_bytes(torch.device("cpu"))
+    if size > free:
+        return f"it takes {format_bytes(size)} of host memory, and {format_bytes(free)} are free"
+    return None
 
 
 def check_divergence(file: Path, divergence: Divergence) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_cli.errors import ExportError
+from qlora_cli.merging.exports import gguf as exporting
 from qlora_cli.merging.exports.gguf import MOST_KL, check_divergence
 from qlora_cli.merging.exports.llama_cpp.run_gguf import run_gguf
 from qlora_cli.merging.merge_result import Divergence
@@ -34,6 +35,19 @@ def test_a_file_that_llama_cpp_does_not_load_is_an_error_with_its_last_lines(tmp
     with pytest.raises(ExportError, match=r"running a.gguf, failed with exit code 1(.|\n)*Failed to load") as caught:
         run_gguf(file, [(3, 1)])
     assert "--no-verify" in str(caught.value.hint)
+
+
+def test_a_file_is_not_run_without_the_library_or_the_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF" * 1024)
+    monkeypatch.setattr(exporting, "has_library", lambda: False)
+    assert "pip install 'qlora-cli[llama-cpp]'" in str(exporting.why_not_run(file))
+    monkeypatch.setattr(exporting, "has_library", lambda: True)
+    assert exporting.why_not_run(file) is None
+    monkeypatch.setattr(exporting, "free_bytes", lambda _: 1024)
+    assert exporting.why_not_run(file) == "it takes 4.00 KiB of host memory, and 1.00 KiB are free"
 
 
 @pytest.mark.parametrize("kl", [2 * MOST_KL, float("nan")])
