@@ -23,6 +23,7 @@ from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import LoadedModel
 from qlora_cli.quantization.embedding import embedding_of
 
+TOKENS_AT_ONCE = 128  # whose probabilities are in memory, over the whole vocabulary
 ROWS_AT_ONCE = 4096  # of a weight `(out, in)`, compared in fp32
 
 
@@ -57,15 +58,22 @@ def parts_of_divergence(
                 stack.enter_context(_watching_layer(loaded, load_plan, exact, name, add))
         stack.enter_context(_recomputing(model))
         stack.enter_context(_from_embeddings(model))
-        logits = exact.logits_of(model).log_softmax(1)
-        reference = exact.logits.to(logits.device).log_softmax(1)
-        pointwise = kl_div(logits, reference, reduction="none", log_target=True)
-        # A forbidden token has an infinite logit in both.
-        mean_kl = torch.where(reference.isneginf(), 0.0, pointwise).sum() / len(logits)
+        logits = exact.logits_of(model)
+        pieces = zip(*(torch.split(one, TOKENS_AT_ONCE) for one in (logits, exact.logits)), strict=True)
+        sums = [checkpoint(_sum_of_divergence, *piece, use_reentrant=False) for piece in pieces]
+        mean_kl = torch.stack(sums).sum() / len(logits)
         mean_kl.backward()  # type: ignore[no-untyped-call]
     return float(mean_kl.detach()), [
         LayerPart(name=name, mean_kl=part, extra_bytes=extra[name]) for name, part in parts.items()
     ]
+
+
+def _sum_of_divergence(logits: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return the summed divergence of the predictions of `logits`, `(tokens, vocabulary)`, from those of `exact`."""
+    predicted, reference = logits.log_softmax(1), exact.to(logits.device).log_softmax(1)
+    pointwise = kl_div(predicted, reference, reduction="none", log_target=True)
+    # A forbidden token has an infinite logit in both.
+    return torch.where(reference.isneginf(), 0.0, pointwise).sum()
 
 
 # Takes the name of a layer, the gradient of its weight, and what returns the weight unquantized and as it is held.

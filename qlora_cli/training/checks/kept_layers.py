@@ -20,8 +20,9 @@ from qlora_cli.calibrating.prediction_error import (
     predict_on_rows,
 )
 from qlora_cli.data.feeding.prepare import TrainingData
-from qlora_cli.errors import ModelError, QloraError
+from qlora_cli.errors import ModelError, OutOfMemoryError, QloraError
 from qlora_cli.events import Noted, PhaseStarted, Reporter
+from qlora_cli.hardware.counters import is_out_of_memory
 from qlora_cli.loading.load_plan import LoadPlan
 from qlora_cli.loading.loader import load_planned
 from qlora_cli.memory.estimator import Estimator
@@ -94,6 +95,7 @@ def keep_layers(
     Raises:
         ModelError: the base is stored quantized, the named model is an adapter, or the budget suffices for all layers,
             and the method was not planned: a plan for them all would have been taken.
+        OutOfMemoryError: the comparison takes more memory than there is.
         DataError: there is one row alone.
     """
     if load_plan.layout.prequantized is None and not load_plan.layout.is_quantized:
@@ -123,11 +125,21 @@ def keep_layers(
     if spare < min(extra.values()):
         reporter.report(Noted(level="warning", message=f"{left}: none stays"))
         return None
-    cost = f"reads the weights twice and computes {counted(2 * NUM_TOKENS, 'token')} of the rows in both"
+    cost = f"reads the weights three times and computes {counted(2 * NUM_TOKENS, 'token')} of the rows in both"
     reporter.report(
         Noted(message=f"{left}. To choose them, the model is compared with itself unquantized, which {cost}")
     )
-    return _measured(settings, load_plan, rows, planned, spare, reporter)
+    try:
+        return _measured(settings, load_plan, rows, planned, spare, reporter)
+    except Exception as error:
+        if isinstance(error, QloraError) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"comparing {load_plan.source.base_name} with itself unquantized took more memory than there is",
+            hint="Free some, or choose the layers on a larger device: "
+            "qlora load MODEL --error-on DATA --memory-budget SIZE --save DIR",
+            setting=BUDGET,
+        ) from error
 
 
 def _measured(

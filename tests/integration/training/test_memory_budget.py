@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qlora_cli.calibrating.divergence_parts import LayerPart
-from qlora_cli.errors import ModelError
+from qlora_cli.errors import ModelError, OutOfMemoryError
 from qlora_cli.events import Noted, PhaseStarted, StepDone
 from qlora_cli.loading.loader import load_model
 from qlora_cli.loading.save import save_quantized
 from qlora_cli.memory.gpus import find_gpu
 from qlora_cli.settings.models import TrainSettings
 from qlora_cli.settings.resolve import Resolved
-from qlora_cli.training.checks import memory_plan
+from qlora_cli.training.checks import kept_layers, memory_plan
 from qlora_cli.training.checks.kept_layers import PlannedMemory, planned_memory, that_fit
 from qlora_cli.training.checks.predicted_memory import estimator_of
 from qlora_cli.training.run_plan import SettledRun, settle_run
@@ -155,6 +156,18 @@ def test_too_much_is_refused_and_too_little_keeps_nothing(asked: Asked, budget: 
     assert settled.kept is None
     assert settled.resolved.settings.quantization.skip_modules is None
     assert any("none stays" in event.message for event in recorder.events if isinstance(event, Noted))
+
+
+def test_a_comparison_that_takes_too_much_memory_ends_in_a_message(
+    asked: Asked, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kept_layers, "predict_on_rows", fail)
+    with pytest.raises(OutOfMemoryError, match="with itself unquantized took more memory") as caught:
+        settle_run(asked(tmp_path / "run", **{BUDGET: budget}), Recorder())
+    assert caught.value.setting == BUDGET
 
 
 def test_a_base_that_is_stored_quantized_has_no_layers_to_choose(shallow_base: Path, tmp_path: Path) -> None:
