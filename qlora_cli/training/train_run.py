@@ -101,7 +101,7 @@ def train(
         QloraError: of the type of the problem. Before the first step, nothing is left on the disk.
     """
     assert group.size == resolved.settings.training.num_gpus, "as many processes as share a step"
-    check_processes(resolved.settings.training)
+    check_processes(resolved.settings)
     result = result_of_done(resolved) if group.is_first else None
     if (done := group.exchange(result)[0]) is not None:
         return _already_done(resolved.settings, done, reporter, group)

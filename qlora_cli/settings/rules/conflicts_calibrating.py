@@ -8,6 +8,7 @@ from qlora_cli.settings.rules.conflict import Conflict
 
 BASE, ADAPTER = "training.calibrate", "lora.init_lora_weights"
 BUDGET = "training.memory_budget"
+BY_ONE_PROCESS = (BASE, ADAPTER, BUDGET)
 TWO_STEPS = "Calibrate the base first: qlora load MODEL --calibrate DATA --save DIR"
 
 
@@ -31,6 +32,8 @@ def calibrating_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
 def _budget_conflicts(validated: Mapping[str, Any]) -> Iterator[Conflict]:
     """Yield what leaves no layers to choose by the rows, or no one process to do it."""
     training, method = validated["training"], validated["quantization"].method
+    if training.memory_budget is None:
+        return
     how = "qlora load MODEL --error-on DATA --memory-budget SIZE --save DIR"
     if training.num_gpus > 1:
         yield BUDGET, "is spent by one process, and --num-gpus starts several", f"Choose the layers first: {how}"

@@ -1,18 +1,25 @@
-"""What a run whose base is sharded can't do."""
+"""What a run of several processes, or one whose base is sharded, can't do."""
 
 from qlora_cli.errors import HardwareError, ModelError, UsageError
 from qlora_cli.settings.models import TrainingSettings, TrainSettings
+from qlora_cli.settings.rules.conflicts_calibrating import BY_ONE_PROCESS, calibrating_conflicts
 from qlora_cli.settings.rules.conflicts_training import sharding_problems
 
 NOT_SHARDED = "Leave --strategy and --offload-base out."
 
 
-def check_processes(training: TrainingSettings) -> None:
-    """Check that there are processes to shard a base among.
+def check_processes(settings: TrainSettings) -> None:
+    """Check the number of processes, which a launcher may have started: several to shard a base, one to measure it.
 
     Raises:
-        HardwareError: there is one.
+        HardwareError: there is one, and the base is sharded.
+        UsageError: there are several, and the base is calibrated, or a memory budget spent.
     """
+    training = settings.training
+    if training.num_gpus > 1:
+        for path, message, hint in calibrating_conflicts(dict(settings)):
+            if path in BY_ONE_PROCESS:
+                raise UsageError(message, hint=hint, setting=path)
     if training.shards_base and training.num_gpus == 1:
         raise HardwareError(
             "there is one process, which would hold all of the base",
