@@ -37,7 +37,9 @@ def presets(
         print_json({"presets": [one for one in all_presets() if name in (None, one.name)], "settings": text})
         return
     if text is not None:
-        typer.echo(text, nl=False)
+        from qlora_cli.cli.console import console  # rich: not for the help
+
+        console().print(text, soft_wrap=True, end="")
         print_next(AFTER_PRESET, quiet_or_normal(quiet))
         return
     from qlora_cli.cli.rendering.preset_table import render_presets  # rich: not for the help
