@@ -172,7 +172,7 @@ def settle_run(asked: Resolved[TrainSettings], reporter: Reporter, *, force: boo
     kept = None if resume is None else KeptLayers.of_run(resume.record)
     if is_budget_open(resolved.settings, load_plan, resume):
         estimator = estimator or estimator_of(resolved.settings, load_plan)
-        kept = keep_layers(resolved, load_plan, rows, outlook, estimator, reporter)
+        kept = keep_layers(resolved, load_plan, rows, outlook, estimator, reporter, force=force)
         if kept is not None:
             resolved = decided(resolved, with_skipped(resolved.settings, kept), MEASURED)
             load_plan = with_storage(load_plan, model.outline, resolved.settings)

@@ -53,9 +53,14 @@ class PlannedMemory:
     estimate_of: Callable[[EstimateSettings, Gpu], Estimate]
 
     @property
+    def estimate(self) -> Estimate:
+        """What the run is predicted to take."""
+        return self.estimate_of(self.asked, self.device)
+
+    @property
     def spare_bytes(self) -> int:
         """The bytes that weights may take in addition."""
-        return spare_bytes(self.estimate_of(self.asked, self.device), self.device)
+        return spare_bytes(self.estimate, self.device)
 
     def lacking_bytes(self, skipped: Sequence[str]) -> int:
         """Return the bytes that the run lacks with the layers `skipped` unquantized; 0 if it fits."""
@@ -89,10 +94,13 @@ def keep_layers(
     outlook: Outlook | None,
     estimator: Estimator,
     reporter: Reporter,
+    *,
+    force: bool,
 ) -> KeptLayers | None:
     """Return the layers to keep unquantized; None if nothing is quantized, or nothing is left for them.
 
     Raises:
+        OutOfMemoryError: the run itself takes more than the budget on a CPU, without `force`; on a GPU, its plan knows.
         ModelError: the base is stored quantized, the named model is an adapter, or the budget suffices for all layers,
             and the method was not planned: a plan for them all would have been taken.
         OutOfMemoryError: the comparison takes more memory than there is.
@@ -112,6 +120,8 @@ def keep_layers(
         message = f"nothing is spent on layers in 16 bit, since memory can't be predicted: {error}"
         reporter.report(Noted(level="warning", message=message))
         return None
+    if outlook is None and not force:
+        _check_within(budget, planned, load_plan)
     of_all = f"all {counted(len(extra), 'quantized layer')} would take {format_bytes(sum(extra.values()))} more"
     if spare >= sum(extra.values()) and is_method_planned:
         spare = sum(extra.values()) - 1  # the run takes a little more in 16 bit than the weights alone
@@ -140,6 +150,17 @@ def keep_layers(
             "qlora load MODEL --error-on DATA --memory-budget SIZE --save DIR",
             setting=BUDGET,
         ) from error
+
+
+def _check_within(budget: int, planned: PlannedMemory, load_plan: LoadPlan) -> None:
+    if headroom_bytes(planned.estimate, planned.device) < 0:
+        taken = planned.estimate.predicted.process_high_bytes
+        raise OutOfMemoryError(
+            f"training {load_plan.source.base_name} takes up to {format_bytes(taken)} on this machine's CPU, libraries "
+            f"included, and the budget is {format_bytes(budget)}",
+            hint="Raise it, or lower --max-length or --micro-batch-size. --force tries nevertheless.",
+            setting=BUDGET,
+        )
 
 
 def _measured(

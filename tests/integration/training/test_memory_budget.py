@@ -151,8 +151,12 @@ def test_too_much_is_refused_and_too_little_keeps_nothing(asked: Asked, budget: 
     with pytest.raises(ModelError, match="suffice for every layer unquantized") as caught:
         settle_run(asked(tmp_path / "run", **{BUDGET: 2 * budget}), Recorder())
     assert caught.value.setting == BUDGET
+    too_little = asked(tmp_path / "run", **{BUDGET: budget // 2})
+    with pytest.raises(OutOfMemoryError, match="libraries included, and the budget is") as refused:
+        settle_run(too_little, Recorder())
+    assert refused.value.setting == BUDGET
     recorder = Recorder()
-    settled = settle_run(asked(tmp_path / "run", **{BUDGET: budget // 2}), recorder)
+    settled = settle_run(too_little, recorder, force=True)
     assert settled.kept is None
     assert settled.resolved.settings.quantization.skip_modules is None
     assert any("none stays" in event.message for event in recorder.events if isinstance(event, Noted))
