@@ -1,8 +1,8 @@
 """Fine-tune a model with several settings and seeds, and compare the losses on held-out rows.
 
-    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--seeds 3] [--steps N] [--rows N]
+    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--seeds 3] [--steps N] [--rows N] [--dtype bf16]
 
-Each run is `qlora train` on the demo's rows, in fp32, and differs from the others in its variant and its seed alone:
+Each run is `qlora train` on the demo's rows, and differs from the others in its variant and its seed alone:
 all of a seed see the same rows in the same order. Results are appended to `benchmarks/results/` one by one, and a run
 that is there already is not repeated. The table has the mean difference to the first variant over the seeds, which are
 paired, with its standard error; a variant wins or loses beyond two of these.
@@ -58,7 +58,7 @@ def run(model: str, flags: Flags, arguments: argparse.Namespace, seed: int) -> d
             *(sys.executable, "-m", "qlora_cli", "train", "--model", model, "--output", f"{folder}/run", "--json"),
             *("--dataset", str(ASSETS / "train.jsonl"), "--eval-dataset", held_out, "--max-length", "256"),
             *("--max-steps", str(arguments.steps), "--micro-batch-size", "8", "--gradient-accumulation-steps", "1"),
-            *("--seed", str(seed), "--dtype", "fp32", "--learning-rate", arguments.rate, *flags),
+            *("--seed", str(seed), "--dtype", arguments.dtype, "--learning-rate", arguments.rate, *flags),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -74,12 +74,15 @@ def measured(model: str, experiment: str, arguments: argparse.Namespace, file: P
         "experiment": experiment,
         **{name: getattr(arguments, name) for name in ("steps", "rows", "rate")},
     }
+    if arguments.dtype != "fp32":
+        key["dtype"] = arguments.dtype
     known = list(read([file])) if file.exists() else []
     losses: dict[str, dict[int, float]] = {name: {} for name in EXPERIMENTS[experiment]}
     for seed in range(arguments.seeds):
         for variant, flags in EXPERIMENTS[experiment].items():
             case = {**key, "variant": variant, "seed": seed}
-            record = next((one for one in known if case.items() <= one.items()), None)
+            same = (one for one in known if case.items() <= one.items() and one.get("dtype") == key.get("dtype"))
+            record = next(same, None)
             if record is None:
                 result = run(model, flags, arguments, seed)
                 record = {**case, "eval_loss": result["eval_loss"], "train_loss": result["train_loss"]}
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--rows", type=int, default=200, help="held-out rows that are evaluated")
     parser.add_argument("--rate", default="2e-3", help="learning rate, unless the variant has its own")
+    parser.add_argument("--dtype", default="fp32", help="in which the base computes")
     parser.add_argument("--file", type=Path, default=results_file(RESULTS, "fine_tune"))
     arguments = parser.parse_args()
     print(table(measured(arguments.model, arguments.experiment, arguments, arguments.file)))
