@@ -46,7 +46,9 @@ VARIABLES = {"MODEL": "base", "DATA": "train.jsonl", "RUN": "17"}  # which docs/
 SKIPPED: Mapping[str, str] = {
     r"^(source|pip install|make) ": "sets up an environment, which .ci/run does",
     r"^(cat \S+ \| )?(docker|rsync|git|hf|vllm|llama-server|ollama|tensorboard|python -m sglang)\b": "another program",
-    r"--llama-cpp": "another program",
+    r"--llama-cpp|--gguf-type [iq]": "another program",
+    r"--format gguf": "a download from PyPI",
+    r"--memory-budget \d+GiB": "a model that is larger than the bundled one",
     r"\b(torchrun|srun)\b|qlora train .*--num-gpus|^export TORCH_ELASTIC|^HEAD=": "several GPUs",
     r"--push-to-hub|HF_TOKEN": "an account on the hub",
     r"HF_HOME=": "folders of another machine",
