@@ -100,7 +100,7 @@ def keep_layers(
     """Return the layers to keep unquantized; None if nothing is quantized, or nothing is left for them.
 
     Raises:
-        OutOfMemoryError: the run itself takes more than the budget on a CPU, without `force`; on a GPU, its plan knows.
+        OutOfMemoryError: the run itself exceeds the budget on a CPU, without `force`; on a GPU, its plan knows.
         ModelError: the base is stored quantized, the named model is an adapter, or the budget suffices for all layers,
             and the method was not planned: a plan for them all would have been taken.
         OutOfMemoryError: the comparison takes more memory than there is.
