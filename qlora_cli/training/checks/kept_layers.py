@@ -156,8 +156,8 @@ def _check_within(budget: int, planned: PlannedMemory, load_plan: LoadPlan) -> N
     if headroom_bytes(planned.estimate, planned.device) < 0:
         taken = planned.estimate.predicted.process_high_bytes
         raise OutOfMemoryError(
-            f"training {load_plan.source.base_name} takes up to {format_bytes(taken)} on this machine's CPU, libraries "
-            f"included, and the budget is {format_bytes(budget)}",
+            f"training {load_plan.source.base_name} takes up to {format_bytes(taken)} on this machine's CPU, "
+            f"libraries included, and the budget is {format_bytes(budget)}",
             hint="Raise it, or lower --max-length or --micro-batch-size. --force tries nevertheless.",
             setting=BUDGET,
         )
