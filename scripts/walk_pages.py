@@ -48,6 +48,7 @@ SKIPPED: Mapping[str, str] = {
     r"^(cat \S+ \| )?(docker|rsync|git|hf|vllm|llama-server|ollama|tensorboard|python -m sglang)\b": "another program",
     r"--llama-cpp|--gguf-type [iq]": "another program",
     r"--format gguf": "a download from PyPI",
+    r"qlora compare \./run \./other-run|qlora compare runs/answers runs/dpo": "a second run on the same pairs",
     r"--memory-budget \d+GiB": "a model that is larger than the bundled one",
     r"\b(torchrun|srun)\b|qlora train .*--num-gpus|^export TORCH_ELASTIC|^HEAD=": "several GPUs",
     r"--push-to-hub|HF_TOKEN": "an account on the hub",
@@ -112,6 +113,16 @@ class Given:
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
+    def pairs(self, path: Path) -> None:
+        """Write the questions of the bundled rows, each with its own answer as chosen and another as rejected."""
+        lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
+        turns = [json.loads(line)["messages"] for line in lines]
+        rows = [
+            {"prompt": own[:-1], "chosen": own[-1:], "rejected": other[-1:]}
+            for own, other in zip(turns, [turns[-1], *turns], strict=False)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
     def splits(self, path: Path) -> None:
         path.mkdir()
         for split in ("train", "validation", "test"):
@@ -174,6 +185,7 @@ class Given:
 MAKERS: Mapping[str, Callable[[Given, Path], None]] = {
     r"base|my-model|merged|Llama-3\.1-8B|Llama-3\.1-8B-Instruct|models/Qwen2\.5-7B-Instruct": Given.model,
     r"experts": Given.experts,
+    r"pairs\.jsonl": Given.pairs,
     r"[\w-]+\.jsonl": Given.rows,
     r"data(?=/\*)": Given.data_folder,
     r"my-set": Given.splits,
