@@ -4,7 +4,7 @@
 
 Each run is `qlora train` on the demo's rows, and differs from the others in its variant and its seed alone:
 all of a seed see the same rows in the same order. Results are appended to `benchmarks/results/` one by one, and a run
-that is there already is not repeated. The table has the mean difference to the first variant over the seeds, which are
+that is there already, for whichever experiment, is not repeated. The table has the mean difference to the first variant over the seeds, which are
 paired, with its standard error; a variant wins or loses beyond two of these.
 """
 
@@ -71,7 +71,6 @@ def measured(model: str, experiment: str, arguments: argparse.Namespace, file: P
     """Return the losses on held-out rows by variant and seed, after measuring those that `file` lacks."""
     key = {
         "model": Path(model).resolve().name,
-        "experiment": experiment,
         **{name: getattr(arguments, name) for name in ("steps", "rows", "rate")},
     }
     if arguments.dtype != "fp32":
@@ -80,13 +79,14 @@ def measured(model: str, experiment: str, arguments: argparse.Namespace, file: P
     losses: dict[str, dict[int, float]] = {name: {} for name in EXPERIMENTS[experiment]}
     for seed in range(arguments.seeds):
         for variant, flags in EXPERIMENTS[experiment].items():
-            case = {**key, "variant": variant, "seed": seed}
+            case = {**key, "flags": list(flags), "seed": seed}
             same = (one for one in known if case.items() <= one.items() and one.get("dtype") == key.get("dtype"))
             record = next(same, None)
             if record is None:
                 result = run(model, flags, arguments, seed)
-                record = {**case, "eval_loss": result["eval_loss"], "train_loss": result["train_loss"]}
-                record |= {"flags": flags, "time": now(), "revision": revision(), "versions": versions()}
+                record = {"experiment": experiment, "variant": variant, **case}
+                record |= {name: result[name] for name in ("eval_loss", "train_loss", "forgetting")}
+                record |= {"time": now(), "revision": revision(), "versions": versions()}
                 append(file, record)
             losses[variant][seed] = record["eval_loss"]
             print(f"{variant}, seed {seed}: {record['eval_loss']:.4f}", flush=True)
