@@ -1,6 +1,6 @@
 """Fine-tune a model with several settings and seeds, and compare the losses on held-out rows.
 
-    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--seeds 3] [--steps N] [--rows N] [--dtype bf16]
+    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--seeds 3] [--steps N] [--rows N] [--dtype bf16] [--only VARIANT]...
 
 Each run is `qlora train` on the demo's rows, and differs from the others in its variant and its seed alone:
 all of a seed see the same rows in the same order. Results are appended to `benchmarks/results/` one by one, and a run
@@ -58,7 +58,17 @@ def run(model: str, flags: Flags, arguments: argparse.Namespace, seed: int) -> d
             *(sys.executable, "-m", "qlora_cli", "train", "--model", model, "--output", f"{folder}/run", "--json"),
             *("--dataset", str(ASSETS / "train.jsonl"), "--eval-dataset", held_out, "--max-length", "256"),
             *("--max-steps", str(arguments.steps), "--micro-batch-size", "8", "--gradient-accumulation-steps", "1"),
-            *("--seed", str(seed), "--dtype", arguments.dtype, "--learning-rate", arguments.rate, *flags),
+            *(
+                "--seed",
+                str(seed),
+                "--dtype",
+                arguments.dtype,
+                "--learning-rate",
+                arguments.rate,
+                "--general-text",
+                "on",
+            ),
+            *flags,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -69,6 +79,9 @@ def run(model: str, flags: Flags, arguments: argparse.Namespace, seed: int) -> d
 
 def measured(model: str, experiment: str, arguments: argparse.Namespace, file: Path) -> dict[str, dict[int, float]]:
     """Return the losses on held-out rows by variant and seed, after measuring those that `file` lacks."""
+    variants = {
+        name: flags for name, flags in EXPERIMENTS[experiment].items() if not arguments.only or name in arguments.only
+    }
     key = {
         "model": Path(model).resolve().name,
         **{name: getattr(arguments, name) for name in ("steps", "rows", "rate")},
@@ -76,9 +89,9 @@ def measured(model: str, experiment: str, arguments: argparse.Namespace, file: P
     if arguments.dtype != "fp32":
         key["dtype"] = arguments.dtype
     known = list(read([file])) if file.exists() else []
-    losses: dict[str, dict[int, float]] = {name: {} for name in EXPERIMENTS[experiment]}
+    losses: dict[str, dict[int, float]] = {name: {} for name in variants}
     for seed in range(arguments.seeds):
-        for variant, flags in EXPERIMENTS[experiment].items():
+        for variant, flags in variants.items():
             case = {**key, "flags": list(flags), "seed": seed}
             same = (one for one in known if case.items() <= one.items() and one.get("dtype") == key.get("dtype"))
             record = next(same, None)
@@ -115,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--only", action="append", help="a variant; may be given several times")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=180)
     parser.add_argument("--rows", type=int, default=200, help="held-out rows that are evaluated")
