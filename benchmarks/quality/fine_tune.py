@@ -1,11 +1,11 @@
 """Fine-tune a model with several settings and seeds, and compare the losses on held-out rows.
 
-    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--seeds 3] [--steps N] [--rows N] [--dtype bf16] [--only VARIANT]...
+    python benchmarks/quality/fine_tune.py MODEL EXPERIMENT [--only VARIANT] [--seeds 3] [--steps N] [--rows N]
 
 Each run is `qlora train` on the demo's rows, and differs from the others in its variant and its seed alone:
 all of a seed see the same rows in the same order. Results are appended to `benchmarks/results/` one by one, and a run
-that is there already, for whichever experiment, is not repeated. The table has the mean difference to the first variant over the seeds, which are
-paired, with its standard error; a variant wins or loses beyond two of these.
+that is there already, for whichever experiment, is not repeated. The table has the mean difference to the first variant
+over the seeds, which are paired, with its standard error; a variant wins or loses beyond two of these.
 """
 
 import argparse
