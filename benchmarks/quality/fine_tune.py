@@ -4,8 +4,8 @@
 
 Each run is `qlora train` on the demo's rows, and differs from the others in its variant and its seed alone:
 all of a seed see the same rows in the same order. Results are appended to `benchmarks/results/` one by one, and a run
-that is there already, for whichever experiment, is not repeated. The table has the mean difference to the first variant
-over the seeds, which are paired, with its standard error; a variant wins or loses beyond two of these.
+that is there already, for whichever experiment, is not repeated. The table has the mean difference to the first
+variant over the seeds, which are paired, with its standard error; a variant wins or loses beyond two of these.
 """
 
 import argparse
