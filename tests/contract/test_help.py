@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from qlora_cli.cli import commands as command_modules
 from qlora_cli.cli.app import app
 from qlora_cli.cli.command_examples import EXAMPLES
 from qlora_cli.cli.command_list import COMMANDS
+from qlora_cli.cli.progress.reporters import IMPORTING
 from qlora_cli.settings.help_groups import HelpGroup
 from tests.support.processes.forks import end_of, start_on_terminal
 from tests.support.processes.light_commands import LightQlora
@@ -105,6 +107,25 @@ def test_every_command_has_examples_that_are_in_its_help() -> None:
 def test_help_imports_no_command_and_nothing_heavy(light_qlora: LightQlora) -> None:
     assert light_qlora("--help").heavy == []
     assert light_qlora("train", "--help").heavy == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "train --model MODEL --dataset ROWS --output run",
+        "tune --model MODEL --dataset ROWS --output tuned",
+        "load MODEL",
+        "evaluate MODEL --dataset ROWS",
+        "generate MODEL --prompt Hello",
+    ],
+)
+def test_imports_that_take_seconds_are_announced(
+    light_qlora: LightQlora, base_model: Path, rows: Path, tmp_path: Path, given: str
+) -> None:
+    arguments = given.replace("MODEL", str(base_model)).replace("ROWS", str(rows)).split()
+    ended = light_qlora(*arguments, directory=tmp_path, blocked=["torch"])
+    assert ended.stderr.partition("\n")[0] == f"{IMPORTING.title} …"
+    assert "torch is blocked" in ended.stderr
 
 
 def test_choices_that_are_too_long_for_a_column_are_listed_in_the_text() -> None:

@@ -54,13 +54,14 @@ def chat(context: typer.Context) -> None:
         raise UsageError("a chat reads stdin, which is closed", hint="Use qlora generate.")
     check_request(resolved)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.next_steps import after_chat
 
     leave_out_compiler(settings.model.attention)
     with reporting(volume) as reporter:
-        from qlora_cli.answering.conversation import Chat
-        from qlora_cli.answering.open_model import open_model
+        with importing(reporter):
+            from qlora_cli.answering.conversation import Chat
+            from qlora_cli.answering.open_model import open_model
 
         opened = open_model(resolved, settings.generate, reporter, is_chat=True)
     _converse(opened, Chat(opened, settings.generate), settings.generate.max_new_tokens)

@@ -79,7 +79,7 @@ def compare(
     from qlora_cli.cli.rendering.next_steps import after_comparison
 
     volume = quiet_or_normal(quiet)
-    with reporting(volume, imports_torch=False) as reporter:
+    with reporting(volume) as reporter:
         from qlora_cli.evaluating.run_comparison import compare as compare_runs
 
         comparison = compare_runs(asked, fail_if_worse or 0.0, reporter)

@@ -25,14 +25,15 @@ def demo(
     if output is not None and (problem := check_free_directory(output)):
         raise problem
 
-    from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.progress.reporters import importing, reporting
     from qlora_cli.cli.rendering.next_steps import AFTER_DEMO
     from qlora_cli.cli.rendering.training_text import render_demo
 
     volume = quiet_or_normal(quiet)
     leave_out_compiler()
     with reporting(volume) as reporter:
-        from qlora_cli.demo.demonstration import run_demo
+        with importing(reporter):
+            from qlora_cli.demo.demonstration import run_demo
 
         result = run_demo(output, reporter)
     print_json(result) if json else render_demo(result)

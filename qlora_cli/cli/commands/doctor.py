@@ -28,7 +28,7 @@ def doctor(measure: Measure = False, quiet: Quiet = False, json: options.Json = 
     from qlora_cli.doctor.all_checks import diagnose
 
     volume = quiet_or_normal(quiet)
-    with reporting(volume, imports_torch=False) as reporter:
+    with reporting(volume) as reporter:
         report = diagnose(reporter, measures=measure)
     print_json(_redacted(dataclasses.asdict(report))) if json else render_doctor(report)
     if not report.can_train:

@@ -25,7 +25,7 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
 
     check_evaluation(resolved)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.evaluation_text import render_evaluation
     from qlora_cli.cli.rendering.next_steps import after_evaluation
 
@@ -33,7 +33,8 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would tear ours; read when it is first imported
     leave_out_compiler(resolved.settings.model.attention)
     with reporting(volume) as reporter:
-        from qlora_cli.evaluating.evaluation import evaluate as run
+        with importing(reporter):
+            from qlora_cli.evaluating.evaluation import evaluate as run
 
         evaluation = run(resolved, reporter)
     print_json(evaluation) if json else render_evaluation(evaluation)

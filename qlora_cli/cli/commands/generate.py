@@ -34,15 +34,16 @@ def generate(context: typer.Context, json: options.Json = False) -> None:
     prompts = _read_prompts(request.prompts)
     check_request(resolved)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.answer_text import render_answers, to_terminal
     from qlora_cli.cli.rendering.next_steps import after_answers
 
     streams = to_terminal() and not (json or request.compare)
     leave_out_compiler(resolved.settings.model.attention)
     with reporting(volume) as reporter:
-        from qlora_cli.answering import answer_prompts as answering
-        from qlora_cli.answering.open_model import open_model
+        with importing(reporter):
+            from qlora_cli.answering import answer_prompts as answering
+            from qlora_cli.answering.open_model import open_model
 
         if streams:
             opened = open_model(resolved, request, reporter, prompts=prompts)

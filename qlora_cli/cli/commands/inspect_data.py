@@ -34,7 +34,7 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
     errors.extend(first_rows_errors(settings.data, settings.training.seed, include=on_this_disk))
     errors.raise_collected()
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich: only once the settings are right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the settings are right
     from qlora_cli.cli.rendering.data_text import render_data
     from qlora_cli.cli.rendering.next_steps import AFTER_INSPECTION
     from qlora_cli.data.showing.page_file import check_page
@@ -44,10 +44,11 @@ def inspect_data(context: typer.Context, json: options.Json = False) -> None:
         raise problem.for_setting("inspect_data.html")
     leave_out_compiler()
     with reporting(volume_of(context)) as reporter:
-        from qlora_cli.data.showing.inspection import inspect_data as look_at
-        from qlora_cli.data.tokenizing.encode import TextTokenizer
-        from qlora_cli.tokenizing.positions import LENGTH, limit_length, note_length
-        from qlora_cli.tokenizing.text_interface import load_text_interface
+        with importing(reporter):
+            from qlora_cli.data.showing.inspection import inspect_data as look_at
+            from qlora_cli.data.tokenizing.encode import TextTokenizer
+            from qlora_cli.tokenizing.positions import LENGTH, limit_length, note_length
+            from qlora_cli.tokenizing.text_interface import load_text_interface
 
         asked = settings.data.max_length if resolved.is_given(LENGTH) else None
         text = load_text_interface(settings.model, reporter, max_length=asked)

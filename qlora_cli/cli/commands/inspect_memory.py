@@ -45,7 +45,7 @@ def inspect_memory(
     from qlora_cli.events import Noted
 
     leave_out_compiler()
-    with reporting(volume_of(context), imports_torch=False) as reporter:
+    with reporting(volume_of(context)) as reporter:
         from qlora_cli.memory.memory_lock import compare, read_lock, write_lock
         from qlora_cli.memory.memory_report import inspect_memory as predict
 

@@ -27,7 +27,7 @@ def load(context: typer.Context, json: options.Json = False) -> None:
     resolved = options.resolve_settings(context, LoadCommandSettings)
     given = resolved.settings.load
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the settings are right
+    from qlora_cli.cli.progress.reporters import reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.load_text import render_load
     from qlora_cli.data.finding.sources import check_dataset_name
     from qlora_cli.model_files.given_model import check_model_name
@@ -52,9 +52,12 @@ def load(context: typer.Context, json: options.Json = False) -> None:
 
 
 def _load(resolved: "Resolved[LoadCommandSettings]", reporter: "Reporter") -> "LoadReport":
-    from qlora_cli.loading.load_plan import plan_load
-    from qlora_cli.loading.loader import load_planned
-    from qlora_cli.loading.save import check_savable, save_quantized
+    from qlora_cli.cli.progress.reporters import importing
+
+    with importing(reporter):
+        from qlora_cli.loading.load_plan import plan_load
+        from qlora_cli.loading.loader import load_planned
+        from qlora_cli.loading.save import check_savable, save_quantized
 
     given, start = resolved.settings.load, time.monotonic()
     load_plan = plan_load(resolved, reporter)

@@ -27,14 +27,15 @@ def merge(
 
     check_merge(request, resolved.where_of)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.merge_text import render_merge, render_merge_plan
     from qlora_cli.cli.rendering.next_steps import AFTER_PLAN, after_merge
     from qlora_cli.cli.termination import signals_as_errors
 
     leave_out_compiler()
     with reporting(volume) as reporter, signals_as_errors():
-        from qlora_cli.merging import merge_run
+        with importing(reporter):
+            from qlora_cli.merging import merge_run
 
         if dry_run:
             report = merge_run.plan(request, reporter)

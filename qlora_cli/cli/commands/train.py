@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +14,8 @@ from qlora_cli.cli.robust_stream import ignoring_lost_terminal
 from qlora_cli.cli.volume import Volume, print_next, volume_of
 from qlora_cli.cli.without_compiler import leave_out_compiler
 from qlora_cli.errors import QloraError
-from qlora_cli.ranks.group import failing_together
+from qlora_cli.garbage import gc_disabled
+from qlora_cli.ranks.group import ALONE, ProcessGroup, failing_together
 from qlora_cli.ranks.place import Place, place_in
 from qlora_cli.settings.choices import Device
 from qlora_cli.settings.models import TrainSettings
@@ -46,13 +47,14 @@ def train(
     check_train_inputs(resolved)
 
     if dry_run:
-        from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+        from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
         from qlora_cli.cli.rendering.next_steps import AFTER_PLAN
         from qlora_cli.cli.rendering.training_text import render_plan
 
         _leave_out_compiler(resolved)
         with reporting(volume) as reporter:
-            from qlora_cli.training import train_run
+            with importing(reporter):
+                from qlora_cli.training import train_run
 
             plan = train_run.plan(resolved, reporter, force=force)
         print_json(plan) if json else render_plan(plan)
@@ -77,6 +79,16 @@ def train(
         raise typer.Exit(128 + signal.Signals[result.interrupted_by])
 
 
+def _joined(place: Place, settings: TrainSettings) -> AbstractContextManager[ProcessGroup]:
+    """Return the group of this process; one that is alone learns it without torch."""
+    if place.size == 1:
+        return nullcontext(ALONE)
+    with gc_disabled():
+        from qlora_cli.ranks.distributed_group import joined
+
+    return joined(place, settings.training.num_gpus, on_cpu=settings.model.device == Device.CPU)
+
+
 def _leave_out_compiler(resolved: "Resolved[TrainSettings]") -> None:
     training = resolved.settings.training
     leave_out_compiler(resolved.settings.model.attention, compiles_layers=training.torch_compile)
@@ -96,17 +108,16 @@ def _train(
     resolved: "Resolved[TrainSettings]", place: Place, *, force: bool, as_json: bool, volume: Volume
 ) -> "TrainResult":
     """Train in this process, alone or as one of several, of which the first one reports."""
-    from qlora_cli.cli.progress.reporters import reporting
+    from qlora_cli.cli.progress.reporters import importing, reporting
     from qlora_cli.cli.rendering.next_steps import after_training
     from qlora_cli.cli.rendering.training_text import render_training
     from qlora_cli.events import Reporters
-    from qlora_cli.ranks.distributed_group import joined
 
     _leave_out_compiler(resolved)
-    training, device = resolved.settings.training, resolved.settings.model.device
-    with joined(place, training.num_gpus, on_cpu=device == Device.CPU) as group, failing_together(group):
+    with _joined(place, resolved.settings) as group, failing_together(group):
         with reporting(volume) if group.is_first else nullcontext(Reporters([])) as reporter:
-            from qlora_cli.training import train_run
+            with importing(reporter):
+                from qlora_cli.training import train_run
 
             result = train_run.train(resolved, reporter, force=force, group=group)
         if group.is_first:

@@ -66,7 +66,7 @@ def tune(
     check_train_inputs(run_of_trials(resolved, SilentReporter()))
     request = TuneRequest(learning_rates=rates, trial_steps=trial_steps)
 
-    from qlora_cli.cli.progress.reporters import reporting  # rich, and below torch: only once the input is right
+    from qlora_cli.cli.progress.reporters import importing, reporting  # rich: only once the input is right
     from qlora_cli.cli.rendering.next_steps import AFTER_PLAN, after_tuning
     from qlora_cli.cli.rendering.tuning_text import render_tune_plan, render_tuning
     from qlora_cli.cli.termination import signals_as_errors
@@ -74,14 +74,16 @@ def tune(
     leave_out_compiler(resolved.settings.model.attention, compiles_layers=resolved.settings.training.torch_compile)
     if dry_run:
         with reporting(volume) as reporter:
-            from qlora_cli.tuning import tuning_run
+            with importing(reporter):
+                from qlora_cli.tuning import tuning_run
 
             plan = tuning_run.plan(resolved, request, reporter, force=force)
         print_json(plan) if json else render_tune_plan(plan)
         print_next(AFTER_PLAN, volume, as_json=json)
         return
     with reporting(volume) as reporter, signals_as_errors("goes on after the trials that are done"):
-        from qlora_cli.tuning import tuning_run
+        with importing(reporter):
+            from qlora_cli.tuning import tuning_run
 
         result = tuning_run.tune(resolved, request, reporter, force=force)
     print_json(result) if json else render_tuning(result)

@@ -6,7 +6,7 @@ Each is forked from a process that has imported the modules of all commands, and
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,16 @@ dict(LazyCommands().items())
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "matplotlib"}
 
-def run(arguments, directory, streams):
+class Blocked:
+    def __init__(self, modules):
+        self.modules = modules
+
+    def find_spec(self, name, path=None, target=None):
+        if name in self.modules:
+            raise ImportError(f"{name} is blocked", name=name)
+
+def run(arguments, directory, streams, blocked):
+    sys.meta_path.insert(0, Blocked(blocked))
     os.chdir(directory)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(streams, name), os.O_WRONLY | os.O_CREAT), descriptor)
@@ -69,15 +78,15 @@ class LightQlora:
     def __init__(self, server: "subprocess.Popen[str]") -> None:
         self._server = server
 
-    def __call__(self, *arguments: str, directory: Path | None = None) -> LightOutcome:
-        """Run a command in a directory, the working directory if none is named."""
+    def __call__(self, *arguments: str, directory: Path | None = None, blocked: Sequence[str] = ()) -> LightOutcome:
+        """Run a command in a directory, the working directory if none is named; it can't import what is `blocked`."""
         with TemporaryDirectory() as streams:
-            return self._run(arguments, directory or Path.cwd(), Path(streams))
+            return self._run(Path(streams), arguments, str(directory or Path.cwd()), streams, blocked)
 
-    def _run(self, arguments: tuple[str, ...], directory: Path, streams: Path) -> LightOutcome:
+    def _run(self, streams: Path, *request: object) -> LightOutcome:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(f"{json.dumps([arguments, str(directory), str(streams)])}\n")
+        self._server.stdin.write(f"{json.dumps(request)}\n")
         self._server.stdin.flush()
         assert self._server.stdout.readline() == "done\n"
         stdout, stderr = ((streams / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))

@@ -1,8 +1,10 @@
 """The progress of a run as plain lines: in a log, a pipe, or a terminal that can't redraw."""
 
+import gc
 import io
 import pickle
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,6 +15,7 @@ from rich.console import Console
 from qlora_cli.cli.progress.event_text import describe_age, describe_event, describe_memory, describe_prediction
 from qlora_cli.cli.progress.live_display import LiveReporter
 from qlora_cli.cli.progress.plain_lines import PlainReporter
+from qlora_cli.cli.progress.reporters import IMPORTING, importing
 from qlora_cli.cli.progress.run_state import RunState
 from qlora_cli.cli.progress.transfers import TRANSFERS, Transfer
 from qlora_cli.events import (
@@ -32,6 +35,7 @@ from qlora_cli.events import (
     TrainingResumed,
     TrainingStarted,
 )
+from tests.conftest import Recorder
 
 GIB = 1024**3
 GPU = MemoryUse(
@@ -274,3 +278,18 @@ def test_the_time_left_is_predicted_until_steps_were_measured() -> None:
     assert state.seconds_left == 15.0
     state.update(step(7), 2.0)  # a second a step, by `step`
     assert state.seconds_left == 3.0
+
+
+def test_imports_are_announced_once_and_what_they_make_is_never_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "torch", sys)  # whatever it is
+    with importing(recorder):
+        assert gc.isenabled()
+    monkeypatch.delitem(sys.modules, "torch")
+    frozen = gc.get_freeze_count()
+    with importing(recorder):
+        assert not gc.isenabled()
+        made: list[list[int]] = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= frozen + len(made)
+    assert recorder.events == [IMPORTING]
