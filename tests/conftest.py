@@ -18,6 +18,7 @@ from qlora_cli.settings.resolve import Resolved, Sources, resolve
 from tests.support.processes.forks import output_of, prepare_environment
 from tests.support.processes.plain_python import PlainPython, plain_python
 
+OBJECTS_PER_COLLECTION = 20_000  # new ones; by Python's own 700, the searches are a twentieth of the time
 ASSETS = Path(__file__).parent.parent / "qlora_cli" / "demo" / "assets"
 
 # Nothing in a test leaves the machine: without this, a misspelt path would be asked for on the hub.
@@ -73,6 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Take what is imported and collected out of every later search for cycles: each training asks for one."""
     _freeze()
+    gc.set_threshold(OBJECTS_PER_COLLECTION)
 
 
 def _freeze() -> None:
