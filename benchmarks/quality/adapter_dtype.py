@@ -40,7 +40,9 @@ def load(model: str, adapter_dtype: torch.dtype, dtype: torch.dtype, seed: int) 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=dtype, device_map="cpu")
+    base = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=nf4, dtype=dtype, device_map="cpu", trust_remote_code=False
+    )
     base.requires_grad_(False)
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
@@ -62,7 +64,7 @@ def read_rows(path: Path, model: str) -> list[Row]:
     assert spec.loader is not None
     documented = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(documented)
-    rows: list[Row] = documented.read(path, AutoTokenizer.from_pretrained(model))
+    rows: list[Row] = documented.read(path, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
     return [row for row in rows if any(label != IGNORED for label in row[1][1:])]
 
 
