@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +41,29 @@ def model(family: str = "llama", **changes: Any) -> Callable[[Path], Path]:
     return lambda place: save_model(place, family, **{"vocab_size": ROWS, **changes})
 
 
+UNQUANTIZED = {"quantization__method": "none"}
 GROWN = {"model__new_tokens": "<a>,<b>", "model__resize_vocab": True}
 KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
-    "LoRA": (model(), {}),
     "int8": (model(), {"quantization__method": "int8"}),
-    "unquantized": (model(), {"quantization__method": "none"}),
-    "rsLoRA": (model(), {"lora__use_rslora": True, "lora__alpha": 8}),
-    "DoRA": (model(), {"lora__use_dora": True}),
-    "patterns": (
+    "rsLoRA with patterns": (
         model(),
-        {"lora__rank_pattern": {"down_proj": 4, "layers.0.mlp.down_proj": 2}, "lora__alpha_pattern": {"q_proj": 3}},
+        {
+            "lora__use_rslora": True,
+            "lora__alpha": 8,
+            "lora__rank_pattern": {"down_proj": 4, "layers.0.mlp.down_proj": 2},
+            "lora__alpha_pattern": {"q_proj": 3},
+        },
     ),
-    "PiSSA": (model(), {"lora__init_lora_weights": "pissa", "quantization__method": "none"}),
-    "LoftQ": (model(), {"lora__init_lora_weights": "loftq"}),
+    "DoRA": (model(), {"lora__use_dora": True}),
+    "PiSSA": (model(), {"lora__init_lora_weights": "pissa", **UNQUANTIZED}),
     "LoftQ by rsLoRA": (model(), {"lora__init_lora_weights": "loftq", "lora__use_rslora": True}),
-    "whole modules": (model(), {"lora__modules_to_save": "lm_head,norm"}),
+    "whole modules of an unquantized base": (model(), {"lora__modules_to_save": "lm_head,norm", **UNQUANTIZED}),
     "a whole tied head": (model(tie_word_embeddings=True), {"lora__modules_to_save": "lm_head"}),
     "new tokens": (model(), {"model__new_tokens": "<a>,<b>"}),
-    "new rows": (model(vocab_size=3072), GROWN),
     "new rows of a tied head": (model(vocab_size=3072, tie_word_embeddings=True), GROWN),
     "rows that were lacking": (model(vocab_size=3008), {"model__resize_vocab": True}),
     "new rows and a whole norm": (model(vocab_size=3072), {**GROWN, "lora__modules_to_save": "norm"}),
-    "stretched positions": (model(), {"model__rope_scaling": "yarn:2"}),
+    "LoRA and stretched positions": (model(), {"model__rope_scaling": "yarn:2"}),
     "Conv1D": (model("gpt2"), {}),
     "experts": (lambda place: save_moe(place, "qwen3_moe"), {"lora__target_parameters": "all-experts"}),
     "experts in one": (lambda place: save_moe(place, "gpt_oss"), {"lora__target_parameters": "all-experts"}),
@@ -94,28 +96,52 @@ def trained(base: Path, place: Path, kind: str, **how: Any) -> Run:
     """Train for two steps, far enough to make a measurable difference."""
     lines = (ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     rows = write_jsonl(place / "rows.jsonl", [json.loads(line) for line in lines])
-    changed = {"training__max_steps": 2, "training__learning_rate": 1e-2, "lora__rank": 4, **how}
+    changed = {
+        "training__max_steps": 2,
+        "training__save_steps": 2,
+        "training__learning_rate": 1e-2,
+        "lora__rank": 4,
+        **how,
+    }
     return Run(
         kind=kind, base=base, path=train(train_settings(base, rows, place / "run", **changed), Recorder()).output
     )
 
 
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Return the run of a kind, which is trained once."""
+
+    @cache
+    def made(kind: str) -> Run:
+        make, how = KINDS[kind]
+        place = tmp_path_factory.mktemp("run")
+        return trained(make(place / "base"), place, kind, **how)
+
+    return made
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    make, how = KINDS[request.param]
-    place = tmp_path_factory.mktemp("run")
-    return trained(make(place / "base"), place, request.param, **how)
+def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
+    return run_of(request.param)
 
 
-def test_a_finished_pissa_run_without_its_adapter_merges_after_the_same_command_has_written_it(tmp_path: Path) -> None:
-    make, how = KINDS["PiSSA"]
-    run = trained(make(tmp_path / "base"), tmp_path, "PiSSA", **how)
+@pytest.fixture(scope="module")
+def exact(run: Run) -> MergeResult:
+    """The run, merged in fp32."""
+    return run.merged(run.path.with_name("exact"), dtype=MergeDtype.FP32)
+
+
+def test_a_finished_pissa_run_without_its_adapter_merges_after_the_same_command_has_written_it(
+    run_of: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = run_of("PiSSA")
     adapter = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
     shutil.rmtree(run.path / "adapter")
     with pytest.raises(ModelError, match="it was initialized by pissa, which changed its base") as refused:
         run.merged(tmp_path / "merged")
     assert "give the same qlora train command again" in str(refused.value.hint)
-    trained(run.base, tmp_path, "PiSSA", **how)
+    trained(run.base, run.path.parent, "PiSSA", **KINDS["PiSSA"][1])
     again = load_file(run.path / "adapter" / ADAPTER_WEIGHTS)
     assert all(torch.equal(again[name], value) for name, value in adapter.items())
     done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
@@ -123,43 +149,54 @@ def test_a_finished_pissa_run_without_its_adapter_merges_after_the_same_command_
     assert done.verification.passed
 
 
-def test_the_merged_model_is_the_one_that_was_trained(run: Run, tmp_path: Path) -> None:
-    done = run.merged(tmp_path / "merged", dtype=MergeDtype.FP32)
-    assert done.verification is not None
-    assert done.verification.passed
-    adapted = plain_logits(load(run.path).model, run.ids)
-    loaded = load(done.output, quantization__method="none")
-    merged_logits = plain_logits(loaded.base, run.ids)
+def test_the_merged_model_is_the_one_that_was_trained(run: Run, exact: MergeResult) -> None:
+    assert exact.verification is not None
+    assert exact.verification.passed
+    trained_model = load(run.path)
+    adapted = plain_logits(trained_model.model, run.ids)
+    config = config_of(exact.output)
+    if "text_config" in config:  # the test of towers loads the whole of it
+        merged_logits = plain_logits(load(exact.output, **UNQUANTIZED).base, run.ids)
+    else:
+        loaded = loaded_plain(exact.output, "auto")
+        merged_logits = plain_logits(loaded, run.ids)
+        embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+        assert loaded.config.tie_word_embeddings == (head.weight is embedding.weight)
+        tokenizer = AutoTokenizer.from_pretrained(exact.output)
+        assert embedding.num_embeddings == head.out_features == loaded.config.vocab_size >= len(tokenizer)
+        is_stretched = "model__rope_scaling" in KINDS[run.kind][1]
+        positions = trained_model.base.config.rope_parameters if is_stretched else None
+        assert config.get("rope_parameters") == (positions or config_of(run.base).get("rope_parameters"))
     if run.kind == "int8":  # which rounds the inputs of products too
         assert (merged_logits - adapted).norm() < 0.05 * adapted.norm()
     else:
         torch.testing.assert_close(merged_logits, adapted, rtol=1e-4, atol=1e-4)
-        assert done.verification.divergence.max_logit_difference < 1e-4
+        assert exact.verification.divergence.max_logit_difference < 1e-4
     quantized = KINDS[run.kind][1].get("quantization__method") != "none"
-    assert done.base == ("dequantized" if quantized else "original")
-    assert (done.base_choice.original is not None) == quantized  # measured
+    assert exact.base == ("dequantized" if quantized else "original")
+    assert (exact.base_choice.original is not None) == quantized  # measured
 
 
-def test_plain_transformers_finds_every_weight_and_the_config_is_right(run: Run, tmp_path: Path) -> None:
+def test_weights_have_the_dtypes_of_the_base_and_else_only_these_differ(
+    run: Run, exact: MergeResult, tmp_path: Path
+) -> None:
     merged = merge_weights(run.path, output=tmp_path / "merged")
-    before, after = stored(run.base), merged.tensors
+    before, after, in_fp32 = stored(run.base), merged.tensors, stored(exact.output)
     assert {name: after[name].dtype for name in before} == {name: value.dtype for name, value in before.items()}
-    config = json.loads((merged.directory / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in config:  # the test of towers loads the whole of it
-        return
-    loaded = loaded_plain(merged.directory, "auto")
-    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    assert loaded.config.tie_word_embeddings == (head.weight is embedding.weight)
-    tokenizer = AutoTokenizer.from_pretrained(merged.directory)
-    assert embedding.num_embeddings == head.out_features == loaded.config.vocab_size >= len(tokenizer)
-    rope = load(run.path).base.config.rope_parameters if run.kind == "stretched positions" else None
-    assert config.get("rope_parameters", None) == (rope or before_training(run).get("rope_parameters", None))
-    assert plain_logits(loaded, run.ids).isfinite().all()
+    assert {name: value.shape for name, value in after.items()} == {
+        name: value.shape for name, value in in_fp32.items()
+    }
+    assert without_dtypes(config_of(merged.directory)) == without_dtypes(config_of(exact.output))
 
 
-def before_training(run: Run) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run.base / "config.json").read_text(encoding="utf-8"))
+def config_of(directory: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return content
+
+
+def without_dtypes(config: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: without_dtypes(value) for key, value in config.items() if isinstance(value, dict)}
+    return {key: value for key, value in {**config, **inner}.items() if key != "dtype"}
 
 
 @pytest.mark.parametrize("family", FULL_MODELS)
