@@ -14,6 +14,7 @@ from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
 from qlora_cli.model_files.finite import is_finite, not_finite
+from qlora_cli.quantization.nf4_codes import NF4, nf4_codes
 
 BLOCK_SIZE = 64  # weights that share a constant
 NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
@@ -66,7 +67,7 @@ def quantize(
         for piece in _split(whole.reshape(-1)):
             if not is_finite(piece):
                 raise not_finite("holds ", piece.dtype)
-            codes, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=how.quant_type)
+            codes, state = _quantized(piece, how.quant_type)
             if packed is None or absmax is None:
                 code, dtype = state.code, piece.dtype
                 packed, absmax = _allocate(num_weights, codes, state)
@@ -84,6 +85,25 @@ def quantize(
         absmax=absmax, shape=shape, dtype=dtype, blocksize=BLOCK_SIZE, code=code, quant_type=how.quant_type
     )
     return packed.view(how.storage).unsqueeze(1), nest(state) if how.double_quant else state
+
+
+def _quantized(piece: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, QuantState]:
+    """Return the packed codes of a piece, and its state, with single quantization."""
+    if piece.device.type != "cpu" or quant_type != NF4 or piece.numel() % BLOCK_SIZE:
+        quantized: tuple[torch.Tensor, QuantState] = functional.quantize_4bit(
+            piece, blocksize=BLOCK_SIZE, quant_type=quant_type
+        )
+        return quantized
+    codes, absmax = nf4_codes(piece, BLOCK_SIZE)
+    state = QuantState(
+        absmax=absmax,
+        shape=piece.shape,
+        dtype=piece.dtype,
+        blocksize=BLOCK_SIZE,
+        code=functional.get_4bit_type(quant_type, device="cpu"),
+        quant_type=quant_type,
+    )
+    return codes, state
 
 
 def _allocate(num_weights: int, codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, torch.Tensor]:
