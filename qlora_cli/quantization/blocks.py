@@ -14,7 +14,7 @@ from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
 
 from qlora_cli.model_files.finite import is_finite, not_finite
-from qlora_cli.quantization.nf4_codes import NF4, nf4_codes
+from qlora_cli.quantization.counted_codes import bounds, counted_codes
 
 BLOCK_SIZE = 64  # weights that share a constant
 NESTED_BLOCK_SIZE = 256  # constants that share a constant of their own
@@ -89,12 +89,13 @@ def quantize(
 
 def _quantized(piece: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, QuantState]:
     """Return the packed codes of a piece, and its state, with single quantization."""
-    if piece.device.type != "cpu" or quant_type != NF4 or piece.numel() % BLOCK_SIZE:
+    between = bounds(quant_type)
+    if piece.device.type != "cpu" or between is None or piece.numel() % BLOCK_SIZE:
         quantized: tuple[torch.Tensor, QuantState] = functional.quantize_4bit(
             piece, blocksize=BLOCK_SIZE, quant_type=quant_type
         )
         return quantized
-    codes, absmax = nf4_codes(piece, BLOCK_SIZE)
+    codes, absmax = counted_codes(piece, between, BLOCK_SIZE)
     state = QuantState(
         absmax=absmax,
         shape=piece.shape,

@@ -6,9 +6,9 @@ from bitsandbytes import functional
 
 from qlora_cli.quantization import blocks
 from qlora_cli.quantization.blocks import FourBitFormat, quantize
+from qlora_cli.quantization.counted_codes import bounds, counted_codes
 from qlora_cli.quantization.methods import int8
 from qlora_cli.quantization.methods.int8 import quantize_rows
-from qlora_cli.quantization.nf4_codes import nf4_codes
 
 
 def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,12 +44,14 @@ def test_4_bit_in_pieces_is_4_bit_of_the_whole(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_codes_are_those_of_bitsandbytes_at_every_bound_and_in_blocks_of_any_size(dtype: torch.dtype) -> None:
     values = functional.get_4bit_type("nf4", device="cpu")
-    bounds = (values[1:] + values[:-1]) / 2
-    neighbours = [bounds, torch.nextafter(bounds, values[1:]), torch.nextafter(bounds, values[:-1])]
+    between = (values[1:] + values[:-1]) / 2
+    neighbours = [between, torch.nextafter(between, values[1:]), torch.nextafter(between, values[:-1])]
     block = torch.cat([*neighbours, values, torch.tensor([1.0, -0.0, 0.0])])  # the largest is 1: nothing is scaled
     scales = torch.tensor([0.0, 1e-45, 1e-39, 1e-38, 6e-8, 3e-3, 1.0, -1.0, 6e4, 3e38]).unsqueeze(1)
     weight = (scales * block).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
-    packed, absmax = nf4_codes(weight, 64)
+    counted = bounds("nf4")
+    assert counted is not None
+    packed, absmax = counted_codes(weight, counted, 64)
     expected, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     assert torch.equal(packed, expected)
     assert packed.is_contiguous()
