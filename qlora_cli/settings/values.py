@@ -63,8 +63,8 @@ def _read_pairs(value: object) -> object:
 
 
 def _read_bytes(value: object) -> object:
-    """Parse a size such as `6GiB` or `500 MB`."""
-    if not isinstance(value, str):
+    """Parse a size such as `6GiB` or `500 MB`; a number is one of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:
         return int(TypeAdapter(ByteSize).validate_python(value))

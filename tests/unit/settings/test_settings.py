@@ -129,6 +129,8 @@ def test_an_endless_pipe_is_read_only_up_to_the_size_limit_of_a_file(tmp_path: P
         ("lora:\n  alpha: .nan\n", "lora.alpha: must be"),
         ("model:\n  revision: 1234567\n", "got 1234567 | Put it in quotes: YAML reads it as a number."),
         ("model:\n  rope_scaling: ''\n", "model.rope_scaling: expected TYPE:FACTOR"),
+        ("training:\n  memory_budget: [1, 2]\n", "expected a size such as 6GiB or 500MB, got '[1, 2]'"),
+        ("training:\n  memory_budget: 1.5\n", "expected a size such as 6GiB or 500MB, got 1.5"),
         ("model:\n  dtype: BF17\n", "'BF17' is not one of auto, bf16, fp16, fp32 | Did you mean bf16?"),
         ("quantization:\n  method:\n", "quantization.method: 'None' is not one of nf4, fp4, int8, none"),
     ],
