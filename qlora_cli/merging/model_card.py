@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qlora_cli import __version__
+from qlora_cli.hardware.environment import package_versions
 from qlora_cli.merging.companion_files import write_json
 from qlora_cli.merging.earlier_merge import requested
 from qlora_cli.merging.exports.export_format import Format
@@ -29,12 +29,12 @@ def write_record(target: Path, inputs: Inputs, result: MergeResult, written: For
 
     Both may be published with the weights, so local paths are reduced to their last part.
     """
-    data = _data(inputs)
+    data, versions = _data(inputs), package_versions()
     (target / CARD).write_text("\n".join(_card(inputs, result, data, written)) + "\n", encoding="utf-8")
     content = {
         "written_by": f"qlora {__version__}",
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: versions[name] for name in LIBRARIES},
         "format": written.name,
         "base_model": public_name(result.base_model),
         "commit": result.commit,

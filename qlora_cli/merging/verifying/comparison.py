@@ -65,6 +65,8 @@ class ModelComparer:
         self._trained: torch.Tensor | None = None
         self._checks: dict[BaseWeights, ModuleCheck | None] = {}
         self._planned: dict[tuple[BaseWeights, MergeDtype], torch.Tensor] = {}
+        # Planned models differ by their weights alone, and by whether the head is untied.
+        self._empty: dict[bool, StreamedModel] = {}
 
     @property
     def runs_adapters(self) -> bool:
@@ -138,10 +140,16 @@ class ModelComparer:
         description = "as written" if plan.dtype == self._inputs.request.merge.dtype else f"in {plan.dtype.value}"
         self._reporter.report(PhaseStarted(title=f"Running the merge into the {plan.base.value} base, {description}"))
         inputs = self._inputs
+        read = planned_reader(inputs.base, plan)
+        model = self._empty.get(plan.unties)
+        if model is not None:
+            model.read_from(read)
+            return self._run(model)
         config = deepcopy(inputs.config.config)
         if plan.unties:
             config.tie_word_embeddings = False
-        return self._logits(config, planned_reader(inputs.base, plan))
+        self._empty[plan.unties] = self._streamed(config, read)
+        return self._run(self._empty[plan.unties])
 
     def written(self, directory: Path, plan: MergePlan) -> "WrittenModel":
         """Return the logits of the model in a directory, and the parameters that differ from `plan`."""
@@ -204,7 +212,16 @@ class ModelComparer:
         adapters: Sequence[WeightedAdapter] = (),
         watch: ModuleWatch | None = None,
     ) -> torch.Tensor:
-        model = StreamedModel(
+        return self._run(self._streamed(config, read, adapters, watch))
+
+    def _streamed(
+        self,
+        config: PreTrainedConfig,
+        read: Read,
+        adapters: Sequence[WeightedAdapter] = (),
+        watch: ModuleWatch | None = None,
+    ) -> StreamedModel:
+        return StreamedModel(
             config,
             read,
             device=self.device,
@@ -213,8 +230,10 @@ class ModelComparer:
             watch=watch,
             trust_remote_code=self._inputs.request.model.trust_remote_code,
         )
+
+    def _run(self, model: StreamedModel) -> torch.Tensor:
         try:
-            return self._run(model)
+            return model.logits(*self.texts.batch(self._inputs.tokenizer.tokenizer.pad_token_id))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -222,9 +241,6 @@ class ModelComparer:
                 f"comparing did not fit into the memory of {self.device}",
                 hint="Compare on the CPU with --device cpu, or merge with --no-verify and a --base.",
             ) from error
-
-    def _run(self, model: StreamedModel) -> torch.Tensor:
-        return model.logits(*self.texts.batch(self._inputs.tokenizer.tokenizer.pad_token_id))
 
 
 def _can_run_together(changes: Changes) -> bool:

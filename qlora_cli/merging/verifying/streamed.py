@@ -67,7 +67,8 @@ class StreamedModel:
         # replace the parameters.
         names = {id(parameter): name for name, parameter in self._base.named_parameters()}
         units = unit_paths(self._base)
-        self._fill_buffers()
+        self._fill_saved_buffers()
+        self._place_buffers()
         self._model: nn.Module = self._base
         self._replaced: Mapping[str, torch.Tensor] = {}
         if adapters:
@@ -88,11 +89,19 @@ class StreamedModel:
         inside = isinstance(self._model, PeftModel)
         return self._model.get_submodule(f"{BASE}{path}".removesuffix(".") if inside else path)
 
-    def _fill_buffers(self) -> None:
+    def read_from(self, read: Read) -> None:
+        """Run with the weights that `read` returns from now on; only for a model without adapters."""
+        assert self._model is self._base, "adapters were read for the base that they are on"
+        self._read = read
+        self._fill_saved_buffers()
+
+    def _fill_saved_buffers(self) -> None:
         saved = self._base.state_dict().keys()
         for name, buffer in self._base.named_buffers():
             if name in saved:
                 buffer.copy_(self._read(name))
+
+    def _place_buffers(self) -> None:
         for module in self._base.modules():  # parameters stay on the meta device
             for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 setattr(module, name, buffer.to(self._device))
