@@ -180,6 +180,8 @@ def _add_tokens_of_files(
     transformers reads that file only next to a config of its age. If two of `directories` list a token or an id, the
     first wins. The base's file may be older than its weights: tokens without a row are skipped.
     """
+    if not any(_listed(directory) for directory in directories):
+        return []
     known = tokenizer.get_vocab()
     results: list[tuple[Path, str, object, str]] = []
     to_add: dict[int, tuple[str, Path]] = {}
