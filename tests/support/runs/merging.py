@@ -143,7 +143,9 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def save(model: PeftModel, directory: Path, **how: Any) -> Path:
-    """Write an adapter as plain PEFT does."""
+    """Write an adapter as plain PEFT does, which updates a model card sooner than it makes one from a template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "README.md").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(directory, **how)
