@@ -204,35 +204,39 @@ def _check_files(directory: Path) -> None:
 
 def _add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> tuple[int, ...]:
     """Add `tokens` as ordinary tokens, which decoding keeps, matched in the text verbatim."""
+    vocabulary = tokenizer.get_vocab()  # listed once: a large one takes a twentieth of a second
     for index, token in enumerate(tokens):
         if token in tokens[:index]:
             raise ModelError(f"the new token {token} is given twice", hint="Name each of --new-tokens once.")
-        known = _known_id(tokenizer, token)
+        known = _known_id(tokenizer, token, vocabulary)
         if known is not None:
             raise ModelError(
                 f"the new token {token} is in the vocabulary already, as id {known}",
                 hint="Leave it out of --new-tokens.",
             )
-    return tuple(_add(tokenizer, token, special=False) for token in tokens)
+    used = set(vocabulary.values())
+    return tuple(_add(tokenizer, token, used, special=False) for token in tokens)
 
 
-def _known_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+def _known_id(tokenizer: PreTrainedTokenizerBase, token: str, vocabulary: Mapping[str, int]) -> int | None:
     # Vocabularies encode some characters: a byte-level one has "cafÃ©" for "café".
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) == 1 and tokenizer.decode(ids) == token:
         return int(ids[0])
-    return tokenizer.get_vocab().get(token)
+    return vocabulary.get(token)
 
 
-def _add(tokenizer: PreTrainedTokenizerBase, token: str, *, special: bool) -> int:
-    used = set(tokenizer.get_vocab().values())
+def _add(tokenizer: PreTrainedTokenizerBase, token: str, used: set[int], *, special: bool) -> int:
+    """Add a token, whose id joins those that are `used`."""
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
-    token_id = int(tokenizer.get_vocab()[token])
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(token_id, int), "one token has one id"
     if token_id in used:  # the library derives the next id from the number of tokens
         raise ModelError(
             f"{token} can't be added: the tokenizer would give it id {token_id}, which another token has",
             hint="The ids of the tokenizer have gaps; add the tokens to its tokenizer.json.",
         )
+    used.add(token_id)
     return token_id
 
 
@@ -268,7 +272,7 @@ def _choose_pad(tokenizer: PreTrainedTokenizerBase, facts: _VocabularyFacts, *, 
             tokenizer.add_special_tokens({"pad_token": token})
             return [f"the tokenizer {problem}; padding with {token} instead"]
     if _largest_id(tokenizer) + 1 < limit and ADDED_PAD not in vocabulary:
-        token_id = _add(tokenizer, ADDED_PAD, special=True)
+        token_id = _add(tokenizer, ADDED_PAD, set(vocabulary.values()), special=True)
         tokenizer.pad_token = ADDED_PAD
         return [f"the tokenizer {problem}; padding with {ADDED_PAD}, added as id {token_id}"]
     # Harmless for training: padding is masked by position, so a real end token is still trained.
