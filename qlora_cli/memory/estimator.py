@@ -471,6 +471,10 @@ class Estimator:
         return tuple(f"{name}.weight" for name, module in shapes.named_modules() if module is embedding)
 
     def _config(self, trust_remote_code: bool) -> ModelConfig:
+        """Return the config of the model, which several of its parts are fitted to; nothing may change it."""
+        return self._cached(("config", trust_remote_code), lambda: self._read_config(trust_remote_code))
+
+    def _read_config(self, trust_remote_code: bool) -> ModelConfig:
         content: Mapping[str, Any] = self._facts.content
         if trust_remote_code and "auto_map" in content and self._facts.path is not None:
             name, path = self._facts.name, self._facts.path

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qlora_cli.attention.sdpa_rules import choose_backend
@@ -37,6 +36,8 @@ IN_FP32 = {
 IN_FP32_BY_DEFAULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod", "linalg_norm"}
 IN_WIDEST = {"cat", "stack", "addcmul", "addcdiv", "index_put", "scatter_add", "dot", "cross", "tensordot"}
 HALF = (torch.float16, torch.bfloat16)
+ATTENTION, GROUPED_MM, DROPOUT, SOFTMAX = "scaled_dot_product_attention", "_grouped_mm", "dropout", "softmax"
+TREATED = frozenset({*IN_16_BIT, *IN_FP32, *IN_FP32_BY_DEFAULT, *IN_WIDEST, ATTENTION, GROUPED_MM, DROPOUT, SOFTMAX})
 
 
 class GpuFunctions(TorchFunctionMode):
@@ -104,16 +105,18 @@ class GpuFunctions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name not in TREATED:  # most are attributes of tensors
+            return func(*args, **kwargs)
         if self._dtype is not None and torch.is_autocast_enabled(CUDA):
             args, kwargs = self._autocast_arguments(name, args, kwargs)
-        if name == "scaled_dot_product_attention":
+        if name == ATTENTION:
             return self._attend(*args, **kwargs)
-        if name == "_grouped_mm" and args[0].device.type == META:
+        if name == GROUPED_MM and args[0].device.type == META:
             return self._grouped_mm(func, *args, **kwargs)
-        if name == "dropout" and kwargs.get("p", 0.0) > 0 and kwargs.get("training", True):
+        if name == DROPOUT and kwargs.get("p", 0.0) > 0 and kwargs.get("training", True):
             # aten/src/ATen/native/Dropout.cpp: one kernel on CUDA, which saves a mask of one byte an element.
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
-        if name == "softmax" and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float16:
+        if name == SOFTMAX and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float16:
             # aten/src/ATen/native/SoftMax.cpp: on CUDA, from fp16 to fp32 in one kernel (`half_to_float`).
             return torch.ops.aten._softmax(args[0], *args[1:2], *([kwargs["dim"]] if "dim" in kwargs else []), True)
         return func(*args, **kwargs)
@@ -130,7 +133,7 @@ class GpuFunctions(TorchFunctionMode):
             return _mapped(_to_fp32, args, kwargs)
         if name in IN_FP32_BY_DEFAULT and kwargs.get("dtype") is None and _is_half(args[0]):
             return args, {**kwargs, "dtype": torch.float32}
-        if name in IN_WIDEST and _is_mixed((args, kwargs)):
+        if name in IN_WIDEST and _is_mixed((*args, *kwargs.values())):
             return _mapped(_to_fp32, args, kwargs)
         return args, kwargs
 
@@ -232,7 +235,14 @@ def _names_used(kind: type[nn.Module]) -> tuple[str, ...]:
 def _mapped(
     cast: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tree_map(cast, args), tree_map(cast, kwargs)
+    """Return the arguments of a function with each value cast, also those in lists of tensors."""
+    cast_args = tuple([_mapped_value(cast, value) for value in args])
+    return cast_args, {name: _mapped_value(cast, value) for name, value in kwargs.items()} if kwargs else kwargs
+
+
+def _mapped_value(cast: Callable[[Any], Any], value: Any) -> Any:
+    kind = type(value)
+    return kind([cast(part) for part in value]) if kind in (list, tuple) else cast(value)
 
 
 def _is_half(value: Any) -> bool:
@@ -243,7 +253,12 @@ def _to_fp32(value: Any) -> Any:
     return value.float() if _is_half(value) else value
 
 
-def _is_mixed(values: Any) -> bool:
-    dtypes: set[torch.dtype] = set()
-    tree_map(lambda value: dtypes.add(value.dtype) if isinstance(value, torch.Tensor) else None, values)
+def _is_mixed(values: Iterable[Any]) -> bool:
+    """Return whether there are tensors in fp32 and in 16 bit among `values` and in their lists."""
+    dtypes = {
+        tensor.dtype
+        for value in values
+        for tensor in (value if isinstance(value, list | tuple) else (value,))
+        if isinstance(tensor, torch.Tensor)
+    }
     return torch.float32 in dtypes and not dtypes.isdisjoint(HALF)
