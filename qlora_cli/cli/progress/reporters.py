@@ -43,13 +43,13 @@ def importing(reporter: Reporter) -> Iterator[None]:
 
     None of it is: the searches are a sixth of the time. Later ones leave it out, as does the one at exit.
     """
-    if "torch" in sys.modules:
-        yield
-        return
-    reporter.report(IMPORTING)
+    is_first = "torch" not in sys.modules
+    if is_first:
+        reporter.report(IMPORTING)
     with gc_disabled():
         yield
-    gc.freeze()
+    if is_first:
+        gc.freeze()
 
 
 def _plain_reporter(file: TextIO, volume: Volume) -> Reporter:

@@ -283,10 +283,12 @@ def test_the_time_left_is_predicted_until_steps_were_measured() -> None:
 def test_imports_are_announced_once_and_what_they_make_is_never_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "torch", sys)  # whatever it is
-    with importing(recorder):
-        assert gc.isenabled()
-    monkeypatch.delitem(sys.modules, "torch")
     frozen = gc.get_freeze_count()
+    with importing(recorder):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
+    monkeypatch.delitem(sys.modules, "torch")
     with importing(recorder):
         assert not gc.isenabled()
         made: list[list[int]] = [[] for _ in range(1000)]
