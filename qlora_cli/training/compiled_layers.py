@@ -5,7 +5,7 @@ batch, for minutes.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class CompiledLayers:
             )
         # The first layer's input requires a gradient like that of the others, or that layer would be compiled apart.
         self._hook = self._base.get_input_embeddings().register_forward_hook(_require_gradient)
+        # Scales are constants of a layer. With general lengths they are taken for inputs, until it turns out that they
+        # can't be any, and the layer is captured a second time.
+        self._compiler_settings = ExitStack()
+        self._compiler_settings.enter_context(torch._dynamo.config.patch(specialize_float=True))
         for layer in self._layers:
             layer.compile(backend=BACKEND, dynamic=None if has_one_length else True)
 
@@ -72,6 +76,7 @@ class CompiledLayers:
     def remove(self) -> None:
         """Compute as without compiling from now on."""
         self._hook.remove()
+        self._compiler_settings.close()
         for layer in self._layers:
             layer.compile(disable=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,6 +44,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_cli.training.compiled_layers.BACKEND", BACKEND)
     torch.compiler.reset()
     counters.clear()
+    clear_compilation_metrics()
 
 
 def calls(function: Callable[[], Any]) -> Counter[str]:
@@ -191,6 +192,7 @@ def test_all_layers_of_a_model_share_a_graph(
         actual = model_passes(model)
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
+        assert [len(capture.restart_reasons or ()) for capture in get_compilation_metrics()] == [0]
         assert actual.keys() == expected.keys()
         assert max(error(actual[name], expected[name].double()) for name in expected) < 3e-6
         counts = calls(lambda: model_passes(model))

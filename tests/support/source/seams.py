@@ -142,6 +142,7 @@ SEAMS = (
         TORCH,
         "give cuBLAS workspaces of the size that a deterministic run has set, and of the usual one after it",
     ),
+    Seam("torch", "_dynamo", Kind.MODULE, TORCH, "have scales captured as constants; `config` lies there"),
     # ---- modules as PyTorch holds them ----
     _attribute("torch.nn.Module", "_parameters", TORCH, "switch between an adapter's parameters and the base's"),
     _attribute("torch.nn.Module", "_modules", TORCH, "switch between a quantized layer and a plain one"),
