@@ -229,6 +229,41 @@ def test_ctrl_c_at_any_moment_of_the_start_ends_without_a_traceback(number: int)
     assert "Traceback" not in done.stderr
 
 
+THREAD_ASKS_FOR_INTERPRETER = """
+import atexit, sys, threading, time
+from datetime import timedelta
+import torch.distributed
+from qlora_cli.__main__ import main
+
+class Slow:
+    sleep = staticmethod(time.sleep)
+    def __del__(self):
+        self.sleep(2)
+
+def hook(event, arguments):
+    if event == "import" and arguments[0] == "qlora_cli.cli.app":
+        atexit.register(print, "exit function")
+
+slow = Slow()
+store = torch.distributed.HashStore()
+threading.Thread(target=store.wait, args=(["never"], timedelta(seconds=1)), daemon=True).start()
+sys.addaudithook(hook)
+sys.argv = ["qlora", *{arguments}]
+main()
+"""
+
+
+# As one of several processes may whose thread still waits for another. By the end that Python has, the code is -6.
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["train", "--rank", "x"], 2)])
+def test_a_thread_that_comes_back_while_a_process_ends_does_not_change_its_code(
+    arguments: list[str], code: int
+) -> None:
+    script = THREAD_ASKS_FOR_INTERPRETER.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "exit function")
+    assert "terminate called" not in done.stderr
+
+
 @pytest.mark.parametrize("home", ["file", "read-only"])
 def test_a_home_that_cannot_be_written_to_means_no_cache_and_a_warning(
     run_qlora: RunQlora, base_model: Path, rows: Path, tmp_path: Path, home: str
