@@ -271,7 +271,7 @@ def test_an_unusable_tokenizer_is_an_error_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_code_of_the_tokenizer_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     directory = tmp_path / "coded"
     write_tokenizer(directory)
     (directory / "own.py").write_text(
